@@ -1,0 +1,96 @@
+"""What a model wants to be fed with, and calibration data cut into chunks that fit."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnx_asr.data import Dataset, InputSpec
+from onnx_asr.errors import DataError, ModelError
+from onnx_asr.graph.index import GraphIndex
+
+Chunk = dict[str, NDArray[Any]]
+
+_MIN_BATCH, _MAX_BATCH = 8, 64
+_BATCH_ELEMENTS = 8 * 3 * 224 * 224
+
+
+def input_specs(index: GraphIndex) -> list[InputSpec]:
+    """Name, dtype and shape of the graph inputs that are not initializers.
+
+    Raises:
+        ModelError: When an input is not a tensor.
+    """
+    specs = []
+    for value in index.inputs:
+        if not value.type.HasField("tensor_type"):
+            raise ModelError(f"model input '{value.name}' is not a tensor; only tensor inputs can be fed with data")
+        tensor = value.type.tensor_type
+        dims = tensor.shape.dim
+        shape = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in dims)
+        specs.append(InputSpec(value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type), shape))
+    return specs
+
+
+def batch_size_for(specs: Sequence[InputSpec], asked: int | None = None) -> int:
+    """Samples a run: what the model fixes, else what was asked for, else 8 (large inputs) to 64 (small ones).
+
+    The choice depends on the model alone, so that results do not depend on the machine.
+    """
+    fixed = [spec.shape[0] for spec in specs if spec.shape and spec.shape[0] is not None]
+    if fixed:
+        return int(fixed[0])
+    if asked is not None:
+        return asked
+    elements = max(1, math.prod(size or 32 for size in specs[0].shape[1:]))
+    return int(min(_MAX_BATCH, max(_MIN_BATCH, 2 ** int(math.log2(max(1, _BATCH_ELEMENTS // elements))))))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration samples in chunks, ready to run.
+
+    Attributes:
+        chunks: One mapping of input name to array a chunk, every chunk but the last of ``batch_size`` samples.
+        count: Number of samples.
+        batch_size: Samples a chunk.
+        digest: SHA-256 over the prepared samples in order, whatever the chunks.
+    """
+
+    chunks: tuple[Chunk, ...]
+    count: int
+    batch_size: int
+    digest: str
+
+    def head(self, count: int) -> Calibration:
+        """The first chunks, as many as hold ``count`` samples (at least one)."""
+        number = max(1, math.ceil(count / self.batch_size))
+        chunks = self.chunks[:number]
+        return Calibration(chunks, min(self.count, number * self.batch_size), self.batch_size, self.digest)
+
+
+def load_calibration(data: Dataset, indices: NDArray[np.int64], batch_size: int, fixed: bool) -> Calibration:
+    """Prepare samples; a model with a fixed batch size leaves out what does not fill a batch.
+
+    Raises:
+        DataError: When not even one batch is there, or the samples do not fit.
+    """
+    usable = len(indices) - len(indices) % batch_size if fixed else len(indices)
+    if usable == 0:
+        raise DataError(f"{len(indices)} samples do not fill one batch of {batch_size}: give more images")
+    sha = hashlib.sha256()
+    chunks = []
+    for start in range(0, usable, batch_size):
+        chunk = data.batch(indices[start : start + batch_size])
+        for row in range(len(next(iter(chunk.values())))):
+            for value in chunk.values():
+                sha.update(np.ascontiguousarray(value[row]).tobytes())
+        chunks.append(chunk)
+    return Calibration(tuple(chunks), usable, batch_size, sha.hexdigest())

@@ -1,0 +1,336 @@
+"""Datasets: samples a model can take, addressed one by one.
+
+`_samples` is what each kind of dataset is: the prepared samples of some indices, in order. Everything else follows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from onnx_asr.data.preprocessing import InputSpec, Preprocessing
+from onnx_asr.errors import DataError, OptionError
+
+Sample = dict[str, NDArray[Any]]
+Indices = Sequence[int] | NDArray[np.integer[Any]]
+
+_DIGEST_CHUNK = 64  # samples held at once while hashing
+_MAX_DECODERS = 8
+_EIGHT_BIT_MODES = frozenset(
+    {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
+)
+
+
+def sample_indices(count: int, n: int, seed: int) -> NDArray[np.int64]:
+    """Draw `n` of `count` indices without replacement, sorted; all of them where `n` is as large.
+
+    Raises:
+        OptionError: `n` is below 1.
+    """
+    if n < 1:
+        raise OptionError(f"{n} samples were asked for: give a number from 1 up")
+    if n >= count:
+        return np.arange(count, dtype=np.int64)
+    return np.sort(np.random.default_rng(seed).choice(count, n, replace=False)).astype(np.int64)
+
+
+class Dataset(ABC):
+    """Random access to samples that fit a model's inputs.
+
+    Attributes:
+        names: What to call each sample in a message: "cat/1.jpg" or "#17".
+        labels: The class index of each sample, where known.
+        preprocessing: What is done to the images, with the layout as used; None for ready tensors.
+    """
+
+    def __init__(
+        self, names: Sequence[str], labels: NDArray[np.int64] | None, preprocessing: Preprocessing | None
+    ) -> None:
+        if labels is not None and len(labels) != len(names):
+            raise DataError(f"there are {len(labels)} labels for {len(names)} samples: give one label a sample")
+        self.names = tuple(names)
+        self.labels = labels
+        self.preprocessing = preprocessing
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @abstractmethod
+    def _samples(self, indices: Indices) -> list[Sample]:
+        """Prepare samples in the order asked for."""
+
+    def load(self, index: int) -> Sample:
+        """Prepare one sample: an array for each model input, without the batch axis."""
+        return self._samples([index])[0]
+
+    def batch(self, indices: Indices) -> Sample:
+        """Prepare several samples, stacked along a new first axis.
+
+        Raises:
+            DataError: A sample is broken, or their sizes differ.
+        """
+        samples = self._samples(indices)
+        for position, sample in enumerate(samples):
+            for name, value in sample.items():
+                if value.shape != samples[0][name].shape:
+                    raise DataError(
+                        f"samples of different sizes cannot form a batch: {self.names[indices[0]]} is "
+                        f"{samples[0][name].shape}, {self.names[indices[position]]} is {value.shape}: "
+                        "give data of one size (for images: pass --crop), or use batches of one"
+                    )
+        return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+    def digest(self, indices: Indices) -> str:
+        """Hash the prepared samples' bytes, in order, with SHA-256."""
+        result = hashlib.sha256()
+        for start in range(0, len(indices), _DIGEST_CHUNK):
+            for sample in self._samples(indices[start : start + _DIGEST_CHUNK]):
+                for value in sample.values():
+                    result.update(np.ascontiguousarray(value).tobytes())
+        return result.hexdigest()
+
+    def thumbnail(self, index: int) -> Image.Image | None:
+        """Show a sample as the model gets to see it, resized and cropped; None where samples are not images."""
+        return None
+
+
+class _ImageDataset(Dataset):
+    """Images, for a model with one input."""
+
+    def __init__(
+        self, names: Sequence[str], labels: NDArray[np.int64] | None, spec: InputSpec, preprocessing: Preprocessing
+    ) -> None:
+        resolved, channels = preprocessing.resolve(spec)
+        super().__init__(names, labels, resolved)
+        self._spec = spec
+        self._steps = resolved
+        self._channels = channels
+        self._table = resolved.table(channels, spec.dtype)
+
+    @abstractmethod
+    def _image(self, index: int) -> Image.Image:
+        """Read an image, in mode L for a model of one channel and RGB for three."""
+
+    def thumbnail(self, index: int) -> Image.Image:
+        """Show a sample as the model gets to see it, resized and cropped."""
+        with _bombs_are_errors():
+            return self._frame(index)
+
+    def _frame(self, index: int) -> Image.Image:
+        return self._steps.frame(self._image(index), self.names[index])
+
+    def _samples(self, indices: Indices) -> list[Sample]:
+        def prepare(index: int) -> Sample:
+            pixels = np.asarray(self._frame(index))
+            # (H, W) or (H, W, C) -> (1, H, W, C)
+            return self._normalised(pixels.reshape(1, *pixels.shape[:2], self._channels), [index])[0]
+
+        workers = min(len(indices), os.cpu_count() or 1, _MAX_DECODERS)  # Pillow decodes outside the interpreter lock
+        with _bombs_are_errors(), ThreadPoolExecutor(workers) as pool:
+            return list(pool.map(prepare, map(int, indices)))
+
+    def _normalised(self, pixels: NDArray[np.uint8], indices: Indices) -> list[Sample]:
+        """Turn framed pixels (N, H, W, C) into values in the model's layout, channel order and type."""
+        count, height, width, channels = pixels.shape
+        first = self._steps.layout == "NCHW"
+        shape = (channels, height, width) if first else (height, width, channels)
+        if not self._spec.fits(shape):
+            raise DataError(
+                f"{self.names[indices[0]]} is prepared to {shape}, model input {self._spec.name!r} expects "
+                f"{self._spec.sample_shape()}: {self._size_advice()}"
+            )
+        values = np.empty((count, *shape), self._spec.dtype)
+        order = range(channels - 1, -1, -1) if self._steps.channel_order == "BGR" else range(channels)
+        for position, channel in enumerate(order):
+            plane = np.s_[:, position] if first else np.s_[..., position]
+            values[plane] = self._table[channel][pixels[..., channel]]
+        return [{self._spec.name: value} for value in values]
+
+    def _size_advice(self) -> str:
+        height, width = self._spec.shape[2:] if self._steps.layout == "NCHW" else self._spec.shape[1:3]
+        if height is not None and width is not None and height != width:
+            return f"crops are square, so give images of {width} x {height} pixels, or ready tensors"
+        size = height or width
+        return f"pass --resize {size} --crop {size}, or a --preset that gives this size"
+
+
+class FolderDataset(_ImageDataset):
+    """Image files, read when they are asked for.
+
+    As in training pipelines, the first frame counts, transparency is dropped and an orientation tag is not applied.
+
+    Args:
+        root: The folder.
+        names: The files' paths in it.
+        labels: Class indices, where known.
+        spec: The model's input.
+        preprocessing: What to do to each image.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        names: Sequence[str],
+        labels: NDArray[np.int64] | None,
+        spec: InputSpec,
+        preprocessing: Preprocessing,
+    ) -> None:
+        super().__init__(names, labels, spec, preprocessing)
+        self._root = root
+        self._samples([0])  # a wrong size shows at once
+
+    def _image(self, index: int) -> Image.Image:
+        path = self._root / self.names[index]
+        try:
+            with Image.open(path) as image:
+                mode = image.mode
+                converted: Image.Image = image.convert("L" if self._channels == 1 else "RGB")
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise DataError(f"{path} is too large to be opened safely: {error} Scale it down or remove it") from error
+        except Exception as error:  # Pillow's decoders raise many kinds on broken files
+            raise DataError(f"{path} cannot be read as an image: {error}. Replace or remove it") from error
+        if mode not in _EIGHT_BIT_MODES:  # Pillow clips 16-bit values to 255
+            raise DataError(f"{path} has pixels of mode {mode}, not of 8 bits a channel: convert it to 8 bits")
+        return converted
+
+
+class PixelDataset(_ImageDataset):
+    """Images from one array of pixels.
+
+    Args:
+        pixels: uint8, (N, H, W, C) with C 1 or 3.
+        labels: Class indices, where known.
+        spec: The model's input.
+        preprocessing: What to do to each image.
+    """
+
+    def __init__(
+        self,
+        pixels: NDArray[np.uint8],
+        labels: NDArray[np.int64] | None,
+        spec: InputSpec,
+        preprocessing: Preprocessing,
+    ) -> None:
+        super().__init__([f"#{index}" for index in range(len(pixels))], labels, spec, preprocessing)
+        self._pixels = pixels
+        first = self._image(0)
+        self._as_is = pixels.shape[3] == self._channels and self._steps.frame(first, self.names[0]) is first
+        self._samples([0])  # a wrong size shows at once
+
+    def _image(self, index: int) -> Image.Image:
+        pixels = self._pixels[index]
+        image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+        return image.convert("L" if self._channels == 1 else "RGB")
+
+    def _samples(self, indices: Indices) -> list[Sample]:
+        if self._as_is:  # neither resized, cropped nor converted
+            return self._normalised(self._pixels[np.asarray(indices)], indices)
+        return super()._samples(indices)
+
+
+class TensorDataset(Dataset):
+    """Ready tensors: feeds of one or many samples each, addressed sample by sample.
+
+    Args:
+        feeds: Arrays by input name, each with a leading batch axis.
+        where: What to call the data in a message.
+        specs: The model's inputs.
+        labels: Class indices, where known.
+
+    Raises:
+        DataError: A feed does not fit the inputs, or there is no sample at all.
+    """
+
+    def __init__(
+        self,
+        feeds: Sequence[Mapping[str, NDArray[Any]]],
+        where: str,
+        specs: Sequence[InputSpec],
+        labels: NDArray[np.int64] | None = None,
+    ) -> None:
+        self._rows: list[tuple[int, int]] = []
+        for number, feed in enumerate(feeds):
+            length = _check_feed(feed, where if len(feeds) == 1 else f"feed {number} of {where}", specs)
+            self._rows.extend((number, row) for row in range(length))
+        super().__init__([f"#{index}" for index in range(len(self._rows))], labels, None)
+        self._feeds = feeds
+        self._specs = specs
+
+    def _samples(self, indices: Indices) -> list[Sample]:
+        samples = []
+        for index in indices:
+            feed, row = self._rows[index]
+            samples.append(
+                {
+                    spec.name: _cast(self._feeds[feed][spec.name][row], spec, f"sample {self.names[index]}")
+                    for spec in self._specs
+                }
+            )
+        return samples
+
+
+def _check_feed(feed: Mapping[str, NDArray[Any]], where: str, specs: Sequence[InputSpec]) -> int:
+    """Check names, shapes and types of one feed against the model's inputs; return its number of samples."""
+    wanted, given = {spec.name for spec in specs}, set(feed)
+    if wanted != given:
+        raise DataError(
+            f"{where} holds {_listed(given)}, the model's inputs are {_listed(wanted)}: "
+            "name the arrays after the inputs, with none missing and none besides"
+        )
+    for spec in specs:
+        value = feed[spec.name]
+        if value.ndim == 0 or not spec.fits(value.shape[1:]):
+            raise DataError(
+                f"{where} has an array of shape {value.shape} for model input {spec.name!r}, which expects "
+                f"{spec.sample_shape()} a sample: give that shape after one leading axis that counts the samples"
+            )
+        kinds = value.dtype.kind + spec.dtype.kind
+        if value.dtype != spec.dtype and kinds != "ff" and not (kinds[0] in "biu" and kinds[1] in "iuf"):
+            raise DataError(
+                f"{where} has an array of {value.dtype} for model input {spec.name!r}, which expects {spec.dtype}: "
+                "convert it with .astype"
+            )
+    lengths = {spec.name: len(feed[spec.name]) for spec in specs}
+    if len(set(lengths.values())) > 1:
+        listed = ", ".join(f"{length} for {name!r}" for name, length in lengths.items())
+        raise DataError(f"{where} has samples in different numbers: {listed}: give every input the same number")
+    return next(iter(lengths.values()))
+
+
+def _cast(value: NDArray[Any], spec: InputSpec, name: str) -> NDArray[Any]:
+    """Convert one sample to the input's type; a value that would become another one is an error."""
+    if value.dtype.kind == "f" and not np.isfinite(value).all():
+        raise DataError(f"{name} has NaN or infinite values for model input {spec.name!r}: remove or mend it")
+    if value.dtype == spec.dtype:
+        return np.asarray(value)
+    with np.errstate(over="ignore"):
+        result = value.astype(spec.dtype)
+    if not (np.isfinite(result).all() if value.dtype.kind == "f" else np.array_equal(result, value)):
+        raise DataError(
+            f"{name} has values from {value.min()} to {value.max()}, which {spec.dtype} of model input {spec.name!r} "
+            "cannot hold: rescale them"
+        )
+    return result
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in sorted(names)) or "nothing"
+
+
+@contextmanager
+def _bombs_are_errors() -> Iterator[None]:
+    """Make Pillow's warning about a decompression bomb an exception; entered outside of any worker thread."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield

@@ -1,0 +1,127 @@
+"""Class indices from a text table: one row an image, its name in one column and its class index in another.
+
+Which column is which is not declared: a reading is a pair of columns under which every image gets exactly one class.
+Images are looked for by their path in the folder, then by file name, then by file name without extension. Two readings
+that give different classes make the table ambiguous, and that is an error.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_asr.errors import DataError
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".gif", ".tif", ".tiff"})
+
+_CLASS_HEADERS = frozenset({"label", "labels", "class", "class_index", "class_id", "class index", "target"})
+
+
+def read_labels(path: Path, names: Sequence[str]) -> NDArray[np.int64]:
+    """Read the class index of each image from a TSV or CSV file.
+
+    Args:
+        path: The table: separated by tabs, commas, semicolons or spaces, with or without a header row. Rows for other
+            images, and columns that are neither name nor class, are passed over.
+        names: The images' paths in their folder, with forward slashes.
+
+    Returns:
+        One class index an image, in the order of `names`.
+
+    Raises:
+        DataError: The file cannot be read, does not cover every image, or can be read in two ways.
+    """
+    rows = _read_rows(path)
+    # A row of data holds a class index, so a first row without any whole number is a header.
+    header = [] if any(map(_is_index, rows[0])) else [cell.lower() for cell in rows.pop(0)]
+    columns = list(zip(*rows, strict=True))
+    class_columns = [number for number, cells in enumerate(columns) if all(map(_is_index, cells))]
+    declared = [number for number in class_columns if header and header[number] in _CLASS_HEADERS]
+    class_columns = declared or class_columns
+    if not class_columns:
+        raise DataError(
+            f"{path} has no column of class indices: one column must hold a whole number from 0 up in every row"
+        )
+
+    readings: dict[tuple[int, int], NDArray[np.int64]] = {}
+    problem, most_found = "it needs two columns", -1
+    for form in _FORMS:
+        keys = [form(name) for name in names]
+        if len(set(keys)) < len(keys):
+            continue  # two images of one file name in different sub-folders: only the path tells them apart
+        wanted = set(keys)
+        for name_column, class_column in itertools.product(range(len(columns)), class_columns):
+            if name_column == class_column:
+                continue
+            table: dict[str, set[int]] = {}
+            for cell, index in zip(columns[name_column], columns[class_column], strict=True):
+                if form(cell) in wanted:
+                    table.setdefault(form(cell), set()).add(int(index))
+            missing = next((name for name, key in zip(names, keys, strict=True) if key not in table), None)
+            repeated = next((key for key, indices in table.items() if len(indices) > 1), None)
+            if missing is None and repeated is None:
+                readings[name_column, class_column] = np.array(
+                    [index for key in keys for index in table[key]], np.int64
+                )
+            elif len(table) > most_found:
+                most_found = len(table)
+                problem = f"{missing!r} is not in it ({len(table)} of {len(keys)} images are): add the rest"
+                if repeated is not None:
+                    problem = f"{repeated!r} has more than one class: keep one row of it"
+        if readings:
+            break
+
+    if not readings:
+        raise DataError(f"{path} does not give every image one class index: {problem}")
+    (first, labels), *others = readings.items()
+    for other, different in others:
+        if not np.array_equal(labels, different):
+            raise DataError(
+                f"{path} can be read in two ways: name and class in columns {first[0] + 1} and {first[1] + 1}, or "
+                f"{other[0] + 1} and {other[1] + 1}: add a header row that calls the class column 'label'"
+            )
+    return labels
+
+
+def _read_rows(path: Path) -> list[list[str]]:
+    """Read the non-empty rows of a table, cells stripped, all of one length."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        delimiter = next((mark for mark in "\t,;" if lines and mark in lines[0]), " ")
+        rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"cannot read the labels file {path}: {error}") from error
+    if not rows:
+        raise DataError(f"the labels file {path} is empty: expected a row of file name and class index for each image")
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(rows[0]):
+            raise DataError(
+                f"{path}, row {number} has {len(row)} columns where the first row has {len(rows[0])}: "
+                "every row needs the same columns"
+            )
+    return rows
+
+
+def _is_index(cell: str) -> bool:
+    return cell.isascii() and cell.isdecimal() and len(cell) < 19  # fits an int64
+
+
+def _path(text: str) -> str:
+    return text.replace("\\", "/").removeprefix("./")
+
+
+def _file_name(text: str) -> str:
+    return _path(text).rpartition("/")[2]
+
+
+def _stem(text: str) -> str:
+    file = PurePosixPath(_file_name(text))
+    return file.stem if file.suffix.lower() in IMAGE_SUFFIXES else file.name
+
+
+_FORMS: tuple[Callable[[str], str], ...] = (_path, _file_name, _stem)

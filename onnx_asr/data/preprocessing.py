@@ -1,0 +1,295 @@
+"""How an image becomes a model input.
+
+    pixels (H, W, C) in 0..255
+      -> short side to `resize` (bilinear, antialiased)  -> centre crop to `crop` x `crop`
+      -> y = (x * scale - mean) / std                    -> RGB or BGR, channels first or last
+
+Pixels are whole numbers from 0 to 255, so the third step is a table of 256 values a channel, computed in float64 and
+rounded once to the model's type. Sizes and offsets are rounded as torchvision's `Resize` and `CenterCrop` round them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from onnx_asr.errors import DataError, OptionError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
+
+Layout = Literal["NCHW", "NHWC"]
+ChannelOrder = Literal["RGB", "BGR"]
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What one input of a model wants.
+
+    Attributes:
+        name: The input's name in the graph.
+        dtype: The element type.
+        shape: One entry an axis, None where any size goes; axis 0 is the batch.
+    """
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | None, ...]
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Say whether a sample of this shape, without the batch axis, goes into the input."""
+        return len(shape) == len(self.shape) - 1 and all(
+            want in (None, size) for size, want in zip(shape, self.shape[1:], strict=True)
+        )
+
+    def sample_shape(self) -> str:
+        """Write the shape of one sample, without the batch axis, for a message: `(3, ?, ?)`."""
+        return "(" + ", ".join("?" if size is None else str(size) for size in self.shape[1:]) + ")"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What is done to an image before a model sees it.
+
+    Attributes:
+        resize: Length of the short side after resizing; None leaves the size.
+        crop: Side of the square cut from the centre; None leaves the size.
+        scale: Factor on the pixel values 0..255; None if not stated, which only an integer input allows.
+        mean: Subtracted after scaling: one value, or one a channel as red, green, blue whatever `channel_order` is.
+        std: Divided by after that, in the same form.
+        layout: Where the channels go; None reads it from the model, and is NCHW where the model leaves it open.
+        channel_order: The order in which the model wants the three channels.
+    """
+
+    resize: int | None = None
+    crop: int | None = None
+    scale: float | None = None
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    layout: Layout | None = None
+    channel_order: ChannelOrder = "RGB"
+
+    def __post_init__(self) -> None:
+        for key in ("resize", "crop"):
+            size = getattr(self, key)
+            if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+                raise OptionError(f"{key} is {size!r}: give a whole number of pixels from 1 up")
+        if self.resize is not None and self.crop is not None and self.crop > self.resize:
+            raise OptionError(f"crop {self.crop} is larger than the short side after resize {self.resize}: lower one")
+        if self.scale is not None and (not _is_number(self.scale) or self.scale == 0):
+            raise OptionError(f"scale is {self.scale!r}: give a factor other than 0 (1/255 is {1 / 255})")
+        for key in ("mean", "std"):
+            values = getattr(self, key)
+            if not isinstance(values, tuple) or len(values) not in (1, 3) or not all(map(_is_number, values)):
+                raise OptionError(f"{key} is {values!r}: give one number, or three (red, green, blue)")
+        if any(value <= 0 for value in self.std):
+            raise OptionError(f"std is {self.std!r}: every value must be above 0")
+        if self.layout not in (None, "NCHW", "NHWC"):
+            raise OptionError(f"layout is {self.layout!r}: give NCHW or NHWC")
+        if self.channel_order not in ("RGB", "BGR"):
+            raise OptionError(f"channel order is {self.channel_order!r}: give RGB or BGR")
+
+    @classmethod
+    def from_options(
+        cls,
+        *,
+        preset: str | None = None,
+        file: str | os.PathLike[str] | None = None,
+        resize: int | None = None,
+        crop: int | None = None,
+        scale: float | None = None,
+        mean: Sequence[float] | float | None = None,
+        std: Sequence[float] | float | None = None,
+        layout: str | None = None,
+        channel_order: str | None = None,
+    ) -> Preprocessing | None:
+        """Build a preprocessing from a preset or a TOML file, and what is given beside it.
+
+        Args:
+            preset: A name from `PRESETS` to start from.
+            file: A TOML file to start from instead; its keys are the attributes of this class.
+            resize: Replaces the attribute of this name, as do the arguments after it.
+            crop: See `resize`.
+            scale: See `resize`.
+            mean: See `resize`; one number stands for all channels.
+            std: See `resize`; one number stands for all channels.
+            layout: See `resize`.
+            channel_order: See `resize`.
+
+        Returns:
+            The preprocessing, or None where nothing at all was given.
+
+        Raises:
+            OptionError: A name, a value or a file that cannot be used.
+        """
+        if preset is not None and file is not None:
+            raise OptionError(
+                f"both a preset ({preset}) and a preprocessing file ({file}) were given: give one of them"
+            )
+        if preset is not None and preset not in PRESETS:
+            raise OptionError(f"there is no preset {preset!r}: choose one of {', '.join(PRESETS)}")
+        overrides = {
+            "resize": resize,
+            "crop": crop,
+            "scale": scale,
+            "mean": mean,
+            "std": std,
+            "layout": layout,
+            "channel_order": channel_order,
+        }
+        given = {key: value for key, value in overrides.items() if value is not None}
+        if preset is not None:
+            base = PRESETS[preset]
+        elif file is not None:
+            base = cls(**_with_tuples(_read_toml(Path(file))))
+        elif given:
+            base = cls()
+        else:
+            return None
+        return dataclasses.replace(base, **_with_tuples(given))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Describe this preprocessing in plain values, for a report."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
+        }
+
+    def resolve(self, spec: InputSpec) -> tuple[Preprocessing, int]:
+        """Settle what the model's input decides: the layout, the number of channels, whether values are scaled at all.
+
+        Args:
+            spec: The input the images are for.
+
+        Returns:
+            This preprocessing with its layout set (and no scaling, for an integer input), and the number of channels.
+
+        Raises:
+            DataError: The input takes no images, or not with this preprocessing.
+        """
+        what = f"model input {spec.name!r} ({spec.dtype}, {spec.sample_shape()} a sample)"
+        if len(spec.shape) != 4:
+            raise DataError(f"the data are images, but {what} has no height, width and channels: pass ready tensors")
+        fixed: list[Layout] = []  # layouts that the model's own channel axis points to
+        if spec.shape[1] in (1, 3):
+            fixed.append("NCHW")
+        if spec.shape[3] in (1, 3):
+            fixed.append("NHWC")
+        if self.layout is not None and len(fixed) == 1 and fixed[0] != self.layout:
+            raise DataError(f"layout {self.layout} was asked for, but {what} is {fixed[0]}: pass --layout {fixed[0]}")
+        layout = self.layout or (fixed[0] if len(fixed) == 1 else "NCHW")
+        channels = spec.shape[1 if layout == "NCHW" else 3]
+        if channels is None:
+            channels = 3
+        if channels not in (1, 3):
+            raise DataError(f"an image has 1 or 3 channels, but {what} is not of that kind: pass ready tensors")
+
+        if spec.dtype.kind in "iu":
+            if not np.can_cast(np.uint8, spec.dtype):
+                raise DataError(f"{what} cannot hold pixel values 0..255: pass ready tensors")
+            return dataclasses.replace(self, scale=None, mean=(0.0,), std=(1.0,), layout=layout), channels
+        if spec.dtype.kind not in "fV":  # V: bfloat16 of ml_dtypes
+            raise DataError(f"the data are images, but {what} takes no numbers: pass ready tensors")
+        if self.scale is None:
+            raise DataError(
+                f"the data are images, {what} wants normalised values, and how pixels become values was not said: "
+                f"pass --preset ({', '.join(PRESETS)}), or --scale with --mean and --std"
+            )
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) > channels:
+                raise DataError(
+                    f"{key} has {len(values)} values, but {what} has 1 channel: pass --{key} with one value"
+                )
+        return dataclasses.replace(self, layout=layout), channels
+
+    def table(self, channels: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Tabulate the value of each pixel level: (channels, 256), channels in red, green, blue order."""
+        mean, std = (np.broadcast_to(np.array(values), channels)[:, None] for values in (self.mean, self.std))
+        levels = np.arange(256.0) * (1.0 if self.scale is None else self.scale)
+        values: NDArray[Any] = ((levels - mean) / std).astype(dtype)
+        return values
+
+    def frame(self, image: Image.Image, name: str) -> Image.Image:
+        """Resize and crop an image.
+
+        Args:
+            image: The image, in mode L or RGB.
+            name: What to call it in a message.
+
+        Returns:
+            The framed image; `image` itself where there is nothing to do.
+
+        Raises:
+            DataError: The image is smaller than the crop, or would become huge.
+        """
+        width, height = image.size
+        short = min(width, height)
+        if self.resize is not None and short != self.resize:
+            width, height = (int(self.resize * side / short) for side in (width, height))
+            if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+                raise DataError(
+                    f"{name} is {image.width} x {image.height} pixels and would grow to {width} x {height}: remove it"
+                )
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        if self.crop is not None and (width, height) != (self.crop, self.crop):
+            if min(width, height) < self.crop:
+                raise DataError(
+                    f"{name} is {width} x {height} pixels where {self.crop} x {self.crop} are to be cut out: "
+                    f"pass --resize {self.crop} or more, or a smaller --crop"
+                )
+            left, top = round((width - self.crop) / 2), round((height - self.crop) / 2)
+            image = image.crop((left, top, left + self.crop, top + self.crop))
+        return image
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn `mean` and `std`, a number or any sequence, into tuples; what is neither is left to be refused."""
+    result = dict(values)
+    for key in ("mean", "std"):
+        value = result.get(key)
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            result[key] = tuple(value)
+        elif _is_number(value):
+            result[key] = (value,)
+    return result
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as stream:
+            values: dict[str, Any] = tomllib.load(stream)
+    except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+        raise OptionError(f"cannot read the preprocessing file {path}: {error}") from error
+    keys = [field.name for field in dataclasses.fields(Preprocessing)]
+    unknown = sorted(set(values) - set(keys))
+    if unknown:
+        raise OptionError(f"{path} sets {', '.join(unknown)}: the known keys are {', '.join(keys)}")
+    return values
+
+
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+
+PRESETS: dict[str, Preprocessing] = {
+    "imagenet": Preprocessing(resize=256, crop=224, scale=1 / 255, mean=_IMAGENET_MEAN, std=_IMAGENET_STD),
+    "cifar10": Preprocessing(scale=1 / 255, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)),
+    "tf": Preprocessing(resize=256, crop=224, scale=1 / 127.5, mean=(1.0,)),
+    "digits": Preprocessing(scale=1 / 255, mean=(0.5,), std=(0.5,)),
+    "unit": Preprocessing(scale=1 / 255),
+    "raw": Preprocessing(scale=1.0),
+}

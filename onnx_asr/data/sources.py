@@ -1,0 +1,282 @@
+"""Opening data, whatever form it comes in.
+
+Three kinds of dataset come out: image files, decoded when asked for; images in one uint8 array (N, H, W, C); and ready
+tensors, from arrays, feeds or a reader, which are used as they are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from onnx_asr.data.datasets import Dataset, FolderDataset, PixelDataset, TensorDataset
+from onnx_asr.data.labels import IMAGE_SUFFIXES, read_labels
+from onnx_asr.data.preprocessing import InputSpec, Preprocessing
+from onnx_asr.errors import DataError, OptionError
+
+
+@runtime_checkable
+class FeedReader(Protocol):
+    """What onnxruntime's `CalibrationDataReader` offers: feeds one by one, then None."""
+
+    def get_next(self) -> Mapping[str, ArrayLike] | None:
+        """Give the next feed."""
+
+
+DataSource: TypeAlias = (
+    str | os.PathLike[str] | NDArray[Any] | Mapping[str, ArrayLike] | Iterable[Mapping[str, ArrayLike]] | FeedReader
+)
+
+
+def open_data(
+    source: DataSource,
+    inputs: Sequence[InputSpec],
+    *,
+    preprocessing: Preprocessing | None = None,
+    labels: str | os.PathLike[str] | None = None,
+) -> Dataset:
+    """Open calibration or evaluation data for a model.
+
+    Args:
+        source: A folder of images; an .npz with `images` (uint8, (N, H, W, C) or (N, H, W)) and perhaps `labels`; an
+            .npz with an array for each model input and perhaps `labels`; an .npy for a model of one input; the same as
+            a dict or an array; an iterable of feeds (dicts of arrays with a leading batch axis) or an onnxruntime
+            `CalibrationDataReader`, either of which is read to its end at once. A lone uint8 array is taken as images
+            if the input is of another type or a preprocessing is given.
+        inputs: What the model wants.
+        preprocessing: What to do to images; an input of integers needs none.
+        labels: For a folder, a table of file name and class index. Without it the classes are the folder's
+            sub-folders: their names where all are whole numbers, else their place in sorted order.
+
+    Returns:
+        The samples.
+
+    Raises:
+        DataError: The data are missing, broken or do not fit the model.
+        OptionError: `preprocessing` or `labels` do not apply to this kind of data.
+    """
+    for spec in inputs:
+        if not spec.shape:
+            raise DataError(
+                f"model input {spec.name!r} is a scalar: data need a batch axis, fix its value in the model"
+            )
+    if not inputs:
+        raise DataError("the model has no inputs: there is nothing to feed data to")
+
+    value: object = source
+    where = "the data"
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        where = str(path)
+        if path.is_dir():
+            return _open_folder(path, inputs, preprocessing, labels)
+        value = _load_numpy(path)
+    if labels is not None:
+        raise OptionError(
+            f"the labels file {labels} goes with a folder of images: put 'labels' beside the arrays instead"
+        )
+
+    if isinstance(value, np.ndarray):
+        if len(inputs) > 1:
+            names = ", ".join(repr(spec.name) for spec in inputs)
+            raise DataError(
+                f"{where} is one array, but the model has the inputs {names}: give an array for each, by name"
+            )
+        spec = inputs[0]
+        if _are_images(value, spec, preprocessing):
+            return _open_pixels(value, None, where, inputs, preprocessing)
+        return _open_tensors([{spec.name: value}], where, inputs, preprocessing)
+    if isinstance(value, Mapping):
+        return _open_mapping(_arrays(value, where), where, inputs, preprocessing)
+    feeds = _read_feeds(value)
+    return _open_tensors(feeds, where, inputs, preprocessing)
+
+
+def _open_folder(
+    root: Path,
+    inputs: Sequence[InputSpec],
+    preprocessing: Preprocessing | None,
+    labels: str | os.PathLike[str] | None,
+) -> Dataset:
+    names = _find_images(root)
+    if not names:
+        raise DataError(f"{root} holds no images: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
+    classes = _folder_labels(root, names) if labels is None else read_labels(Path(labels), names)
+    spec = _image_input(inputs, str(root))
+    return FolderDataset(root, names, classes, spec, preprocessing or Preprocessing())
+
+
+def _find_images(root: Path) -> list[str]:
+    """List the image files under a folder, hidden ones aside, as sorted paths with forward slashes."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise DataError(
+            f"cannot look into {error.filename}: {error.strerror}. Make it readable or remove it"
+        ) from error
+
+    names = []
+    entered = set()
+    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        real = os.path.realpath(folder)
+        if real in entered:  # a link back up
+            subfolders.clear()
+            continue
+        entered.add(real)
+        names += [
+            (Path(folder) / file).relative_to(root).as_posix()
+            for file in files
+            if not file.startswith(".") and os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
+        ]
+    return sorted(names)
+
+
+def _folder_labels(root: Path, names: Sequence[str]) -> NDArray[np.int64] | None:
+    """Take classes from sub-folders: their names if all are whole numbers, else their place in sorted order."""
+    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    loose = [name for name in names if "/" not in name]
+    if len(loose) == len(names):
+        return None
+    if loose:
+        raise DataError(
+            f"{root} holds images ({loose[0]}) beside sub-folders of images: keep all in one folder, or all in one "
+            "sub-folder a class, or pass --labels"
+        )
+    if all(name.isascii() and name.isdecimal() for name in classes):
+        index = {name: int(name) for name in classes}
+    elif len(classes) == 1:
+        return None  # one sub-folder sets nothing apart
+    else:
+        index = {name: position for position, name in enumerate(classes)}
+    return np.array([index[name.partition("/")[0]] for name in names], np.int64)
+
+
+def _load_numpy(path: Path) -> NDArray[Any] | dict[str, NDArray[Any]]:
+    if not path.exists():
+        raise DataError(f"{path} does not exist: expected a folder of images, an .npz or an .npy file")
+    if path.suffix.lower() not in (".npz", ".npy"):
+        raise DataError(f"{path} is no data: expected a folder of images, an .npz or an .npy file")
+    try:
+        if path.suffix.lower() == ".npy":
+            return np.lib.format.open_memmap(path, mode="r")  # never unpickles
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+    except Exception as error:  # zipfile, zlib and numpy raise many kinds on broken files
+        raise DataError(
+            f"cannot read arrays from {path}: {error}. Expected plain arrays written by numpy.save or numpy.savez; "
+            "pickled Python objects are refused, since loading them can run code"
+        ) from error
+    return _arrays(arrays, str(path))
+
+
+def _open_mapping(
+    arrays: dict[str, NDArray[Any]], where: str, inputs: Sequence[InputSpec], preprocessing: Preprocessing | None
+) -> Dataset:
+    by_name = {spec.name: spec for spec in inputs}
+    labels = None
+    if "labels" in arrays and "labels" not in by_name:
+        labels = _class_indices(arrays.pop("labels"), where)
+    if "images" in arrays and (
+        "images" not in by_name or _are_images(arrays["images"], by_name["images"], preprocessing)
+    ):
+        return _open_pixels(arrays["images"], labels, where, inputs, preprocessing)
+    return _open_tensors([arrays], where, inputs, preprocessing, labels)
+
+
+def _are_images(array: NDArray[Any], spec: InputSpec, preprocessing: Preprocessing | None) -> bool:
+    """Say whether an array that could be a ready tensor is one of pixels."""
+    return array.dtype == np.uint8 and len(spec.shape) == 4 and (preprocessing is not None or spec.dtype != np.uint8)
+
+
+def _open_pixels(
+    pixels: NDArray[Any],
+    labels: NDArray[np.int64] | None,
+    where: str,
+    inputs: Sequence[InputSpec],
+    preprocessing: Preprocessing | None,
+) -> Dataset:
+    spec = _image_input(inputs, where)
+    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or (pixels.ndim == 4 and pixels.shape[3] not in (1, 3)):
+        raise DataError(
+            f"{where} has images of {pixels.dtype} in shape {pixels.shape}: expected uint8 in (N, H, W), (N, H, W, 1) "
+            f"or (N, H, W, 3); name ready tensors after the model's input, {spec.name!r}"
+        )
+    if 0 in pixels.shape:
+        raise DataError(f"{where} has images in shape {pixels.shape}: it is empty, give at least one image")
+    if pixels.ndim == 3:
+        pixels = pixels[..., None]  # (N, H, W) -> (N, H, W, 1)
+    return PixelDataset(pixels, labels, spec, preprocessing or Preprocessing())
+
+
+def _open_tensors(
+    feeds: Sequence[Mapping[str, NDArray[Any]]],
+    where: str,
+    inputs: Sequence[InputSpec],
+    preprocessing: Preprocessing | None,
+    labels: NDArray[np.int64] | None = None,
+) -> Dataset:
+    if preprocessing is not None:
+        raise OptionError(
+            f"{where} holds ready tensors, which are used as they are, but a preprocessing was given: drop it, or give "
+            "images (uint8, named 'images')"
+        )
+    dataset = TensorDataset(feeds, where, inputs, labels)
+    if len(dataset) == 0:
+        raise DataError(f"{where} holds no samples: give at least one (a reader that was used before must be rewound)")
+    return dataset
+
+
+def _read_feeds(source: object) -> list[dict[str, NDArray[Any]]]:
+    """Read feeds to the end; they are copied, since a reader may fill the same buffers again."""
+    if isinstance(source, FeedReader):
+        items: Iterable[object] = iter(source.get_next, None)
+    elif isinstance(source, Iterable):
+        items = source
+    else:
+        raise DataError(
+            f"the data are of type {type(source).__name__}: expected a path, an array, a dict of arrays, an iterable "
+            "of such dicts or a CalibrationDataReader"
+        )
+    feeds = []
+    for number, item in enumerate(items):
+        if not isinstance(item, Mapping):
+            raise DataError(
+                f"feed {number} of the data is of type {type(item).__name__}: expected a dict from input name to array"
+            )
+        feeds.append({name: array.copy() for name, array in _arrays(item, f"feed {number} of the data").items()})
+    return feeds
+
+
+def _arrays(values: Mapping[str, Any], where: str) -> dict[str, NDArray[Any]]:
+    arrays = {}
+    for name, value in values.items():
+        try:
+            arrays[name] = np.asarray(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(f"{where}: {name!r} is no array: {error}") from error
+    return arrays
+
+
+def _class_indices(labels: NDArray[Any], where: str) -> NDArray[np.int64]:
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]  # (N, 1) -> (N,)
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or (labels.size and labels.min() < 0):
+        raise DataError(
+            f"{where} has labels of {labels.dtype} in shape {labels.shape}: expected class indices, whole numbers "
+            "from 0 up, in shape (N,)"
+        )
+    return labels.astype(np.int64)
+
+
+def _image_input(inputs: Sequence[InputSpec], where: str) -> InputSpec:
+    if len(inputs) > 1:
+        names = ", ".join(repr(spec.name) for spec in inputs)
+        raise DataError(
+            f"{where} holds images, but the model has the inputs {names}: give ready tensors, one for each, by name"
+        )
+    return inputs[0]

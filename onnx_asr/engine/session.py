@@ -1,0 +1,104 @@
+"""One onnxruntime session over a model held in memory, with outputs bound to buffers of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+
+from onnx_asr.errors import ModelError, OptionError
+
+Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
+_FATAL_ONLY, _WARNINGS = 4, 2
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How sessions run.
+
+    Attributes:
+        providers: Execution providers in order of preference.
+        threads: Threads within an operator; 0 lets onnxruntime use every core.
+        verbose: Let onnxruntime print its warnings.
+    """
+
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    threads: int = 0
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        available = onnxruntime.get_available_providers()
+        for provider in self.providers:
+            if provider not in available:
+                raise OptionError(
+                    f"execution provider '{provider}' is not in this onnxruntime, which has {', '.join(available)}"
+                )
+
+    def options(self) -> onnxruntime.SessionOptions:
+        """Session options: all optimisations on, no busy waiting beside numpy's threads."""
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.log_severity_level = _WARNINGS if self.verbose else _FATAL_ONLY
+        options.intra_op_num_threads = self.threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        return options
+
+
+class Session:
+    """A loaded model.
+
+    Raises:
+        ModelError: When onnxruntime cannot load or run the model.
+    """
+
+    def __init__(self, model: onnx.ModelProto | str, runtime: Runtime) -> None:
+        source = model if isinstance(model, str) else model.SerializeToString()
+        self._runtime = runtime
+        try:
+            self._session = onnxruntime.InferenceSession(source, runtime.options(), providers=list(runtime.providers))
+        except Exception as error:  # onnxruntime raises a family of unrelated classes
+            raise ModelError(f"onnxruntime cannot load the model: {_first_line(error)}") from error
+        self.output_names = [output.name for output in self._session.get_outputs()]
+        self._shapes: dict[tuple[Any, ...], dict[str, tuple[tuple[int, ...], np.dtype[Any]]]] = {}
+
+    def run(
+        self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None, allocate: Allocate = np.empty
+    ) -> dict[str, NDArray[Any]]:
+        """Run once; outputs are written straight into what ``allocate`` gives once their shapes are known."""
+        names = list(outputs or self.output_names)
+        signature = tuple((name, value.shape) for name, value in feeds.items())
+        known = self._shapes.get(signature)
+        try:
+            if known is None:
+                values = self._session.run(names, dict(feeds))
+                results = {name: owned(np.asarray(value), allocate) for name, value in zip(names, values, strict=True)}
+                self._shapes[signature] = {name: (array.shape, array.dtype) for name, array in results.items()}
+                return results
+            binding = self._session.io_binding()
+            held = {name: np.ascontiguousarray(value) for name, value in feeds.items()}
+            for name, value in held.items():
+                binding.bind_input(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
+            results = {name: allocate(*known[name]) for name in names}
+            for name, value in results.items():
+                binding.bind_output(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
+            self._session.run_with_iobinding(binding)
+        except Exception as error:
+            raise ModelError(f"onnxruntime cannot run the model: {_first_line(error)}") from error
+        return results
+
+
+def owned(value: NDArray[Any], allocate: Allocate) -> NDArray[Any]:
+    """A copy that does not pin the session's memory."""
+    result = allocate(value.shape, value.dtype)
+    np.copyto(result, value)
+    return result
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,230 @@
+"""Plan, then apply: new values for node inputs, written to a copy that is otherwise the file as it was.
+
+A plan addresses a value by the node that reads it (position, input slot), never by the initializer's name, because
+exporters share initializers between nodes. Writing replaces the value in place where all its readers get the same new
+one, and gives a node a private copy everywhere else; an original that nobody reads any more is removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from onnx_asr.errors import ModelError
+from onnx_asr.graph.index import GraphIndex, node_reads
+
+Slot = tuple[int, int]
+
+
+@dataclass
+class EditPlan:
+    """What a repair or a pruning will change, addressed by node position.
+
+    Attributes:
+        values: (node position, input slot) to the new value of that input.
+        added_bias: Position of a MatMul without bias to the per-channel values of an Add to put behind it.
+        notes: Node position to a sentence for the node's doc string.
+    """
+
+    values: dict[Slot, NDArray[Any]] = field(default_factory=dict)
+    added_bias: dict[int, NDArray[Any]] = field(default_factory=dict)
+    notes: dict[int, str] = field(default_factory=dict)
+
+    def current(self, index: GraphIndex, node: int, slot: int) -> NDArray[Any] | None:
+        """The planned value of an input, else the model's constant, else None where the input is absent."""
+        if (node, slot) in self.values:
+            return self.values[node, slot]
+        inputs = index.nodes[node].input
+        if slot >= len(inputs) or not inputs[slot]:
+            return None
+        return index.value(inputs[slot])
+
+    def values_of(self, node: int) -> list[tuple[Slot, NDArray[Any]]]:
+        """The planned values of one node's inputs, by slot."""
+        return sorted(((key, value) for key, value in self.values.items() if key[0] == node), key=lambda item: item[0])
+
+    def update(self, other: EditPlan) -> None:
+        """Take over every edit of another plan; later ones win."""
+        self.values.update(other.values)
+        self.added_bias.update(other.added_bias)
+        self.notes.update(other.notes)
+
+    def __len__(self) -> int:
+        return len(self.values) + len(self.added_bias)
+
+
+def stored(index: GraphIndex, node: int, slot: int, value: NDArray[Any]) -> NDArray[Any]:
+    """A new value in the type (and, where the size allows, the shape) in which the model stores that input.
+
+    Raises:
+        ModelError: When a value is not finite in the stored type (NaN, or too large for float16).
+    """
+    inputs = index.nodes[node].input
+    present = slot < len(inputs) and bool(inputs[slot])
+    reference = inputs[slot] if present else next(name for name in inputs[1:] if name and index.is_constant(name))
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(index.element_type(reference))
+    with np.errstate(over="ignore", invalid="ignore"):
+        result = np.asarray(value).astype(dtype)
+    if not np.isfinite(result.astype(np.float64)).all():
+        raise ModelError(
+            f"the new value of input {slot} of node {index.label(node)} is not finite as {np.dtype(dtype).name}: "
+            "check the calibration data, or repair a float32 version of the model"
+        )
+    if present:
+        shape = index.value(reference).shape
+        if int(np.prod(shape)) == result.size:
+            result = result.reshape(shape)
+    return result
+
+
+def apply(index: GraphIndex, plan: EditPlan, metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
+    """Write a plan into a copy of the model; everything it does not name stays as it was.
+
+    Raises:
+        ModelError: When a new value does not fit the stored type.
+    """
+    values = {key: stored(index, *key, value) for key, value in plan.values.items()}
+    biases = {node: _added_bias(index, node, value) for node, value in plan.added_bias.items()}
+    model = onnx.ModelProto()
+    model.CopyFrom(index.model)
+    writer = _Writer(model, index, _tied(index, plan))
+    for (node, slot), value in sorted(values.items(), key=lambda item: item[0]):
+        writer.write(node, slot, value)
+    writer.remove_orphans()
+    for node, note in plan.notes.items():
+        target = writer.nodes[node]
+        target.doc_string = f"{target.doc_string}\n{note}" if target.doc_string else note
+    for node, value in sorted(biases.items(), reverse=True):
+        writer.add_bias(node, value)
+    for key, text in (metadata or {}).items():
+        set_metadata(model, key, text)
+    return model
+
+
+def set_metadata(model: onnx.ModelProto, key: str, text: str) -> None:
+    """Set one entry of ``metadata_props``."""
+    for entry in model.metadata_props:
+        if entry.key == key:
+            entry.value = text
+            return
+    model.metadata_props.add(key=key, value=text)
+
+
+def _tied(index: GraphIndex, plan: EditPlan) -> set[str]:
+    """Constants whose every reader (often there is just one) gets the same new array: they are replaced in place."""
+    planned: dict[str, list[NDArray[Any]]] = {}
+    for (node, slot), value in plan.values.items():
+        inputs = index.nodes[node].input
+        if slot < len(inputs) and inputs[slot]:
+            planned.setdefault(inputs[slot], []).append(value)
+    tied = set()
+    for name, values in planned.items():
+        sites = sum(read == name for node in index.consumers[name] for read in node_reads(index.nodes[node]))
+        if len(values) == sites and all(value is values[0] for value in values) and name not in index.outputs:
+            tied.add(name)
+    return tied
+
+
+def _added_bias(index: GraphIndex, node: int, value: NDArray[Any]) -> NDArray[Any]:
+    weight = next(name for name in index.nodes[node].input if index.is_constant(name))
+    return np.asarray(value).astype(onnx.helper.tensor_dtype_to_np_dtype(index.element_type(weight)))
+
+
+def unique_name(taken: set[str], wish: str) -> str:
+    """A tensor name that is not taken yet; it is taken afterwards."""
+    name, number = wish, 1
+    while name in taken:
+        name, number = f"{wish}_{number}", number + 1
+    taken.add(name)
+    return name
+
+
+class _Writer:
+    """Writes values into a copy of an indexed model."""
+
+    def __init__(self, model: onnx.ModelProto, index: GraphIndex, tied: set[str]) -> None:
+        self.model = model
+        self.tied = tied
+        self.index = index
+        self.nodes = list(model.graph.node)
+        self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.taken = set(index.consumers) | set(index.producer) | set(index.initializers)
+        self.taken |= {value.name for value in model.graph.input} | set(index.outputs)
+        self.replaced: set[str] = set()
+
+    def write(self, node: int, slot: int, value: NDArray[Any]) -> None:
+        target = self.nodes[node]
+        name = target.input[slot] if slot < len(target.input) else ""
+        if name in self.tied and self.index.value(name).shape == value.shape:
+            holder = self.initializers.get(name)
+            if holder is None:
+                producer = self.nodes[self.index.producer[name]]
+                if producer.op_type == "Constant" and producer.attribute[0].name == "value":
+                    holder = producer.attribute[0].t
+            if holder is not None:
+                fresh = numpy_helper.from_array(value, holder.name)
+                fresh.doc_string = holder.doc_string
+                holder.CopyFrom(fresh)
+                return
+        fallback = f"{target.output[0]}_input{slot}"
+        private = unique_name(self.taken, f"{name}_repaired" if name else fallback)
+        self._add_initializer(private, value)
+        while len(target.input) <= slot:
+            target.input.append("")
+        target.input[slot] = private
+        if name:
+            self.replaced.add(name)
+
+    def _add_initializer(self, name: str, value: NDArray[Any]) -> None:
+        tensor = numpy_helper.from_array(value, name)
+        self.model.graph.initializer.append(tensor)
+        if self.model.ir_version < 4:  # there, every initializer has to be a graph input as well
+            declared = onnx.helper.make_tensor_value_info(name, tensor.data_type, list(value.shape))
+            self.model.graph.input.append(declared)
+
+    def remove_orphans(self) -> None:
+        """Remove constants that lost their last reader to a private copy, and what only fed them."""
+        pending = list(self.replaced)
+        dead_nodes: set[int] = set()
+        while pending:
+            name = pending.pop()
+            readers = self.index.consumers.get(name, [])
+            still_read = any(p not in dead_nodes and name in set(node_reads(self.nodes[p])) for p in readers)
+            if still_read or name in self.index.outputs:
+                continue
+            if name in self.initializers:
+                _remove_named(self.model.graph.initializer, name)
+                _remove_named(self.model.graph.input, name)
+            else:
+                producer = self.index.producer[name]
+                if any(out != name and self.index.consumers.get(out) for out in self.nodes[producer].output):
+                    continue
+                dead_nodes.add(producer)
+                pending.extend(node_reads(self.nodes[producer]))
+            _remove_named(self.model.graph.value_info, name)
+        for position in sorted(dead_nodes, reverse=True):
+            del self.model.graph.node[position]
+
+    def add_bias(self, node: int, value: NDArray[Any]) -> None:
+        """Put ``Add(bias)`` behind a MatMul; the sum takes over the MatMul's output name."""
+        target = self.nodes[node]
+        output = target.output[0]
+        target.output[0] = unique_name(self.taken, f"{output}_unbiased")
+        bias = unique_name(self.taken, f"{output}_bias")
+        self._add_initializer(bias, value)
+        add = onnx.helper.make_node("Add", [target.output[0], bias], [output], name=f"{target.name or output}_bias")
+        place = next(i for i, item in enumerate(self.model.graph.node) if item.output[:1] == target.output[:1])
+        self.model.graph.node.insert(place + 1, add)
+
+
+def _remove_named(items: Any, name: str) -> None:
+    for position, item in enumerate(items):
+        if item.name == name:
+            del items[position]
+            return

@@ -1,0 +1,214 @@
+"""Who produces and who consumes each tensor of an ONNX graph, and which tensors are constants.
+
+The index borrows the model: it never changes it, and positions in ``GraphIndex.nodes`` are positions in
+``model.graph.node``, which is how every other module names a node (ONNX node names may be empty or repeated).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from onnx_asr.errors import ModelError
+
+FLOAT_TYPES = {
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.FLOAT16,
+    onnx.TensorProto.BFLOAT16,
+    onnx.TensorProto.DOUBLE,
+}
+_FOLDABLE = {"Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
+_STANDARD_DOMAINS = {"", "ai.onnx"}
+
+
+@dataclass(frozen=True)
+class GraphIndex:
+    """Producers, consumers and constants of one model's main graph.
+
+    Attributes:
+        model: The model, unchanged and not to be changed while the index is used.
+        nodes: Its nodes in file order.
+        producer: Tensor name to the position of the node that makes it.
+        consumers: Tensor name to the positions of the nodes that read it, subgraphs included.
+        initializers: Initializer name to its TensorProto (constant even when also listed as a graph input).
+        inputs: Graph inputs that are not initializers, in file order.
+        outputs: Graph output names, in file order.
+    """
+
+    model: onnx.ModelProto
+    nodes: list[onnx.NodeProto]
+    producer: dict[str, int]
+    consumers: dict[str, list[int]]
+    initializers: dict[str, onnx.TensorProto]
+    inputs: list[onnx.ValueInfoProto]
+    outputs: list[str]
+    _values: dict[str, NDArray[Any]] = field(default_factory=dict, repr=False)
+    _constant: dict[str, bool] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, model: onnx.ModelProto) -> GraphIndex:
+        """Index a model.
+
+        Raises:
+            ModelError: When a tensor is produced twice, or a node reads a tensor that nothing produces before it.
+        """
+        graph = model.graph
+        nodes = list(graph.node)
+        initializers = {tensor.name: tensor for tensor in graph.initializer}
+        sparse = {tensor.values.name for tensor in graph.sparse_initializer}
+        inputs = [value for value in graph.input if value.name not in initializers]
+        known = {value.name for value in graph.input} | set(initializers) | sparse
+        producer: dict[str, int] = {}
+        consumers: dict[str, list[int]] = {}
+        for position, node in enumerate(nodes):
+            for name in node_reads(node):
+                if name not in known:
+                    raise ModelError(
+                        f"node {describe(node, position)} reads tensor '{name}', which nothing before it produces: "
+                        "the graph is broken or not sorted; re-export it, or run onnx.checker on it"
+                    )
+                readers = consumers.setdefault(name, [])
+                if not readers or readers[-1] != position:
+                    readers.append(position)
+            for name in filter(None, node.output):
+                if name in producer:
+                    raise ModelError(f"tensor '{name}' is produced by two nodes: the graph is not valid ONNX")
+                producer[name] = position
+                known.add(name)
+        outputs = [value.name for value in graph.output]
+        missing = [name for name in outputs if name not in known]
+        if missing:
+            raise ModelError(f"graph output '{missing[0]}' is produced by no node: the graph is broken")
+        return cls(model, nodes, producer, consumers, initializers, inputs, outputs)
+
+    def is_constant(self, name: str) -> bool:
+        """Whether a tensor has the same value for every input of the graph (and can be evaluated here)."""
+        if name not in self._constant:
+            self._constant[name] = self._find_constant(name)
+        return self._constant[name]
+
+    def _find_constant(self, name: str) -> bool:
+        if name in self.initializers:
+            return True
+        position = self.producer.get(name)
+        if position is None:
+            return False
+        node = self.nodes[position]
+        if node.domain not in _STANDARD_DOMAINS:
+            return False
+        if node.op_type == "Constant":
+            return True
+        return node.op_type in _FOLDABLE and all(self.is_constant(read) for read in filter(None, node.input))
+
+    def value(self, name: str) -> NDArray[Any]:
+        """The value of a constant tensor, wherever it stands.
+
+        Initializers, ``Constant`` nodes, and chains of Identity, Cast, Transpose and reshapes over them.
+
+        Raises:
+            KeyError: When the tensor is not a constant.
+        """
+        if not self.is_constant(name):
+            raise KeyError(name)
+        if name not in self._values:
+            tensor = self.initializers.get(name)
+            self._values[name] = self._evaluate(name) if tensor is None else numpy_helper.to_array(tensor)
+        return self._values[name]
+
+    def _evaluate(self, name: str) -> NDArray[Any]:
+        node = self.nodes[self.producer[name]]
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            return numpy_helper.to_array(node.attribute[0].t)
+        reads = [read for read in node.input if read]
+        scope = onnx.helper.make_graph(
+            [node],
+            "constant",
+            [onnx.ValueInfoProto(name=read) for read in reads],
+            [onnx.ValueInfoProto(name=name)],
+        )
+        model = onnx.helper.make_model(scope, opset_imports=self.model.opset_import)
+        (result,) = ReferenceEvaluator(model).run([name], {read: self.value(read) for read in reads})
+        return np.asarray(result)
+
+    def element_type(self, name: str) -> int:
+        """ONNX element type of a constant tensor."""
+        if name in self.initializers:
+            return int(self.initializers[name].data_type)
+        return int(onnx.helper.np_dtype_to_tensor_dtype(self.value(name).dtype))
+
+    def sole_consumer(self, name: str) -> int | None:
+        """Position of the only node that reads a tensor, or None (several, none, or it is a graph output)."""
+        readers = self.consumers.get(name, [])
+        if len(readers) != 1 or name in self.outputs:
+            return None
+        return readers[0]
+
+    def label(self, position: int) -> str:
+        """A name for a node that a user recognises: its own, or operator and first output."""
+        return describe(self.nodes[position], position)
+
+
+def describe(node: onnx.NodeProto, position: int) -> str:
+    """Name a node for people: its name, or its operator and first output where it has none."""
+    if node.name:
+        return str(node.name)
+    return f"{node.op_type}:{node.output[0] if node.output else position}"
+
+
+def node_reads(node: onnx.NodeProto) -> Iterator[str]:
+    """Tensors of the enclosing graph that a node reads: its inputs, and what its subgraphs capture."""
+    yield from (name for name in node.input if name)
+    for graph in subgraphs(node):
+        yield from captured(graph)
+
+
+def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """Control-flow bodies of a node (If, Loop, Scan)."""
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield attribute.g
+        elif attribute.type == onnx.AttributeProto.GRAPHS:
+            yield from attribute.graphs
+
+
+def captured(graph: onnx.GraphProto) -> Iterator[str]:
+    """Names that a subgraph reads from outside itself."""
+    local = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+    for node in graph.node:
+        yield from (name for name in node_reads(node) if name not in local)
+        local.update(node.output)
+    yield from (value.name for value in graph.output if value.name not in local)
+
+
+def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
+    """A node's attribute value, or the operator's default."""
+    for item in node.attribute:
+        if item.name == name:
+            return onnx.helper.get_attribute_value(item)
+    return default
+
+
+def is_standard(node: onnx.NodeProto, *op_types: str) -> bool:
+    """Whether a node is one of these operators of the ONNX standard domain."""
+    return node.op_type in op_types and node.domain in _STANDARD_DOMAINS
+
+
+def ancestors(index: GraphIndex, targets: Iterable[str], stop: Iterable[str] = ()) -> set[int]:
+    """Positions of the nodes needed to compute ``targets`` when the tensors in ``stop`` are given."""
+    given = set(stop)
+    needed: set[int] = set()
+    stack = [name for name in targets if name not in given]
+    while stack:
+        position = index.producer.get(stack.pop())
+        if position is None or position in needed:
+            continue
+        needed.add(position)
+        stack.extend(name for name in node_reads(index.nodes[position]) if name not in given)
+    return needed

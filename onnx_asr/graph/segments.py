@@ -1,0 +1,82 @@
+"""Cut a part of a graph out as a model of its own, with a plan's edits already in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from onnx_asr.graph.edit import EditPlan, stored
+from onnx_asr.graph.index import GraphIndex, node_reads
+
+MIN_IR_VERSION = 4  # below it initializers count as overridable inputs, which switches fusions off
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """A tensor handed from one segment to the next.
+
+    Attributes:
+        element_type: ONNX element type.
+        shape: Dimensions, None where they may differ from run to run; None altogether where the rank may.
+    """
+
+    element_type: int
+    shape: tuple[int | None, ...] | None
+
+
+def cut(
+    index: GraphIndex,
+    positions: Iterable[int],
+    inputs: Mapping[str, Boundary],
+    outputs: Iterable[str],
+    plan: EditPlan | None = None,
+) -> onnx.ModelProto:
+    """A model of the nodes at ``positions``, fed with ``inputs``, giving ``outputs``.
+
+    Only the initializers that these nodes read are copied; planned values take their place.
+    """
+    plan = plan or EditPlan()
+    nodes: list[onnx.NodeProto] = []
+    tensors: dict[str, onnx.TensorProto] = {}
+    for position in sorted(positions):
+        node = onnx.NodeProto()
+        node.CopyFrom(index.nodes[position])
+        for (_, slot), value in plan.values_of(position):
+            private = f"asr::{position}:{slot}"
+            tensors[private] = numpy_helper.from_array(stored(index, position, slot, value), private)
+            while len(node.input) <= slot:
+                node.input.append("")
+            node.input[slot] = private
+        nodes.append(node)
+        if position in plan.added_bias:
+            bias = f"asr::{position}:bias"
+            tensors[bias] = numpy_helper.from_array(plan.added_bias[position].astype(np.float32), bias)
+            total, node.output[0] = node.output[0], f"{node.output[0]}::unbiased"
+            nodes.append(onnx.helper.make_node("Add", [node.output[0], bias], [total]))
+    sparse: dict[str, onnx.SparseTensorProto] = {}
+    known_sparse = {tensor.values.name: tensor for tensor in index.model.graph.sparse_initializer}
+    for node in nodes:
+        for name in node_reads(node):
+            if name in index.initializers:
+                tensors.setdefault(name, index.initializers[name])
+            elif name in known_sparse:
+                sparse[name] = known_sparse[name]
+    graph = onnx.GraphProto(name="segment")
+    graph.node.extend(nodes)
+    graph.initializer.extend(tensors.values())
+    graph.sparse_initializer.extend(sparse.values())
+    for name, boundary in inputs.items():
+        shape = None
+        if boundary.shape is not None:
+            shape = ["N" if axis == 0 and size is None else size for axis, size in enumerate(boundary.shape)]
+        graph.input.append(onnx.helper.make_tensor_value_info(name, boundary.element_type, shape))
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
+    model = onnx.ModelProto(ir_version=max(index.model.ir_version, MIN_IR_VERSION))
+    model.graph.CopyFrom(graph)
+    model.opset_import.extend(index.model.opset_import)
+    model.functions.extend(index.model.functions)
+    return model

@@ -1,0 +1,191 @@
+"""Load, check and save models; the only place that touches model files.
+
+A file is written beside its destination and then renamed over it, so that an existing file is either kept whole or
+replaced whole. External data goes into a file of its own whose name carries a digest: the old pair stays valid until
+the rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx.external_data_helper import (
+    convert_model_to_external_data,
+    uses_external_data,
+)
+
+from onnx_asr.errors import ModelError, OutputError
+from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex
+
+ModelSource = onnx.ModelProto | str | os.PathLike[str]
+
+PROTOBUF_LIMIT = 2**31 - 1
+_EXTERNAL_THRESHOLD = 1024
+
+
+def load(source: ModelSource) -> onnx.ModelProto:
+    """Load a model, external data included; a ModelProto is returned as it is.
+
+    Raises:
+        ModelError: When there is no such file, it is not an ONNX model, or its weights are not finite.
+    """
+    if isinstance(source, onnx.ModelProto):
+        model = source
+    else:
+        path = Path(source)
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "does not exist"
+            raise ModelError(f"model file '{path}' {what}; give the path of an .onnx file")
+        try:
+            model = onnx.load(path)
+        except (DecodeError, ValueError, TypeError) as error:
+            raise ModelError(
+                f"'{path}' is not an ONNX model ({error}); give a file written by an ONNX exporter"
+            ) from error
+        except (OSError, onnx.checker.ValidationError) as error:
+            raise ModelError(f"cannot read the model '{path}': {error}") from error
+    if not model.graph.node or not model.opset_import:
+        name = "the model" if isinstance(source, onnx.ModelProto) else f"'{source}'"
+        raise ModelError(f"{name} is not an ONNX model, or an empty one: it has no nodes; give an exported network")
+    return model
+
+
+def check_finite(index: GraphIndex, what: str) -> None:
+    """Refuse NaN and infinite weights.
+
+    Raises:
+        ModelError: Naming the first initializer that is not finite.
+    """
+    for name, tensor in index.initializers.items():
+        if tensor.data_type in FLOAT_TYPES:
+            value = index.value(name)
+            if not np.isfinite(value.astype(np.float32, copy=False)).all():
+                raise ModelError(
+                    f"initializer '{name}' of the {what} model holds NaN or infinite values; "
+                    "repair needs finite weights: check the training run or the tool that pruned it"
+                )
+
+
+def digest(model: onnx.ModelProto) -> str:
+    """SHA-256 of a model's serialized form (graph first, then weights too large for one message)."""
+    sha = hashlib.sha256()
+    try:
+        sha.update(model.SerializeToString(deterministic=True))
+    except (ValueError, DecodeError):  # over 2 GB
+        for tensor in model.graph.initializer:
+            sha.update(tensor.name.encode())
+            sha.update(tensor.raw_data)
+    return sha.hexdigest()
+
+
+def check_writable(path: str | os.PathLike[str]) -> Path:
+    """The destination as a path, after making sure that a file can be made there.
+
+    Raises:
+        OutputError: When the folder is missing or not writable, or the path is a folder.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise OutputError(f"output path '{target}' is a folder; give the name of the file to write")
+    folder = target.parent
+    if not folder.is_dir():
+        raise OutputError(f"output folder '{folder}' does not exist; create it first")
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{target.name}."):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write to '{folder}': {error.strerror}; choose another output path") from error
+    return target
+
+
+def save(model: onnx.ModelProto, path: str | os.PathLike[str], *, external_data: bool = False) -> Path:
+    """Write a model atomically; external data where asked for or where the model is over protobuf's 2 GB.
+
+    Raises:
+        OutputError: When it cannot be written; an existing file is then as it was.
+    """
+    target = check_writable(path)
+    external = external_data or model.ByteSize() > PROTOBUF_LIMIT
+    written: list[Path] = []
+    try:
+        if external:
+            copy = onnx.ModelProto()
+            copy.CopyFrom(model)
+            model = copy
+            data = target.with_name(f"{target.name}.{digest(model)[:12]}.data")
+            convert_model_to_external_data(
+                model, all_tensors_to_one_file=True, location=data.name, size_threshold=_EXTERNAL_THRESHOLD
+            )
+            if not data.exists():
+                written.append(data)
+            else:
+                data.unlink()  # the same content: onnx appends to an existing file
+        with tempfile.NamedTemporaryFile(
+            dir=target.parent, prefix=f".{target.name}.", suffix=".onnx", delete=False
+        ) as file:
+            temporary = Path(file.name)
+        written.append(temporary)
+        onnx.save(model, temporary)
+        write_through(temporary)
+        mode = target.stat().st_mode if target.exists() else 0o666 & ~_umask()
+        temporary.chmod(mode & 0o777)
+        temporary.replace(target)
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        for leftover in written:
+            leftover.unlink(missing_ok=True)
+        raise OutputError(f"cannot write '{target}': {error}") from error
+    except BaseException:
+        for leftover in written:
+            leftover.unlink(missing_ok=True)
+        raise
+    return target
+
+
+def write_text(text: str, path: str | os.PathLike[str]) -> Path:
+    """Write a text file atomically.
+
+    Raises:
+        OutputError: When it cannot be written.
+    """
+    target = check_writable(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(target)
+    except OSError as error:
+        raise OutputError(f"cannot write '{target}': {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def is_external(source: ModelSource) -> bool:
+    """Whether a model file keeps its weights in external data files."""
+    if isinstance(source, onnx.ModelProto):
+        return False
+    with contextlib.suppress(DecodeError, OSError):
+        model = onnx.load(source, load_external_data=False)
+        return any(uses_external_data(tensor) for tensor in model.graph.initializer)
+    return False
+
+
+def write_through(path: Path) -> None:
+    """Have the operating system put a file's content on the disk before it is renamed into place."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

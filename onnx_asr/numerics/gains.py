@@ -1,0 +1,131 @@
+"""Channel rules: from the moments of a channel in the dense and the pruned network to new parameters.
+
+Every rule ends in a per-channel affine map of the pruned channel, ``z -> gain * z + shift``. It is written either into
+the weights and bias of the producing node, or into the BatchNormalization that follows,
+
+    BN(g z + c) = gamma (g z + c - mu) / S + beta,  S = sqrt(var + eps)
+                = gamma (z - mu') / S' + beta       with mu' = (mu - c) / g, S' = S / g.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from onnx_asr.numerics.moments import Floats, Moments
+
+Prior = Literal["median", "mean"] | float
+
+DEAD_RATIO = 1e-6
+"""A channel whose standard deviation is below this share of its reference's carries rounding noise, not signal."""
+
+_VARIANCE_FLOOR = 1e-12
+_MIN_VAR_OVER_EPS = 1e-3
+
+
+@dataclass(frozen=True)
+class ChannelAffine:
+    """The map ``z -> gain * z + shift`` of every channel, float64, shape [C]."""
+
+    gain: Floats
+    shift: Floats
+
+
+@dataclass(frozen=True)
+class BatchNormParameters:
+    """Parameters of an ONNX BatchNormalization: ``scale (x - mean) / sqrt(var + epsilon) + bias``, each [C]."""
+
+    scale: Floats
+    bias: Floats
+    mean: Floats
+    var: Floats
+    epsilon: float
+
+    @property
+    def moments(self) -> Moments:
+        """The stored statistics as a dense reference (method.md, fact 5), standing for one observation."""
+        return Moments(1.0, self.mean, self.var)
+
+
+def paired(dense: Moments, pruned: Moments, correlation: Floats | None = None, power: float = 0.0) -> ChannelAffine:
+    """Match the pruned channel's mean and standard deviation to the dense channel's on the same samples.
+
+        gain = s_d / s_p * max(rho, 0)^power,  shift = m_d - gain m_p
+
+    A dead channel (``s_p`` zero, or rounding noise against ``s_d``) keeps gain 1; only its mean is corrected.
+
+    Args:
+        dense: Moments of the dense channels.
+        pruned: Moments of the pruned channels on the same samples.
+        correlation: Correlation ``rho`` of the two; needed where ``power`` is not 0.
+        power: Exponent of the reliability ``rho``; 0 trusts every gain fully.
+    """
+    gain = raw_gain(dense, pruned)
+    if power and correlation is not None:
+        live = pruned.std > DEAD_RATIO * dense.std
+        gain = np.where(live, gain * np.maximum(correlation, 0.0) ** power, gain)
+    return ChannelAffine(gain, dense.mean - gain * pruned.mean)
+
+
+def raw_gain(dense: Moments, pruned: Moments) -> Floats:
+    """Raw variance matching ``sqrt(v_d / v_p)`` (ASR paper, Algorithm 1); 1 for dead channels."""
+    live = pruned.std > DEAD_RATIO * dense.std
+    return np.divide(dense.std, pruned.std, out=np.ones_like(dense.std), where=live)
+
+
+def layerwise_gain(dense: Moments, pruned: Moments) -> Floats:
+    """One factor a layer, ``sqrt(mean v_d / mean v_p)`` (ASR paper, baseline LW); 1 where the layer is dead."""
+    total = float(pruned.var.mean())
+    factor = np.sqrt(float(dense.var.mean()) / total) if total > 0 else 1.0
+    return np.full_like(pruned.mean, factor)
+
+
+def asr_gain(dense: Moments, pruned: Moments, prior: Prior = "median") -> Floats:
+    """Raw gain shrunk toward the identity by the channel's share of the variance (ASR paper, Algorithm 1).
+
+        s = v_p / (v_p + lam),  gain = s sqrt(v_d / v_p) + (1 - s)
+
+    Args:
+        dense: Moments of the dense channels.
+        pruned: Moments of the pruned channels.
+        prior: ``lam``: the layer's median or mean of ``v_p``, or a fixed value. A ``lam`` of zero (half of the
+            channels dead) becomes a small floor, so that live channels keep their raw gain and dead ones get 1.
+    """
+    variance = pruned.var
+    if prior == "median":
+        lam = float(np.median(variance))
+    elif prior == "mean":
+        lam = float(np.mean(variance))
+    else:
+        lam = float(prior)
+    reliability = variance / (variance + max(lam, _VARIANCE_FLOOR))
+    return reliability * raw_gain(dense, pruned) + (1.0 - reliability)
+
+
+def recalibrate(bn: BatchNormParameters, mean: Floats, var: Floats) -> BatchNormParameters:
+    """Replace the running statistics by measured ones; a channel without variance keeps its stored variance."""
+    return BatchNormParameters(bn.scale, bn.bias, mean, np.where(var > 0, var, bn.var), bn.epsilon)
+
+
+def absorb(bn: BatchNormParameters, affine: ChannelAffine) -> BatchNormParameters:
+    """Parameters with which ``BN'(z) = BN(gain z + shift)``.
+
+    Written into mean and variance; where the variance ``(var + eps) / gain^2 - eps`` would be negative or tiny
+    against eps, or the gain is not positive, into scale and bias instead.
+    """
+    gain, shift = affine.gain, affine.shift
+    total = bn.var + bn.epsilon
+    positive = gain > 0
+    safe = np.where(positive, gain, 1.0)
+    var = total / np.square(safe) - bn.epsilon
+    in_statistics = positive & (var > _MIN_VAR_OVER_EPS * bn.epsilon) & np.isfinite(var)
+    folded_bias = bn.bias + bn.scale * (shift + (gain - 1.0) * bn.mean) / np.sqrt(total)
+    return BatchNormParameters(
+        scale=np.where(in_statistics, bn.scale, bn.scale * gain),
+        bias=np.where(in_statistics, bn.bias, folded_bias),
+        mean=np.where(in_statistics, (bn.mean - shift) / safe, bn.mean),
+        var=np.where(in_statistics, var, bn.var),
+        epsilon=bn.epsilon,
+    )

@@ -1,0 +1,42 @@
+"""Which weights to keep: scores to masks with an exact number of survivors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Mask = NDArray[np.bool_]
+
+
+def keep_largest(scores: Sequence[NDArray[Any]], keep: int) -> list[Mask]:
+    """Masks that keep exactly ``keep`` entries over all arrays together: those of the largest score.
+
+    Ties are broken by position: earlier arrays first, then earlier entries in C order.
+
+    Args:
+        scores: Arrays of any shapes; larger is more worth keeping.
+        keep: Number of entries to keep, 0 to the total size.
+    """
+    flat = np.concatenate([np.asarray(score).ravel() for score in scores]) if scores else np.empty(0)
+    mask = np.zeros(flat.size, bool)
+    if keep >= flat.size:
+        mask[:] = True
+    elif keep > 0:
+        threshold = np.partition(flat, flat.size - keep)[flat.size - keep]
+        mask[:] = flat > threshold
+        ties = np.flatnonzero(flat == threshold)
+        mask[ties[: keep - int(mask.sum())]] = True
+    masks = []
+    start = 0
+    for score in scores:
+        masks.append(mask[start : start + score.size].reshape(score.shape))
+        start += score.size
+    return masks
+
+
+def keep_count(size: int, sparsity: float) -> int:
+    """Entries that survive at a sparsity: ``size - round(sparsity size)``."""
+    return size - round(sparsity * size)

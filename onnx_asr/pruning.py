@@ -1,0 +1,220 @@
+"""Pruning: magnitude scores to masks to zeros in the file."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnx_asr.errors import ModelError, OptionError
+from onnx_asr.graph.edit import EditPlan, apply, set_metadata
+from onnx_asr.graph.index import GraphIndex
+from onnx_asr.graph.points import Point, Skip, survey
+from onnx_asr.model_io import ModelSource, check_finite, load
+from onnx_asr.numerics.masks import keep_count, keep_largest
+from onnx_asr.version import __version__
+
+Scope = Literal["global", "layer"]
+
+
+@dataclass(frozen=True)
+class LayerSparsity:
+    """Zeros in one weight before and after pruning."""
+
+    name: str
+    op_type: str
+    shape: tuple[int, ...]
+    size: int
+    zeros_before: int
+    zeros: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros."""
+        return self.zeros / max(1, self.size)
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A pruned model and what was pruned in it.
+
+    Attributes:
+        model: The pruned copy.
+        layers: Weights that took part, in file order.
+        skips: Nodes with weights that took no part, and why.
+        options: What was asked for.
+    """
+
+    model: onnx.ModelProto
+    layers: tuple[LayerSparsity, ...]
+    skips: tuple[Skip, ...]
+    options: dict[str, Any]
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over all weights that took part."""
+        return sum(layer.zeros for layer in self.layers) / max(1, sum(layer.size for layer in self.layers))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "sparsity": self.sparsity,
+            "options": self.options,
+            "layers": [asdict(layer) | {"sparsity": layer.sparsity} for layer in self.layers],
+            "skipped": [asdict(skip) for skip in self.skips],
+        }
+
+
+@dataclass(frozen=True)
+class PrunableWeight:
+    """A constant weight, and every point that reads it."""
+
+    tensor: str
+    points: tuple[Point, ...]
+
+    @property
+    def name(self) -> str:
+        """The first reader's name."""
+        return self.points[0].name
+
+
+def prunable_weights(
+    index: GraphIndex, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> tuple[list[PrunableWeight], list[Skip]]:
+    """Weights of Conv, ConvTranspose, Gemm and MatMul nodes chosen by patterns.
+
+    Args:
+        index: The graph.
+        include: Regular expressions; a node takes part when one is found in its name or its weight's. Empty: all.
+        exclude: Regular expressions that take nodes out again.
+
+    Raises:
+        OptionError: When a pattern is not a regular expression, or none is left.
+        ModelError: When the graph has no weights.
+    """
+    found = survey(index)
+    readers: dict[str, list[Point]] = {}
+    for point in found.points:
+        if point.weight_slot is not None:
+            readers.setdefault(index.nodes[point.node].input[point.weight_slot], []).append(point)
+    if not readers:
+        raise ModelError("the model has no Conv, ConvTranspose, Gemm or MatMul with constant weights: nothing to prune")
+    wanted, unwanted = _compile(include), _compile(exclude)
+    weights, skips = [], list(found.skips)
+    for tensor, points in readers.items():
+        texts = [tensor, *(point.name for point in points)]
+        chosen = not wanted or any(pattern.search(text) for pattern in wanted for text in texts)
+        barred = any(pattern.search(text) for pattern in unwanted for text in texts)
+        if chosen and not barred:
+            weights.append(PrunableWeight(tensor, tuple(points)))
+        else:
+            reason = "excluded by a pattern" if barred else "not included by a pattern"
+            skips.append(Skip(points[0].node, points[0].name, points[0].kind, reason))
+    if not weights:
+        raise OptionError(
+            f"--include {list(include)} and --exclude {list(exclude)} leave no weight to prune; "
+            f"names look like '{next(iter(readers.values()))[0].name}' and '{next(iter(readers))}'"
+        )
+    return weights, skips
+
+
+def _compile(patterns: Sequence[str]) -> list[re.Pattern[str]]:
+    compiled = []
+    for pattern in patterns:
+        try:
+            compiled.append(re.compile(pattern))
+        except re.error as error:
+            raise OptionError(f"'{pattern}' is not a regular expression: {error}") from error
+    return compiled
+
+
+def check_sparsity(sparsity: float) -> None:
+    """Refuse a sparsity outside [0, 1).
+
+    Raises:
+        OptionError: Saying what was received.
+    """
+    if not (math.isfinite(sparsity) and 0 <= sparsity < 1):
+        raise OptionError(f"sparsity {sparsity} is out of range: give the share of weights to zero, 0 <= sparsity < 1")
+
+
+def prune(
+    model: ModelSource,
+    sparsity: float,
+    *,
+    scope: Scope = "global",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> PruneResult:
+    """Zero the weights of smallest magnitude.
+
+    The number of zeros is exactly ``round(sparsity n)`` over all weights together (scope "global") or in each
+    ("layer"), except where there are more already: existing zeros are kept. Ties are broken by position.
+
+    Args:
+        model: Path or ModelProto of the dense model; it is not changed.
+        sparsity: Share of weights to zero, in [0, 1).
+        scope: Compare magnitudes over the whole network or within each weight.
+        include: Regular expressions on node or weight names that take part; empty for all.
+        exclude: Regular expressions that do not.
+
+    Raises:
+        OptionError: Sparsity out of range, a bad pattern, or nothing left to prune.
+        ModelError: Not an ONNX model, quantized, weights not finite, or without weights.
+    """
+    check_sparsity(sparsity)
+    if scope not in ("global", "layer"):
+        raise OptionError(f"scope '{scope}' is unknown: give 'global' or 'layer'")
+    index = GraphIndex.of(load(model))
+    check_finite(index, "dense")
+    weights, skips = prunable_weights(index, include, exclude)
+    masks = magnitude_masks([index.value(weight.tensor) for weight in weights], sparsity, scope)
+    options = {"sparsity": sparsity, "scope": scope, "include": list(include), "exclude": list(exclude)}
+    return apply_masks(index, weights, masks, skips, options)
+
+
+def magnitude_masks(weights: Sequence[NDArray[Any]], sparsity: float, scope: Scope) -> list[NDArray[np.bool_]]:
+    """Masks of the weights of largest magnitude."""
+    scores = [np.abs(weight.astype(np.float32, copy=False)) for weight in weights]
+    if scope == "layer":
+        return [keep_largest([score], keep_count(score.size, sparsity))[0] for score in scores]
+    return keep_largest(scores, keep_count(sum(score.size for score in scores), sparsity))
+
+
+def apply_masks(
+    index: GraphIndex,
+    weights: Sequence[PrunableWeight],
+    masks: Sequence[NDArray[np.bool_]],
+    skips: Sequence[Skip],
+    options: dict[str, Any],
+) -> PruneResult:
+    """Write zeros where the masks are False."""
+    plan = EditPlan()
+    layers = []
+    for weight, mask in zip(weights, masks, strict=True):
+        before = index.value(weight.tensor)
+        after = np.where(mask, before, np.zeros((), before.dtype))
+        for point in weight.points:
+            assert point.weight_slot is not None
+            plan.values[point.node, point.weight_slot] = after
+        layers.append(
+            LayerSparsity(
+                weight.name,
+                weight.points[0].kind,
+                tuple(before.shape),
+                before.size,
+                int((before == 0).sum()),
+                int((after == 0).sum()),
+            )
+        )
+    pruned = apply(index, plan)
+    result = PruneResult(pruned, tuple(layers), tuple(skips), dict(options))
+    set_metadata(pruned, "onnx_asr.version", __version__)
+    set_metadata(pruned, "onnx_asr.sparsity", f"{result.sparsity:.6f}")
+    return result

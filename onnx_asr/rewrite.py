@@ -1,0 +1,112 @@
+"""From channel rules to plan edits: read a point's parameters from the graph, write the corrected ones into a plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_asr.graph.edit import EditPlan
+from onnx_asr.graph.index import GraphIndex, attribute
+from onnx_asr.graph.points import (
+    BN_BIAS,
+    BN_MEAN,
+    BN_SCALE,
+    BN_VAR,
+    Point,
+    rows_to_weight,
+    weight_rows,
+)
+from onnx_asr.numerics.gains import BatchNormParameters, ChannelAffine
+from onnx_asr.numerics.moments import Floats
+
+_BN_EPSILON = 1e-5  # the ONNX operator's default
+
+
+def read_batchnorm(index: GraphIndex, plan: EditPlan, position: int) -> BatchNormParameters:
+    """Parameters of a BatchNormalization as planned so far, in float64."""
+    scale, bias, mean, var = (_read(index, plan, position, slot) for slot in (BN_SCALE, BN_BIAS, BN_MEAN, BN_VAR))
+    epsilon = float(attribute(index.nodes[position], "epsilon", _BN_EPSILON))
+    return BatchNormParameters(scale, bias, mean, var, epsilon)
+
+
+def plan_batchnorm(index: GraphIndex, plan: EditPlan, position: int, new: BatchNormParameters) -> None:
+    """Plan new parameters of a BatchNormalization; those that do not change are left alone."""
+    old = read_batchnorm(index, plan, position)
+    for slot, before, after in (
+        (BN_SCALE, old.scale, new.scale),
+        (BN_BIAS, old.bias, new.bias),
+        (BN_MEAN, old.mean, new.mean),
+        (BN_VAR, old.var, new.var),
+    ):
+        if not np.array_equal(before, after):
+            plan.values[position, slot] = after
+
+
+def read_rows(index: GraphIndex, plan: EditPlan, point: Point) -> NDArray[Any]:
+    """The weight of a point as [C_out, K] in float64."""
+    assert point.weight_slot is not None
+    weight = _read(index, plan, point.node, point.weight_slot)
+    return weight_rows(point, index.nodes[point.node], weight)
+
+
+def plan_rows(index: GraphIndex, plan: EditPlan, point: Point, rows: NDArray[Any]) -> None:
+    """Plan a new weight given as [C_out, K]."""
+    assert point.weight_slot is not None
+    node = index.nodes[point.node]
+    shape = index.value(node.input[point.weight_slot]).shape
+    plan.values[point.node, point.weight_slot] = rows_to_weight(point, node, rows, shape)
+
+
+def read_bias(index: GraphIndex, plan: EditPlan, point: Point) -> Floats:
+    """What the point's bias adds to every channel, [C]; zeros where there is none."""
+    if point.bias_node is None:
+        added = plan.added_bias.get(point.node)
+        return np.zeros(point.channels) if added is None else added.reshape(-1).astype(np.float64)
+    stored = plan.current(index, point.bias_node, point.bias_slot)
+    if stored is None:
+        return np.zeros(point.channels)
+    bias: Floats = np.broadcast_to(stored.astype(np.float64).reshape(-1), (point.channels,))
+    return bias * _beta(index, point)
+
+
+def plan_bias(index: GraphIndex, plan: EditPlan, point: Point, bias: Floats) -> None:
+    """Plan a new bias, per channel; the slot, or the Add behind a MatMul, is made where there is none."""
+    if point.kind != "MatMul":
+        assert point.bias_node is not None
+        plan.values[point.bias_node, point.bias_slot] = bias / _beta(index, point)
+        return
+    shaped = bias.reshape([-1] + [1] * (-point.channel_axis - 1))
+    if point.bias_node is None:
+        plan.added_bias[point.node] = shaped
+    else:
+        plan.values[point.bias_node, point.bias_slot] = shaped
+
+
+def plan_affine(index: GraphIndex, plan: EditPlan, point: Point, affine: ChannelAffine) -> None:
+    """Plan ``z -> gain z + shift`` at the output of a point's producer.
+
+    Weight rows and bias take the gain. The shift goes to the bias, or to the mean of the BatchNormalization that
+    follows: ``BN(z + c)`` has mean ``mu - c``.
+    """
+    plan_rows(index, plan, point, read_rows(index, plan, point) * affine.gain[:, None])
+    bias = read_bias(index, plan, point)
+    if point.batchnorm is None:
+        plan_bias(index, plan, point, affine.gain * bias + affine.shift)
+        return
+    if bias.any():
+        plan_bias(index, plan, point, affine.gain * bias)
+    old = read_batchnorm(index, plan, point.batchnorm)
+    shifted = BatchNormParameters(old.scale, old.bias, old.mean - affine.shift, old.var, old.epsilon)
+    plan_batchnorm(index, plan, point.batchnorm, shifted)
+
+
+def _read(index: GraphIndex, plan: EditPlan, position: int, slot: int) -> Floats:
+    value = plan.current(index, position, slot)
+    assert value is not None, f"input {slot} of node {index.label(position)} is absent"
+    return value.astype(np.float64)
+
+
+def _beta(index: GraphIndex, point: Point) -> float:
+    return float(attribute(index.nodes[point.node], "beta", 1.0)) if point.kind == "Gemm" else 1.0
