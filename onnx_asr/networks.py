@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import onnx
 
@@ -70,6 +70,18 @@ class Networks:
         """The dense network's counterpart of a tensor."""
         assert self.pairing is not None
         return self.pairing.tensors[name]
+
+    def dense_point(self, point: Point) -> Point:
+        """The dense network's counterpart of a point with weights."""
+        assert self.dense is not None and self.pairing is not None
+        nodes = self.pairing.nodes
+        return replace(
+            point,
+            node=nodes[point.node],
+            tensor=self.dense_tensor(point.tensor),
+            bias_node=None if point.bias_node is None else nodes[point.bias_node],
+            batchnorm=None if point.batchnorm is None else nodes[point.batchnorm],
+        )
 
     def first_layers(self) -> set[int]:
         """Nodes with weights that no other node with weights stands before: their input is the raw data."""

@@ -31,9 +31,11 @@ from onnx_asr.graph.points import Skip
 from onnx_asr.model_io import ModelSource, digest, load
 from onnx_asr.networks import Execution, Networks
 from onnx_asr.numerics.gains import Prior
+from onnx_asr.refit_repair import repair_refit
+from onnx_asr.refit_samples import RefitRecipe
 from onnx_asr.version import __version__
 
-Method = Literal["paired", "asr", "layerwise", "raw", "bn"]
+Method = Literal["refit", "paired", "asr", "layerwise", "raw", "bn"]
 METHODS: tuple[Method, ...] = get_args(Method)
 BatchNormMode = Literal["exact", "ema"]
 
@@ -57,6 +59,7 @@ class RepairOptions:
         verify_samples: Held-out samples for the verification; 0 switches it off.
         batch_size: Samples a run; None chooses by the input's size.
         seed: Of the sample.
+        refit: The parts of ``refit``'s recipe.
     """
 
     method: Method = "paired"
@@ -72,6 +75,7 @@ class RepairOptions:
     verify_samples: int = 256
     batch_size: int | None = None
     seed: int = 0
+    refit: RefitRecipe = field(default_factory=RefitRecipe)
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -212,7 +216,7 @@ def repair(
     notes = _notes(networks, options, len(dataset), chosen, held_out)
     execution.progress("loading data", 0.0)
     batch_size = batch_size_for(specs, options.batch_size)
-    if options.method != "paired" and options.bn == "ema":
+    if options.method not in ("paired", "refit") and options.bn == "ema":
         batch_size = int(np.gcd(batch_size, options.ema_batch_size))
     fixed = specs[0].shape[0] is not None
     calibration = load_calibration(dataset, chosen, batch_size, fixed)
@@ -304,6 +308,8 @@ def _correct(
     plan = EditPlan()
     if options.method == "paired":
         return plan, repair_paired(networks, calibration, execution, plan, options.reliability_power)
+    if options.method == "refit":
+        return plan, repair_refit(networks, calibration, execution, plan, options.refit)
     reports: Reports = {}
     if options.method != "bn":
         gain_set = calibration if options.gain_samples is None else calibration.head(options.gain_samples)

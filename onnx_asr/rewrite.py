@@ -102,6 +102,11 @@ def plan_affine(index: GraphIndex, plan: EditPlan, point: Point, affine: Channel
     plan_batchnorm(index, plan, point.batchnorm, shifted)
 
 
+def read_alpha(index: GraphIndex, point: Point) -> float:
+    """Factor on the weights: Gemm's ``alpha``, 1 elsewhere."""
+    return float(attribute(index.nodes[point.node], "alpha", 1.0)) if point.kind == "Gemm" else 1.0
+
+
 def _read(index: GraphIndex, plan: EditPlan, position: int, slot: int) -> Floats:
     value = plan.current(index, position, slot)
     assert value is not None, f"input {slot} of node {index.label(position)} is absent"

@@ -78,8 +78,11 @@ class GraphIndex:
                 if not readers or readers[-1] != position:
                     readers.append(position)
             for name in filter(None, node.output):
-                if name in producer:
-                    raise ModelError(f"tensor '{name}' is produced by two nodes: the graph is not valid ONNX")
+                if name in known:
+                    raise ModelError(
+                        f"tensor '{name}' is produced by node {describe(node, position)} though it was there before: "
+                        "the graph is not valid ONNX; re-export it"
+                    )
                 producer[name] = position
                 known.add(name)
         outputs = [value.name for value in graph.output]

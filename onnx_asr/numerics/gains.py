@@ -13,16 +13,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onnx_asr.numerics.moments import Floats, Moments
 
 Prior = Literal["median", "mean"] | float
 
-DEAD_RATIO = 1e-6
-"""A channel whose standard deviation is below this share of its reference's carries rounding noise, not signal."""
+DEAD_RATIO = 1e-5
+"""A channel whose standard deviation is below this share of its reference's, or of its own mean, carries rounding
+noise, not signal: the float32 mean of a constant channel is off by up to 3e-7 of it, which looks like a deviation."""
 
 _VARIANCE_FLOOR = 1e-12
 _MIN_VAR_OVER_EPS = 1e-3
+_MAX_STATISTIC = 6e4  # below the largest float16
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,11 @@ class BatchNormParameters:
     epsilon: float
 
     @property
+    def slope(self) -> Floats:
+        """Factor on the input, ``a = gamma / S``."""
+        return np.asarray(self.scale / np.sqrt(self.var + self.epsilon))
+
+    @property
     def moments(self) -> Moments:
         """The stored statistics as a dense reference (method.md, fact 5), standing for one observation."""
         return Moments(1.0, self.mean, self.var)
@@ -54,7 +62,7 @@ def paired(dense: Moments, pruned: Moments, correlation: Floats | None = None, p
 
         gain = s_d / s_p * max(rho, 0)^power,  shift = m_d - gain m_p
 
-    A dead channel (``s_p`` zero, or rounding noise against ``s_d``) keeps gain 1; only its mean is corrected.
+    A dead channel (``s_p`` zero, or rounding noise against ``s_d`` or ``m_p``) keeps gain 1; only its mean is corrected.
 
     Args:
         dense: Moments of the dense channels.
@@ -64,21 +72,24 @@ def paired(dense: Moments, pruned: Moments, correlation: Floats | None = None, p
     """
     gain = raw_gain(dense, pruned)
     if power and correlation is not None:
-        live = pruned.std > DEAD_RATIO * dense.std
-        gain = np.where(live, gain * np.maximum(correlation, 0.0) ** power, gain)
+        gain = np.where(is_live(dense, pruned), gain * np.maximum(correlation, 0.0) ** power, gain)
     return ChannelAffine(gain, dense.mean - gain * pruned.mean)
+
+
+def is_live(dense: Moments, pruned: Moments) -> NDArray[np.bool_]:
+    """Which pruned channels carry signal: deviation above rounding noise, see :data:`DEAD_RATIO`."""
+    return pruned.std > DEAD_RATIO * np.maximum(dense.std, np.abs(pruned.mean))
 
 
 def raw_gain(dense: Moments, pruned: Moments) -> Floats:
     """Raw variance matching ``sqrt(v_d / v_p)`` (ASR paper, Algorithm 1); 1 for dead channels."""
-    live = pruned.std > DEAD_RATIO * dense.std
-    return np.divide(dense.std, pruned.std, out=np.ones_like(dense.std), where=live)
+    return np.divide(dense.std, pruned.std, out=np.ones_like(dense.std), where=is_live(dense, pruned))
 
 
 def layerwise_gain(dense: Moments, pruned: Moments) -> Floats:
     """One factor a layer, ``sqrt(mean v_d / mean v_p)`` (ASR paper, baseline LW); 1 where the layer is dead."""
     total = float(pruned.var.mean())
-    factor = np.sqrt(float(dense.var.mean()) / total) if total > 0 else 1.0
+    factor = np.sqrt(float(dense.var.mean()) / total) if is_live(dense, pruned).any() else 1.0
     return np.full_like(pruned.mean, factor)
 
 
@@ -113,19 +124,23 @@ def absorb(bn: BatchNormParameters, affine: ChannelAffine) -> BatchNormParameter
     """Parameters with which ``BN'(z) = BN(gain z + shift)``.
 
     Written into mean and variance; where the variance ``(var + eps) / gain^2 - eps`` would be negative or tiny
-    against eps, or the gain is not positive, into scale and bias instead.
+    against eps, either would leave the range of every stored type, or the gain is not positive, into scale and bias
+    instead.
     """
     gain, shift = affine.gain, affine.shift
     total = bn.var + bn.epsilon
     positive = gain > 0
     safe = np.where(positive, gain, 1.0)
-    var = total / np.square(safe) - bn.epsilon
-    in_statistics = positive & (var > _MIN_VAR_OVER_EPS * bn.epsilon) & np.isfinite(var)
+    with np.errstate(over="ignore", divide="ignore"):
+        mean = (bn.mean - shift) / safe
+        var = total / np.square(safe) - bn.epsilon
+    in_range = (var < _MAX_STATISTIC) & (np.abs(mean) < _MAX_STATISTIC)
+    in_statistics = positive & (var > _MIN_VAR_OVER_EPS * bn.epsilon) & in_range
     folded_bias = bn.bias + bn.scale * (shift + (gain - 1.0) * bn.mean) / np.sqrt(total)
     return BatchNormParameters(
         scale=np.where(in_statistics, bn.scale, bn.scale * gain),
         bias=np.where(in_statistics, bn.bias, folded_bias),
-        mean=np.where(in_statistics, (bn.mean - shift) / safe, bn.mean),
+        mean=np.where(in_statistics, mean, bn.mean),
         var=np.where(in_statistics, var, bn.var),
         epsilon=bn.epsilon,
     )

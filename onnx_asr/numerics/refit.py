@@ -42,9 +42,9 @@ _NOISE = 1e-6  # eigenvalues of A (unit diagonal) below this are rounding of the
 _INVERSE_BYTES = 2**29  # of inverses kept between ReLU steps
 _BATCH_BYTES = 2**26  # of systems inverted by one call
 _BATCH_RATIO = 0.85  # supports of one batch are at least this share of its largest one
-_CG_TOLERANCE = 1e-6  # of |residual| / |load|
-_CG_STEPS = 400  # of one cycle
-_CG_CYCLES = 3  # float32 conjugate gradients, each from a residual taken in float64
+_CG_DRAFT = 1e-3  # |residual| / |load| good enough to see what the ReLU hides
+_CG_FINAL = 5e-6  # and in the weights
+_CG_STEPS = 400
 
 
 @dataclass(frozen=True)
@@ -120,19 +120,20 @@ def refit_rows(
         The refitted layer; always finite.
 
     Raises:
-        ValueError: If shapes do not fit together, or an input is not finite or too large to be squared in float32.
+        ValueError: If shapes do not fit together, or a value is not finite or too large to be squared in float32.
     """
     _check_shapes(x, target, w0, mask, relu_floor, dense_negative)
-    w0 = np.where(mask, w0, 0.0)
+    kept = np.where(mask, w0, 0.0).astype(np.float64)
     samples = _Samples(x, target, relu_floor, dense_negative, outputs=w0.shape[1])
-    _check_finite(x=samples.input_mean, target=samples.target_mean, w0=w0, relu_floor=relu_floor)
+    _check_finite(x=samples.input_mean, target=samples.target_mean, w0=kept, relu_floor=relu_floor)
 
-    gram = samples.gram()  # [G, K, K]
-    fit = samples.fit()
-    if not (np.isfinite(gram).all() and np.isfinite(fit.cross).all()):
-        raise ValueError("x or target is too large to be squared in float32; scale the layer's input down")
-    spread = float(fit.variance.sum()) or 1.0
-    error_before = samples.error(w0, fit.mean)
+    with np.errstate(over="ignore", invalid="ignore"):
+        gram = samples.gram()  # [G, K, K]
+        fit = samples.fit()
+        spread = float(fit.variance.sum()) or 1.0
+        error_before = samples.error(kept, fit.mean)
+    if not (np.isfinite(gram).all() and np.isfinite(fit.cross).all() and np.isfinite([spread, error_before]).all()):
+        raise ValueError("x, target or w0 is too large to be squared in float32; scale the layer down")
 
     diagonal = np.diagonal(gram, axis1=1, axis2=2)
     ridge = options.ridge * diagonal.mean(axis=1, keepdims=True) + 1e-12  # [G, 1]
@@ -143,13 +144,13 @@ def refit_rows(
     system /= root.transpose(0, 2, 1)
     np.einsum("gkk->gk", system)[...] = 1.0
 
-    start = w0 * root
+    start = kept * root
     constant = pull * start - start @ system
     solver = _Inverse(system, mask) if _inverse_is_cheaper(mask) else _ConjugateGradients(system, mask)
-    scaled = start + solver.solve(np.where(mask, fit.cross / root + constant, 0.0))
     for _ in range(options.relu_steps if dense_negative is not None else 0):
+        scaled = start + solver.solve(np.where(mask, fit.cross / root + constant, 0.0), _CG_DRAFT)
         fit = samples.visible_fit(scaled / root, fit.mean)
-        scaled = start + solver.solve(np.where(mask, fit.cross / root + constant, 0.0))
+    scaled = start + solver.solve(np.where(mask, fit.cross / root + constant, 0.0), _CG_FINAL)
 
     # var(w.X) = w'Hw = v'(A - R D^-1)v and cov(T, w.X) = w.G; a variance lost in rounding counts as 0.
     variance = np.vecdot(scaled, scaled @ system - pull * scaled)
@@ -225,7 +226,7 @@ class _Samples:
         groups, inputs = x.shape[1:]
         self._x = x
         self._target = target.reshape(-1, groups, outputs)
-        self._floor = np.float32(0) if relu_floor is None else relu_floor.reshape(-1, groups, outputs)
+        self._floor = None if relu_floor is None else relu_floor.reshape(-1, groups, outputs)
         self._negative = None if dense_negative is None else dense_negative.reshape(-1, groups, outputs)
         # A sum of float32 values cannot overflow float64: these are finite exactly where all samples are.
         self.input_mean: Array = x.mean(axis=0, dtype=np.float64)  # [G, K]
@@ -272,7 +273,7 @@ class _Samples:
         return _Fit(cross / len(self._x), origin + offset, variance)
 
     def _visible(self, weight: Array, level: Array) -> Iterator[tuple[Single, Single, Single]]:
-        """Yields target, prediction [c, G, M] and centred inputs [c, G, K]; no error is left where the ReLU hides it."""
+        """Yields target, prediction [c, G, M] and centred inputs [c, G, K], without errors that the ReLU hides."""
         single, base = weight.transpose(0, 2, 1).astype(np.float32), level.astype(np.float32)
         for rows, chunk in self._chunks():
             target = self._target[rows]
@@ -280,7 +281,7 @@ class _Samples:
             np.matmul(chunk.transpose(1, 0, 2), single, out=prediction.transpose(1, 0, 2))
             prediction += base
             if self._negative is not None:
-                floor = self._floor if self._floor.ndim == 0 else self._floor[rows]
+                floor = np.float32(0) if self._floor is None else self._floor[rows]
                 target = np.where(self._negative[rows], np.minimum(prediction, floor), target)
             yield target, prediction, chunk
 
@@ -294,12 +295,12 @@ class _Samples:
 
 
 def _inverse_is_cheaper(mask: Mask) -> bool:
-    """Compares measured seconds (two cores of 2024) and keeps the inverses within `_INVERSE_BYTES`."""
+    """Compares seconds, as measured on two cores of an AMD EPYC (Zen 5), and keeps the inverses within `_INVERSE_BYTES`."""
     groups, outputs, inputs = mask.shape
     size = mask.sum(axis=-1, dtype=np.float64)
-    inverse = float((6e-11 * size**3 + 1e-8 * size**2 + 1e-6).sum())
-    steps = 100  # of all ReLU-aware steps together
-    gradients = steps * groups * (1e-4 + outputs * inputs * (1e-11 * inputs + 1e-8))
+    inverse = float((6e-11 * size**3 + 1.5e-8 * size**2 + 1e-6).sum())
+    steps = 90  # in all, with three ReLU-aware steps
+    gradients = steps * groups * (1e-4 + outputs * inputs * (1e-11 * inputs + 5e-9))
     return inverse < gradients and 8 * float((size**2).sum()) / _BATCH_RATIO**2 < _INVERSE_BYTES
 
 
@@ -314,10 +315,10 @@ class _Inverse:
         size = flat.sum(axis=-1)
         order = np.argsort(-size, kind="stable")
         self._batches: list[tuple[Index, Index, Array]] = []
-        begin, end = 0, np.count_nonzero(size)  # empty rows come last and stay out
+        begin, end = 0, int(np.count_nonzero(size))  # empty rows come last and stay out
         while begin < end:
             largest = int(size[order[begin]])
-            similar = np.count_nonzero(size >= largest * _BATCH_RATIO)
+            similar = int(np.count_nonzero(size >= largest * _BATCH_RATIO))
             stop = min(similar, begin + max(1, _BATCH_BYTES // (8 * largest**2)))
             rows = order[begin:stop, None]
             places = np.argsort(~flat[rows[:, 0]], axis=-1, kind="stable")[:, :largest]  # the support, then padding
@@ -328,8 +329,8 @@ class _Inverse:
             self._batches.append((rows, places, _inverse(systems)))
             begin = stop
 
-    def solve(self, load: Array) -> Array:
-        """Solves for [G, M, K] right-hand sides that are 0 outside the mask."""
+    def solve(self, load: Array, tolerance: float) -> Array:
+        """Solves for [G, M, K] right-hand sides that are 0 outside the mask, beyond any `tolerance`."""
         flat = load.reshape(-1, load.shape[-1])
         result = np.zeros_like(flat)
         for rows, places, inverse in self._batches:
@@ -343,7 +344,7 @@ def _inverse(systems: Array) -> Array:
     The diagonal of an inverse holds the variance inflation factors, which tell whether that is needed.
     """
     try:
-        inverse = np.linalg.inv(systems)
+        inverse = np.asarray(np.linalg.inv(systems), np.float64)
         inflation = np.diagonal(inverse, axis1=1, axis2=2)
         doubtful = ~((inflation > 0) & (inflation < 1 / _NOISE)).all(axis=-1)
     except np.linalg.LinAlgError:
@@ -357,10 +358,9 @@ def _inverse(systems: Array) -> Array:
 
 
 class _ConjugateGradients:
-    """`A_SS u_S = r_S` for all rows of a group at once: one product `P A` a step, in float32; started warm.
+    """`A_SS u_S = r_S` for all rows of a group at once: one float32 product `P A` a step, started warm.
 
-    A unit diagonal makes Jacobi preconditioning the identity. A cycle ends when its residual, carried in float32, is
-    small; the next starts from the residual taken in float64.
+    A unit diagonal makes Jacobi preconditioning the identity.
     """
 
     name: Literal["cg"] = "cg"
@@ -369,28 +369,20 @@ class _ConjugateGradients:
         self._system = system
         self._single: Single = system.astype(np.float32)
         self._mask = mask
-        self._last = np.zeros(mask.shape)
+        self._last: Array = np.zeros(mask.shape)
 
-    def solve(self, load: Array) -> Array:
-        """Solves for [G, M, K] right-hand sides that are 0 outside the mask."""
+    def solve(self, load: Array, tolerance: float) -> Array:
+        """Solves for [G, M, K] right-hand sides that are 0 outside the mask, to `|residual| <= tolerance |load|`."""
         for group, wanted in enumerate(load):
-            goal = _CG_TOLERANCE * np.linalg.norm(wanted, axis=-1)
-            solution = self._last[group]
-            for _ in range(_CG_CYCLES):
-                residual = wanted - np.where(self._mask[group], solution @ self._system[group], 0.0)
-                norm = np.linalg.norm(residual, axis=-1)
-                (open_rows,) = np.nonzero(norm > goal)
-                if not len(open_rows):
-                    break
-                scale = norm[open_rows, None]
-                step = _descend(
-                    self._single[group],
-                    self._mask[group][open_rows],
-                    (residual[open_rows] / scale).astype(np.float32),
-                    (goal[open_rows] / norm[open_rows]).astype(np.float32),
-                )
-                solution[open_rows] += scale * step
-        return self._last.copy()
+            solution, mask = self._last[group], self._mask[group]
+            residual = wanted - np.where(mask, solution @ self._system[group], 0.0)
+            norm, goal = np.linalg.norm(residual, axis=-1), tolerance * np.linalg.norm(wanted, axis=-1)
+            rows = np.flatnonzero(norm > goal)
+            scale = norm[rows, None]
+            share = (goal[rows] / norm[rows]).astype(np.float32)
+            step = _descend(self._single[group], mask[rows], (residual[rows] / scale).astype(np.float32), share)
+            solution[rows] += scale * step
+        return self._last
 
 
 def _descend(system: Single, mask: Mask, residual: Single, goal: Single) -> Single:
@@ -418,9 +410,8 @@ def _descend(system: Single, mask: Mask, residual: Single, goal: Single) -> Sing
         going &= square > goal**2
         if np.count_nonzero(going) < 0.75 * len(rows):
             result[rows] = current
-            rows, goal, kept, current, residual, direction, last, square = (
-                array[going] for array in (rows, goal, kept, current, residual, direction, last, square)
-            )
+            rows, goal, kept, last, square = rows[going], goal[going], kept[going], last[going], square[going]
+            current, residual, direction = current[going], residual[going], direction[going]
             going = going[going]
         if not going.any():
             break

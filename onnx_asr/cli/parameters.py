@@ -1,0 +1,320 @@
+"""Options that commands share, each declared once; groups become one argument of a command.
+
+Nothing heavy is imported here, so that help is quick. An option whose default is None is left to the pipeline's own default.
+Names in braces in a help text (``{methods}``) are filled in when the help is shown, see :class:`Command`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+
+import typer
+from typer.core import TyperCommand
+
+from onnx_asr.errors import OptionError
+
+if TYPE_CHECKING:
+    from onnx_asr.data import Preprocessing
+    from onnx_asr.engine.session import Runtime
+    from onnx_asr.networks import Execution, Progress
+    from onnx_asr.repair import RepairOptions
+
+T = TypeVar("T")
+
+CALIBRATION, IMAGES, MACHINE, METHOD, DISPLAY = "Calibration", "Images", "Machine", "Method", "Display"
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+Output = Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="Where to write the result.")]
+Dense = Annotated[
+    str | None, typer.Option(metavar="FILE", help="The dense model: what the pruned one is compared with.")
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        metavar="PATH",
+        help="A folder of images; an .npz with 'images' (uint8, N,H,W,C), perhaps 'labels'; or an .npz or .npy of ready "
+        "tensors named after the model's inputs.",
+    ),
+]
+Samples = Annotated[int | None, typer.Option(metavar="N", help="Samples to draw from the data.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Seed of every random choice.")]
+BatchSize = Annotated[
+    int | None, typer.Option(metavar="N", help="Samples a run; chosen by the input's size if not given.")
+]
+
+
+@dataclass(frozen=True)
+class Images:
+    """What to do to images before the model sees them."""
+
+    preset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Preprocessing by name: {presets}.", rich_help_panel=IMAGES)
+    ] = None
+    preprocess: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Preprocessing from a TOML file with the keys below.", rich_help_panel=IMAGES),
+    ] = None
+    resize: Annotated[
+        int | None, typer.Option(metavar="N", help="Short side after resizing.", rich_help_panel=IMAGES)
+    ] = None
+    crop: Annotated[
+        int | None, typer.Option(metavar="N", help="Side of the square cut from the centre.", rich_help_panel=IMAGES)
+    ] = None
+    scale: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Factor on pixel values 0..255, as 0.00392157.", rich_help_panel=IMAGES),
+    ] = None
+    mean: Annotated[
+        str | None,
+        typer.Option(metavar="X[,X,X]", help="Subtracted after scaling; red,green,blue.", rich_help_panel=IMAGES),
+    ] = None
+    std: Annotated[
+        str | None, typer.Option(metavar="X[,X,X]", help="Divided by after that.", rich_help_panel=IMAGES)
+    ] = None
+    layout: Annotated[
+        str | None,
+        typer.Option(metavar="NCHW|NHWC", help="Where channels go; read from the model if not given.", rich_help_panel=IMAGES),
+    ] = None
+    channel_order: Annotated[
+        str | None, typer.Option(metavar="RGB|BGR", help="Order in which the model wants channels.", rich_help_panel=IMAGES)
+    ] = None
+
+    def preprocessing(self) -> Preprocessing | None:
+        """The preprocessing asked for, if any."""
+        from onnx_asr.data import Preprocessing
+
+        return Preprocessing.from_options(
+            preset=self.preset,
+            file=self.preprocess,
+            resize=self.resize,
+            crop=self.crop,
+            scale=self.scale,
+            mean=_numbers("mean", self.mean),
+            std=_numbers("std", self.std),
+            layout=self.layout,
+            channel_order=self.channel_order,
+        )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the work runs on."""
+
+    providers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[,NAME]",
+            help="onnxruntime's execution providers, in order of preference; the CPU if not given.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None
+    threads: Annotated[
+        int, typer.Option(metavar="N", help="Threads within an operator; 0 for all cores.", min=0, rich_help_panel=MACHINE)
+    ] = 0
+
+    def runtime(self, verbose: bool) -> Runtime:
+        """How sessions run."""
+        from onnx_asr.engine.session import Runtime
+
+        if self.providers is None:
+            return Runtime(threads=self.threads, verbose=verbose)
+        names = tuple(name.strip() for name in self.providers.split(",") if name.strip())
+        return Runtime(names, self.threads, verbose)
+
+
+@dataclass(frozen=True)
+class Walk(Machine):
+    """What a walk over the whole calibration set runs on."""
+
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory for activations, as 4GiB or 500MB; what is over it goes to temporary files.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None
+
+    def execution(self, verbose: bool, progress: Progress) -> Execution:
+        """How walks run."""
+        from onnx_asr.networks import Execution
+
+        return Execution(self.runtime(verbose), _bytes(self.memory_limit), progress)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How to repair; the fields are those of ``RepairOptions``."""
+
+    method: Annotated[
+        str | None, typer.Option(metavar="NAME", help="One of {methods}.", rich_help_panel=METHOD)
+    ] = None
+    bn: Annotated[
+        str | None,
+        typer.Option(
+            metavar="exact|ema",
+            help="Re-estimate BatchNormalization over all samples, or as a moving average over batches.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None
+    momentum: Annotated[
+        float | None, typer.Option(metavar="X", help="--bn ema: weight of a new batch.", rich_help_panel=METHOD)
+    ] = None
+    ema_batches: Annotated[
+        int | None, typer.Option(metavar="N", help="--bn ema: number of batches.", rich_help_panel=METHOD)
+    ] = None
+    ema_batch_size: Annotated[
+        int | None, typer.Option(metavar="N", help="--bn ema: samples a batch.", rich_help_panel=METHOD)
+    ] = None
+    prior: Annotated[
+        str | None,
+        typer.Option(metavar="median|mean|X", help="asr: what its gains shrink by.", rich_help_panel=METHOD),
+    ] = None
+    bias_correction: Annotated[
+        bool | None,
+        typer.Option(
+            "--bias-correction/--no-bias-correction",
+            help="asr, raw, layerwise: restore channel means too.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None
+    samples: Annotated[
+        int | None, typer.Option(metavar="N", help="Calibration samples.", rich_help_panel=CALIBRATION)
+    ] = None
+    gain_samples: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="asr, raw, layerwise: samples for the gains; all if not given.", rich_help_panel=CALIBRATION
+        ),
+    ] = None
+    verify_samples: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Other samples, held out to verify the result; 0 skips that.", rich_help_panel=CALIBRATION
+        ),
+    ] = None
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Samples a run; chosen by the input's size if not given.", rich_help_panel=CALIBRATION
+        ),
+    ] = None
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Seed of every random choice.", rich_help_panel=CALIBRATION)
+    ] = None
+
+    def options(self) -> RepairOptions:
+        """What was given, the rest by default."""
+        from onnx_asr.repair import RepairOptions
+
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.prior is not None:
+            given["prior"] = _number_or_name(self.prior)
+        return RepairOptions(**{name: value for name, value in given.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Display:
+    """What is said while and after the work is done."""
+
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.", rich_help_panel=DISPLAY)
+    ] = False
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="Show every layer, and onnxruntime's warnings.", rich_help_panel=DISPLAY),
+    ] = False
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print errors and warnings only.", rich_help_panel=DISPLAY)
+    ] = False
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=DISPLAY)
+    ] = False
+
+
+class Command(TyperCommand):
+    """A command whose help states what the pipelines know: their methods, presets and defaults."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Fill in the help texts, then show them; only now the pipelines are imported."""
+        from onnx_asr.data import PRESETS
+        from onnx_asr.repair import METHODS, RepairOptions
+
+        defaults = RepairOptions()
+        names = {field.name for field in fields(Method)}
+        for parameter in self.params:
+            if parameter.name in names and any(other.name == "method" for other in self.params):
+                parameter.default = getattr(defaults, parameter.name)
+            text = getattr(parameter, "help", None) or ""
+            for name, values in (("{methods}", METHODS), ("{presets}", PRESETS)):
+                text = text.replace(name, ", ".join(values))
+            parameter.help = text  # type: ignore[attr-defined]  # options and arguments both have one
+        super().format_help(ctx, formatter)
+
+
+def spread(function: Callable[..., T]) -> Callable[..., T]:
+    """Turn each parameter that is a dataclass into its fields, for Typer; the function still gets the dataclass."""
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, Any] = {}
+    flat: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if is_dataclass(hints[name]):
+            groups[name] = hints[name]
+            inner = get_type_hints(hints[name], include_extras=True)
+            for field in fields(groups[name]):
+                default = inspect.Parameter.empty if field.default is MISSING else field.default
+                flat.append(_keyword(field.name, default, inner[field.name]))
+        else:
+            flat.append(_keyword(name, parameter.default, hints[name]))
+
+    @wraps(function)
+    def call(**values: Any) -> T:
+        built = {
+            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        return function(**built, **values)
+
+    call.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
+    del call.__wrapped__  # type: ignore[attr-defined]
+    return call
+
+
+def _keyword(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _numbers(name: str, text: str | None) -> Sequence[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise OptionError(f"--{name} {text} is no list of numbers: give one, or three as 0.485,0.456,0.406") from None
+
+
+def _number_or_name(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _bytes(text: str | None) -> int | None:
+    """Bytes from a number with an optional unit: 4GiB, 500MB, 4G, 1000000."""
+    if text is None:
+        return None
+    number = text.strip().rstrip("KMGTIBkmgtib ")
+    unit = text.strip()[len(number) :].strip().upper().removesuffix("B")
+    try:
+        size = float(number) * _UNITS[unit]
+        if not 0 < size < 2**63:
+            raise ValueError
+    except (ValueError, KeyError):
+        raise OptionError(f"--memory-limit {text} is no size: give a number above 0 with a unit, as 4GiB") from None
+    return int(size)

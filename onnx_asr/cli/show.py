@@ -1,0 +1,166 @@
+"""Results as text and tables for a reader."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import RenderableType
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from onnx_asr.demo import DemoResult
+    from onnx_asr.fidelity import Fidelity
+    from onnx_asr.graph.points import Skip
+    from onnx_asr.pruning import PruneResult
+    from onnx_asr.repair import RepairResult
+
+_FEW = 5  # skipped nodes of one reason that are named without -v
+
+
+def prune(result: PruneResult, path: str, verbose: bool) -> Iterator[RenderableType]:
+    """Every layer, the sum, and what took no part."""
+    table = _table("layer", "operator", "shape", ">weights", ">zeros", ">sparsity")
+    for layer in result.layers:
+        shape = " x ".join(map(str, layer.shape))
+        table.add_row(
+            layer.name, layer.op_type, shape, f"{layer.size:,}", f"{layer.zeros:,}", _percent(layer.sparsity)
+        )
+    size, zeros = (sum(getattr(layer, name) for layer in result.layers) for name in ("size", "zeros"))
+    table.add_section()
+    table.add_row("all", "", "", f"{size:,}", f"{zeros:,}", _percent(result.sparsity))
+    yield table
+    yield from _skips(result.skips, verbose)
+    yield f"written: {path} ({_size(path)})"
+
+
+def repair(result: RepairResult, path: str | None, verbose: bool) -> Iterator[RenderableType]:
+    """How much closer to the dense model it came, what was rewritten and what was not."""
+    points = result.points
+    counts = Counter(point.written for point in points)
+    parts = [f"{count} {written}" for written, count in counts.items()]
+    line = f"{result.options.method}: {len(points)} points rewritten ({', '.join(parts) or 'none'})"
+    gains = [point.gain for point in points if point.gain is not None]
+    if gains:
+        line += f", gains {min(gain[0] for gain in gains):.3g} to {max(gain[2] for gain in gains):.3g}"
+    yield f"{line}, {sum(point.dead for point in points)} dead channels"
+    yield f"calibrated on {result.calibration_samples} samples, weights {_percent(result.sparsity)} sparse, " + ", ".join(
+        f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items()
+    )
+    if verbose and points:
+        yield _points(result)
+    yield from _skips(result.skips, verbose)
+    for note in result.notes:
+        yield f"note: {note}"
+    if result.verification is not None:
+        check = result.verification
+        where = "held-out samples" if check.held_out else "calibration samples"
+        yield fidelities(
+            {"pruned": check.before, "repaired": check.after}, f"against the dense model, {check.after.samples} {where}"
+        )
+    yield "nothing was written" if path is None else f"written: {path} ({_size(path)})"
+
+
+def evaluation(fidelity: Fidelity, path: str) -> Iterator[RenderableType]:
+    """The measures there are."""
+    yield fidelities({os.path.basename(path): fidelity}, f"{fidelity.samples} samples")
+
+
+def demo(result: DemoResult) -> Iterator[RenderableType]:
+    """All versions of the net, and where to look at the best."""
+    samples = result.rows[0].fidelity.samples
+    yield (
+        f"{result.model}, {_percent(result.sparsity)} of its weights pruned; repaired from "
+        f"{result.calibration_samples} unlabelled images, scored on {samples} others"
+    )
+    table = _table("model", ">top-1", ">agreement with dense", ">KL to dense", ">seconds")
+    for row in result.rows:
+        values = row.fidelity
+        table.add_row(
+            row.name,
+            _percent(values.top1),
+            _percent(values.agreement),
+            _number(values.kl),
+            "" if row.seconds is None else f"{row.seconds:.2f}",
+            style="bold" if row.name == result.best else None,
+        )
+    yield table
+    for note in result.notes:
+        yield f"note: {note}"
+    yield f"pruned:   {result.pruned}"
+    yield f"repaired: {result.repaired} ({result.best}, the best)"
+    yield (
+        f"See what was done, node by node, in Netron: pip install netron; netron {result.repaired}\n"
+        "or open the file on https://netron.app; a node's properties tell its gains."
+    )
+
+
+def fidelities(columns: dict[str, Fidelity], title: str) -> Table:
+    """One column a model, one row a measure that any of them has."""
+    table = _table(title, *(f">{name}" for name in columns))
+    for label, name, text in (
+        ("top-1", "top1", _percent),
+        ("top-5", "top5", _percent),
+        ("agreement", "agreement", _percent),
+        ("KL divergence", "kl", _number),
+        ("output SNR", "snr_db", _decibel),
+    ):
+        values = [getattr(fidelity, name) for fidelity in columns.values()]
+        if any(value is not None for value in values):
+            table.add_row(label, *(text(value) for value in values))
+    return table
+
+
+def _points(result: RepairResult) -> Table:
+    table = _table("point", "operator", "written", ">channels", ">dead", ">gain", ">median", ">output error")
+    for point in result.points:
+        spread, median = "", ""
+        if point.gain is not None:
+            spread, median = f"{point.gain[0]:.3g} .. {point.gain[2]:.3g}", f"{point.gain[1]:.3g}"
+        residual = "" if point.residual is None else f"{point.residual[0]:.3g} -> {point.residual[1]:.3g}"
+        table.add_row(
+            point.name, point.op_type, point.written, str(point.channels), str(point.dead), spread, median, residual
+        )
+    return table
+
+
+def _skips(skips: Sequence[Skip], verbose: bool) -> Iterator[str]:
+    """One line a reason, with the nodes it applies to."""
+    reasons: dict[str, list[str]] = {}
+    for skip in skips:
+        reasons.setdefault(skip.reason, []).append(f"{skip.name} ({skip.op_type})")
+    for reason, names in reasons.items():
+        shown = names if verbose else names[:_FEW]
+        more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+        yield f"left alone: {', '.join(shown)}{more}: {reason}"
+
+
+def _table(*columns: str) -> Table:
+    """A table; a ">" in front of a column's name aligns it to the right."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+    return table
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _decibel(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f} dB"
+
+
+def _size(path: str) -> str:
+    size = float(os.path.getsize(path))
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"

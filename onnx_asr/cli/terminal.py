@@ -1,0 +1,71 @@
+"""What goes where: results on stdout, errors, warnings and progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, RenderableType
+
+from onnx_asr.cli.parameters import Display
+
+_PLAIN_WIDTH = 120  # of tables where stdout is no terminal
+
+Progress = Callable[[str, float], None]
+
+
+class Terminal:
+    """The two streams, as a command's display options want them used."""
+
+    def __init__(self, display: Display) -> None:
+        self.verbose = display.verbose
+        self._json, self._quiet = display.json, display.quiet
+        self._out = Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+        self._err = Console(stderr=True, highlight=False)
+
+    def result(self, values: dict[str, Any], *shown: RenderableType) -> None:
+        """Print a result: as JSON, or as text and tables for a reader, or not at all."""
+        if self._json:
+            print(json.dumps(_plain(values), indent=2, allow_nan=False))
+        elif not self._quiet:
+            for item in shown:
+                self._out.print(item, soft_wrap=isinstance(item, str), markup=False)
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """A progress bar, which shows on a terminal only."""
+        if self._quiet or not self._err.is_terminal:
+            yield lambda stage, fraction: None
+            return
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+        with Progress(*columns, console=self._err, transient=True) as bar:
+            task = bar.add_task("starting", total=1.0)
+            yield lambda stage, fraction: bar.update(task, description=stage, completed=fraction)
+
+
+def say(kind: str, message: str) -> None:
+    """One line on stderr: "error: ..." or "warning: ..."."""
+    print(f"{kind}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def say_traceback(error: BaseException) -> None:
+    """The whole story, for --debug."""
+    traceback.print_exception(error, file=sys.stderr)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON knows it: what is not finite becomes None."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,118 @@
+"""What follows a correction point: the residual Add it feeds, and the ReLU that hides part of its errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from onnx_asr.graph.index import GraphIndex, ancestors, is_standard
+from onnx_asr.graph.points import Point
+
+
+@dataclass(frozen=True)
+class Context:
+    """The surroundings of one point that has weights.
+
+    Attributes:
+        point: The point.
+        source: The tensor that the weights multiply.
+        output: The point's output after its own BatchNormalization.
+        shortcut: The other operand of the residual Add that ``output`` alone feeds, if it is to be corrected here.
+        batchnorm: Position of a BatchNormalization between the Add (or the output) and the ReLU, if there is one.
+        relu: Whether a ReLU is all that reads the result.
+    """
+
+    point: Point
+    source: str
+    output: str
+    shortcut: str | None
+    batchnorm: int | None
+    relu: bool
+
+
+def contexts(index: GraphIndex, points: Sequence[Point]) -> list[Context]:
+    """Surroundings of every point with weights, ordered so that each comes after all it depends on.
+
+    Where two branches meet in an Add, the branch whose last point comes later takes the other one as its shortcut, so
+    that it corrects the sum.
+    """
+    ordered = sorted((point for point in points if point.weight_slot is not None), key=lambda p: (p.level, p.node))
+    rank = {point.node: number for number, point in enumerate(ordered)}
+    return [_context(index, point, rank) for point in ordered]
+
+
+def steps(index: GraphIndex, items: Sequence[Context], points: Sequence[Point]) -> list[list[Context | Point]]:
+    """Contexts and lone BatchNormalizations in groups that can be measured together.
+
+    A group is a level, split where a shortcut has to wait for another point of the same level.
+    """
+    by_node: dict[int, Context | Point] = {point.node: point for point in points}
+    by_node.update({item.point.node: item for item in items})
+    result: list[list[Context | Point]] = []
+    for level in sorted({point.level for point in points}):
+        pending = [point for point in points if point.level == level]
+        while pending:
+            nodes = {point.node for point in pending}
+            waiting = []
+            for point in pending:
+                item = by_node[point.node]
+                if isinstance(item, Context) and item.shortcut is not None:
+                    others = nodes - {point.node}
+                    if not others.isdisjoint(ancestors(index, [item.shortcut])):
+                        waiting.append(point)
+            if len(waiting) == len(pending):  # cannot happen: shortcuts point to lower ranks
+                waiting = waiting[1:]
+            result.append([by_node[point.node] for point in pending if point not in waiting])
+            pending = waiting
+    return result
+
+
+def _context(index: GraphIndex, point: Point, rank: dict[int, int]) -> Context:
+    node = index.nodes[point.node]
+    assert point.weight_slot is not None
+    source = node.input[1 - point.weight_slot]
+    output = point.tensor if point.batchnorm is None else index.nodes[point.batchnorm].output[0]
+    shortcut = _shortcut(index, point, output, rank)
+    result = output
+    if shortcut is not None:
+        consumer = index.sole_consumer(output)
+        assert consumer is not None
+        result = index.nodes[consumer].output[0]
+    batchnorm = None
+    consumer = index.sole_consumer(result)
+    if consumer is not None and is_standard(index.nodes[consumer], "BatchNormalization") and point.batchnorm != consumer:
+        batchnorm = consumer
+        result = index.nodes[consumer].output[0]
+    readers = index.consumers.get(result, [])
+    relu = bool(readers) and result not in index.outputs and all(_is_relu(index, reader) for reader in readers)
+    return Context(point, source, output, shortcut, batchnorm, relu)
+
+
+def _shortcut(index: GraphIndex, point: Point, output: str, rank: dict[int, int]) -> str | None:
+    consumer = index.sole_consumer(output)
+    if consumer is None or not is_standard(index.nodes[consumer], "Add"):
+        return None
+    add = index.nodes[consumer]
+    others = [name for name in add.input if name != output]
+    if len(others) != 1 or index.is_constant(others[0]):
+        return None
+    behind = ancestors(index, others)
+    if point.node in behind:
+        return None
+    if any(rank.get(node, -1) > rank[point.node] for node in behind):
+        return None
+    return others[0]
+
+
+def _is_relu(index: GraphIndex, position: int) -> bool:
+    """Relu, or Clip from 0 (ReLU6)."""
+    node = index.nodes[position]
+    if is_standard(node, "Relu"):
+        return True
+    if not is_standard(node, "Clip"):
+        return False
+    for item in node.attribute:
+        if item.name == "min":
+            return item.f == 0.0
+    has_minimum = len(node.input) > 1 and node.input[1]
+    return bool(has_minimum and index.is_constant(node.input[1]) and float(index.value(node.input[1])) == 0.0)

@@ -1,0 +1,126 @@
+"""Input patches of convolutions at sampled output positions.
+
+For every sampled output position ``o`` and kernel tap ``k`` the input position is, along each spatial axis,
+
+    convolution:            i = stride o - pad + dilation k
+    transposed convolution: i = (o + pad - dilation k) / stride, where that is a whole number
+
+and the patch holds 0 where ``i`` lies outside the input (padding). With the patches as rows, a convolution is
+``X @ W_rows.T`` (ONNX operators Conv and ConvTranspose).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Positions = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """Spatial geometry of a convolution; every tuple has one entry a spatial axis.
+
+    Attributes:
+        kernel: Taps along each axis.
+        strides: Step of the output (of the input, where transposed).
+        dilations: Distance between taps.
+        pads: Padding before the first element of each axis.
+        groups: Number of channel groups.
+        transposed: Whether it is a transposed convolution.
+    """
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[int, ...]
+    groups: int
+    transposed: bool
+
+
+def sample_positions(images: int, size: int, rows: int, seed: tuple[int, ...]) -> Positions:
+    """Seeded output positions for every image, [images, P], at most ``rows`` in all where that is one an image or more.
+
+    Stratified: each image's ``size`` positions are divided into ``P`` equal runs and one is drawn from each. All of
+    them where ``rows`` suffices.
+    """
+    per_image = max(1, rows // images)
+    if per_image >= size:
+        return np.broadcast_to(np.arange(size), (images, size))
+    offsets = np.random.default_rng(seed).random((images, per_image))
+    drawn = ((np.arange(per_image) + offsets) * (size / per_image)).astype(np.int64)
+    return np.minimum(drawn, size - 1)
+
+
+def input_positions(
+    geometry: ConvGeometry, input_shape: tuple[int, ...], output_shape: tuple[int, ...]
+) -> NDArray[np.int64]:
+    """Flat input position for every flat output position and tap, [outputs, taps]; -1 in the padding."""
+    flat = np.zeros((1, 1), np.int64)
+    valid = np.ones((1, 1), bool)
+    for axis, (size, extent) in enumerate(zip(input_shape, output_shape, strict=True)):
+        out = np.arange(extent)[:, None]
+        tap = np.arange(geometry.kernel[axis])[None, :]
+        stride, dilation, pad = geometry.strides[axis], geometry.dilations[axis], geometry.pads[axis]
+        if geometry.transposed:
+            numerator = out + pad - dilation * tap
+            index, inside = numerator // stride, numerator % stride == 0
+        else:
+            index, inside = stride * out - pad + dilation * tap, np.ones((extent, tap.size), bool)
+        inside = inside & (index >= 0) & (index < size)
+        outputs, taps = flat.shape[0] * extent, flat.shape[1] * tap.size
+        flat = (flat[:, None, :, None] * size + index[None, :, None, :]).reshape(outputs, taps)
+        valid = (valid[:, None, :, None] & inside[None, :, None, :]).reshape(outputs, taps)
+    return np.where(valid, flat, -1)
+
+
+def gather_patches(
+    tensor: NDArray[Any], table: NDArray[np.int64], positions: Positions, groups: int
+) -> NDArray[np.float32]:
+    """Patches of a chunk at each image's positions.
+
+    Args:
+        tensor: [N, C, *spatial] input of the convolution.
+        table: [outputs, taps] from :func:`input_positions`.
+        positions: [N, P] flat output positions.
+        groups: Channel groups.
+
+    Returns:
+        [N * P, groups, taps * C / groups], float32; see :func:`tap_major` for weights in the same order.
+    """
+    images, channels = tensor.shape[:2]
+    size = math.prod(tensor.shape[2:])
+    taps = table.shape[1]
+    by_position = np.ascontiguousarray(tensor.reshape(images, channels, size).transpose(0, 2, 1), dtype=np.float32)
+    wanted = table[positions]  # [N, P, taps]
+    padding = wanted < 0
+    wanted = wanted + (np.arange(images) * size)[:, None, None]
+    patches = np.take(by_position.reshape(images * size, channels), wanted.ravel(), axis=0, mode="clip")
+    if padding.any():
+        patches[padding.ravel()] = 0.0
+    if groups == 1:
+        return patches.reshape(-1, 1, taps * channels)
+    grouped = patches.reshape(-1, taps, groups, channels // groups).transpose(0, 2, 1, 3)  # [rows, G, taps, C/G]
+    return np.ascontiguousarray(grouped).reshape(len(grouped), groups, -1)
+
+
+def tap_major(rows: NDArray[Any], taps: int) -> NDArray[Any]:
+    """Weight rows [C_out, C/G * taps] reordered to [C_out, taps * C/G], the order of the patches."""
+    return np.ascontiguousarray(rows.reshape(len(rows), -1, taps).transpose(0, 2, 1)).reshape(rows.shape)
+
+
+def channel_major(rows: NDArray[Any], taps: int) -> NDArray[Any]:
+    """Inverse of :func:`tap_major`."""
+    return np.ascontiguousarray(rows.reshape(len(rows), taps, -1).transpose(0, 2, 1)).reshape(rows.shape)
+
+
+def gather_outputs(tensor: NDArray[Any], positions: Positions) -> NDArray[np.float32]:
+    """A chunk's values at each image's positions: [N, C, *spatial] to [N * P, C]."""
+    images, channels = tensor.shape[:2]
+    flat = tensor.reshape(images, channels, -1)
+    values = np.take_along_axis(flat, positions[:, None, :], axis=2)  # [N, C, P]
+    return np.ascontiguousarray(values.transpose(0, 2, 1), dtype=np.float32).reshape(-1, channels)

@@ -1,0 +1,139 @@
+"""Refit: walk in lockstep, and at each point solve for the surviving weights that reproduce the dense output.
+
+BatchNormalization is folded for the fit, ``V = a W`` with ``a = gamma / S``, and unfolded when written: ``W = V / a``,
+``beta' = b - a (b_conv - mu)``. The target is the dense network's output behind the BatchNormalization; before a
+residual Add it is ``(y_dense + shortcut_dense) - shortcut_repaired``, so that the block's output is what is matched.
+BatchNormalization nodes that follow no convolution are matched channel-wise (``paired``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from onnx_asr.calibration import Calibration
+from onnx_asr.channel_repair import PointReport, Reports
+from onnx_asr.engine.lockstep import BufferPool, Chunk, Lane, lockstep
+from onnx_asr.graph.context import Context, contexts, steps
+from onnx_asr.graph.edit import EditPlan
+from onnx_asr.graph.index import GraphIndex
+from onnx_asr.graph.points import Point
+from onnx_asr.networks import Execution, Networks
+from onnx_asr.numerics.gains import BatchNormParameters, absorb, paired
+from onnx_asr.numerics.moments import Floats, PairMoments
+from onnx_asr.refit_samples import RefitRecipe, RowSampler
+from onnx_asr.rewrite import plan_batchnorm, plan_bias, plan_rows, read_alpha, read_batchnorm, read_bias, read_rows
+
+_MAX_GROWTH = 10.0
+
+
+class _MomentSampler:
+    """Moments of a BatchNormalization's input, for the channel rule."""
+
+    def __init__(self, networks: Networks, point: Point) -> None:
+        self.point = point
+        self.pruned_targets = [point.tensor]
+        self.dense_targets = [networks.dense_tensor(point.tensor)]
+        self.moments: PairMoments | None = None
+
+    def add(self, dense: Chunk, pruned: Chunk) -> None:
+        chunk = PairMoments.of(dense[self.dense_targets[0]], pruned[self.point.tensor], self.point.channel_axis)
+        self.moments = chunk if self.moments is None else self.moments.merge(chunk)
+
+
+def repair_refit(
+    networks: Networks, calibration: Calibration, execution: Execution, plan: EditPlan, recipe: RefitRecipe
+) -> Reports:
+    """Refit every point's surviving weights, upstream first; zeros stay zeros."""
+    index = networks.pruned
+    items = contexts(index, networks.survey.points)
+    if not recipe.classifier:
+        items = [item for item in items if item.point.kind not in ("Gemm", "MatMul")]
+    kept = {item.point.node for item in items}
+    points = [p for p in networks.survey.points if p.weight_slot is None or p.node in kept]
+    schedule = [
+        [
+            RowSampler(networks, item, recipe, calibration.count)
+            if isinstance(item, Context)
+            else _MomentSampler(networks, item)
+            for item in group
+        ]
+        for group in steps(index, items, points)
+    ]
+    reports: Reports = {}
+    with BufferPool(execution.memory_limit) as pool:
+        everything = [job for group in schedule for job in group]
+        pruned_names = [name for job in everything for name in job.pruned_targets]
+        dense_names = [name for job in everything for name in job.dense_targets]
+        pruned = networks.pruned_lane(pruned_names, calibration, pool, execution, plan)
+        dense = networks.dense_lane(dense_names, calibration, pool, execution)
+        for number in range(len(schedule)):
+            execution.progress("refitting", number / len(schedule))
+            group, schedule[number] = schedule[number], []  # its rows are free once it is written
+            _sample([pruned, dense], group)
+            for job in group:
+                reports[job.point.node] = _write(networks, plan, job)
+    return reports
+
+
+def _sample(lanes: list[Lane], group: Sequence[RowSampler | _MomentSampler]) -> None:
+    def visit(_: int, chunks: list[Chunk]) -> None:
+        for job in group:
+            job.add(chunks[1], chunks[0])
+
+    wanted = [
+        [name for job in group for name in job.pruned_targets],
+        [name for job in group for name in job.dense_targets],
+    ]
+    lockstep(lanes, wanted, visit)
+
+
+def _write(networks: Networks, plan: EditPlan, job: RowSampler | _MomentSampler) -> PointReport:
+    index, point = networks.pruned, job.point
+    op_type = index.nodes[point.node].op_type
+    if isinstance(job, _MomentSampler):
+        assert job.moments is not None and point.batchnorm is not None
+        affine = paired(job.moments.dense, job.moments.pruned)
+        plan_batchnorm(index, plan, point.batchnorm, absorb(read_batchnorm(index, plan, point.batchnorm), affine))
+        gain = affine.gain
+        dead = int((job.moments.pruned.m2 == 0).sum())
+        return PointReport(point.name, op_type, "batchnorm", point.channels, dead, _summary(gain))
+    solution, rows = job.solve(plan)
+    alpha = read_alpha(index, point)
+    if point.batchnorm is None:
+        plan_rows(index, plan, point, rows / alpha)
+        plan_bias(index, plan, point, solution.bias)
+        written = "weights"
+    else:
+        _unfold(index, plan, point, rows / alpha, solution.bias)
+        written = "weights+batchnorm"
+    empty = int((~rows.any(axis=1)).sum())
+    residual = (solution.residual_before, solution.residual_after)
+    return PointReport(point.name, op_type, written, point.channels, empty, _summary(solution.gain), residual)
+
+
+def _unfold(index: GraphIndex, plan: EditPlan, point: Point, folded: Floats, bias: Floats) -> None:
+    """Write ``y = V x + b`` as a convolution and its BatchNormalization.
+
+    ``W = V / a`` where that stays within ten times the row's largest weight; else the BatchNormalization's scale takes
+    the difference (channels whose scale is all but zero).
+    """
+    assert point.batchnorm is not None
+    old = read_batchnorm(index, plan, point.batchnorm)
+    slope = old.slope
+    largest = np.abs(read_rows(index, plan, point)).max(axis=1)
+    peak = np.abs(folded).max(axis=1)
+    limit = _MAX_GROWTH * largest
+    fits = (np.abs(slope) * limit >= peak) & (slope != 0)
+    wider = np.divide(peak, largest, out=np.ones_like(peak), where=largest > 0)
+    slope = np.where(fits, slope, wider)
+    scale = slope * np.sqrt(old.var + old.epsilon)
+    plan_rows(index, plan, point, folded / np.where(slope == 0, 1.0, slope)[:, None])
+    offset = read_bias(index, plan, point) - old.mean
+    new = BatchNormParameters(np.where(fits, old.scale, scale), bias - slope * offset, old.mean, old.var, old.epsilon)
+    plan_batchnorm(index, plan, point.batchnorm, new)
+
+
+def _summary(gain: Floats) -> tuple[float, float, float]:
+    return float(gain.min()), float(np.median(gain)), float(gain.max())

@@ -1,0 +1,231 @@
+"""What a refit needs to see of one point: sampled input patches and targets, collected chunk by chunk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_asr.engine.lockstep import Chunk
+from onnx_asr.graph.context import Context
+from onnx_asr.graph.edit import EditPlan
+from onnx_asr.graph.index import attribute
+from onnx_asr.graph.points import Point
+from onnx_asr.networks import Networks
+from onnx_asr.numerics.moments import Floats
+from onnx_asr.numerics.patches import (
+    ConvGeometry,
+    channel_major,
+    gather_outputs,
+    gather_patches,
+    input_positions,
+    sample_positions,
+    tap_major,
+)
+from onnx_asr.numerics.refit import RefitOptions, RefitSolution, refit_rows
+from onnx_asr.rewrite import read_alpha, read_batchnorm, read_rows
+
+MAX_ROW_BYTES = 512 << 20
+FEW_ROWS, FEW_ROWS_RIDGE = 5000, 0.1
+
+
+@dataclass(frozen=True)
+class RefitRecipe:
+    """The parts of the recipe; each can be switched off.
+
+    Attributes:
+        rows: Sampled output positions a point, over all images.
+        ridge: Pull toward the dense weights; where there are few rows at least ``FEW_ROWS_RIDGE``.
+        relu_steps: ReLU-aware steps; 0 switches them off.
+        gain_power: Exponent of the final gain; 0 switches it off.
+        block_targets: Match the sum at residual Adds.
+        classifier: Refit Gemm and MatMul nodes, too.
+        seed: Of the positions.
+    """
+
+    rows: int = 20_000
+    ridge: float = 1e-2
+    relu_steps: int = 3
+    gain_power: float = 0.5
+    block_targets: bool = True
+    classifier: bool = True
+    seed: int = 0
+
+
+class RowSampler:
+    """Sampled rows of one point with weights.
+
+    Args:
+        networks: The pair.
+        context: The point and what follows it.
+        recipe: What to use.
+        images: Number of calibration samples to come.
+    """
+
+    def __init__(self, networks: Networks, context: Context, recipe: RefitRecipe, images: int) -> None:
+        self.networks = networks
+        self.context = context
+        self.point = context.point
+        self._recipe = recipe
+        self._images = images
+        self._seen = 0
+        self._taps = 1
+        self._spatial: _SpatialSampling | None = None
+        self._x: list[NDArray[np.float32]] = []
+        self._target: list[NDArray[np.float32]] = []
+        self._preactivation: list[NDArray[np.float32]] = []
+        self._shortcut: list[NDArray[np.float32]] = []
+
+    @property
+    def pruned_targets(self) -> list[str]:
+        """Tensors of the pruned network that it reads."""
+        return [self.context.source, *self._shortcut_name()]
+
+    @property
+    def dense_targets(self) -> list[str]:
+        """Tensors of the dense network that it reads."""
+        return [self.networks.dense_tensor(name) for name in (self.context.output, *self._shortcut_name())]
+
+    def _shortcut_name(self) -> list[str]:
+        return [self.context.shortcut] if self.context.shortcut is not None and self._recipe.block_targets else []
+
+    def add(self, dense: Chunk, pruned: Chunk) -> None:
+        """Take rows from the next chunk."""
+        source = pruned[self.context.source]
+        names = self.dense_targets
+        output = dense[names[0]]
+        x, pick = self._sample(source, output)
+        self._x.append(x)
+        target = pick(output)
+        if len(names) > 1:
+            assert self.context.shortcut is not None
+            target = target + pick(np.broadcast_to(dense[names[1]], output.shape))
+            shortcut = pick(np.broadcast_to(pruned[self.context.shortcut], output.shape))
+            self._shortcut.append(shortcut)
+            self._preactivation.append(target)
+            target = target - shortcut
+        else:
+            self._preactivation.append(target)
+        self._target.append(target)
+        self._seen += len(source)
+
+    def _sample(
+        self, source: NDArray[Any], output: NDArray[Any]
+    ) -> tuple[NDArray[np.float32], Callable[[NDArray[Any]], NDArray[np.float32]]]:
+        if self.point.kind in ("Gemm", "MatMul"):
+            return self._matrix_rows(source)[:, None, :], self._matrix_outputs
+        if self._spatial is None:
+            self._spatial = self._start(source, output)
+            self._taps = self._spatial.table.shape[1]
+        geometry, table = self._spatial.geometry, self._spatial.table
+        positions = self._spatial.positions[self._seen : self._seen + len(source)]
+        x = gather_patches(source, table, positions, geometry.groups)
+        return x, lambda tensor: gather_outputs(tensor, positions)
+
+    def _start(self, source: NDArray[Any], output: NDArray[Any]) -> _SpatialSampling:
+        geometry = conv_geometry(self.networks, self.point, source.shape[2:], output.shape[2:])
+        width = source.shape[1] * math.prod(geometry.kernel)
+        rows = min(self._recipe.rows, max(1, MAX_ROW_BYTES // (4 * width)))
+        seed = (self._recipe.seed, self.point.node)
+        positions = sample_positions(self._images, math.prod(output.shape[2:]), rows, seed)
+        return _SpatialSampling(geometry, input_positions(geometry, source.shape[2:], output.shape[2:]), positions)
+
+    def _matrix_rows(self, source: NDArray[Any]) -> NDArray[np.float32]:
+        if self.point.kind == "Gemm" and attribute(self.networks.pruned.nodes[self.point.node], "transA", 0):
+            source = source.T
+        return self._matrix_outputs(source)
+
+    def _matrix_outputs(self, tensor: NDArray[Any]) -> NDArray[np.float32]:
+        if self.point.channel_axis == -2:
+            tensor = np.swapaxes(tensor, -1, -2)
+        return tensor.reshape(-1, tensor.shape[-1]).astype(np.float32)  # a copy: the lane reuses its buffers
+
+    def solve(self, plan: EditPlan) -> tuple[RefitSolution, Floats]:
+        """Fit the surviving weights; the solution, and its weights as rows [C_out, K] in the file's order."""
+        index = self.networks.pruned
+        x, target = np.concatenate(self._x), np.concatenate(self._target)
+        self._x.clear()
+        groups = x.shape[1]
+        shape = (groups, self.point.channels // groups, x.shape[2])
+        mask = tap_major(read_rows(index, plan, self.point) != 0, self._taps).reshape(shape)
+        prior = tap_major(self._dense_rows(), self._taps).reshape(shape)
+        floor, negative = self._hidden_by_relu()
+        ridge = max(self._recipe.ridge, FEW_ROWS_RIDGE) if len(x) < FEW_ROWS else self._recipe.ridge
+        options = RefitOptions(ridge, self._recipe.relu_steps, self._recipe.gain_power)
+        solution = refit_rows(x, target, prior, mask, options, relu_floor=floor, dense_negative=negative)
+        return solution, channel_major(solution.weight.reshape(self.point.channels, -1), self._taps)
+
+    def _dense_rows(self) -> Floats:
+        """The dense weights, folded with the dense BatchNormalization."""
+        networks, nothing = self.networks, EditPlan()
+        assert networks.dense is not None
+        twin = networks.dense_point(self.point)
+        rows = read_alpha(networks.dense, twin) * read_rows(networks.dense, nothing, twin)
+        if twin.batchnorm is None:
+            return np.asarray(rows)
+        return np.asarray(rows * read_batchnorm(networks.dense, nothing, twin.batchnorm).slope[:, None])
+
+    def _hidden_by_relu(self) -> tuple[NDArray[np.float32] | None, NDArray[np.bool_] | None]:
+        """``theta``, and where the dense pre-activation is at or below the ReLU's threshold."""
+        if not self.context.relu or not self._recipe.relu_steps:
+            return None, None
+        total = np.concatenate(self._preactivation)
+        threshold = np.zeros(self.point.channels)
+        usable = np.ones(self.point.channels, bool)
+        if self.context.batchnorm is not None:
+            assert self.networks.dense is not None and self.networks.pairing is not None
+            between = self.networks.pairing.nodes[self.context.batchnorm]
+            parameters = read_batchnorm(self.networks.dense, EditPlan(), between)
+            usable = parameters.slope > 0
+            crossing = parameters.mean - parameters.bias / np.where(usable, parameters.slope, 1.0)
+            threshold = np.where(usable, crossing, 0.0)
+        floor = np.broadcast_to(threshold.astype(np.float32), total.shape)
+        negative = (total <= floor) & usable
+        if self._shortcut:
+            floor = floor - np.concatenate(self._shortcut)
+        return np.ascontiguousarray(floor), negative
+
+
+@dataclass(frozen=True)
+class _SpatialSampling:
+    geometry: ConvGeometry
+    table: NDArray[np.int64]
+    positions: NDArray[np.int64]
+
+
+def conv_geometry(
+    networks: Networks, point: Point, input_shape: tuple[int, ...], output_shape: tuple[int, ...]
+) -> ConvGeometry:
+    """Kernel, strides, dilations, groups and leading pads of a Conv or ConvTranspose (ONNX defaults filled in)."""
+    index = networks.pruned
+    node = index.nodes[point.node]
+    kernel = tuple(index.value(node.input[1]).shape[2:])
+    axes = len(kernel)
+    strides = tuple(attribute(node, "strides", [1] * axes))
+    dilations = tuple(attribute(node, "dilations", [1] * axes))
+    pads = tuple(attribute(node, "pads", [0] * (2 * axes)))[:axes]
+    mode = attribute(node, "auto_pad", b"NOTSET").decode()
+    transposed = point.kind == "ConvTranspose"
+    if mode == "VALID":
+        pads = (0,) * axes
+    elif mode != "NOTSET" or (transposed and attribute(node, "output_shape", None)):
+        extra = tuple(attribute(node, "output_padding", [0] * axes))
+        pads = tuple(
+            _leading_pad(
+                (input_shape[a] - 1) * strides[a] + extra[a] + (kernel[a] - 1) * dilations[a] + 1 - output_shape[a]
+                if transposed
+                else (output_shape[a] - 1) * strides[a] + (kernel[a] - 1) * dilations[a] + 1 - input_shape[a],
+                larger_first=(mode != "SAME_UPPER") if transposed else mode == "SAME_LOWER",
+            )
+            for a in range(axes)
+        )
+    return ConvGeometry(kernel, strides, dilations, pads, int(attribute(node, "group", 1)), transposed)
+
+
+def _leading_pad(total: int, larger_first: bool) -> int:
+    total = max(total, 0)
+    return total - total // 2 if larger_first else total // 2

@@ -1,0 +1,310 @@
+"""Seeded small graphs, and the plain onnxruntime runs that the tests judge by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import helper, numpy_helper, parser
+from onnx.reference import ReferenceEvaluator
+
+from onnx_asr.graph.index import GraphIndex
+
+MODELS = Path(__file__).parent.parent / "models"
+BN_SLOTS = (1, 2, 3, 4)
+
+
+def net(text: str, *, ir: int = 8, opset: int = 17, seed: int = 0, **weights: Any) -> onnx.ModelProto:
+    """A model from the text of its graph; ``weights`` become initializers.
+
+    A weight given as a shape is drawn at random: names that end in ``var`` from 0.5 to 2, scales of normalizations
+    (``gamma``) around 1, everything else from a normal distribution.
+    """
+    model = parser.parse_model(f'<ir_version: {ir}, opset_import: ["": {opset}]> {text}')
+    generator = np.random.default_rng(seed)
+    for name, value in weights.items():
+        if isinstance(value, tuple):
+            if name.endswith("var"):
+                value = generator.uniform(0.5, 2.0, value)
+            elif "gamma" in name:
+                value = generator.uniform(0.5, 1.5, value)
+            else:
+                fan = int(np.prod(value[1:])) if len(value) > 1 else 4
+                value = generator.normal(0.0, fan**-0.5, value)
+            value = value.astype(np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+    return model
+
+
+def bn(*prefixes: str, channels: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of BatchNormalization parameters named ``<prefix>_gamma``, ``_beta``, ``_mean`` and ``_var``."""
+    return {f"{p}_{part}": (channels,) for p in prefixes for part in ("gamma", "beta", "mean", "var")}
+
+
+def index(model: onnx.ModelProto) -> GraphIndex:
+    return GraphIndex.of(model)
+
+
+def run(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray], names: Iterable[str] = ()) -> dict[str, np.ndarray]:
+    """One plain full run without graph optimisations: the outputs, and any other tensors by name."""
+    exposed = onnx.ModelProto()
+    exposed.CopyFrom(model)
+    present = {value.name for value in exposed.graph.output}
+    for name in dict.fromkeys(names):
+        if name not in present:
+            exposed.graph.output.append(onnx.ValueInfoProto(name=name))
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 2
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(exposed.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    wanted = [value.name for value in exposed.graph.output]
+    return dict(zip(wanted, session.run(wanted, dict(feeds)), strict=True))
+
+
+def first_output(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
+    """The first output for a single input."""
+    inputs = {value.name for value in model.graph.input} - {tensor.name for tensor in model.graph.initializer}
+    (name,) = inputs
+    return run(model, {name: x})[model.graph.output[0].name]
+
+
+def constant(model: onnx.ModelProto, name: str) -> np.ndarray:
+    """A constant tensor, evaluated by onnx's reference implementation."""
+    for tensor in model.graph.initializer:
+        if tensor.name == name:
+            return numpy_helper.to_array(tensor)
+    needed, wanted = [], {name}
+    for node in reversed(model.graph.node):
+        if wanted & set(node.output):
+            needed.insert(0, node)
+            wanted |= set(node.input)
+    graph = helper.make_graph(
+        needed,
+        "constant",
+        [],
+        [onnx.ValueInfoProto(name=name)],
+        [tensor for tensor in model.graph.initializer if tensor.name in wanted],
+    )
+    scope = helper.make_model(graph, opset_imports=model.opset_import)
+    return np.asarray(ReferenceEvaluator(scope).run([name], {})[0])
+
+
+def parameter(model: onnx.ModelProto, node: int, slot: int) -> np.ndarray:
+    """Value of a node's constant input."""
+    return constant(model, model.graph.node[node].input[slot])
+
+
+def set_parameter(model: onnx.ModelProto, node: int, slot: int, value: np.ndarray) -> None:
+    """Give a node a constant of its own for one input, in place; nothing else is touched."""
+    target = model.graph.node[node]
+    name = f"test::{node}:{slot}"
+    for position, tensor in enumerate(model.graph.initializer):
+        if tensor.name == name:
+            del model.graph.initializer[position]
+            break
+    dtype = parameter(model, node, slot).dtype if slot < len(target.input) and target.input[slot] != name else "f4"
+    model.graph.initializer.append(numpy_helper.from_array(np.asarray(value).astype(dtype), name))
+    while len(target.input) <= slot:
+        target.input.append("")
+    target.input[slot] = name
+
+
+def copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    return result
+
+
+def positions(model: onnx.ModelProto, *op_types: str) -> list[int]:
+    """Positions of the nodes of these operators, in file order."""
+    return [position for position, node in enumerate(model.graph.node) if node.op_type in op_types]
+
+
+def per_channel(tensor: np.ndarray, axis: int = 1) -> np.ndarray:
+    """[C, everything else] in float64."""
+    return np.moveaxis(tensor.astype(np.float64), axis, 0).reshape(tensor.shape[axis], -1)
+
+
+def weights(model: onnx.ModelProto) -> dict[int, np.ndarray]:
+    """Weight of every Conv, ConvTranspose and Gemm, by node position."""
+    return {p: parameter(model, p, 1) for p in positions(model, "Conv", "ConvTranspose", "Gemm")}
+
+
+def magnitude_masks(model: onnx.ModelProto, sparsity: float) -> dict[int, np.ndarray]:
+    """Masks of a plain global magnitude pruning."""
+    found = weights(model)
+    magnitudes = np.concatenate([np.abs(value).ravel() for value in found.values()])
+    threshold = np.quantile(magnitudes, sparsity)
+    return {position: np.abs(value) > threshold for position, value in found.items()}
+
+
+def masked(model: onnx.ModelProto, masks: Mapping[int, np.ndarray]) -> onnx.ModelProto:
+    """A copy with zeros where the masks say so."""
+    result = copy(model)
+    for position, mask in masks.items():
+        set_parameter(result, position, 1, parameter(model, position, 1) * mask)
+    return result
+
+
+def pruned(model: onnx.ModelProto, sparsity: float) -> onnx.ModelProto:
+    """A copy after plain global magnitude pruning."""
+    return masked(model, magnitude_masks(model, sparsity))
+
+
+def recalibrated(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> onnx.ModelProto:
+    """Every BatchNormalization re-estimated naively: in file order, each by a full run with those before it set."""
+    result = copy(model)
+    for position in positions(model, "BatchNormalization"):
+        source = result.graph.node[position].input[0]
+        values = per_channel(run(result, feeds, [source])[source])
+        set_parameter(result, position, 3, values.mean(axis=1))
+        set_parameter(result, position, 4, values.var(axis=1))
+    return result
+
+
+def folded(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same function with every BatchNormalization that follows a Conv folded into it."""
+    result = copy(model)
+    dead = []
+    for position in positions(model, "BatchNormalization"):
+        node = result.graph.node[position]
+        producers = [p for p in positions(result, "Conv") if result.graph.node[p].output[0] == node.input[0]]
+        readers = [item for item in result.graph.node if node.input[0] in item.input]
+        if not producers or len(readers) > 1:
+            continue
+        conv = producers[0]
+        gamma, beta, mean, var = (parameter(result, position, slot).astype(np.float64) for slot in BN_SLOTS)
+        epsilon = next((item.f for item in node.attribute if item.name == "epsilon"), 1e-5)
+        slope = gamma / np.sqrt(var + epsilon)
+        weight = parameter(result, conv, 1).astype(np.float64)
+        has_bias = len(result.graph.node[conv].input) > 2
+        bias = parameter(result, conv, 2).astype(np.float64) if has_bias else np.zeros(len(weight))
+        set_parameter(result, conv, 1, weight * slope.reshape(-1, *[1] * (weight.ndim - 1)))
+        set_parameter(result, conv, 2, beta + slope * (bias - mean))
+        result.graph.node[conv].output[0] = node.output[0]
+        dead.append(position)
+    for position in reversed(dead):
+        del result.graph.node[position]
+    return result
+
+
+# The nets below are random, but their running statistics are those of normal images, so that they behave like
+# trained ones: every BatchNormalization's output has about its own beta and gamma as mean and standard deviation.
+
+
+def residual_net(seed: int = 0) -> onnx.ModelProto:
+    r"""Identity and convolution shortcut, depthwise and strided convolutions, classifier.
+
+    ``x - Conv - BN - Relu -+- Conv - BN - Relu - Conv(dw) - BN - Add - Relu -+- Conv/2 - BN - Add - Relu - pool - Gemm``
+    ``                      +-----------------------------------/             +- Conv/2 - BN -/``
+    """
+    names = ("stem", "a", "b", "c")
+    shapes: dict[str, Any] = {
+        "stem_w": (8, 3, 3, 3),
+        "a_w": (8, 8, 3, 3),
+        "b_w": (8, 1, 3, 3),
+        "c_w": (12, 8, 3, 3),
+        "short_w": (12, 8, 1, 1),
+        "fc_w": (10, 12),
+        "fc_b": (10,),
+        **bn(*names[:3], channels=8),
+        **bn("c", "short", channels=12),
+    }
+    model = net(
+        """
+        residual (float[N,3,8,8] x) => (float[N,10] logits) {
+          stem = Conv <kernel_shape=[3,3], pads=[1,1,1,1]> (x, stem_w)
+          stem_n = BatchNormalization (stem, stem_gamma, stem_beta, stem_mean, stem_var)
+          stem_r = Relu (stem_n)
+          a = Conv <kernel_shape=[3,3], pads=[1,1,1,1]> (stem_r, a_w)
+          a_n = BatchNormalization (a, a_gamma, a_beta, a_mean, a_var)
+          a_r = Relu (a_n)
+          b = Conv <kernel_shape=[3,3], pads=[1,1,1,1], group=8> (a_r, b_w)
+          b_n = BatchNormalization (b, b_gamma, b_beta, b_mean, b_var)
+          sum1 = Add (b_n, stem_r)
+          sum1_r = Relu (sum1)
+          c = Conv <kernel_shape=[3,3], pads=[1,1,1,1], strides=[2,2]> (sum1_r, c_w)
+          c_n = BatchNormalization (c, c_gamma, c_beta, c_mean, c_var)
+          short = Conv <kernel_shape=[1,1], strides=[2,2]> (sum1_r, short_w)
+          short_n = BatchNormalization (short, short_gamma, short_beta, short_mean, short_var)
+          sum2 = Add (c_n, short_n)
+          sum2_r = Relu (sum2)
+          pooled = GlobalAveragePool (sum2_r)
+          flat = Flatten (pooled)
+          logits = Gemm <transB=1> (flat, fc_w, fc_b)
+        }
+        """,
+        seed=seed,
+        **shapes,
+    )
+    return recalibrated(model, {"x": images(256, seed=1000 + seed)})
+
+
+def dense_net(seed: int = 0) -> onnx.ModelProto:
+    """BatchNormalization before Conv, on a Concat and after an Add; ConvTranspose with groups; MatMul with Add."""
+    shapes: dict[str, Any] = {
+        "stem_w": (6, 3, 3, 3),
+        "stem_b": (6,),
+        "a_w": (4, 6, 3, 3),
+        "b_w": (10, 10, 1, 1),
+        "up_w": (10, 3, 2, 2),
+        "up_b": (6,),
+        "fc_w": (6, 10),
+        "fc_b": (10,),
+        **bn("n1", channels=6),
+        **bn("n2", "n3", channels=10),
+        **bn("n4", channels=6),
+    }
+    model = net(
+        """
+        dense (float[N,3,8,8] x) => (float[N,10] logits) {
+          stem = Conv <kernel_shape=[3,3], pads=[1,1,1,1]> (x, stem_w, stem_b)
+          n1 = BatchNormalization (stem, n1_gamma, n1_beta, n1_mean, n1_var)
+          r1 = Relu (n1)
+          a = Conv <kernel_shape=[3,3], pads=[1,1,1,1]> (r1, a_w)
+          cat = Concat <axis=1> (stem, a)
+          n2 = BatchNormalization (cat, n2_gamma, n2_beta, n2_mean, n2_var)
+          r2 = Relu (n2)
+          b = Conv <kernel_shape=[1,1]> (r2, b_w)
+          sum = Add (b, cat)
+          n3 = BatchNormalization (sum, n3_gamma, n3_beta, n3_mean, n3_var)
+          r3 = Relu (n3)
+          up = ConvTranspose <kernel_shape=[2,2], strides=[2,2], group=2> (r3, up_w, up_b)
+          n4 = BatchNormalization (up, n4_gamma, n4_beta, n4_mean, n4_var)
+          r4 = Relu (n4)
+          pooled = GlobalAveragePool (r4)
+          flat = Flatten (pooled)
+          product = MatMul (flat, fc_w)
+          logits = Add (product, fc_b)
+        }
+        """,
+        seed=seed,
+        **shapes,
+    )
+    return recalibrated(model, {"x": images(256, seed=2000 + seed)})
+
+
+def images(count: int, *, seed: int, shape: tuple[int, ...] = (3, 8, 8)) -> np.ndarray:
+    """Smooth-ish normal inputs: neighbouring pixels are alike, channels differ in mean."""
+    generator = np.random.default_rng(seed)
+    noise = generator.normal(size=(count, *shape))
+    noise = noise + np.roll(noise, 1, -1) + np.roll(noise, 1, -2)
+    return (noise + np.linspace(-0.5, 0.5, shape[0]).reshape(-1, 1, 1)).astype(np.float32)
+
+
+def digits(name: str) -> onnx.ModelProto:
+    """One of the trained nets in models/."""
+    return onnx.load(MODELS / f"digits_{name}.onnx")
+
+
+def digit_images(split: str = "calibration") -> tuple[np.ndarray, np.ndarray]:
+    """Images as the digits nets want them, and labels."""
+    with np.load(MODELS / "data" / f"digits_{split}.npz") as file:
+        pixels, labels = file["images"], file["labels"]
+    return ((pixels.astype(np.float32) / 255 - 0.5) / 0.5).transpose(0, 3, 1, 2), labels

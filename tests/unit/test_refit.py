@@ -1,0 +1,338 @@
+"""Refit against independent oracles: lstsq, explicit normal equations, standard deviations taken from predictions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onnx_asr.errors import OptionError
+from onnx_asr.numerics import refit
+from onnx_asr.numerics.refit import RefitOptions, RefitSolution, refit_rows
+
+LEAST_SQUARES = RefitOptions(ridge=0.0, relu_steps=0, gain_power=0.0)
+
+
+class Layer:
+    """Samples of a layer: ReLU-like inputs with shared parts, a target that no sparse weight meets exactly."""
+
+    def __init__(self, groups=1, outputs=8, inputs=27, rows=2000, density=0.5, seed=0):
+        rng = np.random.default_rng(seed)
+        common = rng.standard_normal((rows, groups, 3)) @ rng.standard_normal((3, inputs))
+        self.x = np.maximum(rng.standard_normal((rows, groups, inputs)) + common, 0.0).astype(np.float32)
+        self.w0 = rng.standard_normal((groups, outputs, inputs))
+        self.mask = rng.random(self.w0.shape) < density
+        target = np.einsum("ngk,gmk->ngm", self.x, self.w0).reshape(rows, -1)
+        noise = rng.standard_normal(target.shape) * 0.1 * target.std()
+        self.target = (target - target.mean(0) + noise).astype(np.float32)
+
+    def refit(self, options=LEAST_SQUARES, **relu) -> RefitSolution:
+        return refit_rows(self.x, self.target, self.w0, self.mask, options, **relu)
+
+    def predict(self, weight, bias) -> np.ndarray:
+        return np.einsum("ngk,gmk->ngm", self.x.astype(float), weight).reshape(len(self.x), -1) + bias
+
+
+@pytest.fixture(params=["inverse", "cg"])
+def solver(request, monkeypatch) -> str:
+    monkeypatch.setattr(refit, "_inverse_is_cheaper", lambda mask: request.param == "inverse")
+    return request.param
+
+
+SHAPES = {
+    "dense": {},
+    "grouped": {"groups": 4, "outputs": 5, "inputs": 18},
+    "depthwise": {"groups": 30, "outputs": 1, "inputs": 9},
+    "multiplier": {"groups": 16, "outputs": 2, "inputs": 9, "density": 0.3},
+    "several chunks": {"inputs": 9, "rows": 9000},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_without_ridge_it_is_lstsq(shape, solver):
+    layer = Layer(**shape)
+    solution = layer.refit()
+    assert solution.solver == solver
+    groups, outputs, _ = layer.w0.shape
+    for group in range(groups):
+        for channel in range(outputs):
+            row = group * outputs + channel
+            kept = layer.mask[group, channel]
+            design = np.column_stack([layer.x[:, group, kept].astype(float), np.ones(len(layer.x))])
+            expected, *_ = np.linalg.lstsq(design, layer.target[:, row].astype(float), rcond=None)
+            scale = np.abs(expected).max()
+            np.testing.assert_allclose(solution.weight[group, channel, kept], expected[:-1], atol=1e-5 * scale, rtol=0)
+            np.testing.assert_allclose(solution.bias[row], expected[-1], atol=1e-5 * scale, rtol=0)
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 1e-2, 1.0])
+def test_ridge_solves_the_normal_equations(ridge, solver):
+    layer = Layer(groups=2, outputs=6, inputs=18)
+    solution = layer.refit(replace(LEAST_SQUARES, ridge=ridge))
+    for group in range(2):
+        x = layer.x[:, group].astype(float)
+        h = np.cov(x.T, bias=True)
+        pull = ridge * np.diag(h).mean() + 1e-12
+        for channel in range(6):
+            kept = layer.mask[group, channel]
+            target = layer.target[:, group * 6 + channel].astype(float)
+            g = (x - x.mean(0)).T @ (target - target.mean()) / len(x)
+            left = h[np.ix_(kept, kept)] + pull * np.eye(kept.sum())
+            expected = np.linalg.solve(left, g[kept] + pull * layer.w0[group, channel, kept])
+            np.testing.assert_allclose(solution.weight[group, channel, kept], expected, atol=3e-5)
+            bias = target.mean() - expected @ x.mean(0)[kept]
+            np.testing.assert_allclose(solution.bias[group * 6 + channel], bias, atol=3e-5 * len(expected))
+
+
+def test_both_solvers_agree(monkeypatch):
+    layer = Layer(outputs=24, inputs=144, rows=3000, density=0.3)
+    negative = layer.target <= 0
+    solutions = []
+    for cheaper in (True, False):
+        monkeypatch.setattr(refit, "_inverse_is_cheaper", lambda mask, cheaper=cheaper: cheaper)
+        solutions.append(layer.refit(RefitOptions(relu_steps=0), dense_negative=negative))
+        solutions.append(layer.refit(RefitOptions(), dense_negative=negative))
+    inverse, inverse_relu, cg, cg_relu = (layer.predict(s.weight, s.bias) for s in solutions)
+    assert np.linalg.norm(cg - inverse) <= 1e-5 * np.linalg.norm(inverse)
+    # What the ReLU hides is judged by drafts, each solved to 1e-3.
+    assert np.linalg.norm(cg_relu - inverse_relu) <= 3e-3 * np.linalg.norm(inverse_relu)
+
+
+def test_choice_of_solver_follows_size():
+    assert refit._inverse_is_cheaper(np.ones((2000, 1, 9), np.bool_))
+    assert refit._inverse_is_cheaper(np.random.default_rng(0).random((1, 64, 576)) < 0.1)
+    assert not refit._inverse_is_cheaper(np.random.default_rng(0).random((1, 256, 1152)) < 0.8)
+
+
+def through_relu(prediction, target, floor=0.0) -> float:
+    return float(np.square(np.maximum(prediction, floor) - np.maximum(target, floor)).mean())
+
+
+@pytest.mark.parametrize("with_floor", [False, True])
+def test_relu_aware_steps_lower_the_error_behind_the_relu(with_floor, solver):
+    layer = Layer(outputs=16, density=0.25)
+    floor = None
+    if with_floor:
+        floor = (0.3 * layer.target.std() * np.random.default_rng(1).standard_normal(layer.target.shape)).astype("f4")
+    theta = 0.0 if floor is None else floor
+    options = replace(LEAST_SQUARES, ridge=1e-3)
+    errors = []
+    for steps in range(4):
+        solution = layer.refit(
+            replace(options, relu_steps=steps), dense_negative=layer.target <= theta, relu_floor=floor
+        )
+        errors.append(through_relu(layer.predict(solution.weight, solution.bias), layer.target, theta))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[3] < 0.95 * errors[0]
+
+
+def test_relu_step_is_the_fit_of_the_met_target():
+    layer = Layer(outputs=4)
+    negative = layer.target <= 0
+    plain = layer.refit()
+    met = np.where(negative, np.minimum(layer.predict(plain.weight, plain.bias), 0), layer.target).astype(np.float32)
+    expected = refit_rows(layer.x, met, layer.w0, layer.mask, LEAST_SQUARES)
+    actual = layer.refit(replace(LEAST_SQUARES, relu_steps=1), dense_negative=negative)
+    np.testing.assert_allclose(actual.weight, expected.weight, atol=1e-5)
+    np.testing.assert_allclose(actual.bias, expected.bias, atol=1e-4)
+
+
+def test_hidden_errors_do_not_count_as_residual():
+    layer = Layer(outputs=4, density=2.0)
+    layer.target = np.maximum(layer.predict(layer.w0, 0.0), 0.0).astype(np.float32)
+    layer.target -= np.float32(1.0)  # the dense pre-activation is -1 wherever ReLU would have hidden it
+    seen = layer.refit(replace(LEAST_SQUARES, relu_steps=30), dense_negative=layer.target <= 0)
+    assert seen.residual_after < 0.7 * layer.refit().residual_after
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_gain_is_the_ratio_of_standard_deviations(power, solver):
+    layer = Layer(groups=2, outputs=6, density=0.3)
+    options = replace(LEAST_SQUARES, ridge=0.1)
+    plain = layer.refit(options)
+    prediction = layer.predict(plain.weight, plain.bias)
+    expected = (layer.target.std(0, dtype=float) / prediction.std(0)) ** power
+    gained = layer.refit(replace(options, gain_power=power))
+    np.testing.assert_allclose(gained.gain, expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        gained.weight.reshape(12, -1), plain.weight.reshape(12, -1) * expected[:, None], rtol=1e-4
+    )
+    mean = layer.predict(gained.weight, gained.bias).mean(0)
+    np.testing.assert_allclose(mean, layer.target.mean(0, dtype=float), atol=1e-4)
+
+
+def test_gain_is_one_without_correlation():
+    layer = Layer(outputs=2, inputs=6, density=2.0)
+    layer.target[:, 0] = np.random.default_rng(5).standard_normal(len(layer.x))
+    options = replace(LEAST_SQUARES, gain_power=0.5, min_correlation=0.2)
+    gain = layer.refit(options).gain
+    assert gain[0] == 1.0
+    assert gain[1] > 1.0
+    assert layer.refit(replace(options, min_correlation=0.0)).gain[0] > 1.0
+
+
+def test_residuals_are_relative_errors():
+    layer = Layer(groups=2, outputs=4)
+    solution = layer.refit()
+    spread = layer.target.var(0, dtype=float).sum()
+    kept = np.where(layer.mask, layer.w0, 0.0)
+    before = (layer.target - layer.predict(kept, 0.0)).var(0).sum()
+    after = np.square(layer.target - layer.predict(solution.weight, solution.bias)).mean(0).sum()
+    assert solution.residual_before == pytest.approx(np.sqrt(before / spread), rel=1e-4)
+    assert solution.residual_after == pytest.approx(np.sqrt(after / spread), rel=1e-4)
+    assert solution.rows == len(layer.x)
+
+
+def check_finite(solution: RefitSolution, mask) -> None:
+    for value in (solution.weight, solution.bias, solution.gain, solution.residual_before, solution.residual_after):
+        assert np.isfinite(value).all()
+    assert not solution.weight[~mask].any()
+
+
+def test_empty_rows_keep_the_mean(solver):
+    layer = Layer(groups=2, outputs=3)
+    layer.mask[0, 1] = layer.mask[1] = False
+    solution = layer.refit(RefitOptions())
+    check_finite(solution, layer.mask)
+    empty = [1, 3, 4, 5]
+    np.testing.assert_allclose(solution.bias[empty], layer.target.mean(0, dtype=float)[empty], atol=1e-6)
+    assert (solution.gain[empty] == 1.0).all()
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-2])
+def test_dead_inputs_keep_their_weight(ridge, solver):
+    layer = Layer(outputs=4)
+    layer.x[:, :, :10] = 0.3
+    solution = layer.refit(replace(LEAST_SQUARES, ridge=ridge))
+    check_finite(solution, layer.mask)
+    expected = np.where(layer.mask, layer.w0, 0.0)
+    np.testing.assert_allclose(solution.weight[..., :10], expected[..., :10], rtol=1e-9)
+    mean = layer.predict(solution.weight, solution.bias).mean(0)
+    np.testing.assert_allclose(mean, layer.target.mean(0, dtype=float), atol=1e-4)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-9, 1e-2])
+@pytest.mark.parametrize("trap", ["all dead", "few rows", "one row", "duplicates", "constant target"])
+def test_singular_systems_stay_near_the_dense_weights(trap, ridge, solver):
+    layer = Layer(outputs=4, density=0.8)
+    if trap == "all dead":
+        layer.x[:] = 2.0
+    elif trap == "few rows":
+        layer.x, layer.target = layer.x[:12], layer.target[:12]
+    elif trap == "one row":
+        layer.x, layer.target = layer.x[:1], layer.target[:1]
+    elif trap == "duplicates":
+        layer.x[..., 1::2] = layer.x[..., :-1:2]
+    else:
+        layer.target[:] = 0.7
+    solution = layer.refit(RefitOptions(ridge=ridge), dense_negative=layer.target <= 0)
+    check_finite(solution, layer.mask)
+    assert np.abs(solution.weight).max() < 20 * np.abs(layer.w0).max()
+    if trap in ("all dead", "one row"):
+        np.testing.assert_allclose(solution.weight, np.where(layer.mask, layer.w0, 0.0), rtol=1e-6)
+        assert (solution.gain == 1.0).all()
+
+
+def test_duplicates_share_what_least_squares_leaves_open(solver):
+    layer = Layer(outputs=4, inputs=10, density=2.0)
+    layer.x[..., 5:] = layer.x[..., :5]
+    solution = layer.refit()
+    halves = solution.weight - layer.w0
+    np.testing.assert_allclose(halves[..., 5:], halves[..., :5], atol=1e-3)  # no displacement along the null space
+    merged = refit_rows(layer.x[..., :5], layer.target, layer.w0[..., :5], layer.mask[..., :5], LEAST_SQUARES)
+    np.testing.assert_allclose(solution.weight[..., 5:] + solution.weight[..., :5], merged.weight, atol=1e-3)
+
+
+def test_large_mean_does_not_cancel(solver):
+    layer = Layer(outputs=4, inputs=9)
+    expected = layer.refit().weight
+    layer.x += np.float32(1000.0)
+    np.testing.assert_allclose(layer.refit().weight, expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["x", "target", "w0", "relu_floor"])
+def test_values_that_are_not_finite_are_refused(where, value):
+    layer = Layer()
+    relu = {"relu_floor": np.zeros_like(layer.target), "dense_negative": layer.target <= 0}
+    array = relu[where] if where == "relu_floor" else getattr(layer, where)
+    array.flat[np.flatnonzero(layer.mask)[0] if where == "w0" else 7] = value
+    with pytest.raises(ValueError, match=where):
+        layer.refit(**relu)
+
+
+def test_pruned_places_of_w0_are_not_looked_at():
+    layer = Layer()
+    expected = layer.refit(RefitOptions())
+    layer.w0[~layer.mask] = np.nan
+    np.testing.assert_array_equal(layer.refit(RefitOptions()).weight, expected.weight)
+
+
+@pytest.mark.parametrize("where", ["x", "target", "w0"])
+def test_values_too_large_for_float32_are_refused(where):
+    layer = Layer()
+    array = getattr(layer, where)
+    array *= array.dtype.type(1e25)
+    with pytest.raises(ValueError, match="too large"):
+        layer.refit()
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    layer = Layer()
+    x, target, w0, mask = layer.x, layer.target, layer.w0, layer.mask
+    cases = [
+        (x[:, 0], target, w0, mask, {}, "x has shape"),
+        (x[:0], target[:0], w0, mask, {}, "x has shape"),
+        (x, target, w0[:, :, :-1], mask, {}, "w0 is"),
+        (x, target, w0, mask.astype(int), {}, "boolean"),
+        (x, target[:, :-1], w0, mask, {}, "target has shape"),
+        (x, target, w0, mask, {"dense_negative": target[1:] <= 0}, "dense_negative has shape"),
+        (x, target, w0, mask, {"relu_floor": target}, "without dense_negative"),
+    ]
+    for *arrays, relu, message in cases:
+        with pytest.raises(ValueError, match=message):
+            refit_rows(*arrays, RefitOptions(), **relu)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"ridge": -1.0}, {"ridge": np.nan}, {"relu_steps": -1}, {"gain_power": np.inf}, {"min_correlation": -0.1}]
+)
+def test_options_out_of_range_are_refused(wrong):
+    with pytest.raises(OptionError, match=next(iter(wrong))):
+        RefitOptions(**wrong)
+
+
+def test_inputs_are_not_modified():
+    layer = Layer(groups=2)
+    copies = [a.copy() for a in (layer.x, layer.target, layer.w0, layer.mask)]
+    layer.refit(RefitOptions(), dense_negative=layer.target <= 0)
+    for copy, array in zip(copies, (layer.x, layer.target, layer.w0, layer.mask), strict=True):
+        np.testing.assert_array_equal(copy, array)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    groups=st.integers(1, 4),
+    outputs=st.integers(1, 6),
+    inputs=st.integers(1, 20),
+    rows=st.integers(1, 60),
+    density=st.floats(0.0, 1.2),
+    dead=st.floats(0.0, 1.0),
+    scale=st.sampled_from([1e-3, 1.0, 1e3]),
+    ridge=st.sampled_from([0.0, 1e-8, 1e-6]),
+    cheaper=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_always_finite_masked_and_no_worse(groups, outputs, inputs, rows, density, dead, scale, ridge, cheaper, seed):
+    layer = Layer(groups, outputs, inputs, rows, density, seed)
+    layer.x[..., np.random.default_rng(seed).random(inputs) < dead] = 0.5
+    layer.x *= np.float32(scale)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(refit, "_inverse_is_cheaper", lambda mask: cheaper)
+        solution = layer.refit(replace(LEAST_SQUARES, ridge=ridge))
+        check_finite(solution, layer.mask)
+        assert solution.residual_after <= solution.residual_before * (1 + 1e-5) + 1e-4
+        check_finite(layer.refit(RefitOptions(ridge=ridge), dense_negative=layer.target <= 0), layer.mask)

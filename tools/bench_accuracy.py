@@ -1,0 +1,266 @@
+"""Accuracy of every repair method on the nets and images of ../shared/assets (see MANIFEST.md there).
+
+    python tools/bench_accuracy.py --nets resnet20 --sparsities 0.7 0.8 0.9 --methods bn paired --images 512
+    python tools/bench_accuracy.py --methods paired paired:reliability_power=0.25 asr:bn=ema,prior=mean --json out.json
+
+Pruning is by global magnitude over all weights. Nets come with BatchNormalization kept ("bn"), folded ("folded"),
+or both; a pair is also compared under one mask: that of the bn graph, moved to the folded one by order of
+the correction points ("folded, mask of bn"). Calibration takes the first images of the calibration part, unlabelled;
+scores are of the other part: top-1 in percent, and the KL divergence dense || repaired in nats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from PIL import Image
+
+import onnx_asr
+from onnx_asr.calibration import input_specs
+from onnx_asr.data import Preprocessing, open_data
+from onnx_asr.engine.session import Runtime
+from onnx_asr.errors import OptionError
+from onnx_asr.fidelity import Outputs, accuracy, collect_outputs, compare
+from onnx_asr.graph.edit import EditPlan, apply
+from onnx_asr.graph.index import GraphIndex
+from onnx_asr.graph.points import survey
+from onnx_asr.networks import Execution
+
+ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Net:
+    """Files of one net, what its images go through, and the sparsities it is measured at."""
+
+    graphs: dict[str, str]
+    preprocessing: Preprocessing
+    sparsities: tuple[float, ...] = (0.7, 0.8, 0.9, 0.95)
+    data: str = "cifar10"
+    label_offset: int = 0
+
+
+NETS = {
+    "resnet20": Net(
+        {"bn": "cifar10/resnet20_bn.onnx", "folded": "cifar10/resnet20_folded.onnx"},
+        Preprocessing(scale=1 / 255, mean=_IMAGENET_MEAN, std=_IMAGENET_STD),
+    ),
+    "resnet56": Net(
+        {
+            "bn": "cifar10/resnet56_bn3_l1sparse_bn.onnx",
+            "folded": "cifar10/resnet56_bn3_l1sparse_folded.onnx",
+        },
+        Preprocessing(scale=1 / 255, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)),
+    ),
+    "resnet8": Net(
+        {
+            "bn": "cifar10/resnet8_mlperftiny_tf2onnx_bn.onnx",
+            "folded": "cifar10/resnet8_mlperftiny_tf2onnx_folded.onnx",
+        },
+        Preprocessing(scale=1.0),
+    ),
+    "resnet18": Net(
+        {"bn": "imagenet/resnet18_ktb_bn.onnx"},
+        Preprocessing(scale=1 / 255, mean=_IMAGENET_MEAN, std=_IMAGENET_STD),
+        (0.5, 0.7, 0.8, 0.9),
+        "imagenet",
+    ),
+    "mobilenetv2": Net(
+        {"folded": "imagenet/mobilenetv2_1.0_224_tfqat_folded.onnx"},
+        Preprocessing(scale=1 / 127.5, mean=(1.0,)),
+        (0.3, 0.5, 0.7),
+        "imagenet",
+        1,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measured model."""
+
+    net: str
+    graph: str
+    sparsity: float
+    method: str
+    images: int
+    top1: float
+    kl: float
+    agreement: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Images:
+    """uint8 pixels (N, H, W, C) for calibration; pixels and labels for scoring."""
+
+    calibration: NDArray[np.uint8]
+    scored: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+
+def method_options(text: str, **defaults: Any) -> onnx_asr.RepairOptions:
+    """Repair options from "name" or "name:key=value,key=value", on top of the defaults."""
+    method, _, rest = text.partition(":")
+    overrides: dict[str, Any] = {}
+    for item in filter(None, rest.split(",")):
+        key, _, value = item.partition("=")
+        try:
+            overrides[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            overrides[key] = value
+    return onnx_asr.RepairOptions(**{**defaults, "method": method, **overrides})
+
+
+def cifar10(assets: Path) -> Images:
+    with (
+        np.load(assets / "data/cifar10_train4k_lossless.npz") as train,
+        np.load(assets / "data/cifar10_test1k_lossless.npz") as test,
+    ):
+        return Images(train["images"], test["images"], test["labels"])
+
+
+def imagenet(assets: Path) -> Images:
+    """Short side 256, centre crop 224; every fifth class index calibrates, the others are scored."""
+    frame = Preprocessing(resize=256, crop=224)
+    paths = sorted((assets / "data/imagenet1k").glob("*.jpg"))
+    labels = np.array([int(path.name.partition("_")[0]) for path in paths], np.int64)
+    pixels = np.empty((len(paths), 224, 224, 3), np.uint8)
+    for row, path in zip(pixels, paths, strict=True):
+        with Image.open(path) as image:
+            row[:] = np.asarray(frame.frame(image.convert("RGB"), path.name))
+    calibrate = labels % 5 == 0
+    return Images(pixels[calibrate], pixels[~calibrate], labels[~calibrate])
+
+
+def with_mask_of(dense: onnx.ModelProto, pruned: onnx.ModelProto) -> onnx.ModelProto:
+    """Zero the weights of a twin where those of a pruned model are zero, matched by order of correction points."""
+    target, source = GraphIndex.of(dense), GraphIndex.of(pruned)
+    plan = EditPlan()
+    weights = [[p for p in survey(index).points if p.weight_slot is not None] for index in (target, source)]
+    for mine, other in zip(*weights, strict=True):
+        assert mine.weight_slot is not None
+        assert other.weight_slot is not None
+        value = target.value(target.nodes[mine.node].input[mine.weight_slot])
+        mask = source.value(source.nodes[other.node].input[other.weight_slot]) != 0
+        plan.values[mine.node, mine.weight_slot] = np.where(mask, value, np.zeros((), value.dtype))
+    return apply(target, plan)
+
+
+def variants(net: Net, assets: Path, sparsity: float) -> Iterator[tuple[str, onnx.ModelProto, onnx.ModelProto]]:
+    """Name, dense and pruned model of every graph of a net."""
+    dense = {name: onnx.load(assets / file) for name, file in net.graphs.items()}
+    pruned = {name: onnx_asr.prune(model, sparsity).model for name, model in dense.items()}
+    if len(dense) == 2:
+        yield "bn", dense["bn"], pruned["bn"]
+        yield "folded, mask of bn", dense["folded"], with_mask_of(dense["folded"], pruned["bn"])
+        yield "folded", dense["folded"], pruned["folded"]
+    else:
+        for name, model in dense.items():
+            yield name, model, pruned[name]
+
+
+def measure(name: str, images: Images, sparsities: Sequence[float], arguments: argparse.Namespace) -> Iterator[Record]:
+    """Dense, pruned and repaired models of one net."""
+    net = NETS[name]
+    calibration = images.calibration[: arguments.images]
+    runtime = Runtime(threads=arguments.threads)
+
+    def outputs(model: onnx.ModelProto) -> Outputs:
+        specs = input_specs(GraphIndex.of(model))
+        data = open_data({"images": images.scored}, specs, preprocessing=net.preprocessing)
+        return collect_outputs(model, data, range(len(images.scored)), runtime)
+
+    def record(graph: str, sparsity: float, method: str, got: Outputs, dense: Outputs, seconds: float) -> Record:
+        fidelity = compare(dense, got)
+        top1, _ = accuracy(got, images.labels, net.label_offset)
+        kl, agreement = fidelity.kl, fidelity.agreement
+        assert kl is not None
+        assert agreement is not None
+        return Record(name, graph, sparsity, method, len(calibration), top1, kl, agreement, seconds)
+
+    reference: dict[str, Outputs] = {}
+    for sparsity in sparsities:
+        for graph, dense, pruned in variants(net, arguments.assets, sparsity):
+            if arguments.graphs and graph not in arguments.graphs:
+                continue
+            if graph not in reference:
+                reference[graph] = outputs(dense)
+                yield record(graph, 0.0, "dense", reference[graph], reference[graph], 0.0)
+            yield record(graph, sparsity, "none", outputs(pruned), reference[graph], 0.0)
+            for method in arguments.methods:
+                options = method_options(method, samples=len(calibration), verify_samples=0)
+                started = time.perf_counter()
+                try:
+                    result = onnx_asr.repair(
+                        pruned,
+                        {"images": calibration},
+                        dense=dense,
+                        options=options,
+                        preprocessing=net.preprocessing,
+                        execution=Execution(runtime),
+                    )
+                except OptionError:  # such as bn on a folded graph
+                    continue
+                seconds = time.perf_counter() - started
+                yield record(graph, sparsity, method, outputs(result.model), reference[graph], seconds)
+
+
+def table(records: Sequence[Record], graph: str) -> str:
+    """A row a method, a column a sparsity: top-1 in percent (KL)."""
+    here = [item for item in records if item.graph == graph]
+    dense = next(item for item in here if item.method == "dense")
+    sparsities = sorted({item.sparsity for item in here if item.method != "dense"})
+    methods = list(dict.fromkeys(item.method for item in here if item.method != "dense"))
+    lines = [
+        f"**{dense.net}, {graph}** (dense {100 * dense.top1:.1f}; {dense.images} calibration images; top-1 %, KL)",
+        "",
+        "| method | " + " | ".join(f"{100 * sparsity:g}%" for sparsity in sparsities) + " | seconds |",
+        "|---" * (len(sparsities) + 2) + "|",
+    ]
+    for method in methods:
+        row = {item.sparsity: item for item in here if item.method == method}
+        cells = [f"{100 * row[s].top1:.1f} ({row[s].kl:.3f})" if s in row else "-" for s in sparsities]
+        seconds = f"{np.median([item.seconds for item in row.values()]):.1f}" if method != "none" else ""
+        lines.append(f"| `{method}` | " + " | ".join(cells) + f" | {seconds} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
+    parser.add_argument("--graphs", nargs="+", help='of "bn", "folded", "folded, mask of bn"; default: all')
+    parser.add_argument("--sparsities", nargs="+", type=float, help="default: by net; 0 repairs the dense net itself")
+    parser.add_argument("--methods", nargs="+", default=["bn", "layerwise", "raw", "asr", "paired"])
+    parser.add_argument("--images", type=int, default=512, help="calibration images")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--assets", type=Path, default=ASSETS)
+    parser.add_argument("--json", type=Path, help="file for all records")
+    arguments = parser.parse_args()
+    everything: list[Record] = []
+    loaded: dict[str, Images] = {}
+    for name in arguments.nets:
+        net = NETS[name]
+        if net.data not in loaded:
+            loaded[net.data] = (cifar10 if net.data == "cifar10" else imagenet)(arguments.assets)
+        records = list(measure(name, loaded[net.data], arguments.sparsities or net.sparsities, arguments))
+        for graph in dict.fromkeys(item.graph for item in records):
+            print(table(records, graph), end="\n\n", flush=True)
+        everything += records
+        if arguments.json:
+            arguments.json.write_text(json.dumps([asdict(item) for item in everything], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
