@@ -23,7 +23,8 @@ from onnx_asr.graph.index import GraphIndex
 from onnx_asr.model_io import check_writable, load, save
 from onnx_asr.networks import Execution
 from onnx_asr.pruning import check_sparsity, prune
-from onnx_asr.repair import METHODS, RepairOptions, repair
+from onnx_asr.options import METHODS, RepairOptions
+from onnx_asr.repair import repair
 
 MODEL, SPARSITY = "densenet", 0.9
 

@@ -122,7 +122,9 @@ def _open(
     table = labels if isinstance(labels, (str, os.PathLike)) else None
     if isinstance(data, Dataset):
         if table is not None:
-            raise OptionError("a labels file goes with a folder of images, not with an open dataset: give class indices")
+            raise OptionError(
+                "a labels file goes with a folder of images, not with an open dataset: give class indices"
+            )
         dataset = data
     else:
         dataset = open_data(data, specs, preprocessing=preprocessing, labels=table)

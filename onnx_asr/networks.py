@@ -73,7 +73,8 @@ class Networks:
 
     def dense_point(self, point: Point) -> Point:
         """The dense network's counterpart of a point with weights."""
-        assert self.dense is not None and self.pairing is not None
+        assert self.dense is not None
+        assert self.pairing is not None
         nodes = self.pairing.nodes
         return replace(
             point,

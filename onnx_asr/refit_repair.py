@@ -93,7 +93,8 @@ def _write(networks: Networks, plan: EditPlan, job: RowSampler | _MomentSampler)
     index, point = networks.pruned, job.point
     op_type = index.nodes[point.node].op_type
     if isinstance(job, _MomentSampler):
-        assert job.moments is not None and point.batchnorm is not None
+        assert job.moments is not None
+        assert point.batchnorm is not None
         affine = paired(job.moments.dense, job.moments.pruned)
         plan_batchnorm(index, plan, point.batchnorm, absorb(read_batchnorm(index, plan, point.batchnorm), affine))
         gain = affine.gain

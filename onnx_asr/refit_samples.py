@@ -177,7 +177,8 @@ class RowSampler:
         threshold = np.zeros(self.point.channels)
         usable = np.ones(self.point.channels, bool)
         if self.context.batchnorm is not None:
-            assert self.networks.dense is not None and self.networks.pairing is not None
+            assert self.networks.dense is not None
+            assert self.networks.pairing is not None
             between = self.networks.pairing.nodes[self.context.batchnorm]
             parameters = read_batchnorm(self.networks.dense, EditPlan(), between)
             usable = parameters.slope > 0

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import onnx
@@ -14,7 +13,6 @@ from numpy.typing import NDArray
 
 from onnx_asr.calibration import Calibration, batch_size_for, input_specs, load_calibration
 from onnx_asr.channel_repair import (
-    GainMethod,
     PointReport,
     Reports,
     recalibrate_ema,
@@ -29,152 +27,16 @@ from onnx_asr.fidelity import Fidelity, Outputs, collect_outputs, compare
 from onnx_asr.graph.edit import EditPlan, apply
 from onnx_asr.graph.points import Skip
 from onnx_asr.model_io import ModelSource, digest, load
-from onnx_asr.networks import Execution, Networks
-from onnx_asr.numerics.gains import Prior
+from onnx_asr.networks import Execution, Networks, silent
+from onnx_asr.options import Method, RepairOptions
 from onnx_asr.refit_repair import repair_refit
-from onnx_asr.refit_samples import RefitRecipe
+from onnx_asr.result import Candidate, RepairResult, Verification
 from onnx_asr.version import __version__
 
-Method = Literal["refit", "paired", "asr", "layerwise", "raw", "bn"]
-METHODS: tuple[Method, ...] = get_args(Method)
-BatchNormMode = Literal["exact", "ema"]
-
-
-@dataclass(frozen=True)
-class RepairOptions:
-    """What a repair does; everything but paths, data and execution.
-
-    Attributes:
-        method: Channel rule (method.md).
-        bn: How ``bn``, ``asr``, ``raw`` and ``layerwise`` re-estimate BatchNormalization: "exact" over the whole
-            calibration set, or "ema", the moving average over batches of the ASR paper.
-        momentum: Weight of a new batch in "ema".
-        ema_batches: Number of batches in "ema".
-        ema_batch_size: Samples a batch in "ema".
-        prior: Shrinkage baseline of ``asr``.
-        bias_correction: Whether ``asr``, ``raw`` and ``layerwise`` also restore the channel means.
-        reliability_power: ``k`` in ``paired``'s gain ``s_d / s_p * rho^k``; 0 trusts every gain fully.
-        samples: Calibration samples.
-        gain_samples: Samples for the gains of ``asr``, ``raw`` and ``layerwise``; None for all calibration samples.
-        verify_samples: Held-out samples for the verification; 0 switches it off.
-        batch_size: Samples a run; None chooses by the input's size.
-        seed: Of the sample.
-        refit: The parts of ``refit``'s recipe.
-    """
-
-    method: Method = "paired"
-    bn: BatchNormMode = "exact"
-    momentum: float = 0.1
-    ema_batches: int = 20
-    ema_batch_size: int = 128
-    prior: Prior = "median"
-    bias_correction: bool = True
-    reliability_power: float = 0.0
-    samples: int = 512
-    gain_samples: int | None = None
-    verify_samples: int = 256
-    batch_size: int | None = None
-    seed: int = 0
-    refit: RefitRecipe = field(default_factory=RefitRecipe)
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise OptionError(f"method '{self.method}' is unknown: give one of {', '.join(METHODS)}")
-        if self.bn not in get_args(BatchNormMode):
-            raise OptionError(f"BatchNormalization mode '{self.bn}' is unknown: give 'exact' or 'ema'")
-        if isinstance(self.prior, str) and self.prior not in ("median", "mean"):
-            raise OptionError(f"prior '{self.prior}' is unknown: give 'median', 'mean' or a number")
-        if not isinstance(self.prior, str) and not (np.isfinite(self.prior) and self.prior >= 0):
-            raise OptionError(f"prior {self.prior} is out of range: give a number from 0 up")
-        if not 0 < self.momentum <= 1:
-            raise OptionError(f"momentum {self.momentum} is out of range: give the weight of a new batch, 0 < m <= 1")
-        for name, least in (
-            ("samples", 1),
-            ("gain_samples", 1),
-            ("verify_samples", 0),
-            ("batch_size", 1),
-            ("ema_batches", 1),
-            ("ema_batch_size", 2),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise OptionError(f"{name.replace('_', '-')} {value} is out of range: give at least {least}")
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Fidelity to the dense model on samples that took no part in the calibration.
-
-    Attributes:
-        before: The pruned model's.
-        after: The repaired model's.
-        held_out: Whether the samples were really held out (False where the data had too few).
-    """
-
-    before: Fidelity
-    after: Fidelity
-    held_out: bool
-
-    @property
-    def improved(self) -> bool:
-        """Whether the repair brought the model closer to the dense one, or left it as close as it was."""
-        return self.after.distance <= self.before.distance
-
-
-@dataclass(frozen=True)
-class RepairResult:
-    """A repaired model and how it came about.
-
-    Attributes:
-        model: The repaired copy; the inputs are unchanged.
-        options: What was asked for.
-        points: What was done at each correction point, in file order.
-        skips: What was not repaired, and why.
-        notes: What else a user should know.
-        verification: Fidelity before and after; None without a dense model or where switched off.
-        calibration_samples: Number of samples the statistics come from.
-        calibration_digest: SHA-256 over these samples.
-        sparsity: Share of zeros in the repaired weights, by point, overall.
-        seconds: Wall time by stage.
-    """
-
-    model: onnx.ModelProto
-    options: RepairOptions
-    points: tuple[PointReport, ...]
-    skips: tuple[Skip, ...]
-    notes: tuple[str, ...]
-    verification: Verification | None
-    calibration_samples: int
-    calibration_digest: str
-    sparsity: float
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def improved(self) -> bool:
-        """Whether the result may replace its input: verified as no worse, or not verified at all."""
-        return self.verification is None or self.verification.improved
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        verification = None
-        if self.verification is not None:
-            verification = {
-                "before": self.verification.before.to_dict(),
-                "after": self.verification.after.to_dict(),
-                "held_out": self.verification.held_out,
-                "improved": self.verification.improved,
-            }
-        return {
-            "options": asdict(self.options),
-            "improved": self.improved,
-            "verification": verification,
-            "sparsity": self.sparsity,
-            "calibration": {"samples": self.calibration_samples, "sha256": self.calibration_digest},
-            "points": [asdict(point) for point in self.points],
-            "skipped": [asdict(skip) for skip in self.skips],
-            "notes": list(self.notes),
-            "seconds": self.seconds,
-        }
+CANDIDATE_SAMPLES = 256
+RELIABILITY_POWER = 0.25
+REFIT_COST = 8.0
+"""Roughly how many times ``paired``'s seconds ``refit`` takes; only for the time budget."""
 
 
 def repair(
@@ -193,7 +55,7 @@ def repair(
         data: Calibration samples, no labels needed: whatever :func:`onnx_asr.data.open_data` takes, or a Dataset.
         dense: The model that ``pruned`` was made from. Without it the running statistics stored in the pruned model's
             BatchNormalization stand in for it, and nothing can be verified.
-        options: Method and sizes; the default is ``paired`` on 512 samples.
+        options: Method and sizes; the default is ``auto`` on 512 samples.
         preprocessing: What to do to images; see :class:`onnx_asr.data.Preprocessing`.
         execution: Execution providers, memory limit, progress.
 
@@ -203,54 +65,139 @@ def repair(
         DataError: Missing, broken or unfitting data.
         OptionError: Options that contradict each other or the model.
     """
-    options = options or RepairOptions()
     execution = execution or Execution()
     started = time.perf_counter()
-    pruned_model = load(pruned)
-    dense_model = None if dense is None else load(dense)
-    networks = Networks.of(pruned_model, dense_model)
-    _check_method(networks, options)
-    specs = input_specs(networks.pruned)
-    dataset = data if isinstance(data, Dataset) else open_data(data, specs, preprocessing=preprocessing)
-    chosen, held_out = split_samples(len(dataset), options, verify=dense_model is not None)
-    notes = _notes(networks, options, len(dataset), chosen, held_out)
+    job = _Job.of(load(pruned), None if dense is None else load(dense), data, options or RepairOptions(), preprocessing)
     execution.progress("loading data", 0.0)
-    batch_size = batch_size_for(specs, options.batch_size)
-    if options.method not in ("paired", "refit") and options.bn == "ema":
-        batch_size = int(np.gcd(batch_size, options.ema_batch_size))
-    fixed = specs[0].shape[0] is not None
-    calibration = load_calibration(dataset, chosen, batch_size, fixed)
+    calibration = job.load_calibration()
     loaded = time.perf_counter()
-    plan, reports = _correct(networks, calibration, dataset, chosen, options, execution)
-    for position, report in reports.items():
-        plan.notes[position] = report.note(options.method)
-    skips = [*networks.survey.skips, *_untouched(networks, reports, options)]
-    provenance = _provenance(networks, dense_model, calibration, options)
-    model = apply(networks.pruned, plan, provenance)
+    candidates: list[Candidate] = []
+    if job.options.method == "auto":
+        job, candidates = _choose(job, calibration, execution)
+    chosen = time.perf_counter()
+    model, reports = job.correct(calibration, execution)
     repaired = time.perf_counter()
-    verification = None
-    if dense_model is not None and len(held_out):
-        execution.progress("verifying", 0.0)
-        is_held_out = not np.isin(held_out, chosen).any()
-        verification = _verify(dense_model, pruned_model, model, dataset, held_out, is_held_out, execution)
+    verification = job.verify(model, execution) if job.can_verify else None
     execution.progress("done", 1.0)
     seconds = {
         "load": loaded - started,
-        "repair": repaired - loaded,
+        "choose": chosen - loaded,
+        "repair": repaired - chosen,
         "verify": time.perf_counter() - repaired,
     }
     return RepairResult(
         model=model,
-        options=options,
+        options=job.options,
+        candidates=tuple(candidates),
         points=tuple(reports[position] for position in sorted(reports)),
-        skips=tuple(skips),
-        notes=tuple(notes),
+        skips=(*job.networks.survey.skips, *_untouched(job.networks, reports, job.options)),
+        notes=tuple(job.notes),
         verification=verification,
         calibration_samples=calibration.count,
         calibration_digest=calibration.digest,
-        sparsity=weight_sparsity(networks),
+        sparsity=weight_sparsity(job.networks),
         seconds=seconds,
     )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything one repair works on."""
+
+    pruned: onnx.ModelProto
+    dense: onnx.ModelProto | None
+    networks: Networks
+    dataset: Dataset
+    chosen: NDArray[np.int64]
+    held_out: NDArray[np.int64]
+    options: RepairOptions
+    notes: list[str]
+    reference: list[Outputs]  # the dense model's outputs on the held-out samples, once they were computed
+
+    @classmethod
+    def of(
+        cls,
+        pruned: onnx.ModelProto,
+        dense: onnx.ModelProto | None,
+        data: DataSource | Dataset,
+        options: RepairOptions,
+        preprocessing: Preprocessing | None,
+    ) -> _Job:
+        networks = Networks.of(pruned, dense)
+        check_method(networks, options)
+        specs = input_specs(networks.pruned)
+        dataset = data if isinstance(data, Dataset) else open_data(data, specs, preprocessing=preprocessing)
+        chosen, held_out = split_samples(len(dataset), options, verify=dense is not None)
+        notes = _notes(networks, options, len(dataset), chosen, held_out)
+        return cls(pruned, dense, networks, dataset, chosen, held_out, options, notes, [])
+
+    @property
+    def can_verify(self) -> bool:
+        return self.dense is not None and len(self.held_out) > 0
+
+    def load_calibration(self) -> Calibration:
+        specs = input_specs(self.networks.pruned)
+        batch_size = batch_size_for(specs, self.options.batch_size)
+        if self.options.bn == "ema":
+            batch_size = math.gcd(batch_size, self.options.ema_batch_size)
+        return load_calibration(self.dataset, self.chosen, batch_size, fixed=specs[0].shape[0] is not None)
+
+    def correct(self, calibration: Calibration, execution: Execution) -> tuple[onnx.ModelProto, Reports]:
+        """The repaired copy, and what was done at each point."""
+        plan, reports = _correct(self.networks, calibration, self.dataset, self.chosen, self.options, execution)
+        for position, report in reports.items():
+            plan.notes[position] = report.note(self.options.method)
+        provenance = _provenance(self.networks, self.dense, calibration, self.options)
+        return apply(self.networks.pruned, plan, provenance), reports
+
+    def measure(self, model: onnx.ModelProto, execution: Execution) -> Fidelity:
+        """Fidelity to the dense model on the held-out samples."""
+        assert self.dense is not None
+        if not self.reference:
+            self.reference.append(collect_outputs(self.dense, self.dataset, self.held_out, execution.runtime))
+        outputs = collect_outputs(model, self.dataset, self.held_out, execution.runtime)
+        return compare(self.reference[0], outputs)
+
+    def verify(self, model: onnx.ModelProto, execution: Execution) -> Verification:
+        execution.progress("verifying", 0.0)
+        held_out = not bool(np.isin(self.held_out, self.chosen).any())
+        return Verification(self.measure(self.pruned, execution), self.measure(model, execution), held_out)
+
+
+def _choose(job: _Job, calibration: Calibration, execution: Execution) -> tuple[_Job, list[Candidate]]:
+    """Try the candidate methods on part of the calibration samples; the job with the best one on the held-out ones."""
+    if not job.can_verify:
+        method: Method = "bn" if job.dense is None else "refit"
+        why = "no dense model to choose by" if job.dense is None else "no held-out samples to choose by"
+        job.notes.append(f"auto: {why}, so '{method}' was used")
+        return replace(job, options=replace(job.options, method=method)), []
+    started = time.perf_counter()
+    part = calibration.head(CANDIDATE_SAMPLES)
+    candidates: list[Candidate] = []
+    for options in _candidates(job):
+        spent = time.perf_counter() - started
+        expected = REFIT_COST * candidates[0].seconds if options.method == "refit" else 0.0
+        if candidates and job.options.time_budget is not None and spent + expected > job.options.time_budget:
+            job.notes.append(f"auto: '{options.method}' was not tried, it would have exceeded the time budget")
+            continue
+        execution.progress(f"trying {options.method}", 0.0)
+        begun = time.perf_counter()
+        model, _ = replace(job, options=options).correct(part, replace(execution, progress=silent))
+        seconds = time.perf_counter() - begun
+        candidates.append(Candidate(options, job.measure(model, execution), seconds))
+    best = min(candidates, key=lambda candidate: candidate.fidelity.distance)
+    return replace(job, options=best.options), candidates
+
+
+def _candidates(job: _Job) -> list[RepairOptions]:
+    found = [
+        replace(job.options, method="paired"),
+        replace(job.options, method="paired", reliability_power=RELIABILITY_POWER),
+    ]
+    if any(point.batchnorm is not None for point in job.networks.survey.points):
+        found.append(replace(job.options, method="bn", bn="exact"))
+    found.append(replace(job.options, method="refit"))
+    return found
 
 
 def split_samples(count: int, options: RepairOptions, verify: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -281,9 +228,15 @@ def weight_sparsity(networks: Networks) -> float:
     return zeros / max(1, total)
 
 
-def _check_method(networks: Networks, options: RepairOptions) -> None:
-    with_batchnorm = [point for point in networks.survey.points if point.batchnorm is not None]
-    if with_batchnorm:
+def check_method(networks: Networks, options: RepairOptions) -> None:
+    """Refuse a method that cannot do anything for the networks.
+
+    Raises:
+        OptionError: Saying which one can.
+    """
+    if options.method == "refit" and networks.dense is None:
+        raise OptionError("method 'refit' fits the dense model's outputs: give the dense model (--dense)")
+    if any(point.batchnorm is not None for point in networks.survey.points):
         return
     if options.method == "bn":
         raise OptionError(
@@ -313,8 +266,10 @@ def _correct(
     reports: Reports = {}
     if options.method != "bn":
         gain_set = calibration if options.gain_samples is None else calibration.head(options.gain_samples)
-        method: GainMethod = options.method
-        reports = repair_gains(networks, gain_set, execution, plan, method, options.prior, options.bias_correction)
+        assert options.method not in ("auto", "refit", "bn")
+        reports = repair_gains(
+            networks, gain_set, execution, plan, options.method, options.prior, options.bias_correction
+        )
     if not any(point.batchnorm is not None for point in networks.survey.points):
         return plan, reports
     if options.bn == "exact":
@@ -409,19 +364,3 @@ def _provenance(
     if dense is not None:
         entries["onnx_asr.dense_sha256"] = digest(dense)
     return entries
-
-
-def _verify(
-    dense: onnx.ModelProto,
-    pruned: onnx.ModelProto,
-    repaired: onnx.ModelProto,
-    dataset: Dataset,
-    indices: Sequence[int] | NDArray[np.int64],
-    held_out: bool,
-    execution: Execution,
-) -> Verification:
-    def outputs(model: onnx.ModelProto) -> Outputs:
-        return collect_outputs(model, dataset, indices, execution.runtime)
-
-    reference = outputs(dense)
-    return Verification(compare(reference, outputs(pruned)), compare(reference, outputs(repaired)), held_out)

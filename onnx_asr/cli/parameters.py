@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from onnx_asr.data import Preprocessing
     from onnx_asr.engine.session import Runtime
     from onnx_asr.networks import Execution, Progress
-    from onnx_asr.repair import RepairOptions
+    from onnx_asr.options import RepairOptions
 
 T = TypeVar("T")
 
@@ -209,7 +209,7 @@ class Method:
 
     def options(self) -> RepairOptions:
         """What was given, the rest by default."""
-        from onnx_asr.repair import RepairOptions
+        from onnx_asr.options import RepairOptions
 
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.prior is not None:
@@ -242,7 +242,7 @@ class Command(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Fill in the help texts, then show them; only now the pipelines are imported."""
         from onnx_asr.data import PRESETS
-        from onnx_asr.repair import METHODS, RepairOptions
+        from onnx_asr.options import METHODS, RepairOptions
 
         defaults = RepairOptions()
         names = {field.name for field in fields(Method)}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from onnx_asr.fidelity import Fidelity
     from onnx_asr.graph.points import Skip
     from onnx_asr.pruning import PruneResult
-    from onnx_asr.repair import RepairResult
+    from onnx_asr.result import RepairResult
 
 _FEW = 5  # skipped nodes of one reason that are named without -v
 

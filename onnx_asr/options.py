@@ -1,0 +1,79 @@
+"""What a repair can be asked to do, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import numpy as np
+
+from onnx_asr.errors import OptionError
+from onnx_asr.numerics.gains import Prior
+from onnx_asr.refit_samples import RefitRecipe
+
+Method = Literal["auto", "refit", "paired", "asr", "layerwise", "raw", "bn"]
+METHODS: tuple[Method, ...] = get_args(Method)
+BatchNormMode = Literal["exact", "ema"]
+
+
+@dataclass(frozen=True)
+class RepairOptions:
+    """What a repair does; everything but paths, data and execution.
+
+    Attributes:
+        method: What to repair with; "auto" tries several and keeps the one closest to the dense model.
+        bn: How ``bn``, ``asr``, ``raw`` and ``layerwise`` re-estimate BatchNormalization: "exact" over the whole
+            calibration set, or "ema", the moving average over batches of the ASR paper.
+        momentum: Weight of a new batch in "ema".
+        ema_batches: Number of batches in "ema".
+        ema_batch_size: Samples a batch in "ema".
+        prior: Shrinkage baseline of ``asr``.
+        bias_correction: Whether ``asr``, ``raw`` and ``layerwise`` also restore the channel means.
+        reliability_power: ``k`` in ``paired``'s gain ``s_d / s_p * rho^k``; 0 trusts every gain fully.
+        samples: Calibration samples.
+        gain_samples: Samples for the gains of ``asr``, ``raw`` and ``layerwise``; None for all calibration samples.
+        verify_samples: Held-out samples for the verification; 0 switches it off.
+        batch_size: Samples a run; None chooses by the input's size.
+        seed: Of the sample.
+        refit: The parts of ``refit``'s recipe.
+        time_budget: Seconds that "auto" may spend on trying candidates; None for no limit.
+    """
+
+    method: Method = "auto"
+    bn: BatchNormMode = "exact"
+    momentum: float = 0.1
+    ema_batches: int = 20
+    ema_batch_size: int = 128
+    prior: Prior = "median"
+    bias_correction: bool = True
+    reliability_power: float = 0.0
+    samples: int = 512
+    gain_samples: int | None = None
+    verify_samples: int = 256
+    batch_size: int | None = None
+    seed: int = 0
+    refit: RefitRecipe = field(default_factory=RefitRecipe)
+    time_budget: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise OptionError(f"method '{self.method}' is unknown: give one of {', '.join(METHODS)}")
+        if self.bn not in get_args(BatchNormMode):
+            raise OptionError(f"BatchNormalization mode '{self.bn}' is unknown: give 'exact' or 'ema'")
+        if isinstance(self.prior, str) and self.prior not in ("median", "mean"):
+            raise OptionError(f"prior '{self.prior}' is unknown: give 'median', 'mean' or a number")
+        if not isinstance(self.prior, str) and not (np.isfinite(self.prior) and self.prior >= 0):
+            raise OptionError(f"prior {self.prior} is out of range: give a number from 0 up")
+        if not 0 < self.momentum <= 1:
+            raise OptionError(f"momentum {self.momentum} is out of range: give the weight of a new batch, 0 < m <= 1")
+        for name, least in (
+            ("samples", 1),
+            ("gain_samples", 1),
+            ("verify_samples", 0),
+            ("batch_size", 1),
+            ("ema_batches", 1),
+            ("ema_batch_size", 2),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise OptionError(f"{name.replace('_', '-')} {value} is out of range: give at least {least}")
