@@ -22,8 +22,8 @@ from onnx_asr.fidelity import Fidelity, collect_outputs
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.model_io import check_writable, load, save
 from onnx_asr.networks import Execution
-from onnx_asr.pruning import check_sparsity, prune
 from onnx_asr.options import METHODS, RepairOptions
+from onnx_asr.pruning import Pattern, check_sparsity, prune
 from onnx_asr.repair import repair
 
 MODEL, SPARSITY = "densenet", 0.9
@@ -111,7 +111,7 @@ def run_demo(
         OutputError: The folder cannot be written.
     """
     execution = execution or Execution()
-    check_sparsity(sparsity)
+    check_sparsity(sparsity, Pattern())
     models = embedded_models()
     manifest = json.loads((models / "manifest.json").read_text(encoding="utf-8"))
     files = {entry["family"]: models / entry["file"] for entry in manifest["models"]}

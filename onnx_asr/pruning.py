@@ -15,12 +15,37 @@ from numpy.typing import NDArray
 from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.graph.edit import EditPlan, apply, set_metadata
 from onnx_asr.graph.index import GraphIndex
-from onnx_asr.graph.points import Point, Skip, survey
+from onnx_asr.graph.points import Point, Skip, rows_to_weight, survey, weight_rows
 from onnx_asr.model_io import ModelSource, check_finite, load
-from onnx_asr.numerics.masks import keep_count, keep_largest
+from onnx_asr.numerics.masks import keep_count, keep_largest, keep_n_of_m
 from onnx_asr.version import __version__
 
 Scope = Literal["global", "layer"]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which sets of weights may survive: any (``n`` is None), or ``n`` of every ``m`` consecutive input channels."""
+
+    n: int | None = None
+    m: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Read "unstructured" or "N:M".
+
+        Raises:
+            OptionError: When it is neither.
+        """
+        if text == "unstructured":
+            return cls()
+        found = re.fullmatch(r"(\d+):(\d+)", text)
+        if not found or not 0 < int(found[1]) < int(found[2]):
+            raise OptionError(f"pattern '{text}' is unknown: give 'unstructured', or N:M with 0 < N < M, such as 2:4")
+        return cls(int(found[1]), int(found[2]))
+
+    def __str__(self) -> str:
+        return "unstructured" if self.n is None else f"{self.n}:{self.m}"
 
 
 @dataclass(frozen=True)
@@ -134,32 +159,42 @@ def _compile(patterns: Sequence[str]) -> list[re.Pattern[str]]:
     return compiled
 
 
-def check_sparsity(sparsity: float) -> None:
-    """Refuse a sparsity outside [0, 1).
+def check_sparsity(sparsity: float | None, pattern: Pattern) -> None:
+    """Refuse a sparsity outside [0, 1), a missing one, and one beside an N:M pattern, which sets its own.
 
     Raises:
         OptionError: Saying what was received.
     """
+    if pattern.n is not None:
+        if sparsity is not None:
+            raise OptionError(f"pattern {pattern} sets the sparsity itself: leave --sparsity out")
+        return
+    if sparsity is None:
+        raise OptionError("the sparsity is missing: give the share of weights to zero, 0 <= sparsity < 1")
     if not (math.isfinite(sparsity) and 0 <= sparsity < 1):
         raise OptionError(f"sparsity {sparsity} is out of range: give the share of weights to zero, 0 <= sparsity < 1")
 
 
 def prune(
     model: ModelSource,
-    sparsity: float,
+    sparsity: float | None = None,
     *,
+    pattern: str = "unstructured",
     scope: Scope = "global",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> PruneResult:
     """Zero the weights of smallest magnitude.
 
-    The number of zeros is exactly ``round(sparsity n)`` over all weights together (scope "global") or in each
-    ("layer"), except where there are more already: existing zeros are kept. Ties are broken by position.
+    Unstructured: the number of zeros is exactly ``round(sparsity n)`` over all weights together (scope "global") or in
+    each ("layer"), except where there are more already: existing zeros are kept. N:M: the ``n`` largest of every ``m``
+    consecutive input channels stay; a weight with fewer than ``m`` input channels a group stays dense. Ties are broken
+    by position.
 
     Args:
         model: Path or ModelProto of the dense model; it is not changed.
-        sparsity: Share of weights to zero, in [0, 1).
+        sparsity: Share of weights to zero, in [0, 1); not given where the pattern is N:M.
+        pattern: "unstructured", or "N:M" along the input channels, as sparse tensor cores expect.
         scope: Compare magnitudes over the whole network or within each weight.
         include: Regular expressions on node or weight names that take part; empty for all.
         exclude: Regular expressions that do not.
@@ -168,23 +203,73 @@ def prune(
         OptionError: Sparsity out of range, a bad pattern, or nothing left to prune.
         ModelError: Not an ONNX model, quantized, weights not finite, or without weights.
     """
-    check_sparsity(sparsity)
+    shape = Pattern.parse(pattern)
+    check_sparsity(sparsity, shape)
     if scope not in ("global", "layer"):
         raise OptionError(f"scope '{scope}' is unknown: give 'global' or 'layer'")
     index = GraphIndex.of(load(model))
     check_finite(index, "dense")
     weights, skips = prunable_weights(index, include, exclude)
-    masks = magnitude_masks([index.value(weight.tensor) for weight in weights], sparsity, scope)
-    options = {"sparsity": sparsity, "scope": scope, "include": list(include), "exclude": list(exclude)}
-    return apply_masks(index, weights, masks, skips, options)
+    weights, narrow = split_narrow(index, weights, shape)
+    scores = [np.abs(index.value(weight.tensor).astype(np.float32, copy=False)) for weight in weights]
+    if shape.n is not None:
+        masks = [
+            pattern_mask(index, weight, score, shape.n, shape.m) for weight, score in zip(weights, scores, strict=True)
+        ]
+    else:
+        assert sparsity is not None
+        masks = unstructured_masks(scores, sparsity, scope)
+    options = {
+        "sparsity": sparsity,
+        "pattern": str(shape),
+        "scope": scope,
+        "include": list(include),
+        "exclude": list(exclude),
+    }
+    return apply_masks(index, weights, masks, [*skips, *narrow], options)
 
 
-def magnitude_masks(weights: Sequence[NDArray[Any]], sparsity: float, scope: Scope) -> list[NDArray[np.bool_]]:
-    """Masks of the weights of largest magnitude."""
-    scores = [np.abs(weight.astype(np.float32, copy=False)) for weight in weights]
+def split_narrow(
+    index: GraphIndex, weights: Sequence[PrunableWeight], pattern: Pattern
+) -> tuple[list[PrunableWeight], list[Skip]]:
+    """Weights that have at least one whole group of an N:M pattern, and the others as skips.
+
+    Raises:
+        OptionError: When none has.
+    """
+    wide, skips = [], []
+    for weight in weights:
+        inputs = _channel_view(index, weight, index.value(weight.tensor)).shape[1]
+        if pattern.n is None or inputs >= pattern.m:
+            wide.append(weight)
+        else:
+            reason = f"{inputs} input channels a group are fewer than the {pattern.m} of pattern {pattern}: stays dense"
+            skips.append(Skip(weight.points[0].node, weight.name, weight.points[0].kind, reason))
+    if not wide:
+        raise OptionError(f"no weight has the {pattern.m} input channels that pattern {pattern} needs")
+    return wide, skips
+
+
+def pattern_mask(index: GraphIndex, weight: PrunableWeight, scores: NDArray[Any], n: int, m: int) -> NDArray[np.bool_]:
+    """The N:M mask of one weight, in its stored shape."""
+    point = weight.points[0]
+    mask = keep_n_of_m(_channel_view(index, weight, scores), n, m)
+    return rows_to_weight(point, index.nodes[point.node], mask.reshape(len(mask), -1), scores.shape)
+
+
+def unstructured_masks(scores: Sequence[NDArray[Any]], sparsity: float, scope: Scope) -> list[NDArray[np.bool_]]:
+    """Masks of the entries of largest score."""
     if scope == "layer":
         return [keep_largest([score], keep_count(score.size, sparsity))[0] for score in scores]
     return keep_largest(scores, keep_count(sum(score.size for score in scores), sparsity))
+
+
+def _channel_view(index: GraphIndex, weight: PrunableWeight, value: NDArray[Any]) -> NDArray[Any]:
+    """[C_out, C_in / group, taps]."""
+    point = weight.points[0]
+    taps = math.prod(value.shape[2:]) if point.kind in ("Conv", "ConvTranspose") else 1
+    rows = weight_rows(point, index.nodes[point.node], value)
+    return rows.reshape(len(rows), -1, taps)
 
 
 def apply_masks(

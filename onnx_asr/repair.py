@@ -67,10 +67,19 @@ def repair(
     """
     execution = execution or Execution()
     started = time.perf_counter()
-    job = _Job.of(load(pruned), None if dense is None else load(dense), data, options or RepairOptions(), preprocessing)
+    job = RepairJob.of(
+        load(pruned), None if dense is None else load(dense), data, options or RepairOptions(), preprocessing
+    )
     execution.progress("loading data", 0.0)
     calibration = job.load_calibration()
     loaded = time.perf_counter()
+    return finish(job, calibration, execution, started, loaded)
+
+
+def finish(
+    job: RepairJob, calibration: Calibration, execution: Execution, started: float, loaded: float
+) -> RepairResult:
+    """Choose a method where that was asked for, correct, verify; ``started`` and ``loaded`` are clock readings."""
     candidates: list[Candidate] = []
     if job.options.method == "auto":
         job, candidates = _choose(job, calibration, execution)
@@ -101,8 +110,20 @@ def repair(
 
 
 @dataclass(frozen=True)
-class _Job:
-    """Everything one repair works on."""
+class RepairJob:
+    """Everything one repair works on.
+
+    Attributes:
+        pruned: The model to repair.
+        dense: The model it came from, if given.
+        networks: Both, indexed, surveyed and paired.
+        dataset: All samples.
+        chosen: Indices of the calibration samples.
+        held_out: Indices of the samples for the verification.
+        options: What to do.
+        notes: What a user should know; added to along the way.
+        reference: The dense model's outputs on the held-out samples, once they were computed.
+    """
 
     pruned: onnx.ModelProto
     dense: onnx.ModelProto | None
@@ -112,7 +133,7 @@ class _Job:
     held_out: NDArray[np.int64]
     options: RepairOptions
     notes: list[str]
-    reference: list[Outputs]  # the dense model's outputs on the held-out samples, once they were computed
+    reference: list[Outputs]
 
     @classmethod
     def of(
@@ -122,7 +143,8 @@ class _Job:
         data: DataSource | Dataset,
         options: RepairOptions,
         preprocessing: Preprocessing | None,
-    ) -> _Job:
+    ) -> RepairJob:
+        """Check that the parts fit, and divide the samples."""
         networks = Networks.of(pruned, dense)
         check_method(networks, options)
         specs = input_specs(networks.pruned)
@@ -133,9 +155,11 @@ class _Job:
 
     @property
     def can_verify(self) -> bool:
+        """Whether there is a dense model, and a sample, to verify with."""
         return self.dense is not None and len(self.held_out) > 0
 
     def load_calibration(self) -> Calibration:
+        """Prepare the calibration samples."""
         specs = input_specs(self.networks.pruned)
         batch_size = batch_size_for(specs, self.options.batch_size)
         if self.options.bn == "ema":
@@ -159,12 +183,13 @@ class _Job:
         return compare(self.reference[0], outputs)
 
     def verify(self, model: onnx.ModelProto, execution: Execution) -> Verification:
+        """Fidelity before and after."""
         execution.progress("verifying", 0.0)
         held_out = not bool(np.isin(self.held_out, self.chosen).any())
         return Verification(self.measure(self.pruned, execution), self.measure(model, execution), held_out)
 
 
-def _choose(job: _Job, calibration: Calibration, execution: Execution) -> tuple[_Job, list[Candidate]]:
+def _choose(job: RepairJob, calibration: Calibration, execution: Execution) -> tuple[RepairJob, list[Candidate]]:
     """Try the candidate methods on part of the calibration samples; the job with the best one on the held-out ones."""
     if not job.can_verify:
         method: Method = "bn" if job.dense is None else "refit"
@@ -189,7 +214,7 @@ def _choose(job: _Job, calibration: Calibration, execution: Execution) -> tuple[
     return replace(job, options=best.options), candidates
 
 
-def _candidates(job: _Job) -> list[RepairOptions]:
+def _candidates(job: RepairJob) -> list[RepairOptions]:
     found = [
         replace(job.options, method="paired"),
         replace(job.options, method="paired", reliability_power=RELIABILITY_POWER),
@@ -266,7 +291,7 @@ def _correct(
     reports: Reports = {}
     if options.method != "bn":
         gain_set = calibration if options.gain_samples is None else calibration.head(options.gain_samples)
-        assert options.method not in ("auto", "refit", "bn")
+        assert options.method in ("asr", "raw", "layerwise")
         reports = repair_gains(
             networks, gain_set, execution, plan, options.method, options.prior, options.bias_correction
         )

@@ -50,12 +50,9 @@ class Candidate:
     @property
     def label(self) -> str:
         """The method, with what sets it apart."""
-        power = self.options.reliability_power
-        return (
-            f"{self.options.method} (rho^{power:g})"
-            if power and self.options.method == "paired"
-            else self.options.method
-        )
+        if self.options.method == "paired" and self.options.reliability_power:
+            return f"paired (rho^{self.options.reliability_power:g})"
+        return self.options.method
 
 
 @dataclass(frozen=True)

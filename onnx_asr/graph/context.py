@@ -101,7 +101,7 @@ def _shortcut(index: GraphIndex, point: Point, output: str, rank: dict[int, int]
         return None
     if any(rank.get(node, -1) > rank[point.node] for node in behind):
         return None
-    return others[0]
+    return str(others[0])
 
 
 def _is_relu(index: GraphIndex, position: int) -> bool:
@@ -113,6 +113,6 @@ def _is_relu(index: GraphIndex, position: int) -> bool:
         return False
     for item in node.attribute:
         if item.name == "min":
-            return item.f == 0.0
+            return bool(item.f == 0.0)
     has_minimum = len(node.input) > 1 and node.input[1]
     return bool(has_minimum and index.is_constant(node.input[1]) and float(index.value(node.input[1])) == 0.0)

@@ -40,3 +40,24 @@ def keep_largest(scores: Sequence[NDArray[Any]], keep: int) -> list[Mask]:
 def keep_count(size: int, sparsity: float) -> int:
     """Entries that survive at a sparsity: ``size - round(sparsity size)``."""
     return size - round(sparsity * size)
+
+
+def keep_n_of_m(scores: NDArray[Any], n: int, m: int) -> Mask:
+    """A mask that keeps the ``n`` largest of every ``m`` consecutive input channels (N:M sparsity).
+
+    A last group of fewer than ``m`` channels counts as padded with zeros, which are pruned first. Ties are broken by
+    position.
+
+    Args:
+        scores: [C_out, C_in, taps]; the groups run along C_in, for every output channel and tap apart.
+        n: Entries kept in a group.
+        m: Size of a group.
+    """
+    outputs, inputs, taps = scores.shape
+    padded = np.full((outputs, -(-inputs // m) * m, taps), -np.inf)
+    padded[:, :inputs] = scores
+    groups = padded.reshape(outputs, -1, m, taps)
+    order = np.argsort(-groups, axis=2, kind="stable")
+    mask = np.zeros(groups.shape, bool)
+    np.put_along_axis(mask, order[:, :, :n], True, axis=2)
+    return np.asarray(mask.reshape(padded.shape)[:, :inputs])

@@ -295,7 +295,7 @@ class _Samples:
 
 
 def _inverse_is_cheaper(mask: Mask) -> bool:
-    """Compares seconds, as measured on two cores of an AMD EPYC (Zen 5), and keeps the inverses within `_INVERSE_BYTES`."""
+    """Compares seconds, as measured on two cores (AMD Zen 5), and keeps the inverses within `_INVERSE_BYTES`."""
     groups, outputs, inputs = mask.shape
     size = mask.sum(axis=-1, dtype=np.float64)
     inverse = float((6e-11 * size**3 + 1.5e-8 * size**2 + 1e-6).sum())
@@ -415,7 +415,7 @@ def _descend(system: Single, mask: Mask, residual: Single, goal: Single) -> Sing
             going = going[going]
         if not going.any():
             break
-        direction *= (square / last)[:, None]
+        direction *= np.divide(square, last, out=np.zeros_like(square), where=last > 0)[:, None]
         direction += residual
     result[rows] = current
     return result
