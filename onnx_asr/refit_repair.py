@@ -3,7 +3,7 @@
 BatchNormalization is folded for the fit, ``V = a W`` with ``a = gamma / S``, and unfolded when written: ``W = V / a``,
 ``beta' = b - a (b_conv - mu)``. The target is the dense network's output behind the BatchNormalization; before a
 residual Add it is ``(y_dense + shortcut_dense) - shortcut_repaired``, so that the block's output is what is matched.
-BatchNormalization nodes that follow no convolution are matched channel-wise (``paired``).
+A BatchNormalization that follows no convolution is left alone: what it reads is matched already.
 """
 
 from __future__ import annotations
@@ -15,31 +15,17 @@ import numpy as np
 from onnx_asr.calibration import Calibration
 from onnx_asr.channel_repair import PointReport, Reports
 from onnx_asr.engine.lockstep import BufferPool, Chunk, Lane, lockstep
-from onnx_asr.graph.context import Context, contexts, steps
+from onnx_asr.graph.context import contexts, steps
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import Point
 from onnx_asr.networks import Execution, Networks
-from onnx_asr.numerics.gains import BatchNormParameters, absorb, paired
-from onnx_asr.numerics.moments import Floats, PairMoments
+from onnx_asr.numerics.gains import BatchNormParameters
+from onnx_asr.numerics.moments import Floats
 from onnx_asr.refit_samples import RefitRecipe, RowSampler
 from onnx_asr.rewrite import plan_batchnorm, plan_bias, plan_rows, read_alpha, read_batchnorm, read_bias, read_rows
 
 _MAX_GROWTH = 10.0
-
-
-class _MomentSampler:
-    """Moments of a BatchNormalization's input, for the channel rule."""
-
-    def __init__(self, networks: Networks, point: Point) -> None:
-        self.point = point
-        self.pruned_targets = [point.tensor]
-        self.dense_targets = [networks.dense_tensor(point.tensor)]
-        self.moments: PairMoments | None = None
-
-    def add(self, dense: Chunk, pruned: Chunk) -> None:
-        chunk = PairMoments.of(dense[self.dense_targets[0]], pruned[self.point.tensor], self.point.channel_axis)
-        self.moments = chunk if self.moments is None else self.moments.merge(chunk)
 
 
 def repair_refit(
@@ -50,16 +36,8 @@ def repair_refit(
     items = contexts(index, networks.survey.points)
     if not recipe.classifier:
         items = [item for item in items if item.point.kind not in ("Gemm", "MatMul")]
-    kept = {item.point.node for item in items}
-    points = [p for p in networks.survey.points if p.weight_slot is None or p.node in kept]
     schedule = [
-        [
-            RowSampler(networks, item, recipe, calibration.count)
-            if isinstance(item, Context)
-            else _MomentSampler(networks, item)
-            for item in group
-        ]
-        for group in steps(index, items, points)
+        [RowSampler(networks, item, recipe, calibration.count) for item in group] for group in steps(index, items)
     ]
     reports: Reports = {}
     with BufferPool(execution.memory_limit) as pool:
@@ -77,7 +55,7 @@ def repair_refit(
     return reports
 
 
-def _sample(lanes: list[Lane], group: Sequence[RowSampler | _MomentSampler]) -> None:
+def _sample(lanes: list[Lane], group: Sequence[RowSampler]) -> None:
     def visit(_: int, chunks: list[Chunk]) -> None:
         for job in group:
             job.add(chunks[1], chunks[0])
@@ -89,17 +67,9 @@ def _sample(lanes: list[Lane], group: Sequence[RowSampler | _MomentSampler]) -> 
     lockstep(lanes, wanted, visit)
 
 
-def _write(networks: Networks, plan: EditPlan, job: RowSampler | _MomentSampler) -> PointReport:
+def _write(networks: Networks, plan: EditPlan, job: RowSampler) -> PointReport:
     index, point = networks.pruned, job.point
     op_type = index.nodes[point.node].op_type
-    if isinstance(job, _MomentSampler):
-        assert job.moments is not None
-        assert point.batchnorm is not None
-        affine = paired(job.moments.dense, job.moments.pruned)
-        plan_batchnorm(index, plan, point.batchnorm, absorb(read_batchnorm(index, plan, point.batchnorm), affine))
-        gain = affine.gain
-        dead = int((job.moments.pruned.m2 == 0).sum())
-        return PointReport(point.name, op_type, "batchnorm", point.channels, dead, _summary(gain))
     solution, rows = job.solve(plan)
     alpha = read_alpha(index, point)
     if point.batchnorm is None:

@@ -343,6 +343,10 @@ def _untouched(networks: Networks, reports: Reports, options: RepairOptions) -> 
             reason = "no BatchNormalization belongs to it; method 'bn' changes nothing else"
         elif networks.dense is None:
             reason = "no BatchNormalization belongs to it, and there is no dense model to compare with"
+        elif options.method == "refit" and point.weight_slot is None:
+            reason = "what it reads is matched by the refit before it"
+        elif options.method == "refit":
+            reason = "the refit of Gemm and MatMul nodes was switched off"
         elif point.node in first:
             reason = f"first layer: method '{options.method}' leaves it alone"
         else:

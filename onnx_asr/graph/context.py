@@ -41,30 +41,24 @@ def contexts(index: GraphIndex, points: Sequence[Point]) -> list[Context]:
     return [_context(index, point, rank) for point in ordered]
 
 
-def steps(index: GraphIndex, items: Sequence[Context], points: Sequence[Point]) -> list[list[Context | Point]]:
-    """Contexts and lone BatchNormalizations in groups that can be measured together.
+def steps(index: GraphIndex, items: Sequence[Context]) -> list[list[Context]]:
+    """Contexts in groups that can be measured together, each after all that it depends on.
 
     A group is a level, split where a shortcut has to wait for another point of the same level.
     """
-    by_node: dict[int, Context | Point] = {point.node: point for point in points}
-    by_node.update({item.point.node: item for item in items})
-    result: list[list[Context | Point]] = []
-    for level in sorted({point.level for point in points}):
-        pending = [point for point in points if point.level == level]
+    result = []
+    for level in sorted({item.point.level for item in items}):
+        pending = [item for item in items if item.point.level == level]
         while pending:
-            nodes = {point.node for point in pending}
-            waiting = []
-            for point in pending:
-                item = by_node[point.node]
-                if isinstance(item, Context) and item.shortcut is not None:
-                    others = nodes - {point.node}
-                    if not others.isdisjoint(ancestors(index, [item.shortcut])):
-                        waiting.append(point)
-            if len(waiting) == len(pending):  # cannot happen: shortcuts point to lower ranks
-                waiting = waiting[1:]
-            result.append([by_node[point.node] for point in pending if point not in waiting])
-            pending = waiting
+            nodes = {item.point.node for item in pending}
+            ready = [item for item in pending if nodes.isdisjoint(_shortcut_nodes(index, item))]
+            result.append(ready)
+            pending = [item for item in pending if item not in ready]
     return result
+
+
+def _shortcut_nodes(index: GraphIndex, item: Context) -> set[int]:
+    return set() if item.shortcut is None else ancestors(index, [item.shortcut])
 
 
 def _context(index: GraphIndex, point: Point, rank: dict[int, int]) -> Context:
@@ -80,7 +74,11 @@ def _context(index: GraphIndex, point: Point, rank: dict[int, int]) -> Context:
         result = index.nodes[consumer].output[0]
     batchnorm = None
     consumer = index.sole_consumer(result)
-    if consumer is not None and is_standard(index.nodes[consumer], "BatchNormalization") and point.batchnorm != consumer:
+    if (
+        consumer is not None
+        and is_standard(index.nodes[consumer], "BatchNormalization")
+        and point.batchnorm != consumer
+    ):
         batchnorm = consumer
         result = index.nodes[consumer].output[0]
     readers = index.consumers.get(result, [])
