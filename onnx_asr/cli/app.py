@@ -2,46 +2,64 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, NoReturn, Protocol, runtime_checkable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol, runtime_checkable
 
 import typer
 
 from onnx_asr.cli import show
+from onnx_asr.cli.ownership import DISTRIBUTION, check_owner
 from onnx_asr.cli.parameters import (
     BatchSize,
+    Calibration,
     Command,
     Data,
     Dense,
     Display,
+    Exclude,
     Images,
+    Include,
     Machine,
     Method,
     Output,
+    Pattern,
+    Refit,
     Samples,
     Seed,
+    Sparsity,
     Walk,
+    repair_options,
     spread,
 )
 from onnx_asr.cli.terminal import Terminal, say, say_traceback
 from onnx_asr.errors import OnnxAsrError
 from onnx_asr.version import __version__
 
+if TYPE_CHECKING:
+    from onnx_asr.data import Preprocessing
+
 DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-_DISTRIBUTION, _PACKAGE = "onnx-resuscitate", "onnx_asr"
 
 app = typer.Typer(
-    name=_DISTRIBUTION,
+    name=DISTRIBUTION,
     help="Give a pruned ONNX vision network its accuracy back: no retraining, no labels, no PyTorch.",
-    epilog="Exit codes: 0 done; 1 done, but the repaired model is not better than its input; 2 bad usage or bad input; "
+    epilog="Exit codes: 0 done; 1 done, but the result is further from the dense model than its input; 2 bad usage or bad input; "
     "130 interrupted.",
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="The model, an .onnx file.")]
+DenseArgument = Annotated[str, typer.Argument(metavar="DENSE", help="The dense model, an .onnx file.")]
 Pruned = Annotated[str, typer.Argument(metavar="PRUNED", help="The pruned model, an .onnx file.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Write the result even if it is further from the dense model than its input.")
+]
 
 
 def _command(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
@@ -56,7 +74,7 @@ def _command(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"{_DISTRIBUTION} {__version__}")
+        print(f"{DISTRIBUTION} {__version__}")
         raise typer.Exit
 
 
@@ -82,9 +100,9 @@ def demo(
         str, typer.Option("--output", "-o", metavar="FOLDER", help="Where the pruned and the repaired file go.")
     ] = "onnx-resuscitate-demo",
     model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Embedded net: {families}.")
+        str | None, typer.Option(metavar="NAME", help="Embedded net: resnet, vgg, mobilenet or densenet.")
     ] = None,
-    sparsity: Annotated[float | None, typer.Option(metavar="S", help="Share of weights to zero, 0 <= S < 1.")] = None,
+    sparsity: Sparsity = None,
 ) -> int:
     """Prune an embedded net until it collapses, repair it with every method, show what each gives back."""
     from onnx_asr.demo import MODEL, SPARSITY, run_demo
@@ -104,32 +122,33 @@ def demo(
 
 @_command("prune")
 def prune(
-    model: Annotated[str, typer.Argument(metavar="DENSE", help="The dense model, an .onnx file.")],
+    model: DenseArgument,
     output: Output,
-    sparsity: Annotated[float, typer.Option(metavar="S", help="Share of weights to zero, 0 <= S < 1.")],
     display: Display,
+    sparsity: Sparsity = None,
+    pattern: Pattern = "unstructured",
     scope: Annotated[
         str, typer.Option(metavar="global|layer", help="Compare magnitudes over the whole net, or in each layer.")
     ] = "global",
-    include: Annotated[
-        list[str] | None,
-        typer.Option(metavar="RE", help="Prune only nodes or weights whose name this finds; repeatable."),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(metavar="RE", help="Spare nodes or weights whose name this finds; repeatable.")
-    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
 ) -> int:
     """Zero the weights of smallest magnitude."""
     from onnx_asr.model_io import check_writable, is_external, save
     from onnx_asr.pruning import prune as run
 
     target = check_writable(output)
-    # an unknown scope is the pipeline's to refuse
-    result = run(model, sparsity, scope=scope, include=include or (), exclude=exclude or ())  # type: ignore[arg-type]
+    result = run(
+        model,
+        sparsity,
+        pattern=pattern,
+        scope=scope,  # type: ignore[arg-type]  # an unknown one is the pipeline's to refuse
+        include=include or (),
+        exclude=exclude or (),
+    )
     save(result.model, target, external_data=is_external(model))
-    terminal = Terminal(display)
     values = {"command": "prune", "model": model, "output": str(target), **result.to_dict()}
-    terminal.result(values, *show.prune(result, str(target), display.verbose))
+    Terminal(display).result(values, *show.prune(result, str(target), display.verbose))
     return DONE
 
 
@@ -139,18 +158,20 @@ def repair(
     output: Output,
     data: Data,
     method: Method,
+    refit: Refit,
+    calibration: Calibration,
     images: Images,
     walk: Walk,
     display: Display,
     dense: Dense = None,
-    force: Annotated[bool, typer.Option("--force", help="Write the result even if it is no better than PRUNED.")] = False,
+    force: Force = False,
 ) -> int:
-    """Give a pruned model its accuracy back, from unlabelled samples; exit code 1 if it came out no better."""
+    """Give a pruned model its accuracy back, from unlabelled samples."""
     from onnx_asr.model_io import check_writable, is_external, save
     from onnx_asr.repair import repair as run
 
     target = check_writable(output)
-    options, preprocessing = method.options(), images.preprocessing()
+    options, preprocessing = repair_options(calibration, refit, method), images.preprocessing()
     terminal = Terminal(display)
     with terminal.progress() as progress:
         execution = walk.execution(display.verbose, progress)
@@ -163,16 +184,62 @@ def repair(
         "model": model,
         "dense": dense,
         "data": data,
-        "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
+        "preprocessing": _plain(preprocessing),
         "output": written,
         **result.to_dict(),
     }
     terminal.result(values, *show.repair(result, written, display.verbose))
-    if result.improved:
-        return DONE
-    kept = f"'{target}' was written because of --force" if force else f"'{target}' was not written (--force does)"
-    say("warning", f"the repaired model is no closer to the dense one than its input; {kept}")
-    return CHECK_FAILED
+    return _verdict(result.improved, "repaired model", "the pruned one", target, force)
+
+
+@_command("compress")
+def compress(
+    model: DenseArgument,
+    output: Output,
+    data: Data,
+    refit: Refit,
+    calibration: Calibration,
+    images: Images,
+    walk: Walk,
+    display: Display,
+    sparsity: Sparsity = None,
+    pattern: Pattern = "unstructured",
+    rounds: Annotated[int | None, typer.Option(metavar="N", help="Mask rounds.")] = None,
+    round_samples: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Samples of every round but the last, as a share of all.")
+    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    force: Force = False,
+) -> int:
+    """Prune and repair jointly, in rounds: better than one after the other, and slower."""
+    from onnx_asr.compression import CompressOptions
+    from onnx_asr.compression import compress as run
+    from onnx_asr.model_io import check_writable, is_external, save
+
+    target = check_writable(output)
+    options = CompressOptions(sparsity, pattern, include=tuple(include or ()), exclude=tuple(exclude or ()))
+    given = {"rounds": rounds, "round_samples": round_samples}
+    options = replace(options, **{name: value for name, value in given.items() if value is not None})
+    repairing, preprocessing = repair_options(calibration, refit), images.preprocessing()
+    terminal = Terminal(display)
+    with terminal.progress() as progress:
+        execution = walk.execution(display.verbose, progress)
+        result = run(model, data, options, repair_options=repairing, preprocessing=preprocessing, execution=execution)
+    improved = result.repair.improved
+    written = str(target) if improved or force else None
+    if written is not None:
+        save(result.model, target, external_data=is_external(model))
+    values = {
+        "command": "compress",
+        "model": model,
+        "data": data,
+        "preprocessing": _plain(preprocessing),
+        "output": written,
+        **result.to_dict(),
+    }
+    terminal.result(values, *show.compress(result, written, display.verbose))
+    return _verdict(improved, "compressed model", "its last mask without repair", target, force)
 
 
 @_command("evaluate")
@@ -191,7 +258,8 @@ def evaluate(
         ),
     ] = None,
     label_offset: Annotated[
-        int, typer.Option(metavar="N", help="Added to a label to give the model's class: 1 where class 0 is background.")
+        int,
+        typer.Option(metavar="N", help="Added to a label to give the model's class: 1 where class 0 is background."),
     ] = 0,
     samples: Samples = None,
     batch_size: BatchSize = None,
@@ -221,11 +289,23 @@ def evaluate(
         "model": model,
         "dense": dense,
         "data": data,
-        "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
+        "preprocessing": _plain(preprocessing),
         **fidelity.to_dict(),
     }
     terminal.result(values, *show.evaluation(fidelity, model))
     return DONE
+
+
+def _verdict(improved: bool, what: str, before: str, target: Path, force: bool) -> int:
+    if improved:
+        return DONE
+    kept = f"'{target}' was written because of --force" if force else f"'{target}' was not written (--force does)"
+    say("warning", f"the {what} is further from the dense model than {before}; {kept}")
+    return CHECK_FAILED
+
+
+def _plain(preprocessing: Preprocessing | None) -> dict[str, Any] | None:
+    return None if preprocessing is None else preprocessing.to_dict()
 
 
 @runtime_checkable
@@ -240,20 +320,57 @@ class _UsageError(Protocol):
 
 def main() -> NoReturn:
     """Run the command line and leave the process."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_stdout()
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command line; every error becomes one line on stderr and an exit code."""
     try:
-        code = app(list(arguments) or ["--help"], prog_name=_DISTRIBUTION, standalone_mode=False)
-    except Exception as error:
-        if "--debug" in arguments:
-            say_traceback(error)
-        say("error", _message(error))
-        return BAD_INPUT
+        check_owner()
+        code = app(list(arguments) or ["--help"], prog_name=DISTRIBUTION, standalone_mode=False)
     except KeyboardInterrupt:
         code = INTERRUPTED
+    except SystemExit as leaving:  # click's answer to a reader of stdout that has left
+        _drop_stdout()
+        return DONE if leaving.code in (None, 1) else BAD_INPUT
+    except BrokenPipeError:
+        _drop_stdout()
+        return DONE
+    except Exception as error:
+        if type(error).__name__ == "Abort":  # click's name for an interrupt
+            code = INTERRUPTED
+        else:
+            if "--debug" in arguments:
+                say_traceback(error)
+            say("error", _message(error))
+            return BAD_INPUT
     if code == INTERRUPTED:
         say("error", "interrupted")
     return int(code or DONE)
+
+
+def _message(error: Exception) -> str:
+    """What a user can do something with."""
+    if isinstance(error, OnnxAsrError):
+        return str(error)
+    if isinstance(error, _UsageError):
+        path = getattr(getattr(error, "ctx", None), "command_path", DISTRIBUTION)
+        return f"{error.format_message().rstrip('.')}; see {path} --help"
+    if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
+        return f"onnxruntime is missing: pip install '{DISTRIBUTION}[cpu]', or '{DISTRIBUTION}[gpu]' for CUDA"
+    if isinstance(error, MemoryError):
+        return "out of memory: lower --memory-limit, --samples or --batch-size"
+    text = str(error).strip()
+    first = f": {text.splitlines()[0]}" if text else ""
+    return f"unexpected {type(error).__name__}{first}; run again with --debug for the whole story"
+
+
+def _drop_stdout() -> None:
+    """Let nothing more be written to a stdout that nobody reads."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-CALIBRATION, IMAGES, MACHINE, METHOD, DISPLAY = "Calibration", "Images", "Machine", "Method", "Display"
+CALIBRATION, IMAGES, MACHINE = "Calibration", "Images", "Machine"
+METHOD, REFIT, DISPLAY = "Method", "Refit", "Display"
+_REFIT_PREFIX = "refit_"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 Output = Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="Where to write the result.")]
@@ -39,6 +41,20 @@ Data = Annotated[
         help="A folder of images; an .npz with 'images' (uint8, N,H,W,C), perhaps 'labels'; or an .npz or .npy of ready "
         "tensors named after the model's inputs.",
     ),
+]
+Sparsity = Annotated[float | None, typer.Option(metavar="S", help="Share of weights to zero, 0 <= S < 1.")]
+Pattern = Annotated[
+    str,
+    typer.Option(
+        metavar="unstructured|N:M",
+        help="N:M keeps N of every M consecutive input channels, as 2:4, and leaves --sparsity out.",
+    ),
+]
+Include = Annotated[
+    list[str] | None, typer.Option(metavar="RE", help="Prune only nodes or weights whose name this finds; repeatable.")
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(metavar="RE", help="Spare nodes or weights whose name this finds; repeatable.")
 ]
 Samples = Annotated[int | None, typer.Option(metavar="N", help="Samples to draw from the data.")]
 Seed = Annotated[int, typer.Option(metavar="N", help="Seed of every random choice.")]
@@ -56,7 +72,9 @@ class Images:
     ] = None
     preprocess: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Preprocessing from a TOML file with the keys below.", rich_help_panel=IMAGES),
+        typer.Option(
+            metavar="FILE", help="Preprocessing from a TOML file with the keys below.", rich_help_panel=IMAGES
+        ),
     ] = None
     resize: Annotated[
         int | None, typer.Option(metavar="N", help="Short side after resizing.", rich_help_panel=IMAGES)
@@ -77,10 +95,13 @@ class Images:
     ] = None
     layout: Annotated[
         str | None,
-        typer.Option(metavar="NCHW|NHWC", help="Where channels go; read from the model if not given.", rich_help_panel=IMAGES),
+        typer.Option(
+            metavar="NCHW|NHWC", help="Where channels go; read from the model if not given.", rich_help_panel=IMAGES
+        ),
     ] = None
     channel_order: Annotated[
-        str | None, typer.Option(metavar="RGB|BGR", help="Order in which the model wants channels.", rich_help_panel=IMAGES)
+        str | None,
+        typer.Option(metavar="RGB|BGR", help="Order in which the model wants channels.", rich_help_panel=IMAGES),
     ] = None
 
     def preprocessing(self) -> Preprocessing | None:
@@ -113,7 +134,8 @@ class Machine:
         ),
     ] = None
     threads: Annotated[
-        int, typer.Option(metavar="N", help="Threads within an operator; 0 for all cores.", min=0, rich_help_panel=MACHINE)
+        int,
+        typer.Option(metavar="N", help="Threads within an operator; 0 for all cores.", min=0, rich_help_panel=MACHINE),
     ] = 0
 
     def runtime(self, verbose: bool) -> Runtime:
@@ -147,11 +169,89 @@ class Walk(Machine):
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """Which samples are used for what; the fields are those of ``RepairOptions``."""
+
+    samples: Annotated[
+        int | None, typer.Option(metavar="N", help="Calibration samples.", rich_help_panel=CALIBRATION)
+    ] = None
+    verify_samples: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Other samples, held out to verify the result; 0 skips that.", rich_help_panel=CALIBRATION
+        ),
+    ] = None
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Samples a run; chosen by the input's size if not given.", rich_help_panel=CALIBRATION
+        ),
+    ] = None
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Seed of every random choice.", rich_help_panel=CALIBRATION)
+    ] = None
+
+
+@dataclass(frozen=True)
+class Refit:
+    """The parts of the refit; the fields are those of ``RefitRecipe``."""
+
+    refit_rows: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Output positions a layer is fitted on.", rich_help_panel=REFIT),
+    ] = None
+    ridge: Annotated[
+        float | None, typer.Option(metavar="X", min=0, help="Pull toward the dense weights.", rich_help_panel=REFIT)
+    ] = None
+    relu_steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="Steps that forgive errors a ReLU hides.", rich_help_panel=REFIT),
+    ] = None
+    gain_power: Annotated[
+        float | None,
+        typer.Option(metavar="X", min=0, help="Exponent of the final gain; 0 for none.", rich_help_panel=REFIT),
+    ] = None
+    block_targets: Annotated[
+        bool | None,
+        typer.Option(
+            "--block-targets/--no-block-targets", help="Match the sum behind a residual Add.", rich_help_panel=REFIT
+        ),
+    ] = None
+    classifier: Annotated[
+        bool | None,
+        typer.Option("--classifier/--no-classifier", help="Refit Gemm and MatMul too.", rich_help_panel=REFIT),
+    ] = None
+
+
+@dataclass(frozen=True)
 class Method:
     """How to repair; the fields are those of ``RepairOptions``."""
 
     method: Annotated[
-        str | None, typer.Option(metavar="NAME", help="One of {methods}.", rich_help_panel=METHOD)
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="One of {methods}; auto tries several and keeps the one closest to the dense model.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None
+    time_budget: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            min=0,
+            help="auto: what trying may take; no limit if not given.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None
+    reliability_power: Annotated[
+        float | None,
+        typer.Option(
+            metavar="K",
+            min=0,
+            help="paired: multiply gains by rho^K, rho the channel's correlation with the dense one.",
+            rich_help_panel=METHOD,
+        ),
     ] = None
     bn: Annotated[
         str | None,
@@ -182,39 +282,29 @@ class Method:
             rich_help_panel=METHOD,
         ),
     ] = None
-    samples: Annotated[
-        int | None, typer.Option(metavar="N", help="Calibration samples.", rich_help_panel=CALIBRATION)
-    ] = None
     gain_samples: Annotated[
         int | None,
         typer.Option(
-            metavar="N", help="asr, raw, layerwise: samples for the gains; all if not given.", rich_help_panel=CALIBRATION
+            metavar="N", help="asr, raw, layerwise: samples for the gains; all if not given.", rich_help_panel=METHOD
         ),
-    ] = None
-    verify_samples: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Other samples, held out to verify the result; 0 skips that.", rich_help_panel=CALIBRATION
-        ),
-    ] = None
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Samples a run; chosen by the input's size if not given.", rich_help_panel=CALIBRATION
-        ),
-    ] = None
-    seed: Annotated[
-        int | None, typer.Option(metavar="N", help="Seed of every random choice.", rich_help_panel=CALIBRATION)
     ] = None
 
-    def options(self) -> RepairOptions:
-        """What was given, the rest by default."""
-        from onnx_asr.options import RepairOptions
 
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        if self.prior is not None:
-            given["prior"] = _number_or_name(self.prior)
-        return RepairOptions(**{name: value for name, value in given.items() if value is not None})
+def repair_options(calibration: Calibration, refit: Refit, method: Method | None = None) -> RepairOptions:
+    """What was given, the rest by default; the seed is that of the refit's positions too."""
+    from onnx_asr.options import RepairOptions
+
+    given = _given(calibration) | ({} if method is None else _given(method))
+    if "prior" in given:
+        given["prior"] = _number_or_name(given["prior"])
+    recipe = {name.removeprefix(_REFIT_PREFIX): value for name, value in _given(refit).items()}
+    defaults = RepairOptions()
+    return replace(defaults, **given, refit=replace(defaults.refit, seed=given.get("seed", defaults.seed), **recipe))
+
+
+def _given(group: Any) -> dict[str, Any]:
+    values = {field.name: getattr(group, field.name) for field in fields(group)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -231,29 +321,34 @@ class Display:
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Print errors and warnings only.", rich_help_panel=DISPLAY)
     ] = False
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=DISPLAY)
-    ] = False
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=DISPLAY)] = (
+        False
+    )
 
 
 class Command(TyperCommand):
     """A command whose help states what the pipelines know: their methods, presets and defaults."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Fill in the help texts, then show them; only now the pipelines are imported."""
-        from onnx_asr.data import PRESETS
+        """Fill in the help texts, then show them; only now the options' module is imported."""
+        from onnx_asr.data.preprocessing import PRESETS
         from onnx_asr.options import METHODS, RepairOptions
 
         defaults = RepairOptions()
-        names = {field.name for field in fields(Method)}
+        known = {name: getattr(defaults, name) for group in (Calibration, Method) for name in _names(group)}
+        known |= {name: getattr(defaults.refit, name.removeprefix(_REFIT_PREFIX)) for name in _names(Refit)}
+        shared = any(parameter.name == "verify_samples" for parameter in self.params)
         for parameter in self.params:
-            if parameter.name in names and any(other.name == "method" for other in self.params):
-                parameter.default = getattr(defaults, parameter.name)
-            text = getattr(parameter, "help", None) or ""
+            shown: Any = parameter  # options and arguments both have a help text
+            if shared and shown.name in known:
+                shown.default = known[shown.name]
             for name, values in (("{methods}", METHODS), ("{presets}", PRESETS)):
-                text = text.replace(name, ", ".join(values))
-            parameter.help = text  # type: ignore[attr-defined]  # options and arguments both have one
+                shown.help = (shown.help or "").replace(name, ", ".join(values))
         super().format_help(ctx, formatter)
+
+
+def _names(group: type) -> list[str]:
+    return [field.name for field in fields(group)]
 
 
 def spread(function: Callable[..., T]) -> Callable[..., T]:

@@ -11,56 +11,42 @@ from rich.console import RenderableType
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from onnx_asr.compression import CompressResult
     from onnx_asr.demo import DemoResult
     from onnx_asr.fidelity import Fidelity
     from onnx_asr.graph.points import Skip
-    from onnx_asr.pruning import PruneResult
-    from onnx_asr.result import RepairResult
+    from onnx_asr.pruning import LayerSparsity, PruneResult
+    from onnx_asr.result import RepairResult, Verification
 
 _FEW = 5  # skipped nodes of one reason that are named without -v
 
 
 def prune(result: PruneResult, path: str, verbose: bool) -> Iterator[RenderableType]:
     """Every layer, the sum, and what took no part."""
-    table = _table("layer", "operator", "shape", ">weights", ">zeros", ">sparsity")
-    for layer in result.layers:
-        shape = " x ".join(map(str, layer.shape))
-        table.add_row(
-            layer.name, layer.op_type, shape, f"{layer.size:,}", f"{layer.zeros:,}", _percent(layer.sparsity)
-        )
-    size, zeros = (sum(getattr(layer, name) for layer in result.layers) for name in ("size", "zeros"))
-    table.add_section()
-    table.add_row("all", "", "", f"{size:,}", f"{zeros:,}", _percent(result.sparsity))
-    yield table
+    yield _layers(result.layers)
     yield from _skips(result.skips, verbose)
-    yield f"written: {path} ({_size(path)})"
+    yield _written(path)
 
 
 def repair(result: RepairResult, path: str | None, verbose: bool) -> Iterator[RenderableType]:
     """How much closer to the dense model it came, what was rewritten and what was not."""
-    points = result.points
-    counts = Counter(point.written for point in points)
-    parts = [f"{count} {written}" for written, count in counts.items()]
-    line = f"{result.options.method}: {len(points)} points rewritten ({', '.join(parts) or 'none'})"
-    gains = [point.gain for point in points if point.gain is not None]
-    if gains:
-        line += f", gains {min(gain[0] for gain in gains):.3g} to {max(gain[2] for gain in gains):.3g}"
-    yield f"{line}, {sum(point.dead for point in points)} dead channels"
-    yield f"calibrated on {result.calibration_samples} samples, weights {_percent(result.sparsity)} sparse, " + ", ".join(
-        f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items()
-    )
-    if verbose and points:
-        yield _points(result)
-    yield from _skips(result.skips, verbose)
-    for note in result.notes:
-        yield f"note: {note}"
+    if result.candidates:
+        yield _candidates(result)
+    yield from _rewritten(result, verbose)
     if result.verification is not None:
-        check = result.verification
-        where = "held-out samples" if check.held_out else "calibration samples"
-        yield fidelities(
-            {"pruned": check.before, "repaired": check.after}, f"against the dense model, {check.after.samples} {where}"
-        )
-    yield "nothing was written" if path is None else f"written: {path} ({_size(path)})"
+        yield from _verification(result.verification, "pruned", "repaired")
+    yield _written(path)
+
+
+def compress(result: CompressResult, path: str | None, verbose: bool) -> Iterator[RenderableType]:
+    """Where the zeros are, and how close to the dense model what is left came."""
+    yield _layers(result.layers)
+    seconds = ", ".join(f"{value:.1f}" for value in result.round_seconds)
+    yield f"{len(result.round_seconds)} mask rounds in {seconds} s"
+    yield from _rewritten(result.repair, verbose)
+    if result.repair.verification is not None:
+        yield from _verification(result.repair.verification, "last mask, no repair", "compressed")
+    yield _written(path)
 
 
 def evaluation(fidelity: Fidelity, path: str) -> Iterator[RenderableType]:
@@ -79,7 +65,7 @@ def demo(result: DemoResult) -> Iterator[RenderableType]:
     for row in result.rows:
         values = row.fidelity
         table.add_row(
-            row.name,
+            row.name if row.chosen is None else f"{row.name} (chose {row.chosen})",
             _percent(values.top1),
             _percent(values.agreement),
             _number(values.kl),
@@ -90,7 +76,7 @@ def demo(result: DemoResult) -> Iterator[RenderableType]:
     for note in result.notes:
         yield f"note: {note}"
     yield f"pruned:   {result.pruned}"
-    yield f"repaired: {result.repaired} ({result.best}, the best)"
+    yield f"repaired: {result.repaired} ({result.best}: the highest top-1 here)"
     yield (
         f"See what was done, node by node, in Netron: pip install netron; netron {result.repaired}\n"
         "or open the file on https://netron.app; a node's properties tell its gains."
@@ -111,6 +97,59 @@ def fidelities(columns: dict[str, Fidelity], title: str) -> Table:
         if any(value is not None for value in values):
             table.add_row(label, *(text(value) for value in values))
     return table
+
+
+def _layers(layers: Sequence[LayerSparsity]) -> Table:
+    table = _table("layer", "operator", "shape", ">weights", ">zeros", ">sparsity")
+    for layer in layers:
+        shape = " x ".join(map(str, layer.shape))
+        table.add_row(layer.name, layer.op_type, shape, f"{layer.size:,}", f"{layer.zeros:,}", _percent(layer.sparsity))
+    size, zeros = (sum(getattr(layer, name) for layer in layers) for name in ("size", "zeros"))
+    table.add_section()
+    table.add_row("all", "", "", f"{size:,}", f"{zeros:,}", _percent(zeros / max(1, size)))
+    return table
+
+
+def _candidates(result: RepairResult) -> Table:
+    """What auto tried, the chosen one marked."""
+    classifier = all(item.fidelity.kl is not None for item in result.candidates)
+    measures = (">agreement", ">KL divergence") if classifier else (">output SNR",)
+    table = _table("auto tried", *measures, ">seconds", "")
+    for item in result.candidates:
+        fidelity, chosen = item.fidelity, item.options == result.options
+        values = (_percent(fidelity.agreement), _number(fidelity.kl)) if classifier else (_decibel(fidelity.snr_db),)
+        mark = "chosen" if chosen else ""
+        table.add_row(item.label, *values, f"{item.seconds:.1f}", mark, style="bold" if chosen else None)
+    return table
+
+
+def _rewritten(result: RepairResult, verbose: bool) -> Iterator[RenderableType]:
+    points = result.points
+    counts = Counter(point.written for point in points)
+    parts = ", ".join(f"{count} {written}" for written, count in counts.items())
+    line = f"{result.options.method}: {len(points)} points rewritten ({parts or 'none'})"
+    gains = [point.gain for point in points if point.gain is not None]
+    if gains:
+        line += f", gains {min(gain[0] for gain in gains):.3g} to {max(gain[2] for gain in gains):.3g}"
+    yield f"{line}, {sum(point.dead for point in points)} dead channels"
+    stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
+    yield (f"calibrated on {result.calibration_samples} samples, weights {_percent(result.sparsity)} sparse; {stages}")
+    if verbose and points:
+        yield _points(result)
+    yield from _skips(result.skips, verbose)
+    for note in result.notes:
+        yield f"note: {note}"
+
+
+def _verification(check: Verification, before: str, after: str) -> Iterator[RenderableType]:
+    where = "held-out samples" if check.held_out else "calibration samples"
+    yield fidelities(
+        {before: check.before, after: check.after}, f"against the dense model, {check.after.samples} {where}"
+    )
+
+
+def _written(path: str | None) -> str:
+    return "nothing was written" if path is None else f"written: {path} ({_size(path)})"
 
 
 def _points(result: RepairResult) -> Table:

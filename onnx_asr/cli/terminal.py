@@ -25,8 +25,8 @@ class Terminal:
     def __init__(self, display: Display) -> None:
         self.verbose = display.verbose
         self._json, self._quiet = display.json, display.quiet
-        self._out = Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
-        self._err = Console(stderr=True, highlight=False)
+        self._out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+        self._err = Console(stderr=True, highlight=False, emoji=False)
 
     def result(self, values: dict[str, Any], *shown: RenderableType) -> None:
         """Print a result: as JSON, or as text and tables for a reader, or not at all."""

@@ -268,8 +268,7 @@ class _Samples:
             total += target.sum(axis=0, dtype=np.float64)
             square += np.square(target).sum(axis=0, dtype=np.float64)
         offset = total / len(self._x)
-        variance = square / len(self._x) - offset**2
-        variance[variance <= 1e-12 * offset**2] = 0.0  # a constant, seen through the rounding of its mean
+        variance = np.maximum(square / len(self._x) - offset**2, 0.0)
         return _Fit(cross / len(self._x), origin + offset, variance)
 
     def _visible(self, weight: Array, level: Array) -> Iterator[tuple[Single, Single, Single]]:

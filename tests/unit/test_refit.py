@@ -129,15 +129,20 @@ def test_relu_aware_steps_lower_the_error_behind_the_relu(with_floor, solver):
     assert errors[3] < 0.95 * errors[0]
 
 
-def test_relu_step_is_the_fit_of_the_met_target():
-    layer = Layer(outputs=4)
+def test_relu_steps_are_fits_of_the_met_target():
+    layer = Layer(groups=2, outputs=3)
+    layer.target += np.linspace(-2, 2, 6, dtype=np.float32)
     negative = layer.target <= 0
-    plain = layer.refit()
-    met = np.where(negative, np.minimum(layer.predict(plain.weight, plain.bias), 0), layer.target).astype(np.float32)
-    expected = refit_rows(layer.x, met, layer.w0, layer.mask, LEAST_SQUARES)
-    actual = layer.refit(replace(LEAST_SQUARES, relu_steps=1), dense_negative=negative)
-    np.testing.assert_allclose(actual.weight, expected.weight, atol=1e-5)
-    np.testing.assert_allclose(actual.bias, expected.bias, atol=1e-4)
+    solution = layer.refit()
+    for steps in (1, 2, 3):
+        met = np.where(negative, np.minimum(layer.predict(solution.weight, solution.bias), 0), layer.target)
+        solution = refit_rows(layer.x, met.astype(np.float32), layer.w0, layer.mask, LEAST_SQUARES)
+        actual = layer.refit(replace(LEAST_SQUARES, relu_steps=steps), dense_negative=negative)
+        np.testing.assert_allclose(actual.weight, solution.weight, atol=1e-5)
+        np.testing.assert_allclose(actual.bias, solution.bias, atol=1e-4)
+        gain = layer.refit(RefitOptions(ridge=0.0, relu_steps=steps), dense_negative=negative).gain
+        prediction = layer.predict(solution.weight, solution.bias)
+        np.testing.assert_allclose(gain, np.sqrt(met.std(0) / prediction.std(0)), rtol=1e-5)
 
 
 def test_hidden_errors_do_not_count_as_residual():
@@ -172,6 +177,20 @@ def test_gain_is_one_without_correlation():
     assert gain[0] == 1.0
     assert gain[1] > 1.0
     assert layer.refit(replace(options, min_correlation=0.0)).gain[0] > 1.0
+
+
+def test_gain_is_one_where_the_prediction_is_rounding():
+    layer = Layer(outputs=1, inputs=2, density=2.0)
+    layer.x[..., 1] = layer.x[..., 0]
+    layer.w0[:] = [1.0, -1.0]
+    assert layer.refit(RefitOptions(ridge=1e6, min_correlation=0.0)).gain[0] == 1.0
+
+
+def test_gradients_stop_at_directions_that_are_rounding():
+    system = np.array([[1.0, 1.00001], [1.00001, 1.0]], np.float32)  # indefinite by rounding
+    residual = np.array([[1.0, -1.0], [1.0, 1.0]], np.float32) / np.sqrt(np.float32(2.0))
+    result = refit._descend(system, np.ones((2, 2), np.bool_), residual.copy(), np.full(2, 1e-6, np.float32))
+    np.testing.assert_allclose(result, [[0.0, 0.0], residual[1] / 2], atol=1e-5)
 
 
 def test_residuals_are_relative_errors():

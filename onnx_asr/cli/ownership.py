@@ -1,0 +1,35 @@
+"""Whether the import package is ours alone: the unrelated distribution onnx-asr (speech recognition) has one of that name."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import distributions
+
+from onnx_asr.errors import OnnxAsrError
+
+DISTRIBUTION, PACKAGE = "onnx-resuscitate", "onnx_asr"
+_FILE = re.compile(rf"^{PACKAGE}/", re.MULTILINE)
+
+
+def check_owner() -> None:
+    """Refuse to run where another distribution has put files into the import package.
+
+    What ``importlib.metadata.packages_distributions()`` tells, without parsing every distribution's list of files.
+
+    Raises:
+        OnnxAsrError: Naming it, and the way out.
+    """
+    others = set()
+    for distribution in distributions():
+        name = distribution.metadata["Name"] or ""
+        if re.sub(r"[-_.]+", "-", name).lower() != DISTRIBUTION and _FILE.search(
+            distribution.read_text("RECORD") or ""
+        ):
+            others.add(name)
+    if others:
+        names = ", ".join(sorted(others))
+        raise OnnxAsrError(
+            f"the import package '{PACKAGE}' of {DISTRIBUTION} is mixed with that of another distribution, {names}: the two "
+            f"cannot share an environment. Install {DISTRIBUTION} into a virtual environment of its own, or run: "
+            f"pip uninstall {names.replace(',', '')} {DISTRIBUTION}; pip install {DISTRIBUTION}[cpu]"
+        )
