@@ -6,7 +6,7 @@ BatchNormalization re-estimated in a second one, as in the ASR paper's Algorithm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,8 +34,8 @@ from onnx_asr.rewrite import plan_affine, plan_batchnorm, read_batchnorm, read_b
 
 GainMethod = Literal["asr", "raw", "layerwise"]
 
-Rule = Callable[[Point, Moments, Moments, Floats], ChannelAffine]
-"""Point, dense moments, pruned moments and correlation to the affine map of the point's channels."""
+Rule = Callable[[Point, Moments, Moments, Floats | None], ChannelAffine]
+"""Point, dense moments, pruned moments and (where it was asked for) correlation to the affine map of the channels."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,13 @@ def repair_paired(
     At a BatchNormalization the map goes into its parameters, elsewhere into weights and bias. Without a dense network
     the stored running statistics stand in for it, at the points that have them.
     """
+    correlated = power > 0 and networks.dense is not None
 
-    def rule(point: Point, dense: Moments, pruned: Moments, correlation: Floats) -> ChannelAffine:
+    def rule(point: Point, dense: Moments, pruned: Moments, correlation: Floats | None) -> ChannelAffine:
         return paired(dense, pruned, correlation, power)
 
-    return _gain_walk(networks, networks.survey.points, calibration, execution, plan, rule, into_batchnorm=True)
+    points = networks.survey.points
+    return _gain_walk(networks, points, calibration, execution, plan, rule, into_batchnorm=True, correlated=correlated)
 
 
 def repair_gains(
@@ -103,7 +105,7 @@ def repair_gains(
     first = networks.first_layers()
     points = [p for p in networks.survey.points if p.kind in ("Conv", "ConvTranspose") and p.node not in first]
 
-    def rule(point: Point, dense: Moments, pruned: Moments, correlation: Floats) -> ChannelAffine:
+    def rule(point: Point, dense: Moments, pruned: Moments, correlation: Floats | None) -> ChannelAffine:
         if method == "asr":
             gain = asr_gain(dense, pruned, prior)
         else:
@@ -117,82 +119,100 @@ def repair_gains(
 
 def _gain_walk(
     networks: Networks,
-    points: list[Point] | tuple[Point, ...],
+    points: Sequence[Point],
     calibration: Calibration,
     execution: Execution,
     plan: EditPlan,
     rule: Rule,
     *,
     into_batchnorm: bool,
+    correlated: bool = False,
 ) -> Reports:
+    """Walk the pruned network level by level and write what ``rule`` makes of each point.
+
+    Moments of the dense network do not depend on the walk: all are measured in one pass before it, unless the rule
+    needs correlations, for which both networks walk in lockstep.
+    """
     index = networks.pruned
     if networks.dense is None:
         points = [point for point in points if point.batchnorm is not None]
+    twins = {} if networks.dense is None else {point: networks.dense_tensor(point.tensor) for point in points}
     reports: Reports = {}
     with BufferPool(execution.memory_limit) as pool:
-        targets = [point.tensor for point in points]
-        pruned_lane = networks.pruned_lane(targets, calibration, pool, execution, plan)
-        lanes, names = [pruned_lane], {point: [point.tensor] for point in points}
-        if networks.dense is not None:
-            dense_targets = [networks.dense_tensor(name) for name in targets]
-            lanes.append(networks.dense_lane(dense_targets, calibration, pool, execution))
-            names = {point: [point.tensor, networks.dense_tensor(point.tensor)] for point in points}
+        dense_lane = networks.dense_lane(twins.values(), calibration, pool, execution) if twins else None
+        references: dict[Point, Moments] = {}
+        if dense_lane is not None and not correlated:
+            execution.progress("measuring the dense network", 0.0)
+            references = _measure(dense_lane, twins)
+            pool.trim()
+        lane = networks.pruned_lane([point.tensor for point in points], calibration, pool, execution, plan)
         done = 0
         for _, group in by_level(points):
-            moments = _measure(lanes, {point: names[point] for point in group}, execution, done / max(1, len(points)))
-            for point in group:
-                dense, pruned, correlation = _reference(networks, plan, point, moments[point])
+            execution.progress("measuring and correcting", done / len(points))
+            names = {point: point.tensor for point in group}
+            measured: dict[Point, tuple[Moments, Moments, Floats | None]] = {}
+            if dense_lane is not None and correlated:
+                pairs = _measure_pairs(lane, names, dense_lane, {point: twins[point] for point in group})
+                measured = {point: (pair.dense, pair.pruned, pair.correlation) for point, pair in pairs.items()}
+            else:
+                for point, moments in _measure(lane, names).items():
+                    measured[point] = (references.get(point) or _stored(networks, plan, point), moments, None)
+            for point, (dense, pruned, correlation) in measured.items():
                 affine = rule(point, dense, pruned, correlation)
-                if point.weight_slot is None or (into_batchnorm and point.batchnorm is not None):
-                    assert point.batchnorm is not None
-                    old = read_batchnorm(index, plan, point.batchnorm)
-                    plan_batchnorm(index, plan, point.batchnorm, absorb(old, affine))
-                    written = "batchnorm"
-                else:
-                    plan_affine(index, plan, point, affine)
-                    # a shift before a BatchNormalization went into its mean, not into the tensor
-                    shift = affine.shift
-                    if point.batchnorm is not None:
-                        shift = np.zeros_like(affine.gain)
-                    pruned_lane.transform(point.tensor, affine.gain, shift, point.channel_axis)
-                    written = "weights"
+                written = _write(networks, plan, point, affine, lane, into_batchnorm)
                 reports[point.node] = _report(index.nodes[point.node].op_type, point, written, pruned, affine.gain)
             done += len(group)
+            pool.trim()
     return reports
 
 
-def _measure(
-    lanes: list[Lane], names: Mapping[Point, list[str]], execution: Execution, fraction: float
-) -> dict[Point, Moments | PairMoments]:
-    """Moments of the points of one level: of the pruned network alone, or of both."""
-    result: dict[Point, Moments | PairMoments] = {}
+def _write(
+    networks: Networks, plan: EditPlan, point: Point, affine: ChannelAffine, lane: Lane, into_batchnorm: bool
+) -> str:
+    """Plan an affine map of a point's channels and apply it to what the lane holds; says where it went."""
+    index = networks.pruned
+    if point.batchnorm is not None and (into_batchnorm or point.weight_slot is None):
+        plan_batchnorm(index, plan, point.batchnorm, absorb(read_batchnorm(index, plan, point.batchnorm), affine))
+        return "batchnorm"
+    plan_affine(index, plan, point, affine)
+    # a shift before a BatchNormalization went into its mean, not into the tensor
+    shift = affine.shift if point.batchnorm is None else np.zeros_like(affine.gain)
+    lane.transform(point.tensor, affine.gain, shift, point.channel_axis)
+    return "weights"
+
+
+def _measure(lane: Lane, names: Mapping[Point, str]) -> dict[Point, Moments]:
+    """Moments of some points' tensors, in one network."""
+    result: dict[Point, Moments] = {}
 
     def visit(number: int, chunks: list[Chunk]) -> None:
-        for point, tensors in names.items():
-            arrays = [chunk[name] for chunk, name in zip(chunks, tensors, strict=True)]
-            if len(arrays) == 1:
-                single = Moments.of(arrays[0], point.channel_axis)
-                so_far = result.get(point)
-                result[point] = single if so_far is None else so_far.merge(single)  # type: ignore[arg-type]
-            else:
-                pair = PairMoments.of(arrays[1], arrays[0], point.channel_axis)
-                before = result.get(point)
-                result[point] = pair if before is None else before.merge(pair)  # type: ignore[arg-type]
+        for point, name in names.items():
+            moments = Moments.of(chunks[0][name], point.channel_axis)
+            result[point] = result[point].merge(moments) if point in result else moments
 
-    execution.progress("measuring and correcting", fraction)
-    lockstep(lanes, [[tensors[lane] for tensors in names.values()] for lane in range(len(lanes))], visit)
+    lockstep([lane], [list(names.values())], visit)
     return result
 
 
-def _reference(
-    networks: Networks, plan: EditPlan, point: Point, moments: Moments | PairMoments
-) -> tuple[Moments, Moments, Floats]:
-    """Dense moments, pruned moments and correlation; the stored statistics stand in for a missing dense network."""
-    if isinstance(moments, PairMoments):
-        return moments.dense, moments.pruned, moments.correlation
+def _measure_pairs(
+    lane: Lane, names: Mapping[Point, str], dense_lane: Lane, twins: Mapping[Point, str]
+) -> dict[Point, PairMoments]:
+    """Moments and cross moments of some points' tensors, in both networks."""
+    result: dict[Point, PairMoments] = {}
+
+    def visit(number: int, chunks: list[Chunk]) -> None:
+        for point, name in names.items():
+            moments = PairMoments.of(chunks[1][twins[point]], chunks[0][name], point.channel_axis)
+            result[point] = result[point].merge(moments) if point in result else moments
+
+    lockstep([lane, dense_lane], [list(names.values()), list(twins.values())], visit)
+    return result
+
+
+def _stored(networks: Networks, plan: EditPlan, point: Point) -> Moments:
+    """The stored running statistics, standing in for a dense network."""
     assert point.batchnorm is not None
-    stored = read_batchnorm(networks.pruned, plan, point.batchnorm).moments
-    return stored, moments, np.ones(point.channels)
+    return read_batchnorm(networks.pruned, plan, point.batchnorm).moments
 
 
 def _report(op_type: str, point: Point, written: str, pruned: Moments, gain: Floats | None) -> PointReport:
@@ -210,10 +230,8 @@ def recalibrate_exact(networks: Networks, calibration: Calibration, execution: E
         lane = networks.pruned_lane([point.tensor for point in points], calibration, pool, execution, plan)
         done = 0
         for _, group in by_level(points):
-            moments = _measure([lane], {point: [point.tensor] for point in group}, execution, done / len(points))
-            for point in group:
-                measured = moments[point]
-                assert isinstance(measured, Moments)
+            execution.progress("re-estimating BatchNormalization", done / len(points))
+            for point, measured in _measure(lane, {point: point.tensor for point in group}).items():
                 _set_statistics(networks, plan, point, measured.mean, measured.var, measured, reports)
             done += len(group)
     return reports

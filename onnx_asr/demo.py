@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from onnx_asr.fidelity import Fidelity, collect_outputs
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.model_io import check_writable, load, save
 from onnx_asr.networks import Execution
-from onnx_asr.options import METHODS, RepairOptions
+from onnx_asr.options import METHODS, Method, RepairOptions
 from onnx_asr.pruning import Pattern, check_sparsity, prune
 from onnx_asr.repair import repair
+from onnx_asr.result import RepairResult
 
 MODEL, SPARSITY = "resnet", 0.95
 SAMPLES, VERIFY_SAMPLES = 384, 128  # together the embedded calibration images
@@ -104,11 +106,22 @@ def embedded_models() -> Path:
     raise ModelError(f"the embedded models are missing from {package / 'models'}: install the package again")
 
 
+def embedded_manifest() -> dict[str, Any]:
+    """What is known about the embedded nets and their images."""
+    manifest: dict[str, Any] = json.loads((embedded_models() / "manifest.json").read_text(encoding="utf-8"))
+    return manifest
+
+
+def embedded_files() -> dict[str, Path]:
+    """The embedded nets by family."""
+    return {entry["family"]: embedded_models() / entry["file"] for entry in embedded_manifest()["models"]}
+
+
 def run_demo(
     folder: str | os.PathLike[str],
     *,
-    model: str = MODEL,
-    sparsity: float = SPARSITY,
+    model: str,
+    sparsity: float,
     execution: Execution | None = None,
 ) -> DemoResult:
     """Prune an embedded net, repair it with every method, write the pruned file and the best repaired one.
@@ -125,9 +138,7 @@ def run_demo(
     """
     execution = execution or Execution()
     check_sparsity(sparsity, Pattern())
-    models = embedded_models()
-    manifest = json.loads((models / "manifest.json").read_text(encoding="utf-8"))
-    files = {entry["family"]: models / entry["file"] for entry in manifest["models"]}
+    models, manifest, files = embedded_models(), embedded_manifest(), embedded_files()
     if model not in files:
         raise OptionError(f"there is no embedded model '{model}': give one of {', '.join(files)}")
     source = files[model]
@@ -147,7 +158,8 @@ def run_demo(
     started = time.perf_counter()
     pruned = prune(dense, sparsity)
     pruning = time.perf_counter() - started
-    results, rows = {}, [DemoRow("dense", measure(reference, reference, validation.labels), None)]
+    results: dict[Method, RepairResult] = {}
+    rows = [DemoRow("dense", measure(reference, reference, validation.labels), None)]
 
     def score(name: str, candidate: onnx.ModelProto, seconds: float, chosen: str | None = None) -> None:
         outputs = collect_outputs(candidate, validation, everything, execution.runtime)
@@ -182,8 +194,17 @@ def run_demo(
         best,
         pruned_path,
         repaired_path,
-        tuple(dict.fromkeys(note for method in METHODS for note in results[method].notes)),
+        _notes(results),
     )
+
+
+def _notes(results: Mapping[Method, RepairResult]) -> tuple[str, ...]:
+    """The notes of all methods; one that several methods have is told once, with all their names."""
+    found: dict[str, list[str]] = {}
+    for method, result in results.items():
+        for note in result.notes:
+            found.setdefault(note.replace(f"'{method}'", "{methods}"), []).append(f"'{method}'")
+    return tuple(note.replace("{methods}", ", ".join(methods)) for note, methods in found.items())
 
 
 def _folder(path: str | os.PathLike[str]) -> Path:

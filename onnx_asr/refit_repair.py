@@ -36,8 +36,10 @@ def repair_refit(
     items = contexts(index, networks.survey.points)
     if not recipe.classifier:
         items = [item for item in items if item.point.kind not in ("Gemm", "MatMul")]
+    numbers = {item.point.node: number for number, item in enumerate(items)}
     schedule = [
-        [RowSampler(networks, item, recipe, calibration.count) for item in group] for group in steps(index, items)
+        [RowSampler(networks, item, recipe, calibration.count, numbers[item.point.node]) for item in group]
+        for group in steps(index, items)
     ]
     reports: Reports = {}
     with BufferPool(execution.memory_limit) as pool:

@@ -64,14 +64,16 @@ class RowSampler:
         context: The point and what follows it.
         recipe: What to use.
         images: Number of calibration samples to come.
+        number: Place among the points with weights; seeds the positions, alike in a graph and its folded twin.
     """
 
-    def __init__(self, networks: Networks, context: Context, recipe: RefitRecipe, images: int) -> None:
+    def __init__(self, networks: Networks, context: Context, recipe: RefitRecipe, images: int, number: int) -> None:
         self.networks = networks
         self.context = context
         self.point = context.point
         self._recipe = recipe
         self._images = images
+        self._number = number
         self._seen = 0
         self._taps = 1
         self._spatial: _SpatialSampling | None = None
@@ -130,7 +132,7 @@ class RowSampler:
         geometry = conv_geometry(self.networks, self.point, source.shape[2:], output.shape[2:])
         width = source.shape[1] * math.prod(geometry.kernel)
         rows = min(self._recipe.rows, max(1, MAX_ROW_BYTES // (4 * width)))
-        seed = (self._recipe.seed, self.point.node)
+        seed = (self._recipe.seed, self._number)
         positions = sample_positions(self._images, math.prod(output.shape[2:]), rows, seed)
         return _SpatialSampling(geometry, input_positions(geometry, source.shape[2:], output.shape[2:]), positions)
 

@@ -6,18 +6,17 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol, runtime_checkable
 
 import typer
 
 from onnx_asr.cli import show
+from onnx_asr.cli.command import DISTRIBUTION, Command, spread
 from onnx_asr.cli.ownership import DISTRIBUTION, check_owner
 from onnx_asr.cli.parameters import (
     BatchSize,
     Calibration,
-    Command,
     Data,
     Dense,
     Display,
@@ -34,7 +33,6 @@ from onnx_asr.cli.parameters import (
     Sparsity,
     Walk,
     repair_options,
-    spread,
 )
 from onnx_asr.cli.terminal import Terminal, say, say_traceback
 from onnx_asr.errors import OnnxAsrError
@@ -48,8 +46,8 @@ DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 app = typer.Typer(
     name=DISTRIBUTION,
     help="Give a pruned ONNX vision network its accuracy back: no retraining, no labels, no PyTorch.",
-    epilog="Exit codes: 0 done; 1 done, but the result is further from the dense model than its input; 2 bad usage or bad input; "
-    "130 interrupted.",
+    epilog="Exit codes: 0 done; 1 done, but the result is further from the dense model than its input; 2 bad usage or "
+    "bad input; 130 interrupted.",
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -105,15 +103,15 @@ def demo(
     sparsity: Sparsity = None,
 ) -> int:
     """Prune an embedded net until it collapses, repair it with every method, show what each gives back."""
-    from onnx_asr.demo import MODEL, SPARSITY, run_demo
+    from onnx_asr.demo import run_demo
     from onnx_asr.networks import Execution
 
     terminal = Terminal(display)
     with terminal.progress() as progress:
         result = run_demo(
             output,
-            model=MODEL if model is None else model,
-            sparsity=SPARSITY if sparsity is None else sparsity,
+            model=model,
+            sparsity=sparsity,
             execution=Execution(Machine().runtime(display.verbose), progress=progress),
         )
     terminal.result({"command": "demo", **result.to_dict()}, *show.demo(result))
@@ -204,10 +202,10 @@ def compress(
     display: Display,
     sparsity: Sparsity = None,
     pattern: Pattern = "unstructured",
-    rounds: Annotated[int | None, typer.Option(metavar="N", help="Mask rounds.")] = None,
+    rounds: Annotated[int, typer.Option(metavar="N", help="Mask rounds.")] = 5,
     round_samples: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="Samples of every round but the last, as a share of all.")
-    ] = None,
+        float, typer.Option(metavar="SHARE", help="Samples of every round but the last, as a share of all.")
+    ] = 0.5,
     include: Include = None,
     exclude: Exclude = None,
     force: Force = False,
@@ -218,9 +216,7 @@ def compress(
     from onnx_asr.model_io import check_writable, is_external, save
 
     target = check_writable(output)
-    options = CompressOptions(sparsity, pattern, include=tuple(include or ()), exclude=tuple(exclude or ()))
-    given = {"rounds": rounds, "round_samples": round_samples}
-    options = replace(options, **{name: value for name, value in given.items() if value is not None})
+    options = CompressOptions(sparsity, pattern, rounds, round_samples, tuple(include or ()), tuple(exclude or ()))
     repairing, preprocessing = repair_options(calibration, refit), images.preprocessing()
     terminal = Terminal(display)
     with terminal.progress() as progress:
@@ -254,7 +250,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="TABLE",
-            help="For a folder of images: a TSV or CSV of file name and class index. Without it sub-folders are classes.",
+            help="For a folder of images: a TSV or CSV of file name and class index; else its sub-folders are classes.",
         ),
     ] = None,
     label_offset: Annotated[
@@ -310,7 +306,7 @@ def _plain(preprocessing: Preprocessing | None) -> dict[str, Any] | None:
 
 @runtime_checkable
 class _UsageError(Protocol):
-    """What click's exceptions look like; click itself may be vendored in Typer."""
+    """What the parser's exceptions look like; they come from click, or from the copy of it in Typer."""
 
     exit_code: int
 
@@ -320,57 +316,30 @@ class _UsageError(Protocol):
 
 def main() -> NoReturn:
     """Run the command line and leave the process."""
-    code = run(sys.argv[1:])
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _drop_stdout()
-    sys.exit(code)
+    sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command line; every error becomes one line on stderr and an exit code."""
     try:
-        check_owner()
         code = app(list(arguments) or ["--help"], prog_name=DISTRIBUTION, standalone_mode=False)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
-    except SystemExit as leaving:  # click's answer to a reader of stdout that has left
-        _drop_stdout()
-        return DONE if leaving.code in (None, 1) else BAD_INPUT
-    except BrokenPipeError:
-        _drop_stdout()
-        return DONE
     except Exception as error:
-        if type(error).__name__ == "Abort":  # click's name for an interrupt
-            code = INTERRUPTED
-        else:
-            if "--debug" in arguments:
-                say_traceback(error)
-            say("error", _message(error))
-            return BAD_INPUT
+        if "--debug" in arguments:
+            say_traceback(error)
+        say("error", _message(error))
+        return BAD_INPUT
     if code == INTERRUPTED:
         say("error", "interrupted")
     return int(code or DONE)
 
 
 def _message(error: Exception) -> str:
-    """What a user can do something with."""
     if isinstance(error, OnnxAsrError):
         return str(error)
     if isinstance(error, _UsageError):
-        path = getattr(getattr(error, "ctx", None), "command_path", DISTRIBUTION)
-        return f"{error.format_message().rstrip('.')}; see {path} --help"
-    if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
-        return f"onnxruntime is missing: pip install '{DISTRIBUTION}[cpu]', or '{DISTRIBUTION}[gpu]' for CUDA"
-    if isinstance(error, MemoryError):
-        return "out of memory: lower --memory-limit, --samples or --batch-size"
-    text = str(error).strip()
-    first = f": {text.splitlines()[0]}" if text else ""
-    return f"unexpected {type(error).__name__}{first}; run again with --debug for the whole story"
-
-
-def _drop_stdout() -> None:
-    """Let nothing more be written to a stdout that nobody reads."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return f"{error.format_message().rstrip('.')}: see {DISTRIBUTION} --help, or --help after a command"
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("onnxruntime"):
+        return f"onnxruntime is not installed: pip install '{DISTRIBUTION}[cpu]', or '{DISTRIBUTION}[gpu]'"
+    return f"unexpected {type(error).__name__}: {error}: this is a bug; run again with --debug and report it"

@@ -1,4 +1,4 @@
-"""Whether the import package is ours alone: the unrelated distribution onnx-asr (speech recognition) has one of that name."""
+"""Whether the import package is ours alone: the unrelated distribution onnx-asr has one of the same name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_owner() -> None:
     if others:
         names = ", ".join(sorted(others))
         raise OnnxAsrError(
-            f"the import package '{PACKAGE}' of {DISTRIBUTION} is mixed with that of another distribution, {names}: the two "
-            f"cannot share an environment. Install {DISTRIBUTION} into a virtual environment of its own, or run: "
+            f"the import package '{PACKAGE}' of {DISTRIBUTION} is mixed with that of another distribution, {names}: "
+            f"they cannot share an environment. Install {DISTRIBUTION} into a virtual environment of its own, or run: "
             f"pip uninstall {names.replace(',', '')} {DISTRIBUTION}; pip install {DISTRIBUTION}[cpu]"
         )

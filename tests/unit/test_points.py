@@ -1,0 +1,492 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from onnx_asr.errors import ModelError
+from onnx_asr.graph.points import Point, Survey, rows_to_weight, survey, weight_rows
+from tests.graphs import bn, copy, first_output, index, net, parameter, set_parameter
+
+# name: (graph, weights, input shape, channels, channel axis)
+LAYERS: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int, int]] = {
+    "conv": (
+        "g (float[N,3,6,6] x) => (float[N,5,6,6] y) { y = Conv <pads=[1,1,1,1]> (x, w, b) }",
+        {"w": (5, 3, 3, 3), "b": (5,)},
+        (2, 3, 6, 6),
+        5,
+        1,
+    ),
+    "conv-1d": (
+        "g (float[N,3,9] x) => (float[N,5,4] y) { y = Conv <strides=[2]> (x, w) }",
+        {"w": (5, 3, 3)},
+        (2, 3, 9),
+        5,
+        1,
+    ),
+    "conv-3d": (
+        "g (float[N,2,4,4,4] x) => (float[N,3,3,3,3] y) { y = Conv (x, w) }",
+        {"w": (3, 2, 2, 2, 2)},
+        (2, 2, 4, 4, 4),
+        3,
+        1,
+    ),
+    "conv-grouped": (
+        "g (float[N,4,5,5] x) => (float[N,6,3,3] y) { y = Conv <group=2, dilations=[2,2], pads=[1,1,1,1]> (x, w) }",
+        {"w": (6, 2, 3, 3)},
+        (2, 4, 5, 5),
+        6,
+        1,
+    ),
+    "conv-depthwise": (
+        "g (float[N,4,5,5] x) => (float[N,8,3,3] y) { y = Conv <group=4> (x, w, b) }",
+        {"w": (8, 1, 3, 3), "b": (8,)},
+        (2, 4, 5, 5),
+        8,
+        1,
+    ),
+    "transposed": (
+        "g (float[N,3,4,4] x) => (float[N,5,8,8] y) { y = ConvTranspose <strides=[2,2]> (x, w, b) }",
+        {"w": (3, 5, 2, 2), "b": (5,)},
+        (2, 3, 4, 4),
+        5,
+        1,
+    ),
+    "transposed-grouped": (
+        "g (float[N,6,4,4] x) => (float[N,4,6,6] y) { y = ConvTranspose <group=2> (x, w) }",
+        {"w": (6, 2, 3, 3)},
+        (2, 6, 4, 4),
+        4,
+        1,
+    ),
+    "gemm": (
+        "g (float[N,4] x) => (float[N,3] y) { y = Gemm (x, w, b) }",
+        {"w": (4, 3), "b": (3,)},
+        (5, 4),
+        3,
+        1,
+    ),
+    "gemm-square": (
+        "g (float[N,4] x) => (float[N,4] y) { y = Gemm (x, w, b) }",
+        {"w": (4, 4), "b": (1, 4)},
+        (5, 4),
+        4,
+        1,
+    ),
+    "gemm-transB": (
+        "g (float[N,4] x) => (float[N,4] y) { y = Gemm <transB=1, alpha=0.5, beta=2.0> (x, w, b) }",
+        {"w": (4, 4), "b": (4,)},
+        (5, 4),
+        4,
+        1,
+    ),
+    "gemm-transA": (
+        "g (float[4,N] x) => (float[N,3] y) { y = Gemm <transA=1, transB=1> (x, w) }",
+        {"w": (3, 4)},
+        (4, 5),
+        3,
+        1,
+    ),
+    "matmul-right": (
+        "g (float[N,6,4] x) => (float[N,6,4] y) { y = MatMul (x, w) }",
+        {"w": (4, 4)},
+        (2, 6, 4),
+        4,
+        -1,
+    ),
+    "matmul-right-add": (
+        "g (float[N,6,4] x) => (float[N,6,3] y) { p = MatMul (x, w)  y = Add (b, p) }",
+        {"w": (4, 3), "b": (3,)},
+        (2, 6, 4),
+        3,
+        -1,
+    ),
+    "matmul-left": (
+        "g (float[N,4,6] x) => (float[N,4,6] y) { y = MatMul (w, x) }",
+        {"w": (4, 4)},
+        (2, 4, 6),
+        4,
+        -2,
+    ),
+    "matmul-left-add": (
+        "g (float[N,4,6] x) => (float[N,3,6] y) { p = MatMul (w, x)  y = Add (p, b) }",
+        {"w": (3, 4), "b": (3, 1)},
+        (2, 4, 6),
+        3,
+        -2,
+    ),
+}
+
+
+def layer(name: str) -> tuple[onnx.ModelProto, np.ndarray, Point]:
+    text, weights, shape, _, _ = LAYERS[name]
+    model = net(text, seed=3, **weights)
+    (point,) = survey(index(model)).points
+    return model, np.random.default_rng(4).normal(size=shape).astype(np.float32), point
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_is_one_point_on_its_channels(name: str) -> None:
+    _, point = layer(name)[1:]
+    channels, axis = LAYERS[name][3:]
+    assert (point.channels, point.channel_axis, point.level, point.batchnorm) == (channels, axis, 1, None)
+    assert point.tensor == "y" if "add" in name else point.tensor == "y"
+    has_bias = "b" in LAYERS[name][1]
+    if point.kind == "MatMul":
+        assert (point.bias_node is not None) == has_bias
+    else:
+        assert (point.bias_node, point.bias_slot) == (point.node, 2)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_row_of_the_weight_feeds_its_channel_and_no_other(name: str) -> None:
+    model, x, point = layer(name)
+    node = model.graph.node[point.node]
+    assert point.weight_slot is not None
+    weight = parameter(model, point.node, point.weight_slot)
+    before = np.moveaxis(first_output(model, x), point.channel_axis, 0)
+    rows = weight_rows(point, node, weight)
+    assert rows.shape == (point.channels, weight.size // point.channels)
+    for channel in range(point.channels):
+        changed_rows = rows.copy()
+        changed_rows[channel] *= 2.0
+        changed = copy(model)
+        value = rows_to_weight(point, node, changed_rows, weight.shape)
+        assert value.shape == weight.shape
+        set_parameter(changed, point.node, point.weight_slot, value)
+        after = np.moveaxis(first_output(changed, x), point.channel_axis, 0)
+        moved = [not np.array_equal(a, b) for a, b in zip(before, after, strict=True)]
+        assert moved == [i == channel for i in range(point.channels)]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_rows_are_every_weight_once_and_go_back_where_they_were(name: str) -> None:
+    model, _, point = layer(name)
+    node = model.graph.node[point.node]
+    assert point.weight_slot is not None
+    shape = parameter(model, point.node, point.weight_slot).shape
+    numbered = np.arange(np.prod(shape), dtype=np.float64).reshape(shape)
+    rows = weight_rows(point, node, numbered)
+    assert sorted(rows.ravel()) == list(range(numbered.size))
+    np.testing.assert_array_equal(rows_to_weight(point, node, rows, shape), numbered)
+
+
+def points_of(text: str, **weights: Any) -> Survey:
+    return survey(index(net(text, **weights)))
+
+
+def summary(found: Survey) -> list[tuple[str, str, int, int | None]]:
+    return [(point.kind, point.tensor, point.level, point.batchnorm) for point in found.points]
+
+
+def test_batchnorm_directly_behind_a_conv_belongs_to_it() -> None:
+    found = points_of(
+        """
+        g (float[N,3,4,4] x) => (float[N,3,4,4] y) {
+          z = Conv (x, w)
+          n = BatchNormalization (z, n_gamma, n_beta, n_mean, n_var)
+          y = Relu (n)
+        }
+        """,
+        w=(3, 3, 1, 1),
+        **bn("n", channels=3),
+    )
+    assert summary(found) == [("Conv", "z", 1, 1)]
+    assert found.skips == ()
+
+
+def test_batchnorm_behind_anything_else_is_a_point_of_its_own() -> None:
+    """After an Add, before a Conv (pre-activation), on a Concat, on the graph input."""
+    found = points_of(
+        """
+        g (float[N,3,4,4] x) => (float[N,3,4,4] y) {
+          n0 = BatchNormalization (x, n0_gamma, n0_beta, n0_mean, n0_var)
+          a = Conv (n0, a_w)
+          s = Add (a, n0)
+          n1 = BatchNormalization (s, n1_gamma, n1_beta, n1_mean, n1_var)
+          r = Relu (n1)
+          c = Concat <axis=1> (r, x)
+          n2 = BatchNormalization (c, n2_gamma, n2_beta, n2_mean, n2_var)
+          y = Conv (n2, b_w)
+        }
+        """,
+        a_w=(3, 3, 1, 1),
+        b_w=(3, 6, 1, 1),
+        **bn("n0", "n1", channels=3),
+        **bn("n2", channels=6),
+    )
+    assert summary(found) == [
+        ("BatchNormalization", "x", 1, 0),
+        ("Conv", "a", 2, None),
+        ("BatchNormalization", "s", 3, 3),
+        ("BatchNormalization", "c", 4, 6),
+        ("Conv", "y", 5, None),
+    ]
+    assert [point.channels for point in found.points] == [3, 3, 3, 6, 3]
+
+
+@pytest.mark.parametrize("second_reader", ["o = Neg (z)", "o = Identity (z)"])
+def test_batchnorm_is_not_the_convs_where_others_read_the_tensor(second_reader: str) -> None:
+    found = points_of(
+        f"""
+        g (float[N,3,4,4] x) => (float[N,3,4,4] y, float[N,3,4,4] o) {{
+          z = Conv (x, w)
+          y = BatchNormalization (z, n_gamma, n_beta, n_mean, n_var)
+          {second_reader}
+        }}
+        """,
+        w=(3, 3, 1, 1),
+        **bn("n", channels=3),
+    )
+    assert summary(found) == [("Conv", "z", 1, None), ("BatchNormalization", "z", 2, 1)]
+
+
+def test_batchnorm_is_not_the_convs_where_the_tensor_is_an_output() -> None:
+    found = points_of(
+        """
+        g (float[N,3,4,4] x) => (float[N,3,4,4] y, float[N,3,4,4] z) {
+          z = Conv (x, w)
+          y = BatchNormalization (z, n_gamma, n_beta, n_mean, n_var)
+        }
+        """,
+        w=(3, 3, 1, 1),
+        **bn("n", channels=3),
+    )
+    assert summary(found) == [("Conv", "z", 1, None), ("BatchNormalization", "z", 2, 1)]
+
+
+def test_batchnorms_may_share_parameters() -> None:
+    found = points_of(
+        """
+        g (float[N,3,4,4] x) => (float[N,3,4,4] y) {
+          a = Conv (x, w)
+          n = BatchNormalization (a, n_gamma, n_beta, n_mean, n_var)
+          b = Conv (n, w)
+          y = BatchNormalization (b, n_gamma, n_beta, n_mean, n_var)
+        }
+        """,
+        w=(3, 3, 1, 1),
+        **bn("n", channels=3),
+    )
+    assert summary(found) == [("Conv", "a", 1, 1), ("Conv", "b", 2, 3)]
+
+
+def test_levels_on_a_diamond() -> None:
+    r"""``x - a -+- b - c -+- Add - f``, the shorter branch ``d`` on one level with ``b``."""
+    found = points_of(
+        """
+        g (float[N,3,4,4] x) => (float[N,3,4,4] y) {
+          a = Conv (x, w)
+          ar = Relu (a)
+          d = Conv (ar, w)
+          b = Conv (ar, w)
+          c = Conv (b, w)
+          s = Add (c, d)
+          y = Conv (s, w)
+        }
+        """,
+        w=(3, 3, 1, 1),
+    )
+    assert [(point.tensor, point.level) for point in found.points] == [("a", 1), ("d", 2), ("b", 2), ("c", 3), ("y", 4)]
+    assert found.depth == 4
+    assert [point.tensor for point in found.at_level(2)] == ["d", "b"]
+
+
+def test_levels_run_through_subgraphs() -> None:
+    found = points_of(
+        """
+        g (float[N,3,4,4] x, bool flag) => (float[N,3,4,4] y) {
+          a = Conv (x, w)
+          c = If (flag) < then_branch = t () => (float[N,3,4,4] p) { p = Relu (a) },
+                          else_branch = e () => (float[N,3,4,4] q) { q = Neg (a) } >
+          y = Conv (c, w)
+        }
+        """,
+        w=(3, 3, 1, 1),
+    )
+    assert [(point.tensor, point.level) for point in found.points] == [("a", 1), ("y", 2)]
+
+
+def test_an_add_that_is_no_bias_stays_outside_the_point() -> None:
+    for other, shape in (("x2", None), ("b", (4, 3)), ("b", (2, 1, 1))):
+        weights = {"w": (4, 3)} | ({} if shape is None else {"b": shape})
+        found = points_of(
+            f"""
+            g (float[N,4,4] x, float[N,4,3] x2) => (float[N,4,3] y) {{
+              p = MatMul (x, w)
+              y = Add (p, {other})
+            }}
+            """,
+            **weights,
+        )
+        (point,) = found.points
+        assert (point.tensor, point.bias_node) == ("p", None), (other, shape)
+
+
+def test_matmul_bias_is_shared_by_nobody_else() -> None:
+    (point,) = points_of(
+        "g (float[N,4] x) => (float[N,3] y, float[N,3] o) { p = MatMul (x, w)  y = Add (p, b)  o = Neg (p) }",
+        w=(4, 3),
+        b=(3,),
+    ).points
+    assert (point.tensor, point.bias_node) == ("p", None)
+
+
+def test_weights_in_constant_nodes_and_behind_identity_are_points() -> None:
+    found = points_of(
+        """
+        g (float[N,1,4,4] x) => (float[N,2,4,4] y) {
+          w = Constant <value = float[1,1,1,1] {2.0}> ()
+          a = Conv (x, w)
+          v0 = Identity (v)
+          y = Conv (a, v0)
+        }
+        """,
+        v=(2, 1, 1, 1),
+    )
+    assert [(point.tensor, point.channels) for point in found.points] == [("a", 1), ("y", 2)]
+
+
+SKIPPED = {
+    "run-time weight": (
+        "g (float[N,3,4,4] x, float[5,3,1,1] w) => (float[N,5,4,4] y) { y = Conv (x, w) }",
+        {},
+        "weight is computed at run time",
+    ),
+    "run-time bias": (
+        "g (float[N,3,4,4] x, float[5] b) => (float[N,5,4,4] y) { y = Conv (x, w, b) }",
+        {"w": (5, 3, 1, 1)},
+        "bias is computed at run time",
+    ),
+    "training": (
+        """g (float[N,3,4,4] x) => (float[N,3,4,4] y) {
+          y, m, v = BatchNormalization <training_mode=1> (x, n_gamma, n_beta, n_mean, n_var) }""",
+        bn("n", channels=3),
+        "training mode",
+    ),
+    "run-time statistics": (
+        """g (float[N,3,4,4] x, float[3] n_mean) => (float[N,3,4,4] y) {
+          y = BatchNormalization (x, n_gamma, n_beta, n_mean, n_var) }""",
+        {"n_gamma": (3,), "n_beta": (3,), "n_var": (3,)},
+        "computed at run time",
+    ),
+    "attention": (
+        "g (float[N,4,4] x) => (float[N,4,4] y) { y = MatMul (x, x) }",
+        {},
+        "two activations",
+    ),
+    "batched weight": (
+        "g (float[N,4,4] x) => (float[N,4,4] y) { y = MatMul (x, w) }",
+        {"w": (1, 4, 4)},
+        "rank 3",
+    ),
+    "integer weight": (
+        "g (int32[N,4] x) => (int32[N,4] y) { y = MatMul (x, w) }",
+        {"w": np.ones((4, 4), np.int32)},
+        "not a floating-point",
+    ),
+    "no effect": (
+        "g (float[N,4] x) => (float[N,4] y) { y = Gemm <alpha=0.0> (x, w, b) }",
+        {"w": (4, 4), "b": (4,)},
+        "alpha or beta of zero",
+    ),
+    "bias per row": (
+        "g (float[5,4] x) => (float[5,4] y) { y = Gemm (x, w, b) }",
+        {"w": (4, 4), "b": (5, 1)},
+        "not one value a channel",
+    ),
+    "bias per element": (
+        "g (float[4,4] x) => (float[4,4] y) { y = Gemm (x, w, b) }",
+        {"w": (4, 4), "b": (4, 1)},
+        "not one value a channel",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SKIPPED)
+def test_what_cannot_be_repaired_is_skipped_with_a_reason(name: str) -> None:
+    text, weights, reason = SKIPPED[name]
+    found = points_of(text, **weights)
+    assert found.points == ()
+    (skip,) = found.skips
+    assert reason in skip.reason
+
+
+def test_a_training_batchnorm_behind_a_conv_is_skipped_and_the_conv_is_not() -> None:
+    found = points_of(
+        """
+        g (float[N,3,4,4] x) => (float[N,3,4,4] y) {
+          z = Conv (x, w)
+          y, m, v = BatchNormalization <training_mode=1> (z, n_gamma, n_beta, n_mean, n_var)
+        }
+        """,
+        w=(3, 3, 1, 1),
+        **bn("n", channels=3),
+    )
+    assert summary(found) == [("Conv", "z", 1, None)]
+    assert [(skip.node, skip.op_type) for skip in found.skips] == [(1, "BatchNormalization")]
+
+
+def test_what_reaches_no_output_is_skipped() -> None:
+    """Auxiliary heads that an exporter left behind: nothing they compute can be compared or matters."""
+    found = points_of(
+        """
+        g (float[N,3,4,4] x) => (float[N,3,4,4] y) {
+          z = Conv (x, w)
+          y = Relu (z)
+          dangling = Conv (z, w)
+        }
+        """,
+        w=(3, 3, 1, 1),
+    )
+    assert [point.tensor for point in found.points] == ["z"]
+    (skip,) = found.skips
+    assert "no output" in skip.reason
+
+
+def test_convolutions_inside_subgraphs_are_reported() -> None:
+    found = points_of(
+        """
+        g (float[N,3,4,4] x, bool flag) => (float[N,3,4,4] y) {
+          y = If (flag) < then_branch = t () => (float[N,3,4,4] p) { p = Conv (x, w) },
+                          else_branch = e () => (float[N,3,4,4] q) { q = Neg (x) } >
+        }
+        """,
+        w=(3, 3, 1, 1),
+    )
+    assert found.points == ()
+    (skip,) = found.skips
+    assert "If" in skip.reason
+    assert "subgraph" in skip.reason
+
+
+def test_quantized_graphs_are_refused() -> None:
+    model = net(
+        """
+        g (float[N,4] x) => (float[N,4] y) {
+          q = QuantizeLinear (x, scale, zero)
+          d = DequantizeLinear (q, scale, zero)
+          y = Gemm (d, w)
+        }
+        """,
+        w=(4, 4),
+        scale=np.float32(0.1),
+        zero=np.uint8(0),
+    )
+    with pytest.raises(ModelError, match="already quantized"):
+        survey(index(model))
+
+
+def test_same_names_in_other_domains_are_not_operators_of_the_standard() -> None:
+    model = net("g (float[N,4] x) => (float[N,4] y) { y = Gemm (x, w) }", w=(4, 4))
+    model.graph.node[0].domain = "com.microsoft"
+    assert survey(index(model)).points == ()
+
+
+def test_half_precision_weights_are_points() -> None:
+    model = net("g (float16[N,4] x) => (float16[N,4] y) { y = Gemm (x, w) }", w=np.ones((4, 4), np.float16))
+    assert numpy_helper.to_array(model.graph.initializer[0]).dtype == np.float16
+    assert len(survey(index(model)).points) == 1
