@@ -1,5 +1,6 @@
 """Repair pruned ONNX vision networks: no retraining, no labels, no PyTorch."""
 
+from onnx_asr.compression import CompressOptions, CompressResult, compress
 from onnx_asr.evaluation import evaluate
 from onnx_asr.model_io import save
 from onnx_asr.networks import Execution
@@ -10,11 +11,14 @@ from onnx_asr.result import RepairResult
 from onnx_asr.version import __version__
 
 __all__ = [
+    "CompressOptions",
+    "CompressResult",
     "Execution",
     "PruneResult",
     "RepairOptions",
     "RepairResult",
     "__version__",
+    "compress",
     "evaluate",
     "prune",
     "repair",

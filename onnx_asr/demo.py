@@ -106,22 +106,11 @@ def embedded_models() -> Path:
     raise ModelError(f"the embedded models are missing from {package / 'models'}: install the package again")
 
 
-def embedded_manifest() -> dict[str, Any]:
-    """What is known about the embedded nets and their images."""
-    manifest: dict[str, Any] = json.loads((embedded_models() / "manifest.json").read_text(encoding="utf-8"))
-    return manifest
-
-
-def embedded_files() -> dict[str, Path]:
-    """The embedded nets by family."""
-    return {entry["family"]: embedded_models() / entry["file"] for entry in embedded_manifest()["models"]}
-
-
 def run_demo(
     folder: str | os.PathLike[str],
     *,
-    model: str,
-    sparsity: float,
+    model: str = MODEL,
+    sparsity: float = SPARSITY,
     execution: Execution | None = None,
 ) -> DemoResult:
     """Prune an embedded net, repair it with every method, write the pruned file and the best repaired one.
@@ -138,7 +127,9 @@ def run_demo(
     """
     execution = execution or Execution()
     check_sparsity(sparsity, Pattern())
-    models, manifest, files = embedded_models(), embedded_manifest(), embedded_files()
+    models = embedded_models()
+    manifest = json.loads((models / "manifest.json").read_text(encoding="utf-8"))
+    files = {entry["family"]: models / entry["file"] for entry in manifest["models"]}
     if model not in files:
         raise OptionError(f"there is no embedded model '{model}': give one of {', '.join(files)}")
     source = files[model]

@@ -47,7 +47,7 @@ class RefitRecipe:
         seed: Of the positions.
     """
 
-    rows: int = 20_000
+    rows: int = 12_000
     ridge: float = 1e-2
     relu_steps: int = 3
     gain_power: float = 0.5

@@ -201,8 +201,8 @@ def folded(model: onnx.ModelProto) -> onnx.ModelProto:
 def residual_net(seed: int = 0) -> onnx.ModelProto:
     r"""Identity and convolution shortcut, depthwise and strided convolutions, classifier.
 
-    ``x - Conv - BN - Relu -+- Conv - BN - Relu - Conv(dw) - BN - Add - Relu -+- Conv/2 - BN - Add - Relu - pool - Gemm``
-    ``                      +-----------------------------------/             +- Conv/2 - BN -/``
+    ``x - Conv - BN - Relu -+- Conv - BN - Relu - Conv(dw) - BN - Add - Relu -+- Conv/2 - BN - Add - Relu``
+    ``                      +-----------------------------------/             +- Conv/2 - BN -/``, then pool - Gemm
     """
     names = ("stem", "a", "b", "c")
     shapes: dict[str, Any] = {

@@ -1,9 +1,11 @@
 """Accuracy of every repair method on the nets and images of ../shared/assets (see MANIFEST.md there).
 
     python tools/bench_accuracy.py --nets resnet20 --sparsities 0.7 0.8 0.9 --methods bn paired --images 512
-    python tools/bench_accuracy.py --methods paired paired:reliability_power=0.25 asr:bn=ema,prior=mean --json out.json
+    python tools/bench_accuracy.py --methods paired:reliability_power=0.25 asr:bn=ema,prior=mean refit:relu_steps=0
+    python tools/bench_accuracy.py --nets resnet20 --sparsities 0.9 2:4 --methods compress:rounds=5 --images 1024
 
-Pruning is by global magnitude over all weights. Nets come with BatchNormalization kept ("bn"), folded ("folded"),
+A method is a name of onnx_asr.options.METHODS or "compress", with options after a colon. Pruning is by global magnitude
+over all weights, or N:M. Nets come with BatchNormalization kept ("bn"), folded ("folded"),
 or both; a pair is also compared under one mask: that of the bn graph, moved to the folded one by order of
 the correction points ("folded, mask of bn"). Calibration takes the first images of the calibration part, unlabelled;
 scores are of the other part: top-1 in percent, and the KL divergence dense || repaired in nats.
@@ -14,9 +16,10 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,10 @@ from onnx_asr.graph.edit import EditPlan, apply
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import survey
 from onnx_asr.networks import Execution
+from onnx_asr.options import METHODS, RepairOptions
+from onnx_asr.refit_samples import RefitRecipe
 
+MASK_OF_BN = "folded, mask of bn"
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -46,7 +52,7 @@ class Net:
 
     graphs: dict[str, str]
     preprocessing: Preprocessing
-    sparsities: tuple[float, ...] = (0.7, 0.8, 0.9, 0.95)
+    sparsities: tuple[str, ...] = ("0.7", "0.8", "0.9", "0.95")
     data: str = "cifar10"
     label_offset: int = 0
 
@@ -73,13 +79,13 @@ NETS = {
     "resnet18": Net(
         {"bn": "imagenet/resnet18_ktb_bn.onnx"},
         Preprocessing(scale=1 / 255, mean=_IMAGENET_MEAN, std=_IMAGENET_STD),
-        (0.5, 0.7, 0.8, 0.9),
+        ("0.5", "0.7", "0.8", "0.9"),
         "imagenet",
     ),
     "mobilenetv2": Net(
         {"folded": "imagenet/mobilenetv2_1.0_224_tfqat_folded.onnx"},
         Preprocessing(scale=1 / 127.5, mean=(1.0,)),
-        (0.3, 0.5, 0.7),
+        ("0.3", "0.5", "0.7"),
         "imagenet",
         1,
     ),
@@ -92,8 +98,9 @@ class Record:
 
     net: str
     graph: str
-    sparsity: float
+    sparsity: str
     method: str
+    chosen: str
     images: int
     top1: float
     kl: float
@@ -110,8 +117,8 @@ class Images:
     labels: NDArray[np.int64]
 
 
-def method_options(text: str, **defaults: Any) -> onnx_asr.RepairOptions:
-    """Repair options from "name" or "name:key=value,key=value", on top of the defaults."""
+def parse_method(text: str) -> tuple[str, dict[str, Any]]:
+    """Split "name" or "name:key=value,key=value" into the name and its options."""
     method, _, rest = text.partition(":")
     overrides: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):
@@ -120,7 +127,15 @@ def method_options(text: str, **defaults: Any) -> onnx_asr.RepairOptions:
             overrides[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             overrides[key] = value
-    return onnx_asr.RepairOptions(**{**defaults, "method": method, **overrides})
+    return method, overrides
+
+
+def method_options(text: str, **defaults: Any) -> RepairOptions:
+    """Repair options of a method, on top of the defaults; parts of the refit recipe go by their own names."""
+    method, overrides = parse_method(text)
+    recipe = {item.name for item in fields(RefitRecipe)} - {"seed"}
+    parts = {key: overrides.pop(key) for key in list(overrides) if key in recipe}
+    return RepairOptions(**{**defaults, "method": method, "refit": RefitRecipe(**parts), **overrides})
 
 
 def cifar10(assets: Path) -> Images:
@@ -158,20 +173,44 @@ def with_mask_of(dense: onnx.ModelProto, pruned: onnx.ModelProto) -> onnx.ModelP
     return apply(target, plan)
 
 
-def variants(net: Net, assets: Path, sparsity: float) -> Iterator[tuple[str, onnx.ModelProto, onnx.ModelProto]]:
+def prune(model: onnx.ModelProto, sparsity: str) -> onnx.ModelProto:
+    """Prune to a share of zeros, or to a pattern such as 2:4."""
+    if ":" in sparsity:
+        return onnx_asr.prune(model, pattern=sparsity).model
+    return onnx_asr.prune(model, float(sparsity)).model
+
+
+def variants(net: Net, assets: Path, sparsity: str) -> Iterator[tuple[str, onnx.ModelProto, onnx.ModelProto]]:
     """Name, dense and pruned model of every graph of a net."""
     dense = {name: onnx.load(assets / file) for name, file in net.graphs.items()}
-    pruned = {name: onnx_asr.prune(model, sparsity).model for name, model in dense.items()}
+    pruned = {name: prune(model, sparsity) for name, model in dense.items()}
     if len(dense) == 2:
         yield "bn", dense["bn"], pruned["bn"]
-        yield "folded, mask of bn", dense["folded"], with_mask_of(dense["folded"], pruned["bn"])
+        yield MASK_OF_BN, dense["folded"], with_mask_of(dense["folded"], pruned["bn"])
         yield "folded", dense["folded"], pruned["folded"]
     else:
         for name, model in dense.items():
             yield name, model, pruned[name]
 
 
-def measure(name: str, images: Images, sparsities: Sequence[float], arguments: argparse.Namespace) -> Iterator[Record]:
+def repaired(
+    method: str, sparsity: str, dense: onnx.ModelProto, pruned: onnx.ModelProto, **arguments: Any
+) -> onnx_asr.RepairResult:
+    """One repair, or one compression of the dense model."""
+    count = len(arguments["data"]["images"])
+    name, overrides = parse_method(method)
+    if name == "compress":
+        goal: dict[str, Any] = {"pattern": sparsity} if ":" in sparsity else {"sparsity": float(sparsity)}
+        options = onnx_asr.CompressOptions(**goal, **overrides)
+        settings = RepairOptions(samples=count, verify_samples=0)
+        return onnx_asr.compress(dense, options=options, repair_options=settings, **arguments).repair
+    held_out = 256 if name == "auto" else 0  # auto holds images out of those it is given
+    return onnx_asr.repair(
+        pruned, dense=dense, options=method_options(method, samples=count, verify_samples=held_out), **arguments
+    )
+
+
+def measure(name: str, images: Images, sparsities: Sequence[str], arguments: argparse.Namespace) -> Iterator[Record]:
     """Dense, pruned and repaired models of one net."""
     net = NETS[name]
     calibration = images.calibration[: arguments.images]
@@ -182,13 +221,15 @@ def measure(name: str, images: Images, sparsities: Sequence[float], arguments: a
         data = open_data({"images": images.scored}, specs, preprocessing=net.preprocessing)
         return collect_outputs(model, data, range(len(images.scored)), runtime)
 
-    def record(graph: str, sparsity: float, method: str, got: Outputs, dense: Outputs, seconds: float) -> Record:
+    def record(
+        graph: str, sparsity: str, method: str, got: Outputs, dense: Outputs, seconds: float = 0.0, chosen: str = ""
+    ) -> Record:
         fidelity = compare(dense, got)
         top1, _ = accuracy(got, images.labels, net.label_offset)
         kl, agreement = fidelity.kl, fidelity.agreement
         assert kl is not None
         assert agreement is not None
-        return Record(name, graph, sparsity, method, len(calibration), top1, kl, agreement, seconds)
+        return Record(name, graph, sparsity, method, chosen, len(calibration), top1, kl, agreement, seconds)
 
     reference: dict[str, Outputs] = {}
     for sparsity in sparsities:
@@ -197,28 +238,36 @@ def measure(name: str, images: Images, sparsities: Sequence[float], arguments: a
                 continue
             if graph not in reference:
                 reference[graph] = outputs(dense)
-                yield record(graph, 0.0, "dense", reference[graph], reference[graph], 0.0)
-            yield record(graph, sparsity, "none", outputs(pruned), reference[graph], 0.0)
+                yield record(graph, "0", "dense", reference[graph], reference[graph])
+            yield record(graph, sparsity, "none", outputs(pruned), reference[graph])
             for method in arguments.methods:
-                options = method_options(method, samples=len(calibration), verify_samples=0)
+                if graph == MASK_OF_BN and parse_method(method)[0] == "compress":
+                    continue  # it chooses its masks itself
                 started = time.perf_counter()
                 try:
-                    result = onnx_asr.repair(
+                    result = repaired(
+                        method,
+                        sparsity,
+                        dense,
                         pruned,
-                        {"images": calibration},
-                        dense=dense,
-                        options=options,
+                        data={"images": calibration},
                         preprocessing=net.preprocessing,
                         execution=Execution(runtime),
                     )
-                except OptionError:  # such as bn on a folded graph
+                except OptionError as error:  # such as bn on a folded graph
+                    print(f"{name}, {graph}, {sparsity}, {method}: {error}", file=sys.stderr)
                     continue
                 seconds = time.perf_counter() - started
-                yield record(graph, sparsity, method, outputs(result.model), reference[graph], seconds)
+                chosen = result.options.method if result.candidates else ""
+                yield record(graph, sparsity, method, outputs(result.model), reference[graph], seconds, chosen)
 
 
 def table(records: Sequence[Record], graph: str) -> str:
-    """A row a method, a column a sparsity: top-1 in percent (KL)."""
+    """A row a method, a column a sparsity: top-1 in percent (KL), and what auto chose."""
+
+    def cell(item: Record) -> str:
+        return f"{100 * item.top1:.1f} ({item.kl:.3f})" + (f" {item.chosen}" if item.chosen else "")
+
     here = [item for item in records if item.graph == graph]
     dense = next(item for item in here if item.method == "dense")
     sparsities = sorted({item.sparsity for item in here if item.method != "dense"})
@@ -226,12 +275,12 @@ def table(records: Sequence[Record], graph: str) -> str:
     lines = [
         f"**{dense.net}, {graph}** (dense {100 * dense.top1:.1f}; {dense.images} calibration images; top-1 %, KL)",
         "",
-        "| method | " + " | ".join(f"{100 * sparsity:g}%" for sparsity in sparsities) + " | seconds |",
+        "| method | " + " | ".join(s if ":" in s else f"{100 * float(s):g}%" for s in sparsities) + " | seconds |",
         "|---" * (len(sparsities) + 2) + "|",
     ]
     for method in methods:
         row = {item.sparsity: item for item in here if item.method == method}
-        cells = [f"{100 * row[s].top1:.1f} ({row[s].kl:.3f})" if s in row else "-" for s in sparsities]
+        cells = [cell(row[s]) if s in row else "-" for s in sparsities]
         seconds = f"{np.median([item.seconds for item in row.values()]):.1f}" if method != "none" else ""
         lines.append(f"| `{method}` | " + " | ".join(cells) + f" | {seconds} |")
     return "\n".join(lines)
@@ -241,8 +290,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
     parser.add_argument("--graphs", nargs="+", help='of "bn", "folded", "folded, mask of bn"; default: all')
-    parser.add_argument("--sparsities", nargs="+", type=float, help="default: by net; 0 repairs the dense net itself")
-    parser.add_argument("--methods", nargs="+", default=["bn", "layerwise", "raw", "asr", "paired"])
+    parser.add_argument("--sparsities", nargs="+", help="shares of zeros, or N:M; default: by net")
+    parser.add_argument("--methods", nargs="+", default=[name for name in METHODS if name != "auto"])
     parser.add_argument("--images", type=int, default=512, help="calibration images")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--assets", type=Path, default=ASSETS)

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol, runtime_ch
 import typer
 
 from onnx_asr.cli import show
-from onnx_asr.cli.command import DISTRIBUTION, Command, spread
 from onnx_asr.cli.ownership import DISTRIBUTION, check_owner
 from onnx_asr.cli.parameters import (
     BatchSize,
     Calibration,
+    Command,
     Data,
     Dense,
     Display,
@@ -33,6 +33,7 @@ from onnx_asr.cli.parameters import (
     Sparsity,
     Walk,
     repair_options,
+    spread,
 )
 from onnx_asr.cli.terminal import Terminal, say, say_traceback
 from onnx_asr.errors import OnnxAsrError
@@ -103,15 +104,15 @@ def demo(
     sparsity: Sparsity = None,
 ) -> int:
     """Prune an embedded net until it collapses, repair it with every method, show what each gives back."""
-    from onnx_asr.demo import run_demo
+    from onnx_asr.demo import MODEL, SPARSITY, run_demo
     from onnx_asr.networks import Execution
 
     terminal = Terminal(display)
     with terminal.progress() as progress:
         result = run_demo(
             output,
-            model=model,
-            sparsity=sparsity,
+            model=MODEL if model is None else model,
+            sparsity=SPARSITY if sparsity is None else sparsity,
             execution=Execution(Machine().runtime(display.verbose), progress=progress),
         )
     terminal.result({"command": "demo", **result.to_dict()}, *show.demo(result))
@@ -306,7 +307,7 @@ def _plain(preprocessing: Preprocessing | None) -> dict[str, Any] | None:
 
 @runtime_checkable
 class _UsageError(Protocol):
-    """What the parser's exceptions look like; they come from click, or from the copy of it in Typer."""
+    """What click's exceptions look like; click itself may be vendored in Typer."""
 
     exit_code: int
 
@@ -316,30 +317,57 @@ class _UsageError(Protocol):
 
 def main() -> NoReturn:
     """Run the command line and leave the process."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_stdout()
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command line; every error becomes one line on stderr and an exit code."""
     try:
+        check_owner()
         code = app(list(arguments) or ["--help"], prog_name=DISTRIBUTION, standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
+    except KeyboardInterrupt:
         code = INTERRUPTED
+    except SystemExit as leaving:  # click's answer to a reader of stdout that has left
+        _drop_stdout()
+        return DONE if leaving.code in (None, 1) else BAD_INPUT
+    except BrokenPipeError:
+        _drop_stdout()
+        return DONE
     except Exception as error:
-        if "--debug" in arguments:
-            say_traceback(error)
-        say("error", _message(error))
-        return BAD_INPUT
+        if type(error).__name__ == "Abort":  # click's name for an interrupt
+            code = INTERRUPTED
+        else:
+            if "--debug" in arguments:
+                say_traceback(error)
+            say("error", _message(error))
+            return BAD_INPUT
     if code == INTERRUPTED:
         say("error", "interrupted")
     return int(code or DONE)
 
 
 def _message(error: Exception) -> str:
+    """What a user can do something with."""
     if isinstance(error, OnnxAsrError):
         return str(error)
     if isinstance(error, _UsageError):
-        return f"{error.format_message().rstrip('.')}: see {DISTRIBUTION} --help, or --help after a command"
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("onnxruntime"):
-        return f"onnxruntime is not installed: pip install '{DISTRIBUTION}[cpu]', or '{DISTRIBUTION}[gpu]'"
-    return f"unexpected {type(error).__name__}: {error}: this is a bug; run again with --debug and report it"
+        path = getattr(getattr(error, "ctx", None), "command_path", DISTRIBUTION)
+        return f"{error.format_message().rstrip('.')}; see {path} --help"
+    if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
+        return f"onnxruntime is missing: pip install '{DISTRIBUTION}[cpu]', or '{DISTRIBUTION}[gpu]' for CUDA"
+    if isinstance(error, MemoryError):
+        return "out of memory: lower --memory-limit, --samples or --batch-size"
+    text = str(error).strip()
+    first = f": {text.splitlines()[0]}" if text else ""
+    return f"unexpected {type(error).__name__}{first}; run again with --debug for the whole story"
+
+
+def _drop_stdout() -> None:
+    """Let nothing more be written to a stdout that nobody reads."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,8 +1,7 @@
 """Options that commands share, each declared once; groups become one argument of a command.
 
 Nothing heavy is imported here, so that help is quick. An option whose default is None is left to the pipeline's own.
-Names in braces in a help text (``{methods}``) are filled in when the help is
-shown, see :class:`onnx_asr.cli.command.Command`.
+Names in braces in a help text (``{methods}``) are filled in when the help is shown, see :class:`Command`.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ if TYPE_CHECKING:
     from onnx_asr.engine.session import Runtime
     from onnx_asr.networks import Execution, Progress
     from onnx_asr.options import RepairOptions
+
+T = TypeVar("T")
 
 CALIBRATION, IMAGES, MACHINE = "Calibration", "Images", "Machine"
 METHOD, REFIT, DISPLAY = "Method", "Refit", "Display"
@@ -323,6 +324,64 @@ class Display:
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=DISPLAY)] = (
         False
     )
+
+
+class Command(TyperCommand):
+    """A command whose help states what the pipelines know: their methods, presets and defaults."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Fill in the help texts, then show them; only now the options' module is imported."""
+        from onnx_asr.data.preprocessing import PRESETS
+        from onnx_asr.options import METHODS, RepairOptions
+
+        defaults = RepairOptions()
+        known = {name: getattr(defaults, name) for group in (Calibration, Method) for name in _names(group)}
+        known |= {name: getattr(defaults.refit, name.removeprefix(_REFIT_PREFIX)) for name in _names(Refit)}
+        shared = any(parameter.name == "verify_samples" for parameter in self.params)
+        for parameter in self.params:
+            shown: Any = parameter  # options and arguments both have a help text
+            if shared and shown.name in known:
+                shown.default = known[shown.name]
+            for name, values in (("{methods}", METHODS), ("{presets}", PRESETS)):
+                shown.help = (shown.help or "").replace(name, ", ".join(values))
+        super().format_help(ctx, formatter)
+
+
+def _names(group: type) -> list[str]:
+    return [field.name for field in fields(group)]
+
+
+def spread(function: Callable[..., T]) -> Callable[..., T]:
+    """Turn each parameter that is a dataclass into its fields, for Typer; the function still gets the dataclass."""
+    hints = get_type_hints(function, include_extras=True)
+    groups: dict[str, Any] = {}
+    flat: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if is_dataclass(hints[name]):
+            groups[name] = hints[name]
+            inner = get_type_hints(hints[name], include_extras=True)
+            for field in fields(groups[name]):
+                default = inspect.Parameter.empty if field.default is MISSING else field.default
+                flat.append(_keyword(field.name, default, inner[field.name]))
+        else:
+            flat.append(_keyword(name, parameter.default, hints[name]))
+
+    @wraps(function)
+    def call(**values: Any) -> T:
+        built = {
+            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        return function(**built, **values)
+
+    call.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
+    del call.__wrapped__
+    return call
+
+
+def _keyword(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _numbers(name: str, text: str | None) -> Sequence[float] | None:

@@ -7,15 +7,24 @@ BatchNormalization that directly and alone follows it, or the input of a BatchNo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 from onnx_asr.errors import ModelError
-from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex, attribute, is_standard, node_reads
+from onnx_asr.graph.index import (
+    FLOAT_TYPES,
+    GraphIndex,
+    ancestors,
+    attribute,
+    is_standard,
+    node_reads,
+    subgraphs,
+)
 
 Kind = Literal["Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization"]
 
@@ -118,10 +127,13 @@ def survey(index: GraphIndex) -> Survey:
     skips: list[Skip] = []
     level: dict[str, int] = {}
     owned: set[int] = set()
+    alive = ancestors(index, index.outputs)
     for position, node in enumerate(index.nodes):
         depth = max((level.get(name, 0) for name in node_reads(node)), default=0)
         if position not in owned:
             found = _examine(index, position, depth + 1)
+            if found is not None and position not in alive:
+                found = _skip(index, position, "no output of the model depends on it")
             if isinstance(found, Point):
                 points.append(found)
                 if found.batchnorm is not None:
@@ -160,7 +172,17 @@ def _examine(index: GraphIndex, position: int, level: int) -> Point | Skip | Non
             level,
             index.label(position),
         )
+    inner = next((item for item in _inner_nodes(node) if is_standard(item, *get_args(Kind))), None)
+    if inner is not None:
+        return _skip(index, position, f"{node.op_type} with a {inner.op_type} in a subgraph, which is left as it is")
     return None
+
+
+def _inner_nodes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+    for graph in subgraphs(node):
+        for item in graph.node:
+            yield item
+            yield from _inner_nodes(item)
 
 
 def _skip(index: GraphIndex, position: int, reason: str) -> Skip:

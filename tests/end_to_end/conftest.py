@@ -1,0 +1,89 @@
+"""The command line as a user runs it, and the embedded models to run it on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = ROOT / "models"
+ASSETS = ROOT.parent / "shared" / "assets"
+DENSE = str(MODELS / "digits_resnet.onnx")
+FOLDER = str(MODELS / "data" / "digits_calibration")
+CALIBRATION = str(MODELS / "data" / "digits_calibration.npz")
+VALIDATION = str(MODELS / "data" / "digits_validation.npz")
+PRESET = ("--preset", "digits")
+FEW = ("--samples", "64", "--verify-samples", "64", "--threads", "1")
+
+_LIMIT = 120  # seconds a command
+_SCRIPT = Path(sys.executable).with_name("onnx-resuscitate")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """What --json printed, and nothing else may be there."""
+        values = json.loads(self.out)
+        assert isinstance(values, dict)
+        return values
+
+    @property
+    def error(self) -> str:
+        """The one line on stderr of a command that refused, with nothing on stdout."""
+        assert self.code == 2, self.err
+        assert self.out == ""
+        lines = self.err.splitlines()
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("error: ")
+        assert "unexpected" not in lines[0]
+        return lines[0]
+
+
+def command() -> list[str]:
+    """The installed script; the module where only the checkout is there."""
+    return [str(_SCRIPT)] if _SCRIPT.exists() else [sys.executable, "-m", "onnx_asr"]
+
+
+def environment() -> dict[str, str]:
+    """Ours, with one BLAS thread, and the checkout to import from where nothing is installed."""
+    values = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    if not _SCRIPT.exists():
+        values["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return values
+
+
+def cli(*arguments: object, cwd: Path | None = None) -> Done:
+    """Run a command to its end."""
+    done = subprocess.run(
+        [*command(), *map(str, arguments)],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=_LIMIT,
+        check=False,
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """digits_resnet with 90% of its weights pruned."""
+    path = tmp_path_factory.mktemp("pruned") / "pruned.onnx"
+    done = cli("prune", DENSE, "-o", path, "--sparsity", 0.9, "-q")
+    assert done == Done(0, "", "")
+    return str(path)

@@ -1,0 +1,296 @@
+"""What the commands do when all is well."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from onnx_asr.options import METHODS
+from tests.end_to_end.conftest import (
+    ASSETS,
+    CALIBRATION,
+    DENSE,
+    FEW,
+    FOLDER,
+    MODELS,
+    PRESET,
+    ROOT,
+    VALIDATION,
+    cli,
+    command,
+    environment,
+)
+
+
+def zeros(path) -> dict[str, np.ndarray]:
+    weights = {item.name: numpy_helper.to_array(item) for item in onnx.load(path).graph.initializer}
+    return {name: value == 0 for name, value in weights.items() if value.ndim >= 2}
+
+
+def top1(path, *options) -> float:
+    done = cli("evaluate", path, "--data", VALIDATION, *PRESET, "--json", *options)
+    assert done.code == 0, done.err
+    return done.json["top1"]
+
+
+def test_prune_writes_what_it_reports(tmp_path):
+    target = tmp_path / "pruned.onnx"
+    done = cli("prune", DENSE, "-o", target, "--sparsity", 0.7, "--exclude", "stem", "--json")
+    assert (done.code, done.err) == (0, "")
+    report = done.json
+    assert report["output"] == str(target)
+    assert report["sparsity"] == pytest.approx(0.7, abs=1e-4)
+    layers = {layer["name"]: layer["zeros"] for layer in report["layers"]}
+    assert sum(mask.sum() for mask in zeros(target).values()) == sum(layers.values()) > 0
+    text = cli("prune", DENSE, "-o", target, "--sparsity", 0.7)
+    assert text.code == 0
+    assert "70.0%" in text.out
+    assert f"written: {target}" in text.out
+
+
+def test_prune_pattern(tmp_path):
+    target = tmp_path / "pruned.onnx"
+    report = cli("prune", DENSE, "-o", target, "--pattern", "2:4", "--json").json
+    assert report["options"]["pattern"] == "2:4"
+    weight = max((numpy_helper.to_array(item) for item in onnx.load(target).graph.initializer), key=lambda w: w.size)
+    groups = np.moveaxis(weight, 1, -1).reshape(-1, 4)  # [C_out taps C_in / 4, 4]
+    assert ((groups != 0).sum(axis=1) <= 2).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_repair_with_each_method(method, pruned, tmp_path):
+    target = tmp_path / "repaired.onnx"
+    options = ("--dense", DENSE, "--data", FOLDER, *PRESET, *FEW, "--method", method)
+    done = cli("repair", pruned, "-o", target, *options, "--json")
+    assert (done.code, done.err) == (0, "")
+    report = done.json
+    assert report["improved"]
+    assert report["output"] == str(target)
+    assert report["verification"]["after"]["kl"] < 0.5 * report["verification"]["before"]["kl"]
+    assert bool(report["candidates"]) == (method == "auto")
+    assert zeros(target).keys() == zeros(pruned).keys()
+    for name, mask in zeros(pruned).items():
+        assert (zeros(target)[name] >= mask).all(), name
+    onnx.checker.check_model(str(target))
+    assert top1(target) > top1(pruned) + 0.2
+
+
+def test_auto_shows_what_it_tried(pruned, tmp_path):
+    done = cli("repair", pruned, "-o", tmp_path / "r.onnx", "--dense", DENSE, "--data", CALIBRATION, *PRESET, *FEW)
+    assert done.code == 0, done.err
+    table = done.out.split("\n")
+    assert table[0].split()[:2] == ["auto", "tried"]
+    assert sum(line.rstrip().endswith("chosen") for line in table) == 1
+    assert {"paired", "bn", "refit"} <= {line.split()[0] for line in table if line}
+
+
+def test_a_time_budget_limits_auto(pruned, tmp_path):
+    options = ("--dense", DENSE, "--data", CALIBRATION, *PRESET, *FEW, "--time-budget", 0, "--json")
+    report = cli("repair", pruned, "-o", tmp_path / "r.onnx", *options).json
+    assert len(report["candidates"]) == 1
+    assert any("time budget" in note for note in report["notes"])
+
+
+def test_refit_options_reach_the_recipe(pruned, tmp_path):
+    options = ("--method", "refit", "--refit-rows", 900, "--ridge", 0.1, "--relu-steps", 0, "--gain-power", 0)
+    options += ("--no-block-targets", "--no-classifier", "--seed", 3, "--reliability-power", 0.5)
+    data = ("--dense", DENSE, "--data", CALIBRATION, *PRESET, *FEW)
+    given = cli("repair", pruned, "-o", tmp_path / "r.onnx", *data, *options, "--json").json["options"]
+    assert given["refit"] == {
+        "rows": 900,
+        "ridge": 0.1,
+        "relu_steps": 0,
+        "gain_power": 0.0,
+        "block_targets": False,
+        "classifier": False,
+        "seed": 3,
+    }
+    assert (given["seed"], given["reliability_power"]) == (3, 0.5)
+
+
+def test_repair_without_the_dense_model(pruned, tmp_path):
+    target = tmp_path / "repaired.onnx"
+    done = cli("repair", pruned, "-o", target, "--data", CALIBRATION, *PRESET, *FEW)
+    assert done.code == 0, done.err
+    assert "note: no dense model" in done.out
+    assert top1(target) > top1(pruned) + 0.2
+
+
+@pytest.mark.parametrize("goal", [("--sparsity", 0.95), ("--pattern", "1:4")], ids=["95%", "1:4"])
+def test_compress(goal, tmp_path):
+    target = tmp_path / "compressed.onnx"
+    options = ("--data", FOLDER, *PRESET, *FEW, "--rounds", 2, "--round-samples", 1)
+    done = cli("compress", DENSE, "-o", target, *goal, *options, "--json")
+    assert (done.code, done.err) == (0, "")
+    report = done.json
+    assert len(report["round_seconds"]) == 2
+    assert report["improved"]
+    assert report["verification"]["after"]["agreement"] > 0.7
+    assert sum(mask.sum() for mask in zeros(target).values()) >= sum(layer["zeros"] for layer in report["layers"])
+    assert top1(target) > 0.7
+
+
+def test_compress_tells_a_reader_how_close_it_came(tmp_path):
+    options = ("--data", CALIBRATION, *PRESET, *FEW, "--rounds", 1, "--sparsity", 0.8)
+    done = cli("compress", DENSE, "-o", tmp_path / "c.onnx", *options)
+    assert done.code == 0, done.err
+    assert "1 mask rounds" not in done.out
+    for part in ("80.0%", "agreement", "KL divergence", "last mask, no repair", "compressed", "written: "):
+        assert part in done.out
+
+
+def test_evaluate_against_labels_and_the_dense_model(pruned):
+    report = cli("evaluate", pruned, "--data", VALIDATION, *PRESET, "--dense", DENSE, "--json").json
+    assert report["samples"] == 600
+    assert report["top1"] < 0.5
+    assert report["agreement"] < 0.5
+    assert report["kl"] > 1
+    assert report["top5"] >= report["top1"]
+    text = cli("evaluate", DENSE, "--data", FOLDER, *PRESET)
+    assert text.code == 0
+    assert "top-1" in text.out
+    assert "agreement" not in text.out
+
+
+def test_evaluate_with_a_table_of_labels(tmp_path):
+    names = sorted(path.relative_to(FOLDER).as_posix() for path in (MODELS / "data/digits_calibration").rglob("*.png"))
+    table = tmp_path / "labels.tsv"
+    table.write_text("".join(f"{name}\t{(int(name[0]) + 1) % 10}\n" for name in names))
+    assert top1(DENSE, "--data", FOLDER, "--labels", table) < 0.05 < 0.97 < top1(DENSE, "--data", FOLDER)
+
+
+def test_json_is_all_there_is_on_stdout(pruned, tmp_path):
+    data = ("--data", CALIBRATION, *PRESET)
+    for arguments in (
+        ("prune", DENSE, "-o", tmp_path / "a.onnx", "--sparsity", 0.5),
+        ("repair", pruned, "-o", tmp_path / "b.onnx", "--dense", DENSE, "--method", "paired", *data, *FEW),
+        ("evaluate", DENSE, "--dense", DENSE, *data),
+    ):
+        done = cli(*arguments, "--json", "-v")
+        assert done.code == 0, done.err
+        assert done.json["command"] == arguments[0]
+        assert "NaN" not in done.out
+        assert "Infinity" not in done.out
+
+
+def test_quiet_says_nothing(tmp_path):
+    done = cli("-q", "prune", DENSE, "-o", tmp_path / "a.onnx", "--sparsity", 0.5)
+    assert (done.code, done.out, done.err) == (0, "", "")
+
+
+def test_a_result_that_is_worse_is_not_written_unless_forced(tmp_path):
+    target = tmp_path / "repaired.onnx"
+    options = ("--dense", DENSE, "--data", CALIBRATION, *PRESET, *FEW, "--method", "bn")  # of a net that needs no repair
+    done = cli("repair", DENSE, "-o", target, *options, "--json")
+    assert done.code == 1
+    assert done.json["output"] is None
+    assert not done.json["improved"]
+    assert done.err.startswith("warning: ")
+    assert not target.exists()
+    target.write_bytes(b"mine")
+    assert cli("repair", DENSE, "-o", target, *options).code == 1
+    assert target.read_bytes() == b"mine"
+    done = cli("repair", DENSE, "-o", target, *options, "--force")
+    assert done.code == 1
+    assert "--force" in done.err
+    onnx.checker.check_model(str(target))
+
+
+def test_demo(tmp_path):
+    done = cli("demo", "-o", tmp_path / "out", "--json")
+    assert (done.code, done.err) == (0, "")
+    report = done.json
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows) == ["dense", "pruned", *METHODS]
+    assert rows["dense"]["top1"] > 0.97
+    assert rows["pruned"]["top1"] < 0.2
+    assert rows["refit"]["top1"] > 0.95
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "digits_resnet_pruned.onnx",
+        "digits_resnet_repaired.onnx",
+    ]
+    assert top1(report["repaired"]) == pytest.approx(rows[report["best"]]["top1"], abs=2e-3)
+
+
+def test_demo_for_a_reader(tmp_path):
+    families = [model["family"] for model in json.loads((MODELS / "manifest.json").read_text())["models"]]
+    done = cli("demo", "--model", "vgg", "--sparsity", 0.9, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert (tmp_path / "onnx-resuscitate-demo" / "digits_vgg_repaired.onnx").exists()
+    assert all(word in done.out for word in ("dense", "pruned", *METHODS, "top-1", "seconds", "Netron"))
+    text = " ".join(cli("demo", "--help").out.split())
+    assert all(family in text for family in families)
+
+
+def test_help_is_quick_and_knows_the_methods():
+    text = cli("repair", "--help").out
+    assert all(method in text for method in METHODS)
+    assert cli().out == cli("--help").out
+    assert cli("--version").out.startswith("onnx-resuscitate ")
+    script = (
+        "import sys; from onnx_asr.cli.app import run; code = run(['repair', '--help']); "
+        "sys.exit(code or int('onnxruntime' in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, "the help imports onnxruntime"
+
+
+def test_an_interrupt_leaves_nothing_behind(tmp_path):
+    spill = tmp_path / "tmp"
+    spill.mkdir()
+    options = ("--dense", DENSE, "--data", FOLDER, *PRESET, "--method", "bn", "--bn", "ema", "--ema-batches", "100000")
+    arguments = ["repair", DENSE, "-o", str(tmp_path / "out.onnx"), *options, "--memory-limit", "1MB"]
+    process = subprocess.Popen(
+        [*command(), *arguments],
+        env=environment() | {"TMPDIR": str(spill)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(4)
+    assert process.poll() is None, "it was done too soon to be interrupted"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, "", "error: interrupted\n")
+    assert os.listdir(tmp_path) == ["tmp"]
+    assert os.listdir(spill) == []
+
+
+def test_a_reader_that_leaves_changes_nothing(tmp_path):
+    target = tmp_path / "pruned.onnx"
+    process = subprocess.Popen(
+        [*command(), "prune", DENSE, "-o", str(target), "--sparsity", "0.5"],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    err = process.stderr.read()
+    assert (process.wait(), err) == (0, "")
+    assert target.exists()
+
+
+@pytest.mark.skipif(not (ASSETS / "cifar10").is_dir(), reason="../shared/assets is not there")
+def test_resnet20_at_90_percent(tmp_path):
+    dense = ASSETS / "cifar10/resnet20_bn.onnx"
+    preprocessing = ("--scale", 1 / 255, "--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225")
+    score = ("--data", ASSETS / "data/cifar10_test1k_lossless.npz", *preprocessing, "--json")
+    pruned, repaired = tmp_path / "pruned.onnx", tmp_path / "repaired.onnx"
+    assert cli("prune", dense, "-o", pruned, "--sparsity", 0.9).code == 0
+    data = ("--data", ASSETS / "data/cifar10_train4k_lossless.npz", *preprocessing)
+    done = cli("repair", pruned, "-o", repaired, "--dense", dense, *data, "--method", "paired")
+    assert done.code == 0, done.err
+    assert cli("evaluate", pruned, *score).json["top1"] < 0.15
+    assert cli("evaluate", repaired, *score).json["top1"] > 0.48

@@ -1,0 +1,278 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from onnx_asr.errors import StructureError
+from onnx_asr.graph.match import match
+from tests.graphs import (
+    constant,
+    copy,
+    dense_net,
+    digits,
+    images,
+    index,
+    net,
+    parameter,
+    positions,
+    residual_net,
+    run,
+    set_parameter,
+)
+
+
+def renamed(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Every node, tensor, input and output under another name."""
+    result = copy(model)
+    for number, node in enumerate(result.graph.node):
+        node.name = f"renamed{number}"
+        node.input[:] = [f"r_{name}" if name else "" for name in node.input]
+        node.output[:] = [f"r_{name}" if name else "" for name in node.output]
+    for item in (*result.graph.input, *result.graph.output, *result.graph.initializer):
+        item.name = f"r_{item.name}"
+    return result
+
+
+def reordered(model: onnx.ModelProto, seed: int = 0) -> onnx.ModelProto:
+    """Another topological order, and the initializers in another order."""
+    result = copy(model)
+    generator = random.Random(seed)
+    known = {value.name for value in result.graph.input} | {tensor.name for tensor in result.graph.initializer}
+    waiting = list(result.graph.node)
+    ordered = []
+    while waiting:
+        ready = [node for node in waiting if all(name in known for name in node.input)]
+        node = generator.choice(ready)
+        waiting.remove(node)
+        ordered.append(node)
+        known |= set(node.output)
+    tensors = list(result.graph.initializer)
+    generator.shuffle(tensors)
+    del result.graph.node[:], result.graph.initializer[:]
+    result.graph.node.extend(ordered)
+    result.graph.initializer.extend(tensors)
+    return result
+
+
+def with_constant_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Every initializer as a Constant node, half of them behind an Identity."""
+    result = copy(model)
+    constants = []
+    for number, tensor in enumerate(result.graph.initializer):
+        stored = copy_of = tensor.name
+        if number % 2:
+            stored = f"{tensor.name}_stored"
+        constants.append(helper.make_node("Constant", [], [stored], value=tensor))
+        if stored != copy_of:
+            constants.append(helper.make_node("Identity", [stored], [copy_of]))
+    nodes = list(result.graph.node)
+    del result.graph.node[:], result.graph.initializer[:]
+    result.graph.node.extend([*constants, *nodes])
+    return result
+
+
+def with_identities(model: onnx.ModelProto) -> onnx.ModelProto:
+    """An Identity behind every Relu."""
+    result = copy(model)
+    nodes = list(result.graph.node)
+    del result.graph.node[:]
+    for node in nodes:
+        result.graph.node.append(node)
+        if node.op_type == "Relu":
+            output = node.output[0]
+            result.graph.node[-1].output[0] = f"{output}_raw"
+            result.graph.node.append(helper.make_node("Identity", [f"{output}_raw"], [output]))
+    return result
+
+
+VARIANTS: dict[str, Callable[[onnx.ModelProto], onnx.ModelProto]] = {
+    "itself": copy,
+    "renamed": renamed,
+    "reordered": reordered,
+    "constants": with_constant_nodes,
+    "identities": with_identities,
+    "all": lambda model: with_constant_nodes(renamed(reordered(with_identities(model), seed=2))),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("make", [residual_net, dense_net])
+def test_the_same_network_matches_however_it_is_written(make: Callable[[], onnx.ModelProto], variant: str) -> None:
+    """The pairing is right when paired tensors of the two files carry the same values."""
+    model = make()
+    other = VARIANTS[variant](model)
+    x = images(2, seed=1)
+    for pruned, dense in ((model, other), (other, model)):
+        pairing = match(index(pruned), index(dense))
+        weighted = ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization")
+        assert set(positions(pruned, *weighted)) <= set(pairing.nodes)
+        pairs = {mine: its for mine, its in pairing.tensors.items() if not index(pruned).is_constant(mine)}
+        assert {pruned.graph.node[p].output[0] for p in positions(pruned, *weighted)} <= set(pairs)
+        mine = run(pruned, {index(pruned).inputs[0].name: x}, [name for name in pairs if name != "x"])
+        its = run(dense, {index(dense).inputs[0].name: x}, pairs.values())
+        for name, twin in pairs.items():
+            if name in mine:
+                np.testing.assert_array_equal(mine[name], its[twin], err_msg=f"{name} and {twin}")
+
+
+def test_pairing_of_trained_nets() -> None:
+    for name in ("resnet", "vgg", "mobilenet", "densenet"):
+        model = digits(name)
+        pairing = match(index(model), index(with_constant_nodes(renamed(model))))
+        assert all(its == f"r_{mine}" for mine, its in pairing.tensors.items() if not index(model).is_constant(mine))
+
+
+def test_a_bias_may_be_missing_in_one() -> None:
+    text = "g (float[N,3,4,4] x) => (float[N,3,4,4] y) {{ y = Conv ({}) }}"
+    with_bias = net(text.format("x, w, b"), w=(3, 3, 1, 1), b=(3,))
+    without = net(text.format("x, w"), w=(3, 3, 1, 1))
+    assert match(index(with_bias), index(without)).nodes == {0: 0}
+    assert match(index(without), index(with_bias)).nodes == {0: 0}
+
+
+def test_stating_a_default_equals_leaving_it_out() -> None:
+    text = "g (float[N,4,4,4] x) => (float[N,4,4,4] y) {{ y = Conv {} (x, w) }}"
+    plain = index(net(text.format(""), w=(4, 4, 1, 1)))
+    stated = "<strides=[1,1], pads=[0,0,0,0], dilations=[1,1], group=1, kernel_shape=[1,1], auto_pad=\"NOTSET\">"
+    assert match(plain, index(net(text.format(stated), w=(4, 4, 1, 1)))).nodes == {0: 0}
+
+
+def test_what_only_a_subgraph_reads_is_paired_too() -> None:
+    model = net(
+        """
+        g (float[N,3,4,4] x, bool flag) => (float[N,3,4,4] y) {
+          z = Conv (x, w)
+          y = If (flag) < then_branch = t () => (float[N,3,4,4] p) { p = Relu (z) },
+                          else_branch = e () => (float[N,3,4,4] q) { q = Neg (z) } >
+        }
+        """,
+        w=(3, 3, 1, 1),
+    )
+    pairing = match(index(model), index(model))
+    assert pairing.nodes[0] == 0
+    assert pairing.tensors["z"] == "z"
+
+
+def edited_attribute(model: onnx.ModelProto, tensor: str, name: str, value: object) -> onnx.ModelProto:
+    result = copy(model)
+    (node,) = (item for item in result.graph.node if item.output[0] == tensor)
+    kept = [item for item in node.attribute if item.name != name]
+    del node.attribute[:]
+    node.attribute.extend([*kept, helper.make_attribute(name, value)])
+    return result
+
+
+def other_operator(model: onnx.ModelProto) -> onnx.ModelProto:
+    result = copy(model)
+    (node,) = (item for item in result.graph.node if item.output[0] == "a_r")
+    node.op_type = "Tanh"
+    return result
+
+
+def other_weight(model: onnx.ModelProto) -> onnx.ModelProto:
+    result = copy(model)
+    (position,) = (p for p, node in enumerate(result.graph.node) if node.output[0] == "c")
+    set_parameter(result, position, 1, parameter(result, position, 1)[:, :4])
+    return result
+
+
+def other_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
+    result = copy(model)
+    result.graph.output.append(onnx.ValueInfoProto(name="pooled"))
+    return result
+
+
+def other_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
+    result = copy(model)
+    result.graph.input.append(helper.make_tensor_value_info("extra", 1, ["N"]))
+    return result
+
+
+def swapped_order(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The operands of a subtraction-like node in the other order; here the residual Add."""
+    result = copy(model)
+    (node,) = (item for item in result.graph.node if item.output[0] == "sum1")
+    node.input[:] = list(node.input)[::-1]
+    return result
+
+
+def constant_shortcut(model: onnx.ModelProto) -> onnx.ModelProto:
+    result = copy(model)
+    (node,) = (item for item in result.graph.node if item.output[0] == "sum1")
+    result.graph.initializer.append(numpy_helper.from_array(np.ones((1, 8, 1, 1), np.float32), "ones"))
+    node.input[1] = "ones"
+    return result
+
+
+def skipped_layer(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The residual branch starts one Relu earlier."""
+    result = copy(model)
+    (node,) = (item for item in result.graph.node if item.output[0] == "sum1")
+    node.input[1] = "stem_n"
+    return result
+
+
+DIFFERENCES: dict[str, tuple[Callable[[onnx.ModelProto], onnx.ModelProto], list[str]]] = {
+    "stride": (lambda model: edited_attribute(model, "c", "strides", [1, 1]), ["Conv:c", "strides", "[1, 1]"]),
+    "group": (lambda model: edited_attribute(model, "b", "group", 4), ["Conv:b", "group"]),
+    "epsilon": (lambda model: edited_attribute(model, "a_n", "epsilon", 1e-3), ["a_n", "epsilon"]),
+    "operator": (other_operator, ["Tanh", "Relu", "a_r"]),
+    "weight shape": (other_weight, ["Conv:c", "(12, 8, 3, 3)", "(12, 4, 3, 3)"]),
+    "outputs": (other_outputs, ["1 outputs", "2"]),
+    "inputs": (other_inputs, ["1 inputs", "2"]),
+    "operand order": (swapped_order, []),
+    "constant operand": (constant_shortcut, ["ones"]),
+    "other source": (skipped_layer, ["stem_n"]),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_first_difference_is_named(name: str, swapped: bool) -> None:
+    change, words = DIFFERENCES[name]
+    model = residual_net()
+    pair = [index(model), index(change(model))]
+    if swapped:
+        pair.reverse()
+    with pytest.raises(StructureError, match="not the same network") as caught:
+        match(*pair)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_inputs_are_paired_by_position() -> None:
+    text = "g (float[N,2] {0}, float[N,2] {1}) => (float[N,2] y) {{ d = Sub (a, b)  y = MatMul (d, w) }}"
+    straight = index(net(text.format("a", "b"), w=(2, 2)))
+    crossed = index(net(text.format("b", "a"), w=(2, 2)))
+    assert match(straight, straight).tensors["d"] == "d"
+    with pytest.raises(StructureError):
+        match(straight, crossed)
+
+
+def test_folded_and_unfolded_do_not_match() -> None:
+    text = "g (float[N,3,4,4] x) => (float[N,3,4,4] y) {{ {} }}"
+    folded = net(text.format("y = Conv (x, w, b)"), w=(3, 3, 1, 1), b=(3,))
+    shapes = {f"n_{part}": (3,) for part in ("gamma", "beta", "mean", "var")}
+    kept = net(
+        text.format("z = Conv (x, w)  y = BatchNormalization (z, n_gamma, n_beta, n_mean, n_var)"),
+        w=(3, 3, 1, 1),
+        **shapes,
+    )
+    with pytest.raises(StructureError, match="both folded"):
+        match(index(folded), index(kept))
+
+
+def test_the_variants_do_what_they_say() -> None:
+    model = residual_net()
+    x = images(1, seed=1)
+    expected = run(model, {"x": x})["logits"]
+    for name, variant in VARIANTS.items():
+        other = variant(model)
+        (output,) = run(other, {index(other).inputs[0].name: x}).values()
+        np.testing.assert_array_equal(output, expected, err_msg=name)
+    assert constant(with_constant_nodes(model), "a_w").shape == (8, 8, 3, 3)
