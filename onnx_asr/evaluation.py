@@ -61,8 +61,11 @@ def evaluate(
     Raises:
         ModelError: A model that cannot be read or run, or has no scores to compare with labels.
         DataError: Missing, broken or unfitting data or labels.
-        OptionError: Neither labels nor a dense model.
+        OptionError: Neither labels nor a dense model, or a number out of range.
     """
+    for name, value, least in (("seed", seed, 0), ("batch-size", batch_size, 1)):
+        if value is not None and value < least:
+            raise OptionError(f"{name} {value} is out of range: give at least {least}")
     runtime = runtime or Runtime()
     network = load(model)
     reference = None if dense is None else load(dense)

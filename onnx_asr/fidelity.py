@@ -28,7 +28,8 @@ class Fidelity:
         samples: Number of samples.
         top1: Share of samples whose largest output is the label's class.
         top5: Share of samples whose label is among the five largest outputs.
-        agreement: Share of samples with the same largest output as the dense model.
+        agreement: Share of samples with the same largest output as the dense model; of equal values in the first output
+            where no output is a floating-point number.
         kl: Mean Kullback-Leibler divergence, dense || model, of the class probabilities, in nats.
         snr_db: ``10 log10(sum y_d^2 / sum (y_d - y)^2)`` over all floating-point outputs; infinite where equal.
     """
@@ -42,11 +43,17 @@ class Fidelity:
 
     @property
     def distance(self) -> float:
-        """What a repair makes small: KL for classifiers, relative output error ``10^(-snr/20)`` otherwise."""
+        """What a repair makes small.
+
+        KL for classifiers; else the relative output error ``10^(-snr/20)``; else, where no output is a floating-point
+        number (ArgMax heads), the share of values that disagree.
+        """
         if self.kl is not None:
-            return self.kl
-        assert self.snr_db is not None, "a distance needs a dense model"
-        return float(10 ** (-self.snr_db / 20))
+            return self.kl if math.isfinite(self.kl) else math.inf
+        if self.snr_db is not None:
+            return float(10 ** (-self.snr_db / 20))
+        assert self.agreement is not None, "a distance needs a dense model"
+        return 1.0 - self.agreement
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON: an infinite SNR becomes None, as JSON has no infinity."""
@@ -105,12 +112,14 @@ def compare(dense: Outputs, other: Outputs) -> Fidelity:
             f"{[array.shape for array in other]} for the other; give two versions of the same network"
         )
     signal = noise = 0.0
+    floating = False
     for reference, value in zip(dense, other, strict=True):
         if np.issubdtype(reference.dtype, np.floating):
+            floating = True
             exact = reference.astype(np.float64)
             signal += float(np.square(exact).sum())
             noise += float(np.square(exact - value).sum())
-    snr = _snr(signal, noise) if signal or noise else None
+    snr = _snr(signal, noise) if floating else None
     agreement = kl = None
     if is_classifier(dense):
         agreement = float(np.mean(dense[0].argmax(axis=1) == other[0].argmax(axis=1)))

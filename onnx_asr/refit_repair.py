@@ -38,7 +38,7 @@ def repair_refit(
         items = [item for item in items if item.point.kind not in ("Gemm", "MatMul")]
     numbers = {item.point.node: number for number, item in enumerate(items)}
     schedule = [
-        [RowSampler(networks, item, recipe, calibration.count, numbers[item.point.node]) for item in group]
+        [RowSampler(networks, item, recipe, calibration, numbers[item.point.node]) for item in group]
         for group in steps(index, items)
     ]
     reports: Reports = {}
@@ -52,6 +52,7 @@ def repair_refit(
             execution.progress("refitting", number / len(schedule))
             group, schedule[number] = schedule[number], []  # its rows are free once it is written
             _sample([pruned, dense], group)
+            pool.trim()
             for job in group:
                 reports[job.point.node] = _write(networks, plan, job)
     return reports

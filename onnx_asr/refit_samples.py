@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_asr.calibration import Calibration
 from onnx_asr.engine.lockstep import Chunk
 from onnx_asr.graph.context import Context
 from onnx_asr.graph.edit import EditPlan
@@ -29,7 +30,7 @@ from onnx_asr.numerics.patches import (
 from onnx_asr.numerics.refit import RefitOptions, RefitSolution, refit_rows
 from onnx_asr.rewrite import read_alpha, read_batchnorm, read_rows
 
-MAX_ROW_BYTES = 512 << 20
+MAX_ROW_BYTES = 256 << 20
 FEW_ROWS, FEW_ROWS_RIDGE = 5000, 0.1
 
 
@@ -63,21 +64,24 @@ class RowSampler:
         networks: The pair.
         context: The point and what follows it.
         recipe: What to use.
-        images: Number of calibration samples to come.
+        calibration: The samples to come.
         number: Place among the points with weights; seeds the positions, alike in a graph and its folded twin.
     """
 
-    def __init__(self, networks: Networks, context: Context, recipe: RefitRecipe, images: int, number: int) -> None:
+    def __init__(
+        self, networks: Networks, context: Context, recipe: RefitRecipe, calibration: Calibration, number: int
+    ) -> None:
         self.networks = networks
         self.context = context
         self.point = context.point
         self._recipe = recipe
-        self._images = images
+        self._calibration = calibration
         self._number = number
         self._seen = 0
         self._taps = 1
         self._spatial: _SpatialSampling | None = None
-        self._x: list[NDArray[np.float32]] = []
+        self._x: NDArray[np.float32] | None = None
+        self._filled = 0
         self._target: list[NDArray[np.float32]] = []
         self._preactivation: list[NDArray[np.float32]] = []
         self._shortcut: list[NDArray[np.float32]] = []
@@ -101,7 +105,7 @@ class RowSampler:
         names = self.dense_targets
         output = dense[names[0]]
         x, pick = self._sample(source, output)
-        self._x.append(x)
+        self._keep(x)
         target = pick(output)
         if len(names) > 1:
             assert self.context.shortcut is not None
@@ -114,6 +118,13 @@ class RowSampler:
             self._preactivation.append(target)
         self._target.append(target)
         self._seen += len(source)
+
+    def _keep(self, x: NDArray[np.float32]) -> None:
+        """Collect patches in one array of the final size: joining parts at the end would need it twice."""
+        if self._x is None:
+            self._x = np.empty((len(self._calibration.chunks) * len(x), *x.shape[1:]), np.float32)
+        self._x[self._filled : self._filled + len(x)] = x
+        self._filled += len(x)
 
     def _sample(
         self, source: NDArray[Any], output: NDArray[Any]
@@ -133,7 +144,7 @@ class RowSampler:
         width = source.shape[1] * math.prod(geometry.kernel)
         rows = min(self._recipe.rows, max(1, MAX_ROW_BYTES // (4 * width)))
         seed = (self._recipe.seed, self._number)
-        positions = sample_positions(self._images, math.prod(output.shape[2:]), rows, seed)
+        positions = sample_positions(self._calibration.count, math.prod(output.shape[2:]), rows, seed)
         return _SpatialSampling(geometry, input_positions(geometry, source.shape[2:], output.shape[2:]), positions)
 
     def _matrix_rows(self, source: NDArray[Any]) -> NDArray[np.float32]:
@@ -149,8 +160,9 @@ class RowSampler:
     def solve(self, plan: EditPlan) -> tuple[RefitSolution, Floats]:
         """Fit the surviving weights; the solution, and its weights as rows [C_out, K] in the file's order."""
         index = self.networks.pruned
-        x, target = np.concatenate(self._x), np.concatenate(self._target)
-        self._x.clear()
+        assert self._x is not None
+        x, target = self._x[: self._filled], np.concatenate(self._target)
+        self._x = None
         groups = x.shape[1]
         shape = (groups, self.point.channels // groups, x.shape[2])
         mask = tap_major(read_rows(index, plan, self.point) != 0, self._taps).reshape(shape)

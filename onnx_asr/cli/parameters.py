@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import wraps
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand
@@ -353,7 +353,7 @@ def _names(group: type) -> list[str]:
 
 def spread(function: Callable[..., T]) -> Callable[..., T]:
     """Turn each parameter that is a dataclass into its fields, for Typer; the function still gets the dataclass."""
-    hints = get_type_hints(function, include_extras=True)
+    hints = {name: _annotated(hint) for name, hint in get_type_hints(function, include_extras=True).items()}
     groups: dict[str, Any] = {}
     flat: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(function).parameters.items():
@@ -378,6 +378,11 @@ def spread(function: Callable[..., T]) -> Callable[..., T]:
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
     del call.__wrapped__
     return call
+
+
+def _annotated(hint: Any) -> Any:
+    """Python 3.10 hides the hint of a parameter with the default None in an Optional; take it out again."""
+    return next((inner for inner in get_args(hint) if get_origin(inner) is Annotated), hint)
 
 
 def _keyword(name: str, default: Any, annotation: Any) -> inspect.Parameter:

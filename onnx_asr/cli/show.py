@@ -42,7 +42,8 @@ def compress(result: CompressResult, path: str | None, verbose: bool) -> Iterato
     """Where the zeros are, and how close to the dense model what is left came."""
     yield _layers(result.layers)
     seconds = ", ".join(f"{value:.1f}" for value in result.round_seconds)
-    yield f"{len(result.round_seconds)} mask rounds in {seconds} s"
+    rounds = len(result.round_seconds)
+    yield f"{rounds} mask {'round' if rounds == 1 else 'rounds'} in {seconds} s"
     yield from _rewritten(result.repair, verbose)
     if result.repair.verification is not None:
         yield from _verification(result.repair.verification, "last mask, no repair", "compressed")

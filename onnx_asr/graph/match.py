@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 
 from onnx_asr.errors import StructureError
-from onnx_asr.graph.index import GraphIndex, is_standard
+from onnx_asr.graph.index import GraphIndex, captured, is_standard
 
 _TRANSPARENT = ("Identity", "Dropout")
 _NEUTRAL = {"strides": 1, "dilations": 1, "pads": 0, "output_padding": 0, "group": 1}
@@ -71,6 +71,7 @@ def match(pruned: GraphIndex, dense: GraphIndex) -> Pairing:
         node, partner = pruned.nodes[position], dense.nodes[counterpart]
         tensors.update(zip(node.output, partner.output, strict=False))
         stack.extend((mine, its) for mine, its in zip(node.input, partner.input, strict=False) if mine)
+        stack.extend(_captured(pruned, position, dense, counterpart))
     return Pairing(nodes, tensors)
 
 
@@ -111,6 +112,23 @@ def _compare(pruned: GraphIndex, position: int, dense: GraphIndex, counterpart: 
             shape, twin = pruned.value(mine[slot]).shape, dense.value(its[slot]).shape
             if len(shape) > 1 and shape != twin:
                 raise _differ(f"{here} has a parameter of shape {shape}, {there} in the dense one {twin}")
+
+
+def _captured(pruned: GraphIndex, position: int, dense: GraphIndex, counterpart: int) -> list[tuple[str, str]]:
+    """What the control-flow bodies of two paired nodes read from outside themselves, pair by pair."""
+    mine, its = _captures(pruned.nodes[position]), _captures(dense.nodes[counterpart])
+    if len(mine) != len(its):
+        raise _differ(
+            f"the subgraphs of node {pruned.label(position)} read {len(mine)} outer tensors, those of "
+            f"{dense.label(counterpart)} in the dense one {len(its)}"
+        )
+    return list(zip(mine, its, strict=True))
+
+
+def _captures(node: onnx.NodeProto) -> list[str]:
+    """Outer tensors that a node's subgraphs read, in an order that does not depend on that of the attributes."""
+    bodies = sorted((item for item in node.attribute if item.HasField("g")), key=lambda item: str(item.name))
+    return [name for item in bodies for name in captured(item.g)]
 
 
 def _present(node: onnx.NodeProto) -> list[str]:

@@ -189,7 +189,16 @@ def test_quiet_says_nothing(tmp_path):
 
 def test_a_result_that_is_worse_is_not_written_unless_forced(tmp_path):
     target = tmp_path / "repaired.onnx"
-    options = ("--dense", DENSE, "--data", CALIBRATION, *PRESET, *FEW, "--method", "bn")  # of a net that needs no repair
+    options = (
+        "--dense",
+        DENSE,
+        "--data",
+        CALIBRATION,
+        *PRESET,
+        *FEW,
+        "--method",
+        "bn",
+    )  # of a net that needs no repair
     done = cli("repair", DENSE, "-o", target, *options, "--json")
     assert done.code == 1
     assert done.json["output"] is None
