@@ -1,6 +1,7 @@
 """Repair pruned ONNX vision networks: no retraining, no labels, no PyTorch."""
 
 from onnx_asr.compression import CompressOptions, CompressResult, compress
+from onnx_asr.data import Preprocessing
 from onnx_asr.evaluation import evaluate
 from onnx_asr.model_io import save
 from onnx_asr.networks import Execution
@@ -14,6 +15,7 @@ __all__ = [
     "CompressOptions",
     "CompressResult",
     "Execution",
+    "Preprocessing",
     "PruneResult",
     "RepairOptions",
     "RepairResult",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from functools import cache
 from typing import Any
@@ -13,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-import onnx_asr.repair as repair_module
 from onnx_asr.calibration import input_specs
 from onnx_asr.data.datasets import TensorDataset
 from onnx_asr.errors import OptionError
@@ -41,6 +41,8 @@ from tests.graphs import (
     set_parameter,
     weights,
 )
+
+repair_module = importlib.import_module("onnx_asr.repair")
 
 METHODS = ("paired", "refit", "asr", "raw", "layerwise", "bn")
 NETS = ("residual", "dense", "digits_resnet", "digits_vgg", "digits_mobilenet", "digits_densenet")
@@ -132,7 +134,7 @@ def test_paired_gives_every_repaired_tensor_the_dense_moments(name: str, sparsit
     moved = 0
     for tensor, axis in tensors.items():
         target, actual = per_channel(wanted[tensor], axis), per_channel(got[tensor], axis)
-        scale = target.std(axis=1) + 1e-6
+        scale = target.std(axis=1)
         assert (np.abs(actual.mean(axis=1) - target.mean(axis=1)) <= 1e-4 * scale + 1e-5).all(), tensor
         # a filter that is all zeros gives a constant, which no gain can spread
         live = actual.std(axis=1) > 1e-4 * scale
@@ -334,8 +336,10 @@ def test_a_folded_twin_is_repaired_to_the_same_function(name: str, method: str, 
 # --- what every method keeps ---
 
 
-def all_weights(model: onnx.ModelProto) -> dict[int, np.ndarray]:
-    return weights(model) | {p: parameter(model, p, 1) for p in positions(model, "MatMul")}
+def all_weights(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    """By the tensor that the layer computes: an edit may remove Identity nodes, which moves the others."""
+    found = weights(model) | {p: parameter(model, p, 1) for p in positions(model, "MatMul")}
+    return {model.graph.node[position].output[0]: value for position, value in found.items()}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -349,8 +353,9 @@ def test_zeros_stay_zeros(name: str, method: str) -> None:
     for bn_mode in ("exact", "ema") if method == "asr" else ("exact",):
         result = repaired(method, damaged, model, x, bn=bn_mode, ema_batches=2, ema_batch_size=16)
         kept = 0
-        for position, before in all_weights(damaged).items():
-            after = parameter(result, position, 1)
+        results = all_weights(result)
+        for tensor, before in all_weights(damaged).items():
+            after = results[tensor]
             assert after.shape == before.shape
             assert after.dtype == before.dtype
             assert not after[before == 0].any()
@@ -546,23 +551,25 @@ def test_samples_of_a_dataset_and_of_an_array_are_the_same() -> None:
 # --- refit ---
 
 
-def block_error(result: onnx.ModelProto, model: onnx.ModelProto, x: np.ndarray, tensor: str) -> float:
+def error_of(result: onnx.ModelProto, model: onnx.ModelProto, x: np.ndarray, tensor: str) -> float:
     wanted, got = (run(item, {"x": x}, [tensor])[tensor] for item in (model, result))
     return float(np.square(got - wanted).mean())
 
 
-@pytest.mark.parametrize(
-    ("part", "off"), [("block_targets", False), ("relu_steps", 0)], ids=["block targets", "ReLU-aware steps"]
-)
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_parts_of_the_recipe_lower_the_error_of_the_block(part: str, off: Any, seed: int) -> None:
+@pytest.mark.parametrize("off", [{"block_targets": False}, {"relu_steps": 0}], ids=lambda off: next(iter(off)))
+def test_parts_of_the_recipe_lower_the_error_of_the_block(off: dict[str, Any]) -> None:
     """Behind the ReLU that follows the residual Add, on the samples that were fitted."""
-    model, x = residual_net(seed), images(96, seed=11)
-    damaged = pruned(model, 0.6)
-    base = {"gain_power": 0.0}
-    without = repaired("refit", damaged, model, x, refit=RefitRecipe(**base, **{part: off}))
-    full = repaired("refit", damaged, model, x, refit=RefitRecipe(**base))
-    assert block_error(full, model, x, "sum1_r") < 0.97 * block_error(without, model, x, "sum1_r")
+    totals = np.zeros(2)
+    for seed in range(3):
+        model, x = residual_net(seed), images(96, seed=11)
+        damaged = pruned(model, 0.6)
+        recipes = (RefitRecipe(gain_power=0.0, **off), RefitRecipe(gain_power=0.0))
+        errors = [
+            error_of(repaired("refit", damaged, model, x, refit=recipe), model, x, "sum1_r") for recipe in recipes
+        ]
+        assert errors[1] < errors[0]
+        totals += errors
+    assert totals[1] < 0.98 * totals[0]
 
 
 def test_the_classifier_can_be_left_alone() -> None:
