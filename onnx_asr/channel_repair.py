@@ -1,17 +1,17 @@
 """Channel-wise repair: walk, measure each point with everything upstream repaired, let a rule set its channels.
 
-Methods: ``paired`` (one lockstep walk); ``asr``, ``raw``, ``layerwise`` (gains in a lockstep walk, then
-BatchNormalization re-estimated in a second one, as in the ASR paper's Algorithm 1); ``bn`` (the second walk alone).
+Methods: ``paired`` (one walk); ``asr``, ``raw``, ``layerwise`` (gains in one walk, then BatchNormalization re-estimated
+in a second one, as in the ASR paper's Algorithm 1); ``bn`` (the second walk alone). Several methods can share a walk:
+each is a track with a plan and a pruned lane of its own, and the dense network runs once for all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from onnx_asr.calibration import Calibration
 from onnx_asr.engine.lockstep import BufferPool, Chunk, Lane, lockstep
@@ -19,7 +19,6 @@ from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.points import Point
 from onnx_asr.networks import Execution, Networks, by_level
 from onnx_asr.numerics.gains import (
-    BatchNormParameters,
     ChannelAffine,
     Prior,
     absorb,
@@ -30,54 +29,53 @@ from onnx_asr.numerics.gains import (
     recalibrate,
 )
 from onnx_asr.numerics.moments import Floats, Moments, PairMoments
+from onnx_asr.point_report import PointReport, Reports
 from onnx_asr.rewrite import plan_affine, plan_batchnorm, read_batchnorm, read_bias
 
 GainMethod = Literal["asr", "raw", "layerwise"]
 
-Rule = Callable[[Point, Moments, Moments, Floats | None], ChannelAffine]
-"""Point, dense moments, pruned moments and (where it was asked for) correlation to the affine map of the channels."""
+
+@dataclass(frozen=True)
+class Measured:
+    """Moments of a point's channels.
+
+    Attributes:
+        pruned: In the pruned network, with everything upstream repaired.
+        dense: In the dense network, or the stored running statistics that stand in for it; None where not asked for.
+        correlation: Of the two; None where not asked for.
+    """
+
+    pruned: Moments
+    dense: Moments | None = None
+    correlation: Floats | None = None
+
+
+Rule = Callable[[Lane, Point, Measured], PointReport]
+"""Plans a point's new parameters, applies them to what the lane holds, and says what it did."""
 
 
 @dataclass(frozen=True)
-class PointReport:
-    """What was done at one correction point.
+class Track:
+    """One method's way through the pruned network.
 
     Attributes:
-        name: The point's node.
-        op_type: Its operator.
-        written: Where the correction went: "weights", "batchnorm", "weights+batchnorm".
-        channels: Number of channels.
-        dead: Channels without variance in the pruned network.
-        gain: Smallest, median and largest gain; None where statistics were replaced instead.
-        residual: Relative error of the point's output before and after a refit; None for channel rules.
+        points: The points it corrects.
+        plan: Where its edits go.
+        rule: What it does at a point.
+        paired: Whether the rule looks at the dense network.
+        correlated: Whether it looks at the correlation with it.
+        reports: What it did, filled by the walk.
     """
 
-    name: str
-    op_type: str
-    written: str
-    channels: int
-    dead: int
-    gain: tuple[float, float, float] | None
-    residual: tuple[float, float] | None = None
-
-    def note(self, method: str) -> str:
-        """One sentence for the node's doc string."""
-        parts = [f"onnx-resuscitate {method}: {self.written} of {self.channels} channels rewritten"]
-        if self.gain is not None:
-            parts.append(f"gain {self.gain[0]:.4g} to {self.gain[2]:.4g} (median {self.gain[1]:.4g})")
-        if self.residual is not None:
-            parts.append(f"relative output error {self.residual[0]:.4g} -> {self.residual[1]:.4g}")
-        if self.dead:
-            parts.append(f"{self.dead} dead channels")
-        return ", ".join(parts)
+    points: Sequence[Point]
+    plan: EditPlan
+    rule: Rule
+    paired: bool = True
+    correlated: bool = False
+    reports: Reports = field(default_factory=dict)
 
 
-Reports = dict[int, PointReport]
-
-
-def repair_paired(
-    networks: Networks, calibration: Calibration, execution: Execution, plan: EditPlan, power: float = 0.0
-) -> Reports:
+def paired_track(networks: Networks, plan: EditPlan, power: float = 0.0) -> Track:
     """Match every channel's mean and standard deviation to the dense network's on the same samples.
 
     At a BatchNormalization the map goes into its parameters, elsewhere into weights and bias. Without a dense network
@@ -85,248 +83,171 @@ def repair_paired(
     """
     correlated = power > 0 and networks.dense is not None
 
-    def rule(point: Point, dense: Moments, pruned: Moments, correlation: Floats | None) -> ChannelAffine:
-        return paired(dense, pruned, correlation, power)
+    def rule(lane: Lane, point: Point, measured: Measured) -> PointReport:
+        assert measured.dense is not None
+        affine = paired(measured.dense, measured.pruned, measured.correlation, power)
+        if point.batchnorm is None:
+            return _into_weights(networks, plan, lane, point, affine, measured)
+        return _into_batchnorm(networks, plan, point, affine, measured)
 
-    points = networks.survey.points
-    return _gain_walk(networks, points, calibration, execution, plan, rule, into_batchnorm=True, correlated=correlated)
+    return Track(_referenced(networks, networks.survey.points), plan, rule, correlated=correlated)
 
 
-def repair_gains(
-    networks: Networks,
-    calibration: Calibration,
-    execution: Execution,
-    plan: EditPlan,
-    method: GainMethod,
-    prior: Prior,
-    bias_correction: bool,
-) -> Reports:
+def gain_track(networks: Networks, plan: EditPlan, method: GainMethod, prior: Prior, bias_correction: bool) -> Track:
     """Scale the filters of every convolution but the first (ASR paper, Algorithm 1, before its last step)."""
     first = networks.first_layers()
     points = [p for p in networks.survey.points if p.kind in ("Conv", "ConvTranspose") and p.node not in first]
 
-    def rule(point: Point, dense: Moments, pruned: Moments, correlation: Floats | None) -> ChannelAffine:
+    def rule(lane: Lane, point: Point, measured: Measured) -> PointReport:
+        dense, pruned = measured.dense, measured.pruned
+        assert dense is not None
         if method == "asr":
             gain = asr_gain(dense, pruned, prior)
         else:
             gain = raw_gain(dense, pruned) if method == "raw" else layerwise_gain(dense, pruned)
         if bias_correction:
-            return ChannelAffine(gain, dense.mean - gain * pruned.mean)
-        return ChannelAffine(gain, (1.0 - gain) * read_bias(networks.pruned, plan, point))
+            shift = dense.mean - gain * pruned.mean
+        else:  # W x + b -> gain W x + b
+            shift = (1.0 - gain) * read_bias(networks.pruned, plan, point)
+        return _into_weights(networks, plan, lane, point, ChannelAffine(gain, shift), measured)
 
-    return _gain_walk(networks, points, calibration, execution, plan, rule, into_batchnorm=False)
+    return Track(_referenced(networks, points), plan, rule)
 
 
-def _gain_walk(
-    networks: Networks,
-    points: Sequence[Point],
-    calibration: Calibration,
-    execution: Execution,
-    plan: EditPlan,
-    rule: Rule,
-    *,
-    into_batchnorm: bool,
-    correlated: bool = False,
-) -> Reports:
-    """Walk the pruned network level by level and write what ``rule`` makes of each point.
-
-    Moments of the dense network do not depend on the walk: all are measured in one pass before it, unless the rule
-    needs correlations, for which both networks walk in lockstep.
-    """
+def batchnorm_track(networks: Networks, plan: EditPlan) -> Track:
+    """Re-estimate every BatchNormalization on the whole calibration set, each with all upstream ones re-estimated."""
     index = networks.pruned
-    if networks.dense is None:
-        points = [point for point in points if point.batchnorm is not None]
-    twins = {} if networks.dense is None else {point: networks.dense_tensor(point.tensor) for point in points}
-    reports: Reports = {}
+
+    def rule(lane: Lane, point: Point, measured: Measured) -> PointReport:
+        assert point.batchnorm is not None
+        pruned = measured.pruned
+        new = recalibrate(read_batchnorm(index, plan, point.batchnorm), pruned.mean, pruned.var)
+        plan_batchnorm(index, plan, point.batchnorm, new)
+        return PointReport.of(index, point, "batchnorm", _dead(pruned))
+
+    points = [point for point in networks.survey.points if point.batchnorm is not None]
+    return Track(points, plan, rule, paired=False)
+
+
+def walk(networks: Networks, tracks: Sequence[Track], calibration: Calibration, execution: Execution) -> None:
+    """Take every track through the pruned network, level by level; plans and reports are filled.
+
+    Moments of the dense network do not depend on the tracks: all are measured in one pass beforehand, unless a rule
+    needs correlations, for which the dense network walks along.
+    """
+    every = sorted({point for track in tracks for point in track.points}, key=lambda point: point.node)
+    paired_points = [p for p in every if any(track.paired and p in track.points for track in tracks)]
+    twins = {} if networks.dense is None else {point: networks.dense_tensor(point.tensor) for point in paired_points}
+    along = bool(twins) and any(track.correlated for track in tracks)
     with BufferPool(execution.memory_limit) as pool:
-        dense_lane = networks.dense_lane(twins.values(), calibration, pool, execution) if twins else None
         references: dict[Point, Moments] = {}
-        if dense_lane is not None and not correlated:
+        dense_lanes = [networks.dense_lane(twins.values(), calibration, pool, execution)] if twins else []
+        if twins and not along:
             execution.progress("measuring the dense network", 0.0)
-            references = _measure(dense_lane, twins)
+            references = _dense_moments(dense_lanes.pop(), twins)
             pool.trim()
-        lane = networks.pruned_lane([point.tensor for point in points], calibration, pool, execution, plan)
+        lanes = [
+            networks.pruned_lane([point.tensor for point in track.points], calibration, pool, execution, track.plan)
+            for track in tracks
+        ]
         done = 0
-        for _, group in by_level(points):
-            execution.progress("measuring and correcting", done / len(points))
-            names = {point: point.tensor for point in group}
-            measured: dict[Point, tuple[Moments, Moments, Floats | None]] = {}
-            if dense_lane is not None and correlated:
-                pairs = _measure_pairs(lane, names, dense_lane, {point: twins[point] for point in group})
-                measured = {point: (pair.dense, pair.pruned, pair.correlation) for point, pair in pairs.items()}
-            else:
-                for point, moments in _measure(lane, names).items():
-                    measured[point] = (references.get(point) or _stored(networks, plan, point), moments, None)
-            for point, (dense, pruned, correlation) in measured.items():
-                affine = rule(point, dense, pruned, correlation)
-                written = _write(networks, plan, point, affine, lane, into_batchnorm)
-                reports[point.node] = _report(index.nodes[point.node].op_type, point, written, pruned, affine.gain)
+        for _, group in by_level(every):
+            execution.progress("measuring and correcting", done / len(every))
+            level = _Level(tracks, group, {point: twins[point] for point in group if point in twins} if along else {})
+            lockstep([*lanes, *dense_lanes], level.targets, level.visit)
+            for lane, track, moments in zip(lanes, tracks, level.moments, strict=True):
+                for point, found in moments.items():
+                    measured = _with_reference(networks, track, point, found, references)
+                    track.reports[point.node] = track.rule(lane, point, measured)
             done += len(group)
             pool.trim()
-    return reports
 
 
-def _write(
-    networks: Networks, plan: EditPlan, point: Point, affine: ChannelAffine, lane: Lane, into_batchnorm: bool
-) -> str:
-    """Plan an affine map of a point's channels and apply it to what the lane holds; says where it went."""
-    index = networks.pruned
-    if point.batchnorm is not None and (into_batchnorm or point.weight_slot is None):
-        plan_batchnorm(index, plan, point.batchnorm, absorb(read_batchnorm(index, plan, point.batchnorm), affine))
-        return "batchnorm"
-    plan_affine(index, plan, point, affine)
-    # a shift before a BatchNormalization went into its mean, not into the tensor
-    shift = affine.shift if point.batchnorm is None else np.zeros_like(affine.gain)
-    lane.transform(point.tensor, affine.gain, shift, point.channel_axis)
-    return "weights"
+class _Level:
+    """Moments of one level's points, in every track; pairs where the dense network walks along."""
+
+    def __init__(self, tracks: Sequence[Track], group: Sequence[Point], twins: Mapping[Point, str]) -> None:
+        self._points = [[point for point in group if point in track.points] for track in tracks]
+        self._tracks = tracks
+        self._twins = twins
+        self.targets = [[point.tensor for point in points] for points in self._points]
+        if twins or any(track.correlated for track in tracks):
+            self.targets.append(list(twins.values()))
+        self.moments: list[dict[Point, Moments | PairMoments]] = [{} for _ in tracks]
+
+    def visit(self, number: int, chunks: list[Chunk]) -> None:
+        """Take in a chunk."""
+        for track, points, chunk, moments in zip(self._tracks, self._points, chunks, self.moments, strict=False):
+            for point in points:
+                axis = point.channel_axis
+                found: Moments | PairMoments
+                if track.paired and point in self._twins:
+                    found = PairMoments.of(chunks[-1][self._twins[point]], chunk[point.tensor], axis)
+                else:
+                    found = Moments.of(chunk[point.tensor], axis)
+                moments[point] = _merged(moments.get(point), found)
 
 
-def _measure(lane: Lane, names: Mapping[Point, str]) -> dict[Point, Moments]:
-    """Moments of some points' tensors, in one network."""
+def _merged(before: Moments | PairMoments | None, found: Moments | PairMoments) -> Moments | PairMoments:
+    if isinstance(before, PairMoments) and isinstance(found, PairMoments):
+        return before.merge(found)
+    if isinstance(before, Moments) and isinstance(found, Moments):
+        return before.merge(found)
+    return found
+
+
+def _dense_moments(lane: Lane, twins: Mapping[Point, str]) -> dict[Point, Moments]:
     result: dict[Point, Moments] = {}
 
     def visit(number: int, chunks: list[Chunk]) -> None:
-        for point, name in names.items():
+        for point, name in twins.items():
             moments = Moments.of(chunks[0][name], point.channel_axis)
             result[point] = result[point].merge(moments) if point in result else moments
 
-    lockstep([lane], [list(names.values())], visit)
+    lockstep([lane], [list(twins.values())], visit)
     return result
 
 
-def _measure_pairs(
-    lane: Lane, names: Mapping[Point, str], dense_lane: Lane, twins: Mapping[Point, str]
-) -> dict[Point, PairMoments]:
-    """Moments and cross moments of some points' tensors, in both networks."""
-    result: dict[Point, PairMoments] = {}
-
-    def visit(number: int, chunks: list[Chunk]) -> None:
-        for point, name in names.items():
-            moments = PairMoments.of(chunks[1][twins[point]], chunks[0][name], point.channel_axis)
-            result[point] = result[point].merge(moments) if point in result else moments
-
-    lockstep([lane, dense_lane], [list(names.values()), list(twins.values())], visit)
-    return result
-
-
-def _stored(networks: Networks, plan: EditPlan, point: Point) -> Moments:
-    """The stored running statistics, standing in for a dense network."""
-    assert point.batchnorm is not None
-    return read_batchnorm(networks.pruned, plan, point.batchnorm).moments
-
-
-def _report(op_type: str, point: Point, written: str, pruned: Moments, gain: Floats | None) -> PointReport:
-    summary = None
-    if gain is not None:
-        summary = (float(gain.min()), float(np.median(gain)), float(gain.max()))
-    return PointReport(point.name, op_type, written, point.channels, int((pruned.m2 == 0).sum()), summary)
-
-
-def recalibrate_exact(networks: Networks, calibration: Calibration, execution: Execution, plan: EditPlan) -> Reports:
-    """Re-estimate every BatchNormalization on the whole calibration set, each with all upstream ones re-estimated."""
-    points = [point for point in networks.survey.points if point.batchnorm is not None]
-    reports: Reports = {}
-    with BufferPool(execution.memory_limit) as pool:
-        lane = networks.pruned_lane([point.tensor for point in points], calibration, pool, execution, plan)
-        done = 0
-        for _, group in by_level(points):
-            execution.progress("re-estimating BatchNormalization", done / len(points))
-            for point, measured in _measure(lane, {point: point.tensor for point in group}).items():
-                _set_statistics(networks, plan, point, measured.mean, measured.var, measured, reports)
-            done += len(group)
-    return reports
-
-
-def recalibrate_ema(
+def _with_reference(
     networks: Networks,
-    calibration: Calibration,
-    execution: Execution,
-    plan: EditPlan,
-    momentum: float,
-    batch_samples: int,
-) -> Reports:
-    """Re-estimate every BatchNormalization as a framework in training mode does (the ASR paper's protocol).
-
-    The running statistics are reset to mean 0 and variance 1; then, batch by batch,
-    ``running <- (1 - momentum) running + momentum batch`` with the batch's mean and unbiased variance, while the
-    network itself normalises with the batch's mean and biased variance.
-
-    Args:
-        networks: The pruned network (a dense one is not needed).
-        calibration: Samples in the order of the batches; ``batch_samples`` is a multiple of its chunk size.
-        execution: How to run.
-        plan: The plan to add to.
-        momentum: Weight of a new batch; frameworks' default is 0.1.
-        batch_samples: Samples a batch.
-    """
-    points = [point for point in networks.survey.points if point.batchnorm is not None]
-    index = networks.pruned
-    per_batch = batch_samples // calibration.batch_size
-    reports: Reports = {}
-    with BufferPool(execution.memory_limit) as pool:
-        lane = networks.pruned_lane([point.tensor for point in points], calibration, pool, execution, plan)
-        done = 0
-        for _, group in by_level(points):
-            batches = _measure_batches(lane, group, per_batch)
-            for point in group:
-                assert point.batchnorm is not None
-                old = read_batchnorm(index, plan, point.batchnorm)
-                mean, var = np.zeros(point.channels), np.ones(point.channels)
-                for batch in batches[point]:
-                    unbiased = batch.m2 / max(batch.count - 1, 1)
-                    mean = (1 - momentum) * mean + momentum * batch.mean
-                    var = (1 - momentum) * var + momentum * unbiased
-                lane.replace(point.batchnorm, _training_mode(old, batches[point], per_batch))
-                whole = batches[point][0]
-                for batch in batches[point][1:]:
-                    whole = whole.merge(batch)
-                _set_statistics(networks, plan, point, mean, var, whole, reports)
-            done += len(group)
-            execution.progress("re-estimating batch by batch", done / len(points))
-    return reports
-
-
-def _measure_batches(lane: Lane, group: list[Point], per_batch: int) -> dict[Point, list[Moments]]:
-    result: dict[Point, list[Moments]] = {point: [] for point in group}
-
-    def visit(number: int, chunks: list[Chunk]) -> None:
-        for point, batches in result.items():
-            moments = Moments.of(chunks[0][point.tensor], point.channel_axis)
-            if number % per_batch == 0:
-                batches.append(moments)
-            else:
-                batches[-1] = batches[-1].merge(moments)
-
-    lockstep([lane], [[point.tensor for point in group]], visit)
-    return result
-
-
-def _training_mode(
-    parameters: BatchNormParameters, batches: list[Moments], per_batch: int
-) -> Callable[[int, NDArray[np.float32]], NDArray[np.float32]]:
-    """A BatchNormalization in training mode, as a function of chunk number and input."""
-
-    def normalise(number: int, tensor: NDArray[np.float32]) -> NDArray[np.float32]:
-        batch = batches[number // per_batch]
-        factor = parameters.scale / np.sqrt(batch.var + parameters.epsilon)
-        offset = parameters.bias - factor * batch.mean
-        shape = [1, -1] + [1] * (tensor.ndim - 2)
-        return tensor * factor.reshape(shape).astype(tensor.dtype) + offset.reshape(shape).astype(tensor.dtype)
-
-    return normalise
-
-
-def _set_statistics(
-    networks: Networks,
-    plan: EditPlan,
+    track: Track,
     point: Point,
-    mean: Floats,
-    var: Floats,
-    measured: Moments,
-    reports: Reports,
-) -> None:
-    assert point.batchnorm is not None
+    found: Moments | PairMoments,
+    references: Mapping[Point, Moments],
+) -> Measured:
+    if isinstance(found, PairMoments):
+        return Measured(found.pruned, found.dense, found.correlation)
+    if not track.paired:
+        return Measured(found)
+    if point in references:
+        return Measured(found, references[point])
+    assert point.batchnorm is not None  # without a dense network, only such points are walked
+    return Measured(found, read_batchnorm(networks.pruned, track.plan, point.batchnorm).moments)
+
+
+def _referenced(networks: Networks, points: Sequence[Point]) -> list[Point]:
+    """The points that have something to be compared with."""
+    return [point for point in points if networks.dense is not None or point.batchnorm is not None]
+
+
+def _into_batchnorm(
+    networks: Networks, plan: EditPlan, point: Point, affine: ChannelAffine, measured: Measured
+) -> PointReport:
     index = networks.pruned
-    old = read_batchnorm(index, plan, point.batchnorm)
-    plan_batchnorm(index, plan, point.batchnorm, recalibrate(old, mean, var))
-    reports[point.node] = _report(index.nodes[point.node].op_type, point, "batchnorm", measured, None)
+    assert point.batchnorm is not None
+    plan_batchnorm(index, plan, point.batchnorm, absorb(read_batchnorm(index, plan, point.batchnorm), affine))
+    return PointReport.of(index, point, "batchnorm", _dead(measured.pruned), affine.gain)
+
+
+def _into_weights(
+    networks: Networks, plan: EditPlan, lane: Lane, point: Point, affine: ChannelAffine, measured: Measured
+) -> PointReport:
+    plan_affine(networks.pruned, plan, point, affine)
+    # a shift before a BatchNormalization went into its mean, not into the tensor
+    shift = affine.shift if point.batchnorm is None else np.zeros_like(affine.gain)
+    lane.transform(point.tensor, affine.gain, shift, point.channel_axis)
+    return PointReport.of(networks.pruned, point, "weights", _dead(measured.pruned), affine.gain)
+
+
+def _dead(moments: Moments) -> int:
+    return int((moments.m2 == 0).sum())

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from onnx_asr.calibration import Calibration
-from onnx_asr.channel_repair import PointReport, Reports
 from onnx_asr.engine.lockstep import BufferPool, Chunk, Lane, lockstep
 from onnx_asr.graph.context import contexts, steps
 from onnx_asr.graph.edit import EditPlan
@@ -22,6 +21,7 @@ from onnx_asr.graph.points import Point
 from onnx_asr.networks import Execution, Networks
 from onnx_asr.numerics.gains import BatchNormParameters
 from onnx_asr.numerics.moments import Floats
+from onnx_asr.point_report import PointReport, Reports
 from onnx_asr.refit_samples import RefitRecipe, RowSampler
 from onnx_asr.rewrite import plan_batchnorm, plan_bias, plan_rows, read_alpha, read_batchnorm, read_bias, read_rows
 
@@ -72,7 +72,6 @@ def _sample(lanes: list[Lane], group: Sequence[RowSampler]) -> None:
 
 def _write(networks: Networks, plan: EditPlan, job: RowSampler) -> PointReport:
     index, point = networks.pruned, job.point
-    op_type = index.nodes[point.node].op_type
     solution, rows = job.solve(plan)
     alpha = read_alpha(index, point)
     if point.batchnorm is None:
@@ -84,7 +83,7 @@ def _write(networks: Networks, plan: EditPlan, job: RowSampler) -> PointReport:
         written = "weights+batchnorm"
     empty = int((~rows.any(axis=1)).sum())
     residual = (solution.residual_before, solution.residual_after)
-    return PointReport(point.name, op_type, written, point.channels, empty, _summary(solution.gain), residual)
+    return PointReport.of(index, point, written, empty, solution.gain, residual)
 
 
 def _unfold(index: GraphIndex, plan: EditPlan, point: Point, folded: Floats, bias: Floats) -> None:
@@ -107,7 +106,3 @@ def _unfold(index: GraphIndex, plan: EditPlan, point: Point, folded: Floats, bia
     offset = read_bias(index, plan, point) - old.mean
     new = BatchNormParameters(np.where(fits, old.scale, scale), bias - slope * offset, old.mean, old.var, old.epsilon)
     plan_batchnorm(index, plan, point.batchnorm, new)
-
-
-def _summary(gain: Floats) -> tuple[float, float, float]:
-    return float(gain.min()), float(np.median(gain)), float(gain.max())

@@ -12,14 +12,7 @@ import onnx
 from numpy.typing import NDArray
 
 from onnx_asr.calibration import Calibration, batch_size_for, input_specs, load_calibration
-from onnx_asr.channel_repair import (
-    PointReport,
-    Reports,
-    recalibrate_ema,
-    recalibrate_exact,
-    repair_gains,
-    repair_paired,
-)
+from onnx_asr.channel_repair import Track, batchnorm_track, gain_track, paired_track, walk
 from onnx_asr.data import Dataset, Preprocessing, open_data, sample_indices
 from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import DataError, OptionError
@@ -27,8 +20,10 @@ from onnx_asr.fidelity import Fidelity, Outputs, collect_outputs, compare
 from onnx_asr.graph.edit import EditPlan, apply
 from onnx_asr.graph.points import Skip
 from onnx_asr.model_io import ModelSource, digest, load
+from onnx_asr.moving_average import recalibrate_ema
 from onnx_asr.networks import Execution, Networks, silent
 from onnx_asr.options import Method, RepairOptions
+from onnx_asr.point_report import Reports
 from onnx_asr.refit_repair import repair_refit
 from onnx_asr.result import Candidate, RepairResult, Verification
 from onnx_asr.version import __version__
@@ -168,11 +163,15 @@ class RepairJob:
 
     def correct(self, calibration: Calibration, execution: Execution) -> tuple[onnx.ModelProto, Reports]:
         """The repaired copy, and what was done at each point."""
-        plan, reports = _correct(self.networks, calibration, self.dataset, self.chosen, self.options, execution)
+        plan, reports = _correct(self, calibration, execution)
+        return self.written(plan, reports, calibration), reports
+
+    def written(self, plan: EditPlan, reports: Reports, calibration: Calibration) -> onnx.ModelProto:
+        """The copy with a plan written into it, with notes and metadata."""
         for position, report in reports.items():
             plan.notes[position] = report.note(self.options.method)
         provenance = _provenance(self.networks, self.dense, calibration, self.options)
-        return apply(self.networks.pruned, plan, provenance), reports
+        return apply(self.networks.pruned, plan, provenance)
 
     def measure(self, model: onnx.ModelProto, execution: Execution) -> Fidelity:
         """Fidelity to the dense model on the held-out samples."""
@@ -196,16 +195,22 @@ def _choose(job: RepairJob, calibration: Calibration, execution: Execution) -> t
         why = "no dense model to choose by" if job.dense is None else "no held-out samples to choose by"
         job.notes.append(f"auto: {why}, so '{method}' was used")
         return replace(job, options=replace(job.options, method=method)), []
-    started = time.perf_counter()
     part = calibration.head(CANDIDATE_SAMPLES)
-    candidates: list[Candidate] = []
-    for options in _candidates(job):
-        spent = time.perf_counter() - started
-        expected = REFIT_COST * candidates[0].seconds if options.method == "refit" else 0.0
-        if candidates and job.options.time_budget is not None and spent + expected > job.options.time_budget:
-            job.notes.append(f"auto: '{options.method}' was not tried, it would have exceeded the time budget")
-            continue
-        execution.progress(f"trying {options.method}", 0.0)
+    execution.progress("trying the channel rules", 0.0)
+    begun = time.perf_counter()
+    tracks = _candidate_tracks(job)
+    walk(job.networks, [track for _, track in tracks], part, replace(execution, progress=silent))
+    seconds = time.perf_counter() - begun
+    candidates = []
+    for options, track in tracks:
+        model = replace(job, options=options).written(track.plan, track.reports, part)
+        candidates.append(Candidate(options, job.measure(model, execution), seconds / len(tracks)))
+    budget = job.options.time_budget
+    if budget is not None and time.perf_counter() - begun + REFIT_COST * seconds > budget:
+        job.notes.append("auto: 'refit' was not tried, it would have exceeded the time budget")
+    else:
+        execution.progress("trying refit", 0.0)
+        options = replace(job.options, method="refit")
         begun = time.perf_counter()
         model, _ = replace(job, options=options).correct(part, replace(execution, progress=silent))
         seconds = time.perf_counter() - begun
@@ -214,14 +219,15 @@ def _choose(job: RepairJob, calibration: Calibration, execution: Execution) -> t
     return replace(job, options=best.options), candidates
 
 
-def _candidates(job: RepairJob) -> list[RepairOptions]:
+def _candidate_tracks(job: RepairJob) -> list[tuple[RepairOptions, Track]]:
+    """The channel rules worth trying, to share one walk."""
+    networks = job.networks
     found = [
-        replace(job.options, method="paired"),
-        replace(job.options, method="paired", reliability_power=RELIABILITY_POWER),
+        (replace(job.options, method="paired", reliability_power=power), paired_track(networks, EditPlan(), power))
+        for power in (0.0, RELIABILITY_POWER)
     ]
-    if any(point.batchnorm is not None for point in job.networks.survey.points):
-        found.append(replace(job.options, method="bn", bn="exact"))
-    found.append(replace(job.options, method="refit"))
+    if any(point.batchnorm is not None for point in networks.survey.points):
+        found.append((replace(job.options, method="bn", bn="exact"), batchnorm_track(networks, EditPlan())))
     return found
 
 
@@ -275,34 +281,30 @@ def check_method(networks: Networks, options: RepairOptions) -> None:
         )
 
 
-def _correct(
-    networks: Networks,
-    calibration: Calibration,
-    dataset: Dataset,
-    chosen: NDArray[np.int64],
-    options: RepairOptions,
-    execution: Execution,
-) -> tuple[EditPlan, Reports]:
-    plan = EditPlan()
-    if options.method == "paired":
-        return plan, repair_paired(networks, calibration, execution, plan, options.reliability_power)
+def _correct(job: RepairJob, calibration: Calibration, execution: Execution) -> tuple[EditPlan, Reports]:
+    networks, options, plan = job.networks, job.options, EditPlan()
     if options.method == "refit":
         return plan, repair_refit(networks, calibration, execution, plan, options.refit)
-    reports: Reports = {}
+    if options.method == "paired":
+        track = paired_track(networks, plan, options.reliability_power)
+        walk(networks, [track], calibration, execution)
+        return plan, track.reports
+    gains: Reports = {}
     if options.method != "bn":
-        gain_set = calibration if options.gain_samples is None else calibration.head(options.gain_samples)
         assert options.method in ("asr", "raw", "layerwise")
-        reports = repair_gains(
-            networks, gain_set, execution, plan, options.method, options.prior, options.bias_correction
-        )
+        track = gain_track(networks, plan, options.method, options.prior, options.bias_correction)
+        gain_set = calibration if options.gain_samples is None else calibration.head(options.gain_samples)
+        walk(networks, [track], gain_set, execution)
+        gains = track.reports
     if not any(point.batchnorm is not None for point in networks.survey.points):
-        return plan, reports
+        return plan, gains
     if options.bn == "exact":
-        statistics = recalibrate_exact(networks, calibration, execution, plan)
-    else:
-        batches = _ema_batches(dataset, chosen, calibration.batch_size, options)
-        statistics = recalibrate_ema(networks, batches, execution, plan, options.momentum, options.ema_batch_size)
-    return plan, _joined(reports, statistics)
+        track = batchnorm_track(networks, plan)
+        walk(networks, [track], calibration, execution)
+        return plan, _joined(gains, track.reports)
+    batches = _ema_batches(job.dataset, job.chosen, calibration.batch_size, options)
+    statistics = recalibrate_ema(networks, batches, execution, plan, options.momentum, options.ema_batch_size)
+    return plan, _joined(gains, statistics)
 
 
 def _ema_batches(dataset: Dataset, chosen: NDArray[np.int64], batch_size: int, options: RepairOptions) -> Calibration:
@@ -323,13 +325,13 @@ def _ema_batches(dataset: Dataset, chosen: NDArray[np.int64], batch_size: int, o
 
 def _joined(gains: Reports, statistics: Reports) -> Reports:
     """Gains of a convolution and the re-estimated statistics behind it are one report."""
-    merged = dict(statistics)
-    for position, report in gains.items():
-        written = "weights+batchnorm" if position in statistics else report.written
-        merged[position] = PointReport(
-            report.name, report.op_type, written, report.channels, report.dead, report.gain, report.residual
-        )
-    return merged
+    return {
+        **statistics,
+        **{
+            position: replace(report, written="weights+batchnorm") if position in statistics else report
+            for position, report in gains.items()
+        },
+    }
 
 
 def _untouched(networks: Networks, reports: Reports, options: RepairOptions) -> list[Skip]:

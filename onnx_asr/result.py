@@ -7,10 +7,10 @@ from typing import Any
 
 import onnx
 
-from onnx_asr.channel_repair import PointReport
 from onnx_asr.fidelity import Fidelity
 from onnx_asr.graph.points import Skip
 from onnx_asr.options import RepairOptions
+from onnx_asr.point_report import PointReport
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,8 @@ def paired(dense: Moments, pruned: Moments, correlation: Floats | None = None, p
 
         gain = s_d / s_p * max(rho, 0)^power,  shift = m_d - gain m_p
 
-    A dead channel (``s_p`` zero, or rounding noise against ``s_d`` or ``m_p``) keeps gain 1; only its mean is corrected.
+    A dead channel (``s_p`` zero, or rounding noise against ``s_d`` or ``m_p``) keeps gain 1 and only has its mean
+    corrected.
 
     Args:
         dense: Moments of the dense channels.

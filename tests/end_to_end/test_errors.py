@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -92,8 +91,7 @@ def test_no_good_data(tmp_path, output):
     empty.mkdir()
     text.write_text("no data")
     archive = tmp_path / "data.npz"
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("images.npy", "no array")
+    archive.write_bytes(b"PK no archive")
     large = images(tmp_path / "large", (9, 9))
     for data, words in (
         (tmp_path / "missing", "does not exist"),
@@ -121,7 +119,7 @@ def test_labels_missing(tmp_path):
     assert "folder of images" in cli("evaluate", DENSE, "--data", VALIDATION, *PRESET, "--labels", table).error
 
 
-@pytest.mark.parametrize("sparsity", ["1", "-0.1", "1.5", "nan", "90%"])
+@pytest.mark.parametrize("sparsity", ["1", "-0.1", "1.5", "nan"])
 def test_sparsity_out_of_range(sparsity, output):
     assert sparsity in refused("prune", DENSE, "--sparsity", sparsity, output=output)
     assert sparsity in refused("compress", DENSE, "--sparsity", sparsity, *DATA, output=output.with_name("c.onnx"))
@@ -163,6 +161,7 @@ def test_demo_refuses_too(tmp_path):
         (("prune", DENSE, "--sparsity", 0.5, "--include", "("), "regular expression"),
         (("prune", DENSE, "--sparsity", 0.5, "--include", "nothing_of_this_name"), "no weight"),
         (("prune", DENSE, "--sparsiti", 0.5), "--sparsiti"),
+        (("prune", DENSE, "--sparsity", "90%"), "--sparsity"),
         (("prune",), "--help"),
         (("shrink",), "shrink"),
         (("repair", DENSE, "--dense", DENSE), "--data"),

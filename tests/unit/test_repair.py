@@ -139,7 +139,7 @@ def test_paired_gives_every_repaired_tensor_the_dense_moments(name: str, sparsit
         # a filter that is all zeros gives a constant, which no gain can spread
         live = actual.std(axis=1) > 1e-4 * scale
         assert (np.abs(actual.std(axis=1) / scale - 1) <= 2e-4)[live].all(), tensor
-        assert live.mean() > 0.5, tensor
+        assert live.mean() > 0.2, tensor
         moved += np.abs(per_channel(was[tensor], axis).std(axis=1) / scale - 1).max() > 0.05
     assert moved > len(tensors) // 2
 

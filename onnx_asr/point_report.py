@@ -1,0 +1,64 @@
+"""What a repair did at one correction point."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnx_asr.graph.index import GraphIndex
+from onnx_asr.graph.points import Point
+from onnx_asr.numerics.moments import Floats
+
+
+@dataclass(frozen=True)
+class PointReport:
+    """What was done at one correction point.
+
+    Attributes:
+        name: The point's node.
+        op_type: Its operator.
+        written: Where the correction went: "weights", "batchnorm", "weights+batchnorm".
+        channels: Number of channels.
+        dead: Channels without variance in the pruned network.
+        gain: Smallest, median and largest gain; None where statistics were replaced instead.
+        residual: Relative error of the point's output before and after a refit; None for channel rules.
+    """
+
+    name: str
+    op_type: str
+    written: str
+    channels: int
+    dead: int
+    gain: tuple[float, float, float] | None
+    residual: tuple[float, float] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        index: GraphIndex,
+        point: Point,
+        written: str,
+        dead: int,
+        gain: Floats | None = None,
+        residual: tuple[float, float] | None = None,
+    ) -> PointReport:
+        """Summarise the gains of a point."""
+        summary = None if gain is None else (float(gain.min()), float(np.median(gain)), float(gain.max()))
+        op_type = index.nodes[point.node].op_type
+        return cls(point.name, op_type, written, point.channels, dead, summary, residual)
+
+    def note(self, method: str) -> str:
+        """One sentence for the node's doc string."""
+        parts = [f"onnx-resuscitate {method}: {self.written} of {self.channels} channels rewritten"]
+        if self.gain is not None:
+            parts.append(f"gain {self.gain[0]:.4g} to {self.gain[2]:.4g} (median {self.gain[1]:.4g})")
+        if self.residual is not None:
+            parts.append(f"relative output error {self.residual[0]:.4g} -> {self.residual[1]:.4g}")
+        if self.dead:
+            parts.append(f"{self.dead} dead channels")
+        return ", ".join(parts)
+
+
+Reports = dict[int, PointReport]
+"""Node position to what was done there."""

@@ -1,0 +1,116 @@
+"""Patches of convolutions against naive loops over onnx's definition, and sampled positions."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onnx_asr.numerics.patches import (
+    ConvGeometry,
+    channel_major,
+    gather_outputs,
+    gather_patches,
+    input_positions,
+    sample_positions,
+    tap_major,
+)
+
+
+def naive_patches(tensor: np.ndarray, geometry: ConvGeometry, output_shape: tuple[int, ...]) -> np.ndarray:
+    """[N, outputs, C, taps]: the input value that every tap meets, scattered for transposed convolutions."""
+    spatial = tensor.shape[2:]
+    outputs = list(itertools.product(*map(range, output_shape)))
+    taps = list(itertools.product(*map(range, geometry.kernel)))
+    result = np.zeros((*tensor.shape[:1], len(outputs), tensor.shape[1], len(taps)), np.float32)
+    number = {place: count for count, place in enumerate(outputs)}
+    if geometry.transposed:
+        for place in itertools.product(*map(range, spatial)):
+            for column, tap in enumerate(taps):
+                target = tuple(
+                    s * i + d * k - p
+                    for s, i, d, k, p in zip(
+                        geometry.strides, place, geometry.dilations, tap, geometry.pads, strict=True
+                    )
+                )
+                if target in number:
+                    result[:, number[target], :, column] = tensor[(slice(None), slice(None), *place)]
+        return result
+    for row, place in enumerate(outputs):
+        for column, tap in enumerate(taps):
+            source = tuple(
+                s * o + d * k - p
+                for s, o, d, k, p in zip(geometry.strides, place, geometry.dilations, tap, geometry.pads, strict=True)
+            )
+            if all(0 <= i < size for i, size in zip(source, spatial, strict=True)):
+                result[:, row, :, column] = tensor[(slice(None), slice(None), *source)]
+    return result
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[ConvGeometry, tuple[int, ...], tuple[int, ...]]:
+    axes = draw(st.integers(1, 3))
+
+    def each(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw(st.integers(low, high)) for _ in range(axes))
+
+    geometry = ConvGeometry(
+        each(1, 3), each(1, 3), each(1, 2), each(0, 2), draw(st.sampled_from([1, 2, 4])), draw(st.booleans())
+    )
+    return geometry, each(1, 5), each(1, 5)
+
+
+@given(case=cases(), seed=st.integers(0, 99))
+def test_patches_are_what_the_taps_meet(case: tuple[ConvGeometry, tuple[int, ...], tuple[int, ...]], seed: int) -> None:
+    geometry, input_shape, output_shape = case
+    generator = np.random.default_rng(seed)
+    tensor = generator.normal(size=(2, 4, *input_shape)).astype(np.float32)
+    everything = naive_patches(tensor, geometry, output_shape)
+    positions = generator.integers(0, np.prod(output_shape), (2, 3))
+    table = input_positions(geometry, input_shape, output_shape)
+    actual = gather_patches(tensor, table, positions, geometry.groups)
+    taps = int(np.prod(geometry.kernel))
+    assert actual.dtype == np.float32
+    assert actual.shape == (6, geometry.groups, taps * 4 // geometry.groups)
+    for image, place in itertools.product(range(2), range(3)):
+        patch = everything[image, positions[image, place]].reshape(geometry.groups, -1)  # channel-major
+        np.testing.assert_array_equal(actual[3 * image + place], tap_major(patch, taps))
+
+
+def test_tap_major_puts_the_channels_of_a_tap_side_by_side() -> None:
+    rows = np.array([[10, 11, 20, 21, 30, 31]])  # three channels, two taps
+    np.testing.assert_array_equal(tap_major(rows, 2), [[10, 20, 30, 11, 21, 31]])
+
+
+@given(rows=st.integers(1, 3), channels=st.integers(1, 4), taps=st.integers(1, 9))
+def test_channel_major_undoes_tap_major(rows: int, channels: int, taps: int) -> None:
+    values = np.arange(rows * channels * taps).reshape(rows, -1)
+    np.testing.assert_array_equal(channel_major(tap_major(values, taps), taps), values)
+
+
+def test_outputs_are_taken_at_the_same_positions() -> None:
+    tensor = np.arange(2 * 3 * 4.0).reshape(2, 3, 2, 2)
+    positions = np.array([[0, 3], [2, 2]])
+    expected = [[0, 4, 8], [3, 7, 11], [14, 18, 22], [14, 18, 22]]
+    np.testing.assert_array_equal(gather_outputs(tensor, positions), expected)
+
+
+@given(images=st.integers(1, 20), size=st.integers(1, 60), rows=st.integers(1, 400), seed=st.integers(0, 9))
+def test_positions_are_spread_over_every_image(images: int, size: int, rows: int, seed: int) -> None:
+    positions = sample_positions(images, size, rows, (seed, 1))
+    assert len(positions) == images
+    assert positions.size <= max(rows, images)
+    assert positions.min() >= 0
+    assert positions.max() < size
+    per_image = positions.shape[1]
+    assert per_image == min(size, max(1, rows // images))
+    for row in positions:
+        assert len(set(row)) == per_image
+        assert (np.diff(row) > 0).all()
+        # one in each of equal runs: no gap is longer than two of them
+        assert np.diff(np.concatenate([[-1], row, [size]])).max() <= 2 * size / per_image + 1
+    np.testing.assert_array_equal(positions, sample_positions(images, size, rows, (seed, 1)))
+    if per_image < size // 2 and images > 5:
+        assert not np.array_equal(positions, sample_positions(images, size, rows, (seed, 2)))
