@@ -1,15 +1,40 @@
-"""Repair pruned ONNX vision networks: no retraining, no labels, no PyTorch."""
+"""Repair pruned ONNX vision networks: no retraining, no labels, no PyTorch.
 
-from onnx_asr.compression import CompressOptions, CompressResult, compress
-from onnx_asr.data import Preprocessing
-from onnx_asr.evaluation import evaluate
-from onnx_asr.model_io import save
-from onnx_asr.networks import Execution
-from onnx_asr.options import RepairOptions
-from onnx_asr.pruning import PruneResult, prune
-from onnx_asr.repair import repair
-from onnx_asr.result import RepairResult
+Names are imported when they are asked for, so that the command line's help does not wait for onnxruntime.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from onnx_asr.version import __version__
+
+if TYPE_CHECKING:
+    from onnx_asr.compression import CompressOptions, CompressResult, compress
+    from onnx_asr.data import Preprocessing
+    from onnx_asr.evaluation import evaluate
+    from onnx_asr.model_io import save
+    from onnx_asr.networks import Execution
+    from onnx_asr.options import RepairOptions
+    from onnx_asr.pruning import PruneResult, prune
+    from onnx_asr.repairing import repair
+    from onnx_asr.result import RepairResult
+
+_HOME = {
+    "CompressOptions": "compression",
+    "CompressResult": "compression",
+    "Execution": "networks",
+    "Preprocessing": "data",
+    "PruneResult": "pruning",
+    "RepairOptions": "options",
+    "RepairResult": "result",
+    "compress": "compression",
+    "evaluate": "evaluation",
+    "prune": "pruning",
+    "repair": "repairing",
+    "save": "model_io",
+}
 
 __all__ = [
     "CompressOptions",
@@ -26,3 +51,15 @@ __all__ = [
     "repair",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

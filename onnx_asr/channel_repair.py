@@ -8,7 +8,7 @@ each is a track with a plan and a pruned lane of its own, and the dense network 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.points import Point
 from onnx_asr.networks import Execution, Networks, by_level
 from onnx_asr.numerics.gains import (
+    BatchNormParameters,
     ChannelAffine,
     Prior,
     absorb,
@@ -233,10 +234,22 @@ def _referenced(networks: Networks, points: Sequence[Point]) -> list[Point]:
 def _into_batchnorm(
     networks: Networks, plan: EditPlan, point: Point, affine: ChannelAffine, measured: Measured
 ) -> PointReport:
-    index = networks.pruned
     assert point.batchnorm is not None
-    plan_batchnorm(index, plan, point.batchnorm, absorb(read_batchnorm(index, plan, point.batchnorm), affine))
-    return PointReport.of(index, point, "batchnorm", _dead(measured.pruned), affine.gain)
+    target = _target_batchnorm(networks, plan, point.batchnorm)
+    plan_batchnorm(networks.pruned, plan, point.batchnorm, absorb(target, affine))
+    return PointReport.of(networks.pruned, point, "batchnorm", _dead(measured.pruned), affine.gain)
+
+
+def _target_batchnorm(networks: Networks, plan: EditPlan, position: int) -> BatchNormParameters:
+    """What is to follow a matched tensor: the dense network's BatchNormalization, with the pruned node's epsilon.
+
+    The pruned file's own may already have been adapted to the pruned tensor, by a repair or by fine-tuning.
+    """
+    own = read_batchnorm(networks.pruned, plan, position)
+    if networks.dense is None or networks.pairing is None:
+        return own
+    dense = read_batchnorm(networks.dense, EditPlan(), networks.pairing.nodes[position])
+    return replace(dense, var=dense.var + dense.epsilon - own.epsilon, epsilon=own.epsilon)
 
 
 def _into_weights(

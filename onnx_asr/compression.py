@@ -41,7 +41,7 @@ from onnx_asr.pruning import (
     unstructured_masks,
 )
 from onnx_asr.refit_repair import repair_refit
-from onnx_asr.repair import RepairJob, finish
+from onnx_asr.repairing import RepairJob, finish
 from onnx_asr.result import RepairResult
 
 Masks = list[NDArray[np.bool_]]

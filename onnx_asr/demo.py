@@ -26,7 +26,7 @@ from onnx_asr.model_io import check_writable, load, save
 from onnx_asr.networks import Execution
 from onnx_asr.options import METHODS, Method, RepairOptions
 from onnx_asr.pruning import Pattern, check_sparsity, prune
-from onnx_asr.repair import repair
+from onnx_asr.repairing import repair
 from onnx_asr.result import RepairResult
 
 MODEL, SPARSITY = "resnet", 0.95

@@ -150,7 +150,7 @@ def accuracy(outputs: Outputs, labels: NDArray[np.int64], label_offset: int = 0)
 
 
 def is_classifier(outputs: Outputs) -> bool:
-    """Whether the first output is one floating-point score a class: [N, C], or [N, C, 1, 1], with C above 1."""
+    """Whether the first output is one floating-point score a class: [N, C] with C above 1."""
     first = outputs[0]
     return first.ndim == 2 and first.shape[1] > 1 and bool(np.issubdtype(first.dtype, np.floating))
 

@@ -96,7 +96,8 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
         raise OutputError(f"output path '{target}' is a folder; give the name of the file to write")
     folder = target.parent
     if not folder.is_dir():
-        raise OutputError(f"output folder '{folder}' does not exist; create it first")
+        what = "is not a folder" if folder.exists() else "does not exist; create it first"
+        raise OutputError(f"output folder '{folder}' {what}")
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{target.name}."):
             pass

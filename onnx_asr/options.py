@@ -9,11 +9,35 @@ import numpy as np
 
 from onnx_asr.errors import OptionError
 from onnx_asr.numerics.gains import Prior
-from onnx_asr.refit_samples import RefitRecipe
+
+FEW_ROWS, FEW_ROWS_RIDGE = 5000, 0.1
 
 Method = Literal["auto", "refit", "paired", "asr", "layerwise", "raw", "bn"]
 METHODS: tuple[Method, ...] = get_args(Method)
 BatchNormMode = Literal["exact", "ema"]
+
+
+@dataclass(frozen=True)
+class RefitRecipe:
+    """The parts of the recipe; each can be switched off.
+
+    Attributes:
+        rows: Sampled output positions a point, over all images.
+        ridge: Pull toward the dense weights; where there are few rows at least ``FEW_ROWS_RIDGE``.
+        relu_steps: ReLU-aware steps; 0 switches them off.
+        gain_power: Exponent of the final gain; 0 switches it off.
+        block_targets: Match the sum at residual Adds.
+        classifier: Refit Gemm and MatMul nodes, too.
+        seed: Of the positions.
+    """
+
+    rows: int = 12_000
+    ridge: float = 1e-2
+    relu_steps: int = 3
+    gain_power: float = 0.5
+    block_targets: bool = True
+    classifier: bool = True
+    seed: int = 0
 
 
 @dataclass(frozen=True)

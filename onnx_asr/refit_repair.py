@@ -21,8 +21,9 @@ from onnx_asr.graph.points import Point
 from onnx_asr.networks import Execution, Networks
 from onnx_asr.numerics.gains import BatchNormParameters
 from onnx_asr.numerics.moments import Floats
+from onnx_asr.options import RefitRecipe
 from onnx_asr.point_report import PointReport, Reports
-from onnx_asr.refit_samples import RefitRecipe, RowSampler
+from onnx_asr.refit_samples import RowSampler
 from onnx_asr.rewrite import plan_batchnorm, plan_bias, plan_rows, read_alpha, read_batchnorm, read_bias, read_rows
 
 _MAX_GROWTH = 10.0

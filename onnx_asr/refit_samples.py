@@ -28,33 +28,10 @@ from onnx_asr.numerics.patches import (
     tap_major,
 )
 from onnx_asr.numerics.refit import RefitOptions, RefitSolution, refit_rows
+from onnx_asr.options import FEW_ROWS, FEW_ROWS_RIDGE, RefitRecipe
 from onnx_asr.rewrite import read_alpha, read_batchnorm, read_rows
 
 MAX_ROW_BYTES = 256 << 20
-FEW_ROWS, FEW_ROWS_RIDGE = 5000, 0.1
-
-
-@dataclass(frozen=True)
-class RefitRecipe:
-    """The parts of the recipe; each can be switched off.
-
-    Attributes:
-        rows: Sampled output positions a point, over all images.
-        ridge: Pull toward the dense weights; where there are few rows at least ``FEW_ROWS_RIDGE``.
-        relu_steps: ReLU-aware steps; 0 switches them off.
-        gain_power: Exponent of the final gain; 0 switches it off.
-        block_targets: Match the sum at residual Adds.
-        classifier: Refit Gemm and MatMul nodes, too.
-        seed: Of the positions.
-    """
-
-    rows: int = 12_000
-    ridge: float = 1e-2
-    relu_steps: int = 3
-    gain_power: float = 0.5
-    block_targets: bool = True
-    classifier: bool = True
-    seed: int = 0
 
 
 class RowSampler:

@@ -13,6 +13,7 @@ from onnx import helper, numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
 
 from onnx_asr.graph.index import GraphIndex
+from onnx_asr.graph.points import Point, survey
 
 MODELS = Path(__file__).parent.parent / "models"
 BN_SLOTS = (1, 2, 3, 4)
@@ -308,3 +309,121 @@ def digit_images(split: str = "calibration") -> tuple[np.ndarray, np.ndarray]:
     with np.load(MODELS / "data" / f"digits_{split}.npz") as file:
         pixels, labels = file["images"], file["labels"]
     return ((pixels.astype(np.float32) / 255 - 0.5) / 0.5).transpose(0, 3, 1, 2), labels
+
+
+# One layer of every kind. name: (graph, weights, input shape, channels, channel axis)
+LAYERS: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int, int]] = {
+    "conv": (
+        "g (float[N,3,6,6] x) => (float[N,5,6,6] y) { y = Conv <pads=[1,1,1,1]> (x, w, b) }",
+        {"w": (5, 3, 3, 3), "b": (5,)},
+        (2, 3, 6, 6),
+        5,
+        1,
+    ),
+    "conv-1d": (
+        "g (float[N,3,9] x) => (float[N,5,4] y) { y = Conv <strides=[2]> (x, w) }",
+        {"w": (5, 3, 3)},
+        (2, 3, 9),
+        5,
+        1,
+    ),
+    "conv-3d": (
+        "g (float[N,2,4,4,4] x) => (float[N,3,3,3,3] y) { y = Conv (x, w) }",
+        {"w": (3, 2, 2, 2, 2)},
+        (2, 2, 4, 4, 4),
+        3,
+        1,
+    ),
+    "conv-grouped": (
+        "g (float[N,4,5,5] x) => (float[N,6,3,3] y) { y = Conv <group=2, dilations=[2,2], pads=[1,1,1,1]> (x, w) }",
+        {"w": (6, 2, 3, 3)},
+        (2, 4, 5, 5),
+        6,
+        1,
+    ),
+    "conv-depthwise": (
+        "g (float[N,4,5,5] x) => (float[N,8,3,3] y) { y = Conv <group=4> (x, w, b) }",
+        {"w": (8, 1, 3, 3), "b": (8,)},
+        (2, 4, 5, 5),
+        8,
+        1,
+    ),
+    "transposed": (
+        "g (float[N,3,4,4] x) => (float[N,5,8,8] y) { y = ConvTranspose <strides=[2,2]> (x, w, b) }",
+        {"w": (3, 5, 2, 2), "b": (5,)},
+        (2, 3, 4, 4),
+        5,
+        1,
+    ),
+    "transposed-grouped": (
+        "g (float[N,6,4,4] x) => (float[N,4,6,6] y) { y = ConvTranspose <group=2> (x, w) }",
+        {"w": (6, 2, 3, 3)},
+        (2, 6, 4, 4),
+        4,
+        1,
+    ),
+    "gemm": (
+        "g (float[N,4] x) => (float[N,3] y) { y = Gemm (x, w, b) }",
+        {"w": (4, 3), "b": (3,)},
+        (5, 4),
+        3,
+        1,
+    ),
+    "gemm-square": (
+        "g (float[N,4] x) => (float[N,4] y) { y = Gemm (x, w, b) }",
+        {"w": (4, 4), "b": (1, 4)},
+        (5, 4),
+        4,
+        1,
+    ),
+    "gemm-transB": (
+        "g (float[N,4] x) => (float[N,4] y) { y = Gemm <transB=1, alpha=0.5, beta=2.0> (x, w, b) }",
+        {"w": (4, 4), "b": (4,)},
+        (5, 4),
+        4,
+        1,
+    ),
+    "gemm-transA": (
+        "g (float[4,N] x) => (float[N,3] y) { y = Gemm <transA=1, transB=1> (x, w) }",
+        {"w": (3, 4)},
+        (4, 5),
+        3,
+        1,
+    ),
+    "matmul-right": (
+        "g (float[N,6,4] x) => (float[N,6,4] y) { y = MatMul (x, w) }",
+        {"w": (4, 4)},
+        (2, 6, 4),
+        4,
+        -1,
+    ),
+    "matmul-right-add": (
+        "g (float[N,6,4] x) => (float[N,6,3] y) { p = MatMul (x, w)  y = Add (b, p) }",
+        {"w": (4, 3), "b": (3,)},
+        (2, 6, 4),
+        3,
+        -1,
+    ),
+    "matmul-left": (
+        "g (float[N,4,6] x) => (float[N,4,6] y) { y = MatMul (w, x) }",
+        {"w": (4, 4)},
+        (2, 4, 6),
+        4,
+        -2,
+    ),
+    "matmul-left-add": (
+        "g (float[N,4,6] x) => (float[N,3,6] y) { p = MatMul (w, x)  y = Add (p, b) }",
+        {"w": (3, 4), "b": (3, 1)},
+        (2, 4, 6),
+        3,
+        -2,
+    ),
+}
+
+
+def layer(name: str) -> tuple[onnx.ModelProto, np.ndarray, Point]:
+    """One of ``LAYERS``, an input for it, and its correction point."""
+    text, weights, shape, _, _ = LAYERS[name]
+    model = net(text, seed=3, **weights)
+    (point,) = survey(index(model)).points
+    return model, np.random.default_rng(4).normal(size=shape).astype(np.float32), point

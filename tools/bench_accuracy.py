@@ -38,8 +38,7 @@ from onnx_asr.graph.edit import EditPlan, apply
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import survey
 from onnx_asr.networks import Execution
-from onnx_asr.options import METHODS, RepairOptions
-from onnx_asr.refit_samples import RefitRecipe
+from onnx_asr.options import METHODS, RefitRecipe, RepairOptions
 
 MASK_OF_BN = "folded, mask of bn"
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,7 +33,7 @@ from onnx_asr.cli.parameters import (
     repair_options,
     spread,
 )
-from onnx_asr.cli.terminal import Terminal, say, say_traceback
+from onnx_asr.cli.terminal import Terminal, drop_stdout, say, say_traceback
 from onnx_asr.errors import OnnxAsrError
 from onnx_asr.version import __version__
 
@@ -167,7 +165,7 @@ def repair(
 ) -> int:
     """Give a pruned model its accuracy back, from unlabelled samples."""
     from onnx_asr.model_io import check_writable, is_external, save
-    from onnx_asr.repair import repair as run
+    from onnx_asr.repairing import repair as run
 
     target = check_writable(output)
     options, preprocessing = repair_options(calibration, refit, method), images.preprocessing()
@@ -321,7 +319,7 @@ def main() -> NoReturn:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        _drop_stdout()
+        drop_stdout()
     sys.exit(code)
 
 
@@ -332,11 +330,8 @@ def run(arguments: Sequence[str]) -> int:
         code = app(list(arguments) or ["--help"], prog_name=DISTRIBUTION, standalone_mode=False)
     except KeyboardInterrupt:
         code = INTERRUPTED
-    except SystemExit as leaving:  # click's answer to a reader of stdout that has left
-        _drop_stdout()
-        return DONE if leaving.code in (None, 1) else BAD_INPUT
-    except BrokenPipeError:
-        _drop_stdout()
+    except (SystemExit, BrokenPipeError):  # the reader of a help text has left; SystemExit is click's word for that
+        drop_stdout()
         return DONE
     except Exception as error:
         if type(error).__name__ == "Abort":  # click's name for an interrupt
@@ -365,9 +360,3 @@ def _message(error: Exception) -> str:
     text = str(error).strip()
     first = f": {text.splitlines()[0]}" if text else ""
     return f"unexpected {type(error).__name__}{first}; run again with --debug for the whole story"
-
-
-def _drop_stdout() -> None:
-    """Let nothing more be written to a stdout that nobody reads."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -29,7 +30,17 @@ class Terminal:
         self._err = Console(stderr=True, highlight=False, emoji=False)
 
     def result(self, values: dict[str, Any], *shown: RenderableType) -> None:
-        """Print a result: as JSON, or as text and tables for a reader, or not at all."""
+        """Print a result: as JSON, or as text and tables for a reader, or not at all.
+
+        A reader who has left changes nothing: the work is done.
+        """
+        try:
+            self._print(values, shown)
+            sys.stdout.flush()
+        except (BrokenPipeError, SystemExit):  # SystemExit is rich's word for it
+            drop_stdout()
+
+    def _print(self, values: dict[str, Any], shown: Sequence[RenderableType]) -> None:
         if self._json:
             print(json.dumps(_plain(values), indent=2, allow_nan=False))
         elif not self._quiet:
@@ -48,6 +59,12 @@ class Terminal:
         with Progress(*columns, console=self._err, transient=True) as bar:
             task = bar.add_task("starting", total=1.0)
             yield lambda stage, fraction: bar.update(task, description=stage, completed=fraction)
+
+
+def drop_stdout() -> None:
+    """Let nothing more be written to a stdout that nobody reads."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(kind: str, message: str) -> None:

@@ -8,6 +8,7 @@ effect in the next segment that holds their node, so every node runs once, with 
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -75,6 +76,8 @@ class BufferPool:
         self._free.clear()
 
     def _new(self, size: int) -> NDArray[np.uint8]:
+        if self._limit is not None and self._in_memory + size > self._limit:
+            self.trim()
         if self._limit is None or self._in_memory + size <= self._limit:
             self._in_memory += size
             return np.empty(size, np.uint8)
@@ -85,6 +88,8 @@ class BufferPool:
             path = Path(self._folder.name) / f"{self._files}.bin"
             with path.open("wb") as file:
                 file.truncate(size)
+                if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a crash on the first write
+                    os.posix_fallocate(file.fileno(), 0, size)
             mapped = np.memmap(path, np.uint8, "r+")
             path.unlink()  # the mapping keeps the space until it is dropped, on every way out
         except OSError as error:

@@ -65,6 +65,7 @@ class Session:
             raise ModelError(f"onnxruntime cannot load the model: {_first_line(error)}") from error
         self.output_names = [output.name for output in self._session.get_outputs()]
         self._shapes: dict[tuple[Any, ...], dict[str, tuple[tuple[int, ...], np.dtype[Any]]]] = {}
+        self._data_dependent = False
 
     def run(
         self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None, allocate: Allocate = np.empty
@@ -73,23 +74,36 @@ class Session:
         names = list(outputs or self.output_names)
         signature = tuple((name, value.shape) for name, value in feeds.items())
         known = self._shapes.get(signature)
-        try:
-            if known is None:
-                values = self._session.run(names, dict(feeds))
-                results = {name: owned(np.asarray(value), allocate) for name, value in zip(names, values, strict=True)}
+        if known is None:
+            values = self._attempt(lambda: self._session.run(names, dict(feeds)))
+            results = {name: owned(np.asarray(value), allocate) for name, value in zip(names, values, strict=True)}
+            if not self._data_dependent:
                 self._shapes[signature] = {name: (array.shape, array.dtype) for name, array in results.items()}
-                return results
-            binding = self._session.io_binding()
-            held = {name: np.ascontiguousarray(value) for name, value in feeds.items()}
-            for name, value in held.items():
-                binding.bind_input(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
-            results = {name: allocate(*known[name]) for name in names}
-            for name, value in results.items():
-                binding.bind_output(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
-            self._session.run_with_iobinding(binding)
+            return results
+        held = {name: np.ascontiguousarray(value) for name, value in feeds.items()}
+        results = {name: allocate(*known[name]) for name in names}
+        try:
+            self._bound(held, results)
+        except Exception:  # the output shapes follow from more than the input shapes (NonZero, NonMaxSuppression)
+            self._data_dependent = True
+            self._shapes.clear()
+            return self.run(feeds, names, allocate)
+        return results
+
+    def _bound(self, feeds: Mapping[str, NDArray[Any]], results: Mapping[str, NDArray[Any]]) -> None:
+        binding = self._session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_input(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
+        for name, value in results.items():
+            binding.bind_output(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
+        self._session.run_with_iobinding(binding)
+
+    @staticmethod
+    def _attempt(call: Callable[[], Any]) -> Any:
+        try:
+            return call()
         except Exception as error:
             raise ModelError(f"onnxruntime cannot run the model: {_first_line(error)}") from error
-        return results
 
 
 def owned(value: NDArray[Any], allocate: Allocate) -> NDArray[Any]:

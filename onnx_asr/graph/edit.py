@@ -68,18 +68,33 @@ def stored(index: GraphIndex, node: int, slot: int, value: NDArray[Any]) -> NDAr
     inputs = index.nodes[node].input
     present = slot < len(inputs) and bool(inputs[slot])
     reference = inputs[slot] if present else next(name for name in inputs[1:] if name and index.is_constant(name))
+    result = _cast(index, node, f"input {slot}", reference, value)
+    if present:
+        shape = index.value(reference).shape
+        if int(np.prod(shape)) == result.size:
+            result = result.reshape(shape)
+    return result
+
+
+def stored_bias(index: GraphIndex, node: int, value: NDArray[Any]) -> NDArray[Any]:
+    """The bias to put behind a MatMul, in the type of its weight.
+
+    Raises:
+        ModelError: When a value is not finite in that type.
+    """
+    weight = next(name for name in index.nodes[node].input if index.is_constant(name))
+    return _cast(index, node, "the bias", weight, value)
+
+
+def _cast(index: GraphIndex, node: int, what: str, reference: str, value: NDArray[Any]) -> NDArray[Any]:
     dtype = onnx.helper.tensor_dtype_to_np_dtype(index.element_type(reference))
     with np.errstate(over="ignore", invalid="ignore"):
         result = np.asarray(value).astype(dtype)
     if not np.isfinite(result.astype(np.float64)).all():
         raise ModelError(
-            f"the new value of input {slot} of node {index.label(node)} is not finite as {np.dtype(dtype).name}: "
+            f"the new value of {what} of node {index.label(node)} is not finite as {np.dtype(dtype).name}: "
             "check the calibration data, or repair a float32 version of the model"
         )
-    if present:
-        shape = index.value(reference).shape
-        if int(np.prod(shape)) == result.size:
-            result = result.reshape(shape)
     return result
 
 
@@ -90,7 +105,7 @@ def apply(index: GraphIndex, plan: EditPlan, metadata: Mapping[str, str] | None 
         ModelError: When a new value does not fit the stored type.
     """
     values = {key: stored(index, *key, value) for key, value in plan.values.items()}
-    biases = {node: _added_bias(index, node, value) for node, value in plan.added_bias.items()}
+    biases = {node: stored_bias(index, node, value) for node, value in plan.added_bias.items()}
     model = onnx.ModelProto()
     model.CopyFrom(index.model)
     writer = _Writer(model, index, _tied(index, plan))
@@ -129,11 +144,6 @@ def _tied(index: GraphIndex, plan: EditPlan) -> set[str]:
         if len(values) == sites and all(value is values[0] for value in values) and name not in index.outputs:
             tied.add(name)
     return tied
-
-
-def _added_bias(index: GraphIndex, node: int, value: NDArray[Any]) -> NDArray[Any]:
-    weight = next(name for name in index.nodes[node].input if index.is_constant(name))
-    return np.asarray(value).astype(onnx.helper.tensor_dtype_to_np_dtype(index.element_type(weight)))
 
 
 def unique_name(taken: set[str], wish: str) -> str:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from onnx_asr.graph.edit import EditPlan, stored
+from onnx_asr.graph.edit import EditPlan, stored, stored_bias
 from onnx_asr.graph.index import GraphIndex, node_reads
 
 MIN_IR_VERSION = 4  # below it initializers count as overridable inputs, which switches fusions off
@@ -54,7 +53,7 @@ def cut(
         nodes.append(node)
         if position in plan.added_bias:
             bias = f"asr::{position}:bias"
-            tensors[bias] = numpy_helper.from_array(plan.added_bias[position].astype(np.float32), bias)
+            tensors[bias] = numpy_helper.from_array(stored_bias(index, position, plan.added_bias[position]), bias)
             total, node.output[0] = node.output[0], f"{node.output[0]}::unbiased"
             nodes.append(onnx.helper.make_node("Add", [node.output[0], bias], [total]))
     sparse: dict[str, onnx.SparseTensorProto] = {}

@@ -96,7 +96,8 @@ def test_auto_shows_what_it_tried(pruned, tmp_path):
 def test_a_time_budget_limits_auto(pruned, tmp_path):
     options = ("--dense", DENSE, "--data", CALIBRATION, *PRESET, *FEW, "--time-budget", 0, "--json")
     report = cli("repair", pruned, "-o", tmp_path / "r.onnx", *options).json
-    assert len(report["candidates"]) == 1
+    assert report["candidates"]
+    assert "refit" not in {candidate["method"] for candidate in report["candidates"]}
     assert any("time budget" in note for note in report["notes"])
 
 
@@ -240,13 +241,16 @@ def test_demo_for_a_reader(tmp_path):
     assert all(family in text for family in families)
 
 
-def test_help_is_quick_and_knows_the_methods():
+def test_help_knows_the_methods():
     text = cli("repair", "--help").out
     assert all(method in text for method in METHODS)
     assert cli().out == cli("--help").out
     assert cli("--version").out.startswith("onnx-resuscitate ")
+
+
+def test_help_imports_no_onnxruntime():
     script = (
-        "import sys; from onnx_asr.cli.app import run; code = run(['--help']); "
+        "import sys; from onnx_asr.cli.app import run; code = run(['repair', '--help']); "
         "sys.exit(code or int('onnxruntime' in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -188,3 +188,14 @@ def test_debug_shows_the_traceback(output):
     assert done.code == 2
     assert "Traceback" in done.err
     assert done.err.splitlines()[-1].startswith("error: ")
+
+
+def test_another_distribution_in_the_package(tmp_path, output, monkeypatch):
+    info = tmp_path / "site" / "onnx_asr-9.9.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: onnx-asr\nVersion: 9.9\n")
+    (info / "RECORD").write_text("onnx_asr/__init__.py,,\nonnx_asr/cli.py,,\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    error = cli("prune", DENSE, "--sparsity", 0.5, "-o", output).error
+    assert "onnx-asr" in error
+    assert "pip uninstall" in error

@@ -12,9 +12,8 @@ import pytest
 import onnx_asr.refit_samples as refit_samples
 from onnx_asr.graph.context import Context, contexts, steps
 from onnx_asr.graph.points import survey
-from onnx_asr.options import RepairOptions
-from onnx_asr.refit_samples import RefitRecipe
-from onnx_asr.repair import repair
+from onnx_asr.options import RefitRecipe, RepairOptions
+from onnx_asr.repairing import repair
 from tests.graphs import bn, copy, images, index, net, parameter, positions, run, set_parameter
 
 PLAIN = RefitRecipe(rows=10**9, ridge=0.0, relu_steps=0, gain_power=0.0, block_targets=False)
@@ -123,16 +122,11 @@ LAYERS: dict[str, tuple[str, str, int, tuple[int, ...], tuple[int, ...], bool]] 
 }
 
 
-def layer(name: str) -> tuple[onnx.ModelProto, onnx.ModelProto, np.ndarray]:
-    """One layer that sees a signal with correlated neighbours; the pruned one misses half of its weights."""
+def layer(name: str) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """One layer; the pruned one misses half of its weights."""
     op, options, channels, spatial, shape, has_bias = LAYERS[name]
-    text = CONV.format(
-        c=channels,
-        dims="".join(f",{size}" for size in spatial),
-        op=op,
-        attributes=options,
-        bias=", b" if has_bias else "",
-    )
+    dims = "".join(f",{size}" for size in spatial)
+    text = CONV.format(c=channels, dims=dims, op=op, attributes=options, bias=", b" if has_bias else "")
     outputs = shape[0]
     if op == "ConvTranspose":
         outputs = shape[1] * (2 if "group=2" in options else 1)
@@ -141,21 +135,21 @@ def layer(name: str) -> tuple[onnx.ModelProto, onnx.ModelProto, np.ndarray]:
     damaged = copy(model)
     weight = parameter(model, 0, 1)
     set_parameter(damaged, 0, 1, weight * (np.random.default_rng(1).random(shape) < 0.55))
-    return model, damaged, images(300, seed=2, shape=(channels, *spatial))
+    return model, damaged
 
 
-def images_of(count: int, shape: tuple[int, ...]) -> np.ndarray:
+def signals(count: int, shape: tuple[int, ...]) -> np.ndarray:
     generator = np.random.default_rng(count)
-    noise = generator.normal(size=(count, *shape))
+    noise = generator.normal(size=(count, *shape))  # neighbours are correlated
     return (noise + 0.6 * np.roll(noise, 1, -1) + np.linspace(-1, 1, shape[-1])).astype(np.float32)
 
 
 @pytest.mark.usefixtures("_no_ridge_for_few_rows")
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_convolution_gets_the_least_squares_weights(name: str) -> None:
-    op, _, channels, spatial, shape, _ = LAYERS[name]
-    model, damaged, _ = layer(name)
-    x = images_of(120, (channels, *spatial))
+    op, _, channels, spatial = LAYERS[name][:4]
+    model, damaged = layer(name)
+    x = signals(120, (channels, *spatial))
     result = refitted(damaged, model, x)
     target = run(model, {"x": x})["y"]
     rows = rows_of(target)

@@ -18,9 +18,8 @@ from onnx_asr.calibration import input_specs
 from onnx_asr.data.datasets import TensorDataset
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.index import GraphIndex
-from onnx_asr.options import RepairOptions
-from onnx_asr.refit_samples import RefitRecipe
-from onnx_asr.repair import repair, split_samples
+from onnx_asr.options import RefitRecipe, RepairOptions
+from onnx_asr.repairing import repair, split_samples
 from tests.graphs import (
     bn,
     copy,
@@ -42,7 +41,7 @@ from tests.graphs import (
     weights,
 )
 
-repair_module = importlib.import_module("onnx_asr.repair")
+repair_module = importlib.import_module("onnx_asr.repairing")
 
 METHODS = ("paired", "refit", "asr", "raw", "layerwise", "bn")
 NETS = ("residual", "dense", "digits_resnet", "digits_vgg", "digits_mobilenet", "digits_densenet")
@@ -508,7 +507,7 @@ def test_a_time_budget_leaves_candidates_out() -> None:
     model, damaged = model_of("residual"), pruned_of("residual", 0.5)
     options = RepairOptions(samples=64, verify_samples=32, time_budget=0.0)
     result = repair(damaged, images(96, seed=8), dense=model, options=options)
-    assert [item.label for item in result.candidates] == ["paired"]
+    assert [item.label for item in result.candidates] == ["paired", "paired (rho^0.25)", "bn"]
     assert any("time budget" in note for note in result.notes)
 
 

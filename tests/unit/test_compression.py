@@ -1,0 +1,170 @@
+"""Mask rounds: nested masks, exact sparsity, valid patterns, and better than pruning at once."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from onnx_asr.compression import CompressOptions, compress
+from onnx_asr.errors import OptionError
+from onnx_asr.options import RepairOptions
+from onnx_asr.pruning import prune
+from onnx_asr.refit_samples import RefitRecipe
+from onnx_asr.repairing import repair
+from tests.graphs import digit_images, digits, folded, images, parameter, positions, residual_net, run
+
+module = importlib.import_module("onnx_asr.compression")
+FAST = RefitRecipe(rows=4000, relu_steps=1)
+
+
+def weights_of(model: onnx.ModelProto) -> list[np.ndarray]:
+    return [parameter(model, p, 1) for p in positions(model, "Conv", "Gemm", "MatMul")]
+
+
+def zeros(model: onnx.ModelProto) -> int:
+    return sum(int((value == 0).sum()) for value in weights_of(model))
+
+
+def size(model: onnx.ModelProto) -> int:
+    return sum(value.size for value in weights_of(model))
+
+
+class Rounds:
+    """The model of every round."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.models: list[onnx.ModelProto] = []
+        original = module.apply_masks
+
+        def spy(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            self.models.append(result.model)
+            return result
+
+        monkeypatch.setattr(module, "apply_masks", spy)
+
+
+def settings(count: int, **rest: Any) -> RepairOptions:
+    return RepairOptions(samples=count, verify_samples=0, refit=FAST, **rest)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_masks_are_nested_and_densities_geometric(fold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = Rounds(monkeypatch)
+    model = residual_net()
+    if fold:
+        model = folded(model)
+    before = model.SerializeToString(deterministic=True)
+    result = compress(model, images(48, seed=1), CompressOptions(0.8, rounds=4), repair_options=settings(48))
+    assert model.SerializeToString(deterministic=True) == before
+    total = size(model)
+    assert [zeros(item) for item in rounds.models] == [round((1 - 0.2 ** (i / 4)) * total) for i in (1, 2, 3, 4)]
+    for earlier, later in zip(rounds.models[:-1], rounds.models[1:], strict=True):
+        for old, new in zip(weights_of(earlier), weights_of(later), strict=True):
+            assert not new[old == 0].any()
+    # a round starts from the dense weights: what survives is unchanged until the refit
+    for item in rounds.models:
+        for dense, kept in zip(weights_of(model), weights_of(item), strict=True):
+            np.testing.assert_array_equal(kept[kept != 0], dense[kept != 0])
+    assert len(result.round_seconds) == 4
+    assert zeros(result.model) == round(0.8 * total)
+    assert result.repair.sparsity == pytest.approx(0.8, abs=1 / total)
+    onnx.checker.check_model(result.model, full_check=True)
+
+
+def test_one_round_is_pruning_then_refit() -> None:
+    model, x = residual_net(), images(48, seed=1)
+    at_once = compress(model, x, CompressOptions(0.7, rounds=1), repair_options=settings(48)).model
+    damaged = prune(model, 0.7).model
+    by_hand = repair(damaged, x, dense=model, options=settings(48, method="refit")).model
+    np.testing.assert_array_equal(run(at_once, {"x": x})["logits"], run(by_hand, {"x": x})["logits"])
+
+
+def test_later_masks_rank_refitted_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rounds do not end in the mask that the dense magnitudes alone give."""
+    rounds = Rounds(monkeypatch)
+    model = residual_net()
+    compress(model, images(48, seed=1), CompressOptions(0.7, rounds=2), repair_options=settings(48))
+    at_once = prune(model, 0.7).model
+    different = [
+        (old != 0) != (new != 0) for old, new in zip(weights_of(at_once), weights_of(rounds.models[-1]), strict=True)
+    ]
+    assert sum(int(item.sum()) for item in different) > 0.02 * size(model)
+    # the first mask is the dense magnitudes'
+    first = prune(model, 1 - 0.3**0.5).model
+    for old, new in zip(weights_of(first), weights_of(rounds.models[0]), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize(("pattern", "n", "rounds"), [("2:4", 2, 2), ("1:4", 1, 5)])
+def test_patterns_are_valid_at_the_end_and_lose_one_weight_a_round(
+    pattern: str, n: int, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Rounds(monkeypatch)
+    model = residual_net()
+    options = CompressOptions(pattern=pattern, rounds=rounds)
+    result = compress(model, images(48, seed=1), options, repair_options=settings(48))
+    steps = list(range(3, n - 1, -1))
+    assert len(seen.models) == len(steps)
+    for kept, item in zip(steps, [*seen.models[:-1], result.model], strict=True):
+        for weight, dense in zip(weights_of(item), weights_of(model), strict=True):
+            if dense.shape[1] < 4:
+                assert np.count_nonzero(weight) == dense.size
+                continue
+            for start in range(0, dense.shape[1], 4):
+                assert (np.count_nonzero(weight[:, start : start + 4], axis=1) == kept).all()
+
+
+def kl(dense: np.ndarray, other: np.ndarray) -> float:
+    logs = []
+    for scores in (dense.astype(np.float64), other.astype(np.float64)):
+        top = scores - scores.max(axis=1, keepdims=True)
+        logs.append(top - np.log(np.exp(top).sum(axis=1, keepdims=True)))
+    return float((np.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=1).mean())
+
+
+@pytest.mark.parametrize("name", ["resnet", "vgg"])
+def test_rounds_beat_pruning_at_once_on_images_never_seen(name: str) -> None:
+    model = digits(name)
+    x, fresh = digit_images()[0][:256], digit_images("validation")[0]
+    (source,) = (value.name for value in model.graph.input)
+    (output,) = (value.name for value in model.graph.output)
+    reference = run(model, {source: fresh})[output]
+    found = []
+    for rounds in (1, 4):
+        options = CompressOptions(0.95, rounds=rounds)
+        result = compress(model, x, options, repair_options=settings(256)).model
+        found.append(kl(reference, run(result, {source: fresh})[output]))
+    assert found[1] < 0.9 * found[0]
+
+
+def test_the_verification_is_of_the_last_mask_before_and_after() -> None:
+    model, x = residual_net(), images(96, seed=1)
+    options = RepairOptions(samples=64, verify_samples=32, refit=FAST)
+    result = compress(model, x, CompressOptions(0.6, rounds=2), repair_options=options)
+    verification = result.repair.verification
+    assert verification is not None
+    assert verification.held_out
+    assert verification.after.kl is not None
+    assert verification.before.kl is not None
+    assert verification.after.kl < verification.before.kl
+    assert result.to_dict()["verification"]["after"]["kl"] == verification.after.kl
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sparsity": 1.0}, "out of range"),
+        ({}, "missing"),
+        ({"sparsity": 0.5, "rounds": 0}, "rounds"),
+        ({"sparsity": 0.5, "round_samples": 0.0}, "round-samples"),
+        ({"sparsity": 0.5, "pattern": "2:4"}, "sets the sparsity"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        CompressOptions(**options)

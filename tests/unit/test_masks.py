@@ -1,0 +1,52 @@
+"""Masks against sorting."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from onnx_asr.numerics.masks import keep_count, keep_largest, keep_n_of_m
+
+small = hnp.arrays(np.float64, hnp.array_shapes(max_dims=3, max_side=4), elements=st.integers(0, 4).map(float))
+
+
+@given(scores=st.lists(small, min_size=1, max_size=3), share=st.floats(0, 1))
+def test_exactly_that_many_and_the_largest_ties_by_position(scores: list[np.ndarray], share: float) -> None:
+    flat = [float(value) for score in scores for value in score.ravel()]
+    keep = round(share * len(flat))
+    masks = keep_largest(scores, keep)
+    assert [mask.shape for mask in masks] == [score.shape for score in scores]
+    chosen = sorted(range(len(flat)), key=lambda place: (-flat[place], place))[:keep]
+    expected = np.isin(np.arange(len(flat)), chosen)
+    np.testing.assert_array_equal(np.concatenate([mask.ravel() for mask in masks]), expected)
+
+
+def test_nothing_and_everything() -> None:
+    scores = [np.ones((2, 2)), np.ones(3)]
+    assert not any(mask.any() for mask in keep_largest(scores, 0))
+    assert all(mask.all() for mask in keep_largest(scores, 7))
+    assert keep_largest([], 0) == []
+
+
+@given(size=st.integers(0, 10**7), sparsity=st.floats(0, 1))
+def test_survivors_are_what_rounding_leaves(size: int, sparsity: float) -> None:
+    assert abs(size - keep_count(size, sparsity) - sparsity * size) <= 0.5
+    assert 0 <= keep_count(size, sparsity) <= size
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (1, 2), (4, 8)])
+@given(outputs=st.integers(1, 3), inputs=st.integers(1, 17), taps=st.integers(1, 3), seed=st.integers(0, 99))
+def test_groups_run_along_the_input_channels(n: int, m: int, outputs: int, inputs: int, taps: int, seed: int) -> None:
+    scores = np.random.default_rng(seed).integers(0, 5, (outputs, inputs, taps)).astype(float)
+    mask = keep_n_of_m(scores, n, m)
+    assert mask.shape == scores.shape
+    for output in range(outputs):
+        for tap in range(taps):
+            for start in range(0, inputs, m):
+                group = scores[output, start : start + m, tap]
+                order = sorted(range(len(group)), key=lambda place: (-group[place], place))
+                kept = np.isin(np.arange(len(group)), order[:n])
+                np.testing.assert_array_equal(mask[output, start : start + m, tap], kept)

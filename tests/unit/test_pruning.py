@@ -1,0 +1,172 @@
+"""Pruning: exact counts, the smallest weights, nothing else touched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from onnx_asr.errors import ModelError, OptionError
+from onnx_asr.pruning import Pattern, prune
+from tests.graphs import copy, dense_net, digits, first_output, images, net, parameter, positions, residual_net
+
+NETS = {"residual": residual_net, "dense": dense_net, "digits_vgg": lambda: digits("vgg")}
+
+
+def prunable(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    """Every weight by the tensor its layer computes."""
+    return {
+        model.graph.node[p].output[0]: parameter(model, p, 1)
+        for p in positions(model, "Conv", "ConvTranspose", "Gemm", "MatMul")
+    }
+
+
+def zeros(weights: dict[str, np.ndarray]) -> int:
+    return sum(int((value == 0).sum()) for value in weights.values())
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.123, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("name", NETS)
+def test_global_sparsity_is_exact_and_takes_the_smallest(name: str, sparsity: float) -> None:
+    model = NETS[name]()
+    result = prune(model, sparsity)
+    before, after = prunable(model), prunable(result.model)
+    total = sum(value.size for value in before.values())
+    assert zeros(after) == round(sparsity * total)
+    assert result.sparsity == pytest.approx(zeros(after) / total)
+    kept = np.concatenate([np.abs(before[n][after[n] != 0]) for n in before])
+    gone = np.concatenate([np.abs(before[n][after[n] == 0]) for n in before])
+    assert gone.max(initial=0) <= kept.min()
+    for tensor, value in before.items():
+        np.testing.assert_array_equal(after[tensor][after[tensor] != 0], value[after[tensor] != 0])
+    onnx.checker.check_model(result.model, full_check=True)
+
+
+def test_layer_sparsity_is_exact_in_every_layer() -> None:
+    model = residual_net()
+    result = prune(model, 0.37, scope="layer")
+    for tensor, value in prunable(result.model).items():
+        assert (value == 0).sum() == round(0.37 * value.size), tensor
+    assert [layer.zeros for layer in result.layers] == [round(0.37 * layer.size) for layer in result.layers]
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 2)])
+@pytest.mark.parametrize("name", NETS)
+def test_patterns_hold_along_the_input_channels(name: str, n: int, m: int) -> None:
+    model = NETS[name]()
+    result = prune(model, pattern=f"{n}:{m}")
+    for position in positions(model, "Conv", "Gemm", "ConvTranspose", "MatMul"):
+        node = model.graph.node[position]
+        before, after = parameter(model, position, 1), parameter(result.model, position, 1)
+        options = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+        groups = options.get("group", 1)
+        if node.op_type == "Conv" or (node.op_type == "Gemm" and options.get("transB")):
+            views = [(before, after)]
+        elif node.op_type == "ConvTranspose":
+            parts = zip(np.split(before, groups), np.split(after, groups), strict=True)
+            views = [(a.swapaxes(0, 1), b.swapaxes(0, 1)) for a, b in parts]
+        else:
+            views = [(before.T, after.T)]
+        for was, now in views:
+            inputs = was.shape[1]
+            if inputs < m:
+                np.testing.assert_array_equal(now, was)
+                continue
+            for start in range(0, inputs - inputs % m, m):
+                left = (now[:, start : start + m] != 0).sum(axis=1)
+                assert (left == n).all()
+                part, kept = np.abs(was[:, start : start + m]), now[:, start : start + m] != 0
+                smallest = np.where(kept, part, np.inf).min(axis=1)
+                largest = np.where(kept, 0, part).max(axis=1)
+                assert (largest <= smallest).all()
+
+
+def test_nothing_but_weights_changes() -> None:
+    model = residual_net()
+    before = model.SerializeToString(deterministic=True)
+    result = prune(model, 0.5).model
+    assert model.SerializeToString(deterministic=True) == before
+    weights = {model.graph.node[p].input[1] for p in positions(model, "Conv", "Gemm")}
+    for old, new in zip(model.graph.initializer, result.graph.initializer, strict=True):
+        assert old.name == new.name
+        assert (old.SerializeToString() != new.SerializeToString()) == (old.name in weights)
+    assert [node.SerializeToString() for node in model.graph.node] == [
+        node.SerializeToString() for node in result.graph.node
+    ]
+
+
+def test_existing_zeros_are_kept_and_count() -> None:
+    model = residual_net()
+    once = prune(model, 0.8).model
+    again = prune(once, 0.5)
+    assert zeros(prunable(again.model)) == zeros(prunable(once))
+    more = prune(once, 0.9)
+    for tensor, value in prunable(once).items():
+        assert not prunable(more.model)[tensor][value == 0].any()
+    total = sum(value.size for value in prunable(model).values())
+    assert zeros(prunable(more.model)) == round(0.9 * total)
+    assert sum(layer.zeros_before for layer in more.layers) == round(0.8 * total)
+
+
+def test_a_weight_that_two_layers_share_stays_shared_and_counts_once() -> None:
+    model = net("g (float[N,4] x) => (float[N,4] y) { a = MatMul (x, w)  y = MatMul (a, w) }", w=(4, 4))
+    result = prune(model, 0.5)
+    assert len(result.model.graph.initializer) == 1
+    assert len(result.layers) == 1
+    weight = parameter(result.model, 0, 1)
+    assert (weight == 0).sum() == 8
+    x = np.ones((1, 4), np.float32)
+    np.testing.assert_allclose(first_output(result.model, x), x @ weight @ weight, rtol=1e-5)
+
+
+def test_names_choose_who_takes_part() -> None:
+    model = residual_net()
+    result = prune(model, 0.5, exclude=["stem", "fc"])
+    changed = {
+        tensor for tensor, value in prunable(result.model).items() if not np.array_equal(value, prunable(model)[tensor])
+    }
+    assert changed == {"a", "b", "c", "short"}
+    assert {skip.name for skip in result.skips} == {"Conv:stem", "Gemm:logits"}
+    only = prune(model, 0.5, include=["^a_w$"])
+    assert [layer.zeros for layer in only.layers] == [288]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"sparsity": 1.0}, "out of range"),
+        ({"sparsity": -0.1}, "out of range"),
+        ({"sparsity": float("nan")}, "out of range"),
+        ({}, "missing"),
+        ({"pattern": "2:4", "sparsity": 0.5}, "sets the sparsity itself"),
+        ({"pattern": "4:2"}, "unknown"),
+        ({"pattern": "0:4"}, "unknown"),
+        ({"pattern": "blocks", "sparsity": 0.5}, "unknown"),
+        ({"sparsity": 0.5, "scope": "world"}, "unknown"),
+        ({"sparsity": 0.5, "include": ["nobody"]}, "leave no weight"),
+        ({"sparsity": 0.5, "include": ["("]}, "not a regular expression"),
+        ({"pattern": "1:500"}, "no weight has"),
+    ],
+)
+def test_bad_options_are_refused(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        prune(residual_net(), **arguments)
+
+
+def test_models_without_weights_are_refused() -> None:
+    with pytest.raises(ModelError, match="nothing to prune"):
+        prune(net("g (float[N,4] x) => (float[N,4] y) { y = Relu (x) }"), 0.5)
+
+
+def test_patterns_are_read_and_written() -> None:
+    assert str(Pattern.parse("2:4")) == "2:4"
+    assert str(Pattern.parse("unstructured")) == "unstructured"
+
+
+def test_ties_are_broken_by_position() -> None:
+    model = net("g (float[N,4] x) => (float[N,4] y) { y = MatMul (x, w) }", w=np.ones((4, 4), np.float32))
+    weight = parameter(prune(copy(model), 0.5).model, 0, 1).ravel()
+    np.testing.assert_array_equal(weight, [1] * 8 + [0] * 8)
+    assert np.isfinite(first_output(model, images(1, seed=0, shape=(4,))[:1].reshape(1, 4))).all()
