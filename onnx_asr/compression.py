@@ -160,9 +160,11 @@ def compress(
         plan = EditPlan()
         repair_refit(job.networks, part, replace(execution, progress=silent), plan, settings.refit)
         seconds.append(time.perf_counter() - begun)
-    result = finish(job, calibration, execution, started, loaded)
+    result = finish(job, calibration, execution, begun, begun)
     seconds.append(time.perf_counter() - begun)
-    return CompressResult(result, pruned.layers, options, tuple(seconds))
+    stages = {"load": loaded - started, "rounds": begun - loaded}
+    stages.update((stage, result.seconds[stage]) for stage in ("repair", "verify"))
+    return CompressResult(replace(result, seconds=stages), pruned.layers, options, tuple(seconds))
 
 
 Step = float | tuple[int, int]

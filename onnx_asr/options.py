@@ -39,6 +39,14 @@ class RefitRecipe:
     classifier: bool = True
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("ridge", "gain_power", "relu_steps", "seed"):
+            value = getattr(self, name)
+            if not (np.isfinite(value) and value >= 0):
+                raise OptionError(f"{name.replace('_', '-')} {value} is out of range: give a number from 0 up")
+        if self.rows < 1:
+            raise OptionError(f"refit-rows {self.rows} is out of range: give at least 1")
+
 
 @dataclass(frozen=True)
 class RepairOptions:
@@ -90,6 +98,10 @@ class RepairOptions:
             raise OptionError(f"prior {self.prior} is out of range: give a number from 0 up")
         if not 0 < self.momentum <= 1:
             raise OptionError(f"momentum {self.momentum} is out of range: give the weight of a new batch, 0 < m <= 1")
+        if self.time_budget is not None and not self.time_budget >= 0:
+            raise OptionError(f"time-budget {self.time_budget} is out of range: give seconds from 0 up")
+        if not (np.isfinite(self.reliability_power) and self.reliability_power >= 0):
+            raise OptionError(f"reliability-power {self.reliability_power} is out of range: give a number from 0 up")
         for name, least in (
             ("samples", 1),
             ("gain_samples", 1),

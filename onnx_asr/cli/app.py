@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol, runtime_ch
 import typer
 
 from onnx_asr.cli import show
-from onnx_asr.cli.ownership import DISTRIBUTION, check_owner
 from onnx_asr.cli.parameters import (
     BatchSize,
     Calibration,
@@ -35,6 +34,7 @@ from onnx_asr.cli.parameters import (
 )
 from onnx_asr.cli.terminal import Terminal, drop_stdout, say, say_traceback
 from onnx_asr.errors import OnnxAsrError
+from onnx_asr.ownership import DISTRIBUTION, check_owner
 from onnx_asr.version import __version__
 
 if TYPE_CHECKING:

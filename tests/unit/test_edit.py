@@ -51,7 +51,7 @@ def documented() -> onnx.ModelProto:
         node.doc_string = f"node {number}"
     for tensor in model.graph.initializer:
         tensor.doc_string = f"tensor {tensor.name}"
-    model.graph.value_info.append(helper.make_tensor_value_info(model.graph.node[0].output[0], 1, ["N", 16, 8, 8]))
+    model.graph.value_info.append(helper.make_tensor_value_info(model.graph.node[0].output[0], 1, ["N", 32, 8, 8]))
     return model
 
 

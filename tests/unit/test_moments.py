@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def flat(tensor: np.ndarray, axis: int) -> np.ndarray:
 
 def chunks_of(count: int, cuts: list[int]) -> list[slice]:
     edges = [0, *sorted({cut % count for cut in cuts} - {0}), count]
-    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(edges)]
 
 
 def samples(rng: np.random.Generator, shape: tuple[int, ...], axis: int, ratio: float) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from importlib.metadata import distributions
 
 from onnx_asr.errors import OnnxAsrError
@@ -11,6 +12,7 @@ DISTRIBUTION, PACKAGE = "onnx-resuscitate", "onnx_asr"
 _FILE = re.compile(rf"^{PACKAGE}/", re.MULTILINE)
 
 
+@cache
 def check_owner() -> None:
     """Refuse to run where another distribution has put files into the import package.
 
