@@ -184,9 +184,9 @@ def _schedule(options: CompressOptions, pattern: Pattern) -> list[Step]:
 def _next_masks(
     index: GraphIndex, weights: Sequence[PrunableWeight], scores: Sequence[NDArray[Any]], step: Step
 ) -> Masks:
-    if isinstance(step, float):
-        return unstructured_masks(scores, step, "global")
-    return [pattern_mask(index, weight, score, *step) for weight, score in zip(weights, scores, strict=True)]
+    if isinstance(step, tuple):
+        return [pattern_mask(index, weight, score, *step) for weight, score in zip(weights, scores, strict=True)]
+    return unstructured_masks(scores, step, "global")
 
 
 @dataclass(frozen=True)
