@@ -24,6 +24,7 @@ from onnx_asr.numerics.gains import (
     Prior,
     absorb,
     asr_gain,
+    is_live,
     layerwise_gain,
     paired,
     raw_gain,
@@ -124,7 +125,7 @@ def batchnorm_track(networks: Networks, plan: EditPlan) -> Track:
         pruned = measured.pruned
         new = recalibrate(read_batchnorm(index, plan, point.batchnorm), pruned.mean, pruned.var)
         plan_batchnorm(index, plan, point.batchnorm, new)
-        return PointReport.of(index, point, "batchnorm", _dead(pruned))
+        return PointReport.of(index, point, "batchnorm", _dead(measured))
 
     points = [point for point in networks.survey.points if point.batchnorm is not None]
     return Track(points, plan, rule, paired=False)
@@ -237,7 +238,7 @@ def _into_batchnorm(
     assert point.batchnorm is not None
     target = _target_batchnorm(networks, plan, point.batchnorm)
     plan_batchnorm(networks.pruned, plan, point.batchnorm, absorb(target, affine))
-    return PointReport.of(networks.pruned, point, "batchnorm", _dead(measured.pruned), affine.gain)
+    return PointReport.of(networks.pruned, point, "batchnorm", _dead(measured), affine.gain)
 
 
 def _target_batchnorm(networks: Networks, plan: EditPlan, position: int) -> BatchNormParameters:
@@ -259,8 +260,8 @@ def _into_weights(
     # a shift before a BatchNormalization went into its mean, not into the tensor
     shift = affine.shift if point.batchnorm is None else np.zeros_like(affine.gain)
     lane.transform(point.tensor, affine.gain, shift, point.channel_axis)
-    return PointReport.of(networks.pruned, point, "weights", _dead(measured.pruned), affine.gain)
+    return PointReport.of(networks.pruned, point, "weights", _dead(measured), affine.gain)
 
 
-def _dead(moments: Moments) -> int:
-    return int((moments.m2 == 0).sum())
+def _dead(measured: Measured) -> int:
+    return int((~is_live(measured.dense, measured.pruned)).sum())

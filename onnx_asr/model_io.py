@@ -12,6 +12,7 @@ import hashlib
 import os
 import tempfile
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -22,7 +23,8 @@ from onnx.external_data_helper import (
 )
 
 from onnx_asr.errors import ModelError, OutputError
-from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex
+from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex, is_standard
+from onnx_asr.graph.points import Kind
 
 ModelSource = onnx.ModelProto | str | os.PathLike[str]
 
@@ -58,19 +60,23 @@ def load(source: ModelSource) -> onnx.ModelProto:
 
 
 def check_finite(index: GraphIndex, what: str) -> None:
-    """Refuse NaN and infinite weights.
+    """Refuse NaN anywhere, and infinite weights; other constants may be infinite (padding before a pool, masks).
 
     Raises:
-        ModelError: Naming the first initializer that is not finite.
+        ModelError: Naming the first constant that is not finite.
     """
-    for name, tensor in index.initializers.items():
-        if tensor.data_type in FLOAT_TYPES:
-            value = index.value(name)
-            if not np.isfinite(value.astype(np.float32, copy=False)).all():
-                raise ModelError(
-                    f"initializer '{name}' of the {what} model holds NaN or infinite values; "
-                    "repair needs finite weights: check the training run or the tool that pruned it"
-                )
+    layers = (node for node in index.nodes if is_standard(node, *get_args(Kind)))
+    weights = {name for node in layers for name in node.input if name and index.is_constant(name)}
+    stored = [output for node in index.nodes if is_standard(node, "Constant") for output in node.output]
+    for name in dict.fromkeys([*index.initializers, *stored, *sorted(weights)]):
+        if index.element_type(name) not in FLOAT_TYPES:
+            continue
+        value = index.value(name).astype(np.float32, copy=False)
+        if np.isnan(value).any() or (name in weights and not np.isfinite(value).all()):
+            raise ModelError(
+                f"constant '{name}' of the {what} model holds NaN or infinite values; "
+                "repair needs finite weights: check the training run or the tool that pruned it"
+            )
 
 
 def digest(model: onnx.ModelProto) -> str:

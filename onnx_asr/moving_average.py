@@ -12,7 +12,7 @@ from onnx_asr.engine.lockstep import BufferPool, Chunk, Lane, lockstep
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.points import Point
 from onnx_asr.networks import Execution, Networks, by_level
-from onnx_asr.numerics.gains import BatchNormParameters, recalibrate
+from onnx_asr.numerics.gains import BatchNormParameters, is_live, recalibrate
 from onnx_asr.numerics.moments import Moments
 from onnx_asr.point_report import PointReport, Reports
 from onnx_asr.rewrite import plan_batchnorm, read_batchnorm
@@ -59,7 +59,7 @@ def recalibrate_ema(
                     var = (1 - momentum) * var + momentum * unbiased
                 lane.replace(point.batchnorm, _training_mode(old, batches[point], per_batch))
                 plan_batchnorm(index, plan, point.batchnorm, recalibrate(old, mean, var))
-                dead = np.all([batch.m2 == 0 for batch in batches[point]], axis=0)
+                dead = ~np.any([is_live(None, batch) for batch in batches[point]], axis=0)
                 reports[point.node] = PointReport.of(index, point, "batchnorm", int(dead.sum()))
             done += len(group)
             execution.progress("re-estimating batch by batch", done / len(points))

@@ -77,9 +77,10 @@ def paired(dense: Moments, pruned: Moments, correlation: Floats | None = None, p
     return ChannelAffine(gain, dense.mean - gain * pruned.mean)
 
 
-def is_live(dense: Moments, pruned: Moments) -> NDArray[np.bool_]:
+def is_live(dense: Moments | None, pruned: Moments) -> NDArray[np.bool_]:
     """Which pruned channels carry signal: deviation above rounding noise, see :data:`DEAD_RATIO`."""
-    return pruned.std > DEAD_RATIO * np.maximum(dense.std, np.abs(pruned.mean))
+    level = np.abs(pruned.mean)
+    return pruned.std > DEAD_RATIO * (level if dense is None else np.maximum(dense.std, level))
 
 
 def raw_gain(dense: Moments, pruned: Moments) -> Floats:

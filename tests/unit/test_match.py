@@ -257,6 +257,15 @@ def test_inputs_are_paired_by_position() -> None:
         match(straight, crossed)
 
 
+def test_one_layer_in_place_of_two_is_refused() -> None:
+    """Two readers of one convolution are not two convolutions, which may have other weights."""
+    text = "g (float[N,3,4,4] x) => (float[N,3,4,4] y) {{ a = Conv (x, w) {0} p = Relu (a)  q = Neg ({1}) y = Add (p, q) }}"
+    one = index(net(text.format("", "a"), w=(3, 3, 1, 1)))
+    two = index(net(text.format("b = Conv (x, v)", "b"), w=(3, 3, 1, 1), v=(3, 3, 1, 1)))
+    with pytest.raises(StructureError, match="corresponds to both"):
+        match(one, two)
+
+
 def test_folded_and_unfolded_do_not_match() -> None:
     text = "g (float[N,3,4,4] x) => (float[N,3,4,4] y) {{ {} }}"
     folded = net(text.format("y = Conv (x, w, b)"), w=(3, 3, 1, 1), b=(3,))

@@ -163,6 +163,29 @@ def test_weights_that_are_not_finite_are_named(value: float) -> None:
         check_finite(index(model), "pruned")
 
 
+def test_weights_in_constant_nodes_and_behind_identities_are_looked_at_too() -> None:
+    texts = {"nan": "w = Constant <value = float[2,2] {1.0, 1.0, 1.0, 1.0}> ()", "inf": "w = Identity (v)"}
+    for spoilt, text in texts.items():
+        value = np.array([[1, np.inf], [1, 1]], np.float32)
+        weights = {"v": value} if spoilt == "inf" else {}
+        model = net(f"g (float[N,2] x) => (float[N,2] y) {{ {text} y = MatMul (x, w) }}", **weights)
+        if spoilt == "nan":
+            check_finite(index(model), "pruned")
+            value[0, 1] = np.nan
+            model.graph.node[0].attribute[0].t.CopyFrom(numpy_helper.from_array(value))
+        with pytest.raises(ModelError, match="'w' of the pruned model"):
+            check_finite(index(model), "pruned")
+
+
+def test_constants_that_are_no_weights_may_be_infinite_but_not_nan() -> None:
+    """Padding with -inf before a max pool."""
+    text = "g (float[N,4] x) => (float[N,K] y) { y = Pad (x, pads, fill) }"
+    pads = np.array([0, 1, 0, 1], np.int64)
+    check_finite(index(net(text, pads=pads, fill=np.float32(-np.inf))), "dense")
+    with pytest.raises(ModelError, match="'fill' of the dense model"):
+        check_finite(index(net(text, pads=pads, fill=np.float32(np.nan))), "dense")
+
+
 def test_integers_may_be_anything() -> None:
     model = net("g (float[N,4] x) => (float[M,K] y) { y = Reshape (x, s) }", s=np.array([-1, 2], np.int64))
     check_finite(index(model), "pruned")

@@ -118,6 +118,14 @@ LAYERS: dict[str, tuple[str, str, int, tuple[int, ...], tuple[int, ...], bool]] 
     "transposed dilated 1d": ("ConvTranspose", "strides=[3], dilations=[2]", 2, (6,), (2, 3, 3), True),
     "transposed same upper": ("ConvTranspose", 'auto_pad="SAME_UPPER", strides=[2,2]', 2, (4, 5), (2, 3, 3, 3), True),
     "transposed same lower": ("ConvTranspose", 'auto_pad="SAME_LOWER", strides=[2,2]', 2, (4, 5), (2, 3, 3, 3), True),
+    "transposed odd output shape": (
+        "ConvTranspose",
+        "output_shape=[8,10], strides=[2,2]",
+        2,
+        (4, 5),
+        (2, 3, 3, 3),
+        True,
+    ),
     "transposed output shape": ("ConvTranspose", "output_shape=[7,9], strides=[2,2]", 2, (4, 5), (2, 3, 3, 3), True),
 }
 

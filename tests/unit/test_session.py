@@ -1,0 +1,124 @@
+"""Sessions and buffers at their limits: ragged outputs, memory that runs out, disks that cannot take the rest."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from onnx_asr.engine.lockstep import BufferPool, Lane
+from onnx_asr.engine.session import Runtime, Session
+from onnx_asr.errors import ModelError, OutputError
+from tests.graphs import images, index, net, residual_net
+
+
+def walk(limit: int | None) -> Iterator[np.ndarray]:
+    x = images(12, seed=1)
+    chunks = [{"x": x[at : at + 5]} for at in range(0, 12, 5)]
+    with BufferPool(limit) as pool:
+        lane = Lane(index(residual_net()), ["a", "logits"], chunks, pool, Runtime(threads=1))
+        for name in ("a", "logits"):
+            for chunk in lane.advance([name]):
+                yield chunk[name]
+
+
+@pytest.fixture
+def spilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the buffers that went to files."""
+    sizes: list[int] = []
+
+    class Spy(np.memmap):
+        def __new__(cls, *arguments: Any, **rest: Any) -> Any:
+            array = super().__new__(cls, *arguments, **rest)
+            sizes.append(array.nbytes)
+            return array
+
+    monkeypatch.setattr(np, "memmap", Spy)
+    return sizes
+
+
+def test_outputs_whose_shape_depends_on_the_data() -> None:
+    """Later runs have the same input shape and another output shape (NonZero, NonMaxSuppression)."""
+    model = net("g (float[N,3] x) => (int64[2,M] y, float[N,3] z) { y = NonZero (x)  z = Neg (x) }")
+    session = Session(model, Runtime(threads=1))
+    for seed, share in ((0, 0.5), (1, 0.1), (2, 0.9), (3, 0.0)):
+        x = (np.random.default_rng(seed).random((8, 3)) < share).astype(np.float32)
+        out = session.run({"x": x})
+        np.testing.assert_array_equal(out["y"], np.array(np.nonzero(x)))
+        np.testing.assert_array_equal(out["z"], -x)
+
+
+def test_results_belong_to_the_caller_and_inputs_may_be_views() -> None:
+    session = Session(residual_net(), Runtime(threads=1))
+    x = images(6, seed=1)
+    first = session.run({"x": x[::2]})["logits"]
+    kept = first.copy()
+    for _ in range(3):
+        session.run({"x": x[1::2] * 3})
+    np.testing.assert_array_equal(first, kept)
+    np.testing.assert_array_equal(session.run({"x": x[::2]})["logits"], kept)
+
+
+def test_errors_of_the_runtime_are_one_line() -> None:
+    with pytest.raises(ModelError, match="cannot load") as caught:
+        Session(net("g (float[N,3] x) => (float[N,3] y) { y = NoSuchOperator (x) }"), Runtime())
+    assert "\n" not in str(caught.value)
+    session = Session(residual_net(), Runtime())
+    with pytest.raises(ModelError, match="cannot run") as caught:
+        session.run({"x": np.zeros((1, 3, 4), np.float32)})
+    assert "\n" not in str(caught.value)
+
+
+def test_memory_beyond_the_limit_is_in_files(spilled: list[int]) -> None:
+    list(walk(None))
+    assert spilled == []
+    list(walk(10**9))
+    assert spilled == []
+    list(walk(0))
+    everything = sum(spilled)
+    spilled.clear()
+    list(walk(30_000))
+    assert 0 < sum(spilled) < everything
+
+
+def test_free_buffers_make_room_for_others(spilled: list[int]) -> None:
+    """After a large stage its buffers are free: the small ones of the next stay in memory."""
+    with BufferPool(1000) as pool:
+        pool.release(pool.allocate((1000,), np.dtype(np.uint8)))
+        small = pool.allocate((600,), np.dtype(np.uint8))
+        assert spilled == []
+        pool.allocate((600,), np.dtype(np.uint8))[:] = 1
+        assert spilled == [600]
+        small[:] = 0
+
+
+def test_spill_files_do_not_outlive_the_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    seen = [len(list(tmp_path.iterdir())) for _ in walk(0)]
+    assert max(seen) == 1  # it did spill here
+    assert list(tmp_path.iterdir()) == []
+    abandoned = walk(0)
+    next(abandoned)
+    abandoned.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nowhere_to_spill_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(OutputError, match="cannot spill"):
+        list(walk(0))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="needs posix_fallocate")
+def test_a_full_disk_is_an_error_and_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        list(walk(0))
