@@ -259,7 +259,8 @@ def test_inputs_are_paired_by_position() -> None:
 
 def test_one_layer_in_place_of_two_is_refused() -> None:
     """Two readers of one convolution are not two convolutions, which may have other weights."""
-    text = "g (float[N,3,4,4] x) => (float[N,3,4,4] y) {{ a = Conv (x, w) {0} p = Relu (a)  q = Neg ({1}) y = Add (p, q) }}"
+    text = "g (float[N,3,4,4] x) => (float[N,3,4,4] y) {{ a = Conv (x, w) {0} "
+    text += "p = Relu (a)  q = Neg ({1})  y = Add (p, q) }}"
     one = index(net(text.format("", "a"), w=(3, 3, 1, 1)))
     two = index(net(text.format("b = Conv (x, v)", "b"), w=(3, 3, 1, 1), v=(3, 3, 1, 1)))
     with pytest.raises(StructureError, match="corresponds to both"):
