@@ -1,26 +1,30 @@
-"""Time and memory of `repair` against plain onnxruntime inference of the dense net over the same images.
+"""Time and memory of `repair` and `compress` against plain onnxruntime inference of the dense net over the same images.
 
     python tools/bench_speed.py [--nets resnet18@32 resnet50@224 resnet20] [--methods paired bn] [--json FILE]
+    python tools/bench_speed.py --nets resnet20 --images 1024 --methods refit compress:rounds=5 --no-peak
 
-A is plain inference: one session with onnxruntime's defaults, made beforehand; B is one whole `repair` call without
-verification (models in memory, images in an array), with A's threads and batch size. They are run A B A B; "ratio" is
-the median of the ratios B / A of neighbours in wall time, "CPU" the same in processor time. "linear" is the time of B
-for twice the images, by half its time for 2 n: 1 is linear, more is worse. "peak" is the largest resident memory of a
-process that does nothing but load two model files and a .npy file and repair. Nets: torchvision's ResNet-18 (CIFAR
+A is plain inference: one session with onnxruntime's defaults, made beforehand; B is one whole `repair` (or `compress`)
+call without verification (models in memory, images in an array), with A's threads and batch size. They are run A B A B;
+"ratio" is the median of the ratios B / A of neighbours in wall time, "CPU" the same in processor time. "linear" is the
+time of B for twice the images, by twice its time: 1 is linear, more is worse; "-" with --no-linear. "where the time
+goes" are shares of one more run, under Python's profiler. "peak" is the largest resident memory of a process that does
+nothing but load two model files and a .npy file and repair. Nets: torchvision's ResNet-18 (CIFAR
 variant) and ResNet-50 with random weights, ResNet-20 of ../shared/assets where it is there; 90% pruned.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
+import pstats
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +33,7 @@ import numpy as np
 import onnx
 import onnxruntime
 from architectures import build
-from bench_accuracy import ASSETS, method_options
+from bench_accuracy import ASSETS, method_options, parse_method
 from numpy.typing import NDArray
 
 import onnx_asr
@@ -39,8 +43,21 @@ from onnx_asr.graph.index import GraphIndex
 from onnx_asr.networks import Execution
 
 SPARSITY = 0.9
-RATIO_BARS = {"paired": 4.5}
-PEAK_BARS = {"paired": 3.0}  # GB, at 128 images of 224 x 224
+RATIO_BARS = {
+    ("resnet18@32", "paired"): 4.5,
+    ("resnet50@224", "paired"): 4.5,
+    ("resnet20", "refit"): 8.0,
+    ("resnet50@224", "refit"): 15.0,
+    ("resnet20", "compress"): 30.0,
+}
+PEAK_BARS = {"paired": 3.0, "refit": 6.0}  # GB, at 128 images of 224 x 224
+PARTS = {  # of the profile: (end of the file's name, function)
+    "onnxruntime": ("engine/session.py", "run"),
+    "loading sessions": ("engine/session.py", "__init__"),
+    "statistics": ("numerics/moments.py", "of"),
+    "sampling rows": ("onnx_asr/refit_samples.py", "add"),
+    "least squares": ("numerics/refit.py", "refit_rows"),
+}
 IMAGES = {"resnet18@32": 512, "resnet50@224": 64, "resnet20": 1000}
 PEAK_IMAGES = 128
 PEAK_NET = "resnet50@224"
@@ -58,8 +75,8 @@ class Speed:
     repair_seconds: float
     ratio: float
     cpu_ratio: float
-    linearity: float
-    stages: dict[str, float]
+    linearity: float | None
+    shares: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -84,14 +101,41 @@ def random_images(model: onnx.ModelProto, count: int) -> NDArray[np.float32]:
     return np.random.default_rng(0).standard_normal((count, *shape), np.float32)
 
 
-def timed(function: Callable[[], Any]) -> tuple[float, float, Any]:
-    """Wall seconds, processor seconds, result."""
+def timed(function: Callable[[], None]) -> tuple[float, float]:
+    """Wall seconds, processor seconds."""
     wall, processor = time.perf_counter(), time.process_time()
-    result = function()
-    return time.perf_counter() - wall, time.process_time() - processor, result
+    function()
+    return time.perf_counter() - wall, time.process_time() - processor
 
 
-def compare(net: str, method: str, count: int, repeats: int, threads: int) -> Speed:
+def whole(
+    method: str, dense: onnx.ModelProto, pruned: onnx.ModelProto, images: NDArray[np.float32], threads: int
+) -> onnx_asr.RepairResult | onnx_asr.CompressResult:
+    """One call of `repair`, or of `compress` where that is the method."""
+    execution = Execution(Runtime(threads=threads))
+    name, overrides = parse_method(method)
+    if name == "compress":
+        goal = onnx_asr.CompressOptions(SPARSITY, **overrides)
+        settings = onnx_asr.RepairOptions(samples=len(images), verify_samples=0)
+        return onnx_asr.compress(dense, images, goal, repair_options=settings, execution=execution)
+    options = method_options(method, samples=len(images), verify_samples=0)
+    return onnx_asr.repair(pruned, images, dense=dense, options=options, execution=execution)
+
+
+def profile(function: Callable[[], Any]) -> dict[str, float]:
+    """Share of the wall time that each of PARTS takes, with what it calls."""
+    profiler = cProfile.Profile()
+    profiler.runcall(function)
+    stats = pstats.Stats(profiler).get_stats_profile()
+    seconds = dict.fromkeys(PARTS, 0.0)
+    for (file, _, name), (_, _, _, cumulative, _) in pstats.Stats(profiler).stats.items():  # type: ignore[attr-defined]
+        for part, (ending, wanted) in PARTS.items():
+            if name == wanted and file.endswith(ending):
+                seconds[part] += cumulative
+    return {part: value / stats.total_tt for part, value in seconds.items()}
+
+
+def compare(net: str, method: str, count: int, repeats: int, threads: int, linear: bool) -> Speed:
     dense = network(net)
     pruned = onnx_asr.prune(dense, SPARSITY).model
     images = random_images(dense, 2 * count)
@@ -107,29 +151,29 @@ def compare(net: str, method: str, count: int, repeats: int, threads: int) -> Sp
         for start in range(0, count, batch_size):
             session.run(None, {name: images[start : min(count, start + batch_size)]})
 
-    def repair(samples: int) -> onnx_asr.RepairResult:
-        options = method_options(method, samples=samples, verify_samples=0)
-        execution = Execution(Runtime(threads=threads))
-        return onnx_asr.repair(pruned, images[:samples], dense=dense, options=options, execution=execution)
+    def repair(samples: int) -> None:
+        whole(method, dense, pruned, images[:samples], threads)
 
     plain()
     repair(min(count, batch_size))
-    rows = [(timed(plain), timed(lambda: repair(count)), timed(lambda: repair(2 * count))) for _ in range(repeats)]
+    rows = [(timed(plain), timed(lambda: repair(count))) for _ in range(repeats)]
+    twice = [timed(lambda: repair(2 * count))[0] for _ in range(repeats if linear else 0)]
 
-    def median(pick: Callable[[Any, Any, Any], float]) -> float:
+    def median(pick: Callable[[Any, Any], float]) -> float:
         return statistics.median(pick(*row) for row in rows)
 
+    seconds = median(lambda a, b: float(b[0]))
     return Speed(
         net,
         method,
         count,
         batch_size,
-        median(lambda a, b, c: float(a[0])),
-        median(lambda a, b, c: float(b[0])),
-        median(lambda a, b, c: b[0] / a[0]),
-        median(lambda a, b, c: b[1] / a[1]),
-        median(lambda a, b, c: c[0] / (2 * b[0])),
-        rows[-1][1][2].seconds,
+        median(lambda a, b: float(a[0])),
+        seconds,
+        median(lambda a, b: b[0] / a[0]),
+        median(lambda a, b: b[1] / a[1]),
+        statistics.median(twice) / (2 * seconds) if linear else None,
+        profile(lambda: repair(count)),
     )
 
 
@@ -146,15 +190,8 @@ def peak_memory(net: str, method: str, count: int, threads: int) -> Peak:
 
 def probe(folder: Path, method: str, threads: int) -> int:
     """Repair what lies in a folder; the process's peak of resident memory in bytes."""
-    data = folder / "images.npy"
-    samples = len(np.load(data, mmap_mode="r"))
-    onnx_asr.repair(
-        folder / "pruned.onnx",
-        data,
-        dense=folder / "dense.onnx",
-        options=method_options(method, samples=samples, verify_samples=0),
-        execution=Execution(Runtime(threads=threads)),
-    )
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    whole(method, onnx.load(folder / "dense.onnx"), onnx.load(folder / "pruned.onnx"), images, threads)
     status = Path("/proc/self/status")
     if status.exists():  # unlike ru_maxrss, free of what the parent process held when it forked
         return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
@@ -162,23 +199,19 @@ def probe(folder: Path, method: str, threads: int) -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _bar(value: float, method: str, bars: dict[str, float]) -> str:
-    if method not in bars:
-        return ""
-    return f" (<= {bars[method]:g}: {'ok' if value <= bars[method] else 'MISSED'})"
+def _bar(value: float, bar: float | None) -> str:
+    return "" if bar is None else f" (<= {bar:g}: {'ok' if value <= bar else 'MISSED'})"
 
 
-def show(results: Sequence[Speed]) -> None:
-    print("| net | method | images x batch | plain s | repair s | ratio | CPU | linear | stages |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for item in results:
-        stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in item.stages.items() if seconds >= 0.005)
-        print(
-            f"| {item.net} | `{item.method}` | {item.images} x {item.batch_size} | {item.plain_seconds:.2f} "
-            f"| {item.repair_seconds:.2f} | {item.ratio:.2f}{_bar(item.ratio, item.method, RATIO_BARS)} "
-            f"| {item.cpu_ratio:.2f} | {item.linearity:.2f} | {stages} |",
-            flush=True,
-        )
+def show(item: Speed) -> None:
+    shares = ", ".join(f"{part} {100 * share:.0f}%" for part, share in item.shares.items() if share >= 0.005)
+    bar = _bar(item.ratio, RATIO_BARS.get((item.net, parse_method(item.method)[0])))
+    linear = "-" if item.linearity is None else f"{item.linearity:.2f}"
+    print(
+        f"| {item.net} | `{item.method}` | {item.images} x {item.batch_size} | {item.plain_seconds:.2f} "
+        f"| {item.repair_seconds:.2f} | {item.ratio:.2f}{bar} | {item.cpu_ratio:.2f} | {linear} | {shares} |",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -189,6 +222,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="images a run; default: by net")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="threads within an operator; 0: every core")
+    parser.add_argument("--no-linear", action="store_true", help="leave the runs over twice the images out")
     parser.add_argument("--no-peak", action="store_true", help="leave the memory measurement out")
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--probe", type=Path, help=argparse.SUPPRESS)
@@ -196,17 +230,18 @@ def main() -> None:
     if arguments.probe:
         print(probe(arguments.probe, arguments.methods[0], arguments.threads))
         return
-    speeds = [
-        compare(net, method, arguments.images or IMAGES[net], arguments.repeats, arguments.threads)
-        for net in arguments.nets
-        for method in arguments.methods
-    ]
-    show(speeds)
-    peaks = []
+    speeds, peaks = [], []
+    print("| net | method | images x batch | plain s | repair s | ratio | CPU | linear | where the time goes |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    for net in arguments.nets:
+        for method in arguments.methods:
+            count = arguments.images or IMAGES[net]
+            speeds.append(compare(net, method, count, arguments.repeats, arguments.threads, not arguments.no_linear))
+            show(speeds[-1])
     for method in [] if arguments.no_peak else arguments.methods:
         peaks.append(peak_memory(PEAK_NET, method, PEAK_IMAGES, arguments.threads))
         gigabytes = peaks[-1].peak / 1e9
-        bar = _bar(gigabytes, method, PEAK_BARS)
+        bar = _bar(gigabytes, PEAK_BARS.get(parse_method(method)[0]))
         print(f"peak memory, {PEAK_NET}, {PEAK_IMAGES} images, `{method}`: {gigabytes:.2f} GB{bar}", flush=True)
     if arguments.json:
         text = json.dumps({"speed": list(map(asdict, speeds)), "peak": list(map(asdict, peaks))}, indent=1)

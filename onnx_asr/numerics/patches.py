@@ -95,13 +95,17 @@ def gather_patches(
     images, channels = tensor.shape[:2]
     size = math.prod(tensor.shape[2:])
     taps = table.shape[1]
-    by_position = np.ascontiguousarray(tensor.reshape(images, channels, size).transpose(0, 2, 1), dtype=np.float32)
-    wanted = table[positions]  # [N, P, taps]
-    padding = wanted < 0
-    wanted = wanted + (np.arange(images) * size)[:, None, None]
-    patches = np.take(by_position.reshape(images * size, channels), wanted.ravel(), axis=0, mode="clip")
+    wanted = table[positions].reshape(images, -1)  # [N, P * taps]
+    maps = tensor.reshape(images, channels, size)
+    if 2 * wanted.shape[1] < size:
+        patches = maps[np.arange(images)[:, None], :, wanted].astype(np.float32, copy=False).reshape(-1, channels)
+    else:  # channels last first: each patch is then copied from whole cache lines
+        by_position = np.ascontiguousarray(maps.transpose(0, 2, 1), dtype=np.float32).reshape(-1, channels)
+        rows = wanted + (np.arange(images) * size)[:, None]
+        patches = np.take(by_position, rows.ravel(), axis=0, mode="clip")
+    padding = wanted.ravel() < 0
     if padding.any():
-        patches[padding.ravel()] = 0.0
+        patches[padding] = 0.0
     if groups == 1:
         return patches.reshape(-1, 1, taps * channels)
     grouped = patches.reshape(-1, taps, groups, channels // groups).transpose(0, 2, 1, 3)  # [rows, G, taps, C/G]
@@ -122,5 +126,5 @@ def gather_outputs(tensor: NDArray[Any], positions: Positions) -> NDArray[np.flo
     """A chunk's values at each image's positions: [N, C, *spatial] to [N * P, C]."""
     images, channels = tensor.shape[:2]
     flat = tensor.reshape(images, channels, -1)
-    values = np.take_along_axis(flat, positions[:, None, :], axis=2)  # [N, C, P]
-    return np.ascontiguousarray(values.transpose(0, 2, 1), dtype=np.float32).reshape(-1, channels)
+    values = flat[np.arange(images)[:, None], :, positions]  # [N, P, C]
+    return values.astype(np.float32, copy=False).reshape(-1, channels)

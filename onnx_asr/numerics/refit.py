@@ -38,6 +38,7 @@ Mask: TypeAlias = npt.NDArray[np.bool_]
 Index: TypeAlias = npt.NDArray[np.intp]
 
 _CHUNK_VALUES = 2**20  # of X a product: summed in float32 within, in float64 across
+_RESIDUAL_EVERY = 4  # chunks, of which one measures the residual
 _NOISE = 1e-6  # eigenvalues of A (unit diagonal) below this are rounding of the float32 products
 _INVERSE_BYTES = 2**29  # of inverses kept between ReLU steps
 _BATCH_BYTES = 2**26  # of systems inverted by one call
@@ -79,8 +80,8 @@ class RefitSolution:
         bias: [G * M].
         gain: [G * M], already contained in `weight`.
         residual_before: `sqrt(sum mean(e^2) / sum var(T))` over all channels for `w0` with `b = mean(T) - w0.mean(X)`;
-            `e` is the error of the prediction, less what the ReLU hides where one follows. Not divided where every
-            target is constant.
+            `e` is the error of the prediction, less what the ReLU hides where one follows, over every fourth chunk of
+            the rows. Not divided where every target is constant.
         residual_after: The same for `weight` and `bias`.
         rows: The number n of samples.
         solver: What solved the systems: an inverse for each row, or conjugate gradients on the rows of a group at once.
@@ -108,7 +109,7 @@ def refit_rows(
     """`(H_SS + R I) w = G_S + R w0`, `b = mean(T) - w.mean(X)`, for every output channel of one layer.
 
     Args:
-        x: [n, G, K] input patches; G groups of the convolution, K = C_in / G * kh * kw.
+        x: [n, G, K] input patches; G groups of the convolution, K = C_in / G * kh * kw. Centred in place.
         target: [n, G * M] wanted outputs, the channels of a group side by side.
         w0: [G, M, K] dense weights; those outside the mask are not looked at.
         mask: [G, M, K], True where a weight survives.
@@ -218,7 +219,7 @@ class _Fit:
 
 
 class _Samples:
-    """The rows of one layer, read in chunks that are centred before any product is taken."""
+    """The rows of one layer, centred in place, read in chunks."""
 
     def __init__(
         self, x: Single, target: Single, relu_floor: Single | None, dense_negative: Mask | None, *, outputs: int
@@ -231,6 +232,8 @@ class _Samples:
         # A sum of float32 values cannot overflow float64: these are finite exactly where all samples are.
         self.input_mean: Array = x.mean(axis=0, dtype=np.float64)  # [G, K]
         self.target_mean: Array = self._target.mean(axis=0, dtype=np.float64)  # [G, M]
+        with np.errstate(over="ignore", invalid="ignore"):
+            x -= self.input_mean.astype(np.float32)
         # Some 4 MB, but enough rows for the product to cost more than adding it up in float64.
         self._step = min(max(_CHUNK_VALUES // (groups * inputs), inputs // 2, 64), 4096)
 
@@ -252,11 +255,13 @@ class _Samples:
         return self._sum_up(((target, chunk) for target, _, chunk in self._visible(weight, level)), level)
 
     def error(self, weight: Array, level: Array) -> float:
-        """`sum mean(e^2)` over all channels, `e` the error that the ReLU lets through."""
+        """`sum mean(e^2)` over all channels and some chunks, `e` the error that the ReLU lets through."""
         total = 0.0
-        for target, prediction, _ in self._visible(weight, level):
+        count = 0
+        for target, prediction, _ in self._visible(weight, level, _RESIDUAL_EVERY):
             total += float(np.square(target - prediction).sum(dtype=np.float64))
-        return total / len(self._x)
+            count += len(target)
+        return total / count
 
     def _sum_up(self, pairs: Iterator[tuple[Single, Single]], shift: Array) -> _Fit:
         """Moments of targets [c, G, M] with centred inputs [c, G, K]; `shift` [G, M] is near the targets' mean."""
@@ -271,10 +276,10 @@ class _Samples:
         variance = np.maximum(square / len(self._x) - offset**2, 0.0)
         return _Fit(cross / len(self._x), origin + offset, variance)
 
-    def _visible(self, weight: Array, level: Array) -> Iterator[tuple[Single, Single, Single]]:
+    def _visible(self, weight: Array, level: Array, every: int = 1) -> Iterator[tuple[Single, Single, Single]]:
         """Yields target, prediction [c, G, M] and centred inputs [c, G, K], without errors that the ReLU hides."""
         single, base = weight.transpose(0, 2, 1).astype(np.float32), level.astype(np.float32)
-        for rows, chunk in self._chunks():
+        for rows, chunk in self._chunks(every):
             target = self._target[rows]
             prediction = np.empty(target.shape, np.float32)
             np.matmul(chunk.transpose(1, 0, 2), single, out=prediction.transpose(1, 0, 2))
@@ -284,13 +289,11 @@ class _Samples:
                 target = np.where(self._negative[rows], np.minimum(prediction, floor), target)
             yield target, prediction, chunk
 
-    def _chunks(self) -> Iterator[tuple[slice, Single]]:
-        """Yields rows and their `X - mean(X)` [c, G, K], which the next chunk overwrites."""
-        centre = self.input_mean.astype(np.float32)
-        buffer = np.empty((min(self._step, len(self._x)), *centre.shape), np.float32)
-        for begin in range(0, len(self._x), self._step):
+    def _chunks(self, every: int = 1) -> Iterator[tuple[slice, Single]]:
+        """Yields rows and their `X - mean(X)` [c, G, K], one chunk of `every`."""
+        for begin in range(0, len(self._x), every * self._step):
             rows = slice(begin, min(begin + self._step, len(self._x)))
-            yield rows, np.subtract(self._x[rows], centre, out=buffer[: rows.stop - begin])
+            yield rows, self._x[rows]
 
 
 def _inverse_is_cheaper(mask: Mask) -> bool:
