@@ -94,7 +94,7 @@ class RowSampler:
         else:
             self._preactivation.append(target)
         self._target.append(target)
-        self._seen += len(source)
+        self._seen += self._calibration.batch_size
 
     def _keep(self, x: NDArray[np.float32]) -> None:
         """Collect patches in one array of the final size: joining parts at the end would need it twice."""
@@ -106,33 +106,43 @@ class RowSampler:
     def _sample(
         self, source: NDArray[Any], output: NDArray[Any]
     ) -> tuple[NDArray[np.float32], Callable[[NDArray[Any]], NDArray[np.float32]]]:
+        samples = min(self._calibration.batch_size, self._calibration.count - self._seen)
         if self.point.kind in ("Gemm", "MatMul"):
-            return self._matrix_rows(source)[:, None, :], self._matrix_outputs
+            if self.point.kind == "Gemm" and attribute(self.networks.pruned.nodes[self.point.node], "transA", 0):
+                source = source.T
+            rows = self._matrix_positions(math.prod(output.shape) // self.point.channels, samples)
+            return self._matrix_rows(source, rows)[:, None, :], lambda tensor: self._matrix_rows(tensor, rows)
+        images = len(source) // samples  # more than 1 where the model has cut its input into windows
         if self._spatial is None:
-            self._spatial = self._start(source, output)
+            self._spatial = self._start(source, output, images)
             self._taps = self._spatial.table.shape[1]
         geometry, table = self._spatial.geometry, self._spatial.table
-        positions = self._spatial.positions[self._seen : self._seen + len(source)]
+        positions = self._spatial.positions[self._seen * images : self._seen * images + len(source)]
         x = gather_patches(source, table, positions, geometry.groups)
         return x, lambda tensor: gather_outputs(tensor, positions)
 
-    def _start(self, source: NDArray[Any], output: NDArray[Any]) -> _SpatialSampling:
+    def _start(self, source: NDArray[Any], output: NDArray[Any], images: int) -> _SpatialSampling:
         geometry = conv_geometry(self.networks, self.point, source.shape[2:], output.shape[2:])
-        width = source.shape[1] * math.prod(geometry.kernel)
-        rows = min(self._recipe.rows, max(1, MAX_ROW_BYTES // (4 * width)))
+        table = input_positions(geometry, source.shape[2:], output.shape[2:])
+        rows = min(self._recipe.rows, max(1, MAX_ROW_BYTES // (4 * source.shape[1] * table.shape[1])))
+        size = math.prod(output.shape[2:])
         seed = (self._recipe.seed, self._number)
-        positions = sample_positions(self._calibration.count, math.prod(output.shape[2:]), rows, seed)
-        return _SpatialSampling(geometry, input_positions(geometry, source.shape[2:], output.shape[2:]), positions)
+        return _SpatialSampling(geometry, table, sample_positions(self._calibration.count * images, size, rows, seed))
 
-    def _matrix_rows(self, source: NDArray[Any]) -> NDArray[np.float32]:
-        if self.point.kind == "Gemm" and attribute(self.networks.pruned.nodes[self.point.node], "transA", 0):
-            source = source.T
-        return self._matrix_outputs(source)
+    def _matrix_positions(self, height: int, samples: int) -> NDArray[np.int64]:
+        """Which of a chunk's ``height`` rows to take: equally many of every sample's, where they are so many each."""
+        size, rest = divmod(height, samples)
+        if rest:
+            return np.arange(height)
+        seed = (self._recipe.seed, self._number)
+        table = sample_positions(self._calibration.count, size, self._recipe.rows, seed)
+        positions = table[self._seen : self._seen + samples] + size * np.arange(samples)[:, None]
+        return positions.ravel()
 
-    def _matrix_outputs(self, tensor: NDArray[Any]) -> NDArray[np.float32]:
+    def _matrix_rows(self, tensor: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         if self.point.channel_axis == -2:
             tensor = np.swapaxes(tensor, -1, -2)
-        return tensor.reshape(-1, tensor.shape[-1]).astype(np.float32)  # a copy: the lane reuses its buffers
+        return tensor.reshape(-1, tensor.shape[-1])[rows].astype(np.float32, copy=False)
 
     def solve(self, plan: EditPlan) -> tuple[RefitSolution, Floats]:
         """Fit the surviving weights; the solution, and its weights as rows [C_out, K] in the file's order."""

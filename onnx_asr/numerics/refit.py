@@ -23,7 +23,7 @@ prediction below `theta` (0, or minus the shortcut that is added before the ReLU
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -38,6 +38,7 @@ Mask: TypeAlias = npt.NDArray[np.bool_]
 Index: TypeAlias = npt.NDArray[np.intp]
 
 _CHUNK_VALUES = 2**20  # of X a product: summed in float32 within, in float64 across
+_FEW_ROWS = 0.5  # n / K up to which A is applied through the rows: cheaper, and no [K, K] matrix is held
 _RESIDUAL_EVERY = 4  # chunks, of which one measures the residual
 _NOISE = 1e-6  # eigenvalues of A (unit diagonal) below this are rounding of the float32 products
 _INVERSE_BYTES = 2**29  # of inverses kept between ReLU steps
@@ -129,32 +130,33 @@ def refit_rows(
     _check_finite(x=samples.input_mean, target=samples.target_mean, w0=kept, relu_floor=relu_floor)
 
     with np.errstate(over="ignore", invalid="ignore"):
-        gram = samples.gram()  # [G, K, K]
+        gram = samples.gram() if len(x) > _FEW_ROWS * x.shape[2] else None  # [G, K, K]
+        diagonal = samples.input_variance() if gram is None else np.diagonal(gram, axis1=1, axis2=2).copy()  # [G, K]
         fit = samples.fit()
         spread = float(fit.variance.sum()) or 1.0
         error_before = samples.error(kept, fit.mean)
-    if not (np.isfinite(gram).all() and np.isfinite(fit.cross).all() and np.isfinite([spread, error_before]).all()):
+    if not all(np.isfinite(values).all() for values in (diagonal, fit.cross, spread, error_before)):
         raise ValueError("x, target or w0 is too large to be squared in float32; scale the layer down")
 
-    diagonal = np.diagonal(gram, axis1=1, axis2=2)
     ridge = options.ridge * diagonal.mean(axis=1, keepdims=True) + 1e-12  # [G, 1]
     root = np.sqrt(diagonal + ridge)[:, None, :]  # D^1/2 [G, 1, K]
     pull = ridge[:, None, :] / root**2  # R D^-1 [G, 1, K]
-    system = gram  # becomes A in place: a copy would be 170 MB at K = 4608
-    system /= root
-    system /= root.transpose(0, 2, 1)
-    np.einsum("gkk->gk", system)[...] = 1.0
+    system = _RowSystem(x, root, pull) if gram is None else _GramSystem(gram, root)
 
     start = kept * root
-    constant = pull * start - start @ system
-    solver = _Inverse(system, mask) if _inverse_is_cheaper(mask) else _ConjugateGradients(system, mask)
+    constant = pull * start - system.product(start)
+    solver: _Inverse | _ConjugateGradients
+    if isinstance(system, _GramSystem) and _inverse_is_cheaper(mask):
+        solver = _Inverse(system.matrix, mask)
+    else:
+        solver = _ConjugateGradients(system, mask)
     for _ in range(options.relu_steps if dense_negative is not None else 0):
         scaled = start + solver.solve(np.where(mask, fit.cross / root + constant, 0.0), _CG_DRAFT)
         fit = samples.visible_fit(scaled / root, fit.mean)
     scaled = start + solver.solve(np.where(mask, fit.cross / root + constant, 0.0), _CG_FINAL)
 
     # var(w.X) = w'Hw = v'(A - R D^-1)v and cov(T, w.X) = w.G; a variance lost in rounding counts as 0.
-    variance = np.vecdot(scaled, scaled @ system - pull * scaled)
+    variance = np.vecdot(scaled, system.product(scaled) - pull * scaled)
     variance[variance <= _NOISE * np.vecdot(scaled, scaled - pull * scaled)] = 0.0
     gain = _gain(fit.variance, variance, np.vecdot(scaled, fit.cross / root), options)
     weight = scaled / root * gain[..., None]
@@ -246,6 +248,10 @@ class _Samples:
         gram /= len(self._x)
         return gram
 
+    def input_variance(self) -> Array:
+        """`diag(H)` [G, K]."""
+        return np.asarray(np.square(self._x).mean(axis=0, dtype=np.float64))
+
     def fit(self) -> _Fit:
         """The fit of the target as it was given."""
         return self._sum_up(((self._target[rows], chunk) for rows, chunk in self._chunks()), self.target_mean)
@@ -294,6 +300,50 @@ class _Samples:
         for begin in range(0, len(self._x), every * self._step):
             rows = slice(begin, min(begin + self._step, len(self._x)))
             yield rows, self._x[rows]
+
+
+class _GramSystem:
+    """`A` as a matrix for each group, [G, K, K]; the Gram matrix is scaled in place."""
+
+    def __init__(self, gram: Array, root: Array) -> None:
+        gram /= root  # in place: a copy would be 170 MB at K = 4608
+        gram /= root.transpose(0, 2, 1)
+        np.einsum("gkk->gk", gram)[...] = 1.0
+        self.matrix = gram
+
+    def product(self, vectors: Array) -> Array:
+        """`P A` for [G, M, K]."""
+        return np.asarray(vectors @ self.matrix)
+
+    def single(self, group: int) -> Callable[[Single], Single]:
+        """`P A` of one group, for [M, K] in float32."""
+        matrix = self.matrix[group].astype(np.float32)
+        return lambda vectors: vectors @ matrix
+
+
+class _RowSystem:
+    """`P A = ((P D^-1/2) X' X / n) D^-1/2 + R P D^-1`, from the centred rows [n, G, K]."""
+
+    def __init__(self, x: Single, root: Array, pull: Array) -> None:
+        self._x = x
+        self._scale: Single = (1.0 / root).astype(np.float32)
+        self._pull = pull
+
+    def product(self, vectors: Array) -> Array:
+        """`P A` for [G, M, K]."""
+        image = np.stack([self._covered(group, part.astype(np.float32)) for group, part in enumerate(vectors)])
+        return image + self._pull * vectors
+
+    def single(self, group: int) -> Callable[[Single], Single]:
+        """`P A` of one group, for [M, K] in float32."""
+        pull: Single = self._pull[group].astype(np.float32)
+        return lambda vectors: self._covered(group, vectors) + pull * vectors
+
+    def _covered(self, group: int, vectors: Single) -> Single:
+        rows, scale = self._x[:, group], self._scale[group]
+        image: Single = ((vectors * scale) @ rows.T) @ rows
+        image *= scale / np.float32(len(rows))
+        return image
 
 
 def _inverse_is_cheaper(mask: Mask) -> bool:
@@ -367,27 +417,27 @@ class _ConjugateGradients:
 
     name: Literal["cg"] = "cg"
 
-    def __init__(self, system: Array, mask: Mask) -> None:
+    def __init__(self, system: _GramSystem | _RowSystem, mask: Mask) -> None:
         self._system = system
-        self._single: Single = system.astype(np.float32)
+        self._products = [system.single(group) for group in range(len(mask))]
         self._mask = mask
         self._last: Array = np.zeros(mask.shape)
 
     def solve(self, load: Array, tolerance: float) -> Array:
         """Solves for [G, M, K] right-hand sides that are 0 outside the mask, to `|residual| <= tolerance |load|`."""
+        distance = load - np.where(self._mask, self._system.product(self._last), 0.0)
         for group, wanted in enumerate(load):
-            solution, mask = self._last[group], self._mask[group]
-            residual = wanted - np.where(mask, solution @ self._system[group], 0.0)
+            solution, mask, residual = self._last[group], self._mask[group], distance[group]
             norm, goal = np.linalg.norm(residual, axis=-1), tolerance * np.linalg.norm(wanted, axis=-1)
             rows = np.flatnonzero(norm > goal)
             scale = norm[rows, None]
             share = (goal[rows] / norm[rows]).astype(np.float32)
-            step = _descend(self._single[group], mask[rows], (residual[rows] / scale).astype(np.float32), share)
+            step = _descend(self._products[group], mask[rows], (residual[rows] / scale).astype(np.float32), share)
             solution[rows] += scale * step
         return self._last
 
 
-def _descend(system: Single, mask: Mask, residual: Single, goal: Single) -> Single:
+def _descend(product: Callable[[Single], Single], mask: Mask, residual: Single, goal: Single) -> Single:
     """Conjugate gradients from 0 for rows of residual norm 1, until each row's residual is below its `goal`.
 
     A row stops at a direction whose curvature is below `_NOISE`.
@@ -400,7 +450,7 @@ def _descend(system: Single, mask: Mask, residual: Single, goal: Single) -> Sing
     direction = residual.copy()
     square = np.vecdot(residual, residual)
     for _ in range(_CG_STEPS):
-        image = direction @ system
+        image = product(direction)
         image *= kept
         curvature = np.vecdot(direction, image)
         going &= curvature > _NOISE * np.vecdot(direction, direction)

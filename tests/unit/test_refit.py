@@ -87,6 +87,33 @@ def test_ridge_solves_the_normal_equations(ridge, solver):
             np.testing.assert_allclose(solution.bias[group * 6 + channel], bias, atol=3e-5 * len(expected))
 
 
+@pytest.mark.parametrize("dead", [0, 10])
+def test_few_rows_need_no_gram_matrix(dead, monkeypatch):
+    layer = Layer(groups=2, outputs=6, inputs=90, rows=40)
+    layer.x[..., :dead] = 0.5
+    with monkeypatch.context() as context:
+        context.setattr(refit._Samples, "gram", None)
+        solution = layer.refit(replace(LEAST_SQUARES, ridge=0.1))
+    assert solution.solver == "cg"
+    for row in range(12):
+        group, channel = divmod(row, 6)
+        x = layer.x[:, group].astype(float)
+        h = np.cov(x.T, bias=True)
+        pull = 0.1 * np.diag(h).mean() + 1e-12
+        kept = layer.mask[group, channel]
+        target = layer.target[:, row].astype(float)
+        g = (x - x.mean(0)).T @ (target - target.mean()) / len(x)
+        left = h[np.ix_(kept, kept)] + pull * np.eye(kept.sum())
+        expected = np.linalg.solve(left, g[kept] + pull * layer.w0[group, channel, kept])
+        np.testing.assert_allclose(solution.weight[group, channel, kept], expected, atol=5e-4)
+        np.testing.assert_allclose(
+            solution.weight[group, channel, :dead], (layer.mask * layer.w0)[group, channel, :dead]
+        )
+    monkeypatch.setattr(refit, "_FEW_ROWS", 0.0)
+    with_gram = layer.refit(replace(LEAST_SQUARES, ridge=0.1))
+    np.testing.assert_allclose(solution.weight, with_gram.weight, atol=5e-4)
+
+
 def test_both_solvers_agree(monkeypatch):
     layer = Layer(outputs=24, inputs=144, rows=3000, density=0.3)
     negative = layer.target <= 0
@@ -189,7 +216,9 @@ def test_gain_is_one_where_the_prediction_is_rounding():
 def test_gradients_stop_at_directions_that_are_rounding():
     system = np.array([[1.0, 1.00001], [1.00001, 1.0]], np.float32)  # indefinite by rounding
     residual = np.array([[1.0, -1.0], [1.0, 1.0]], np.float32) / np.sqrt(np.float32(2.0))
-    result = refit._descend(system, np.ones((2, 2), np.bool_), residual.copy(), np.full(2, 1e-6, np.float32))
+    result = refit._descend(
+        lambda p: p @ system, np.ones((2, 2), np.bool_), residual.copy(), np.full(2, 1e-6, np.float32)
+    )
     np.testing.assert_allclose(result, [[0.0, 0.0], residual[1] / 2], atol=1e-5)
 
 

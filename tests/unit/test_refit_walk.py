@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import onnx_asr.refit_samples as refit_samples
 from onnx_asr.graph.context import Context, contexts, steps
 from onnx_asr.graph.points import survey
+from onnx_asr.numerics.patches import sample_positions
 from onnx_asr.options import RefitRecipe, RepairOptions
 from onnx_asr.repairing import repair
 from tests.graphs import bn, copy, images, index, net, parameter, positions, run, set_parameter
@@ -248,6 +250,44 @@ def test_gemm_on_a_transposed_input() -> None:
     for channel in range(4):
         expected, _ = least_squares(x, target[:, channel], np.flatnonzero(mask[channel]))
         np.testing.assert_allclose(weight[channel, mask[channel]], expected, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_no_ridge_for_few_rows")
+def test_a_matrix_over_many_tokens_is_fitted_on_some_of_each_sample() -> None:
+    model = net("g (float[N,40,5] x) => (float[N,40,4] y) { y = MatMul (x, w) }", w=(5, 4))
+    mask = np.random.default_rng(3).random((5, 4)) < 0.6
+    damaged = copy(model)
+    set_parameter(damaged, 0, 1, parameter(model, 0, 1) * mask)
+    x = np.random.default_rng(4).normal(size=(100, 40, 5)).astype(np.float32)
+    x += 0.5 * np.roll(x, 1, -1)
+    weight = parameter(refitted(damaged, model, x, replace(PLAIN, rows=700, seed=5)), 0, 1)
+    places = sample_positions(100, 40, 700, (5, 0))
+    assert places.shape == (100, 7)
+    inputs = np.take_along_axis(x, places[..., None], axis=1).reshape(-1, 5)
+    target = inputs @ parameter(model, 0, 1)
+    for channel in range(4):
+        expected, _ = least_squares(inputs, target[:, channel], np.flatnonzero(mask[:, channel]))
+        np.testing.assert_allclose(weight[mask[:, channel], channel], expected, atol=1e-5)
+
+
+def test_windows_of_one_sample_are_images_of_their_own() -> None:
+    model = net(
+        """
+        g (float[N,4,3,6,6] x) => (float[M,4,6,6] y) {
+          flat = Reshape (x, shape)
+          y = Conv <pads=[1,1,1,1]> (flat, w)
+        }
+        """,
+        shape=np.array([-1, 3, 6, 6]),
+        w=(4, 3, 3, 3),
+    )
+    weight = parameter(model, 1, 1)
+    damaged = copy(model)
+    set_parameter(damaged, 1, 1, weight * (np.random.default_rng(3).random(weight.shape) < 0.5))
+    x = np.random.default_rng(4).normal(size=(70, 4, 3, 6, 6)).astype(np.float32) + np.float32(0.5)
+    x += np.roll(x, 1, axis=2)
+    reference, before, after = (run(m, {"x": x})["y"] for m in (model, damaged, refitted(damaged, model, x)))
+    assert np.square(after - reference).mean() < 0.7 * np.square(before - reference).mean()
 
 
 def two_layers(with_bn: bool) -> onnx.ModelProto:
