@@ -7,8 +7,8 @@ Graphs: every file of ../shared/assets, the light zoo inside the onnx package (i
 ones), and torchvision's architectures with random weights, exported by both exporters of torch (needs the packages
 torch, torchvision and onnxscript). Each is pruned to 50% by global magnitude, repaired by `paired` and by `refit` from
 calibration images, and compared with the dense model on other images: "SNR" is 10 log10 of signal over error in dB over
-all floating-point outputs; over the input of a Softmax or ArgMax that ends the graph. "Conv" is the share of constant Conv
-weights that belong to a correction point. A written model must pass the full check of onnx.checker, run in onnxruntime,
+all outputs; of a Softmax or ArgMax that ends the graph, its input. "Conv" is the share of constant Conv weights that
+belong to a correction point. A written model must pass the full check of onnx.checker, run in onnxruntime,
 and be the pruned file but for the parameters of the points, their doc strings and the tool's metadata.
 """
 
@@ -346,8 +346,7 @@ def outputs(model: onnx.ModelProto, samples: NDArray[Any]) -> list[NDArray[Any]]
     parts: list[list[NDArray[Any]]] = []
     for start in range(0, len(samples) - len(samples) % step, step):
         parts.append(session.run(None, {given.name: samples[start : start + step]}))
-    joined = [np.concatenate(part) for part in zip(*parts, strict=True)]
-    return joined
+    return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
 
 def snr(dense: list[NDArray[Any]], other: list[NDArray[Any]]) -> float:

@@ -474,6 +474,16 @@ class Spy:
         monkeypatch.setattr(repair_module, "collect_outputs", spy_collect)
 
 
+def test_auto_gives_back_what_it_cannot_improve() -> None:
+    model = model_of("residual")
+    options = RepairOptions(samples=32, verify_samples=16)
+    result = repair(model, data_of("residual"), dense=model, options=options)
+    assert not result.improved
+    assert result.model == model
+    assert result.points == ()
+    assert "unchanged" in result.notes[-1]
+
+
 @pytest.mark.parametrize(("name", "sparsity"), [("residual", 0.4), ("digits_resnet", 0.8), ("digits_vgg", 0.5)])
 def test_auto_takes_the_smallest_divergence_on_samples_it_did_not_calibrate_on(
     name: str, sparsity: float, monkeypatch: pytest.MonkeyPatch
