@@ -20,14 +20,11 @@ from numpy.typing import NDArray
 from onnx_asr.calibration import Calibration
 from onnx_asr.data import Dataset, Preprocessing
 from onnx_asr.data.sources import DataSource
-from onnx_asr.engine.lockstep import BufferPool, Chunk, lockstep
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex
-from onnx_asr.graph.points import rows_to_weight
 from onnx_asr.model_io import ModelSource, load
 from onnx_asr.networks import Execution, Networks, silent
-from onnx_asr.numerics.moments import Moments
 from onnx_asr.options import RepairOptions
 from onnx_asr.pruning import (
     LayerSparsity,
@@ -43,6 +40,7 @@ from onnx_asr.pruning import (
 from onnx_asr.refit_repair import repair_refit
 from onnx_asr.repairing import RepairJob, finish
 from onnx_asr.result import RepairResult
+from onnx_asr.scoring import input_factors
 
 Masks = list[NDArray[np.bool_]]
 
@@ -186,7 +184,7 @@ def _next_masks(
 ) -> Masks:
     if isinstance(step, tuple):
         return [pattern_mask(index, weight, score, *step) for weight, score in zip(weights, scores, strict=True)]
-    return unstructured_masks(scores, step, "global")
+    return unstructured_masks(index, weights, scores, step, "global")
 
 
 @dataclass(frozen=True)
@@ -194,13 +192,12 @@ class _Ranking:
     """How weights of different layers compare.
 
     Where BatchNormalization is kept: by magnitude as stored. Where it was folded, ``|W|`` carries each channel's
-    arbitrary scale; there by the share of the layer's output variance that goes through the weight,
-    ``W^2 Var(x_j) / mean_i Var(y_i)``.
+    arbitrary scale; there by the score "variance" of :func:`onnx_asr.scoring.input_factors`.
     """
 
     networks: Networks  # of the dense model with itself
     weights: list[PrunableWeight]
-    factors: list[NDArray[np.float64]] | None  # sqrt(Var(x_j) / mean Var(y)), in the weight's shape
+    factors: list[NDArray[np.float64]] | None
 
     @classmethod
     def of(
@@ -208,25 +205,9 @@ class _Ranking:
     ) -> _Ranking:
         if any(weight.points[0].batchnorm is not None for weight in weights):
             return cls(networks, weights, None)
-        index = networks.pruned
         execution.progress("measuring the dense network", 0.0)
-        moments: dict[str, Moments] = {}
-        axes = {}
-        for weight in weights:
-            point = weight.points[0]
-            assert point.weight_slot is not None
-            axes[index.nodes[point.node].input[1 - point.weight_slot]] = point.channel_axis
-            axes[point.tensor] = point.channel_axis
-
-        def visit(_: int, chunks: list[Chunk]) -> None:
-            for name, axis in axes.items():
-                chunk = Moments.of(chunks[0][name], axis)
-                moments[name] = chunk if name not in moments else moments[name].merge(chunk)
-
-        with BufferPool(execution.memory_limit) as pool:
-            lane = networks.pruned_lane(axes, calibration, pool, execution, EditPlan())
-            lockstep([lane], [list(axes)], visit)
-        return cls(networks, weights, [_factor(index, weight, moments) for weight in weights])
+        points = [weight.points[0] for weight in weights]
+        return cls(networks, weights, input_factors(networks, points, "variance", calibration, execution))
 
     def scores(self, plan: EditPlan, masks: Masks) -> list[NDArray[np.float64]]:
         """Scores of the planned weights (the dense ones where nothing is planned), 0 where already pruned."""
@@ -241,20 +222,3 @@ class _Ranking:
                 score = score * self.factors[number]
             scores.append(np.where(mask, score, -1.0))
         return scores
-
-
-def _factor(index: GraphIndex, weight: PrunableWeight, moments: dict[str, Moments]) -> NDArray[np.float64]:
-    point = weight.points[0]
-    node = index.nodes[point.node]
-    assert point.weight_slot is not None
-    shape = index.value(weight.tensor).shape
-    inputs = moments[node.input[1 - point.weight_slot]].std
-    groups = 1
-    taps = 1
-    if point.kind in ("Conv", "ConvTranspose"):
-        taps = int(np.prod(shape[2:]))
-        groups = len(inputs) // shape[1] if point.kind == "Conv" else point.channels // shape[1]
-    per_group = inputs.reshape(groups, 1, -1, 1)  # [G, 1, C_in / G, 1]
-    rows = np.broadcast_to(per_group, (groups, point.channels // groups, per_group.shape[2], taps))
-    output = float(np.sqrt(moments[point.tensor].var.mean())) or 1.0
-    return rows_to_weight(point, node, rows.reshape(point.channels, -1) / output, shape)

@@ -15,6 +15,9 @@ FEW_ROWS, FEW_ROWS_RIDGE = 5000, 0.1
 Method = Literal["auto", "refit", "paired", "asr", "layerwise", "raw", "bn"]
 METHODS: tuple[Method, ...] = get_args(Method)
 BatchNormMode = Literal["exact", "ema"]
+Score = Literal["magnitude", "row", "lamp", "activation", "variance", "gram"]
+SCORES: tuple[Score, ...] = get_args(Score)
+DATA_AWARE: tuple[Score, ...] = ("activation", "variance", "gram")
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,28 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from onnx_asr.data import Dataset, Preprocessing
+from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.graph.edit import EditPlan, apply, set_metadata
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import Point, Skip, rows_to_weight, survey, weight_rows
 from onnx_asr.model_io import ModelSource, check_finite, load
+from onnx_asr.networks import Execution
 from onnx_asr.numerics.masks import keep_count, keep_largest, keep_n_of_m
+from onnx_asr.numerics.scores import erk_keep
+from onnx_asr.options import DATA_AWARE, SCORES, RepairOptions, Score
+from onnx_asr.repairing import RepairJob
+from onnx_asr.scoring import data_aware_scores, data_free_scores
 from onnx_asr.version import __version__
 
-Scope = Literal["global", "layer"]
+Scope = Literal["global", "layer", "erk"]
 
 
 @dataclass(frozen=True)
@@ -181,48 +188,77 @@ def prune(
     *,
     pattern: str = "unstructured",
     scope: Scope = "global",
+    score: Score = "magnitude",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    data: DataSource | Dataset | None = None,
+    samples: int = RepairOptions.samples,
+    seed: int = 0,
+    preprocessing: Preprocessing | None = None,
+    execution: Execution | None = None,
 ) -> PruneResult:
-    """Zero the weights of smallest magnitude.
+    """Zero the weights of smallest score.
 
-    Unstructured: the number of zeros is exactly ``round(sparsity n)`` over all weights together (scope "global") or in
-    each ("layer"), except where there are more already: existing zeros are kept. N:M: the ``n`` largest of every ``m``
-    consecutive input channels stay; a weight with fewer than ``m`` input channels a group stays dense. Ties are broken
-    by position.
+    Unstructured: the number of zeros is exactly ``round(sparsity n)`` over all weights together (scopes "global" and
+    "erk") or in each ("layer"), except where there are more already: existing zeros are kept. N:M: the ``n`` largest of
+    every ``m`` consecutive input channels stay; a weight with fewer than ``m`` input channels a group stays dense. Ties
+    are broken by position.
 
     Args:
         model: Path or ModelProto of the dense model; it is not changed.
         sparsity: Share of weights to zero, in [0, 1); not given where the pattern is N:M.
         pattern: "unstructured", or "N:M" along the input channels, as sparse tensor cores expect.
-        scope: Compare magnitudes over the whole network or within each weight.
+        scope: Compare scores over the whole network, or within each weight: all of one sparsity ("layer"), or
+            Erdos-Renyi-kernel sparsities, which spare small layers ("erk").
+        score: See :mod:`onnx_asr.scoring`; "activation", "variance" and "gram" need data.
         include: Regular expressions on node or weight names that take part; empty for all.
         exclude: Regular expressions that do not.
+        data: Calibration samples for the scores that need them, as for :func:`onnx_asr.repair`.
+        samples: How many of them to use.
+        seed: Of the sample.
+        preprocessing: What to do to images.
+        execution: Execution providers, memory limit, progress.
 
     Raises:
-        OptionError: Sparsity out of range, a bad pattern, or nothing left to prune.
+        OptionError: Sparsity out of range, a bad pattern, an unknown score, or nothing left to prune.
         ModelError: Not an ONNX model, quantized, weights not finite, or without weights.
+        DataError: Missing, broken or unfitting data.
     """
     shape = Pattern.parse(pattern)
     check_sparsity(sparsity, shape)
-    if scope not in ("global", "layer"):
-        raise OptionError(f"scope '{scope}' is unknown: give 'global' or 'layer'")
-    index = GraphIndex.of(load(model))
+    if scope not in get_args(Scope):
+        raise OptionError(f"scope '{scope}' is unknown: give one of {', '.join(get_args(Scope))}")
+    if score not in SCORES:
+        raise OptionError(f"score '{score}' is unknown: give one of {', '.join(SCORES)}")
+    if (score in DATA_AWARE) != (data is not None):
+        need = "needs calibration samples: give them" if data is None else "reads no data: leave them out"
+        raise OptionError(f"score '{score}' {need} (--data)")
+    dense = load(model)
+    index = GraphIndex.of(dense)
     check_finite(index, "dense")
     weights, skips = prunable_weights(index, include, exclude)
     weights, narrow = split_narrow(index, weights, shape)
-    scores = [np.abs(index.value(weight.tensor).astype(np.float32, copy=False)) for weight in weights]
+    points = [weight.points[0] for weight in weights]
+    if data is None:
+        scores = data_free_scores(index, points, score)
+    else:
+        settings = RepairOptions(method="refit", samples=samples, verify_samples=0, seed=seed)
+        job = RepairJob.of(dense, dense, data, settings, preprocessing)
+        calibration = job.load_calibration()
+        scores = data_aware_scores(job.networks, points, score, calibration, execution or Execution())
     if shape.n is not None:
         masks = [
-            pattern_mask(index, weight, score, shape.n, shape.m) for weight, score in zip(weights, scores, strict=True)
+            pattern_mask(index, weight, values, shape.n, shape.m)
+            for weight, values in zip(weights, scores, strict=True)
         ]
     else:
         assert sparsity is not None
-        masks = unstructured_masks(scores, sparsity, scope)
+        masks = unstructured_masks(index, weights, scores, sparsity, scope)
     options = {
         "sparsity": sparsity,
         "pattern": str(shape),
         "scope": scope,
+        "score": score,
         "include": list(include),
         "exclude": list(exclude),
     }
@@ -257,11 +293,29 @@ def pattern_mask(index: GraphIndex, weight: PrunableWeight, scores: NDArray[Any]
     return rows_to_weight(point, index.nodes[point.node], mask.reshape(len(mask), -1), scores.shape)
 
 
-def unstructured_masks(scores: Sequence[NDArray[Any]], sparsity: float, scope: Scope) -> list[NDArray[np.bool_]]:
+def unstructured_masks(
+    index: GraphIndex,
+    weights: Sequence[PrunableWeight],
+    scores: Sequence[NDArray[Any]],
+    sparsity: float,
+    scope: Scope,
+) -> list[NDArray[np.bool_]]:
     """Masks of the entries of largest score."""
+    total = keep_count(sum(score.size for score in scores), sparsity)
+    if scope == "global":
+        return keep_largest(scores, total)
     if scope == "layer":
-        return [keep_largest([score], keep_count(score.size, sparsity))[0] for score in scores]
-    return keep_largest(scores, keep_count(sum(score.size for score in scores), sparsity))
+        counts = [keep_count(score.size, sparsity) for score in scores]
+    else:
+        shapes = [_kernel_shape(index, weight, score) for weight, score in zip(weights, scores, strict=True)]
+        counts = erk_keep(shapes, [score.size for score in scores], total)
+    return [keep_largest([score], count)[0] for score, count in zip(scores, counts, strict=True)]
+
+
+def _kernel_shape(index: GraphIndex, weight: PrunableWeight, value: NDArray[Any]) -> tuple[int, ...]:
+    """[C_out, C_in / group, *kernel]."""
+    kernel = value.shape[2:] if weight.points[0].kind in ("Conv", "ConvTranspose") else ()
+    return (*_channel_view(index, weight, value).shape[:2], *kernel)
 
 
 def _channel_view(index: GraphIndex, weight: PrunableWeight, value: NDArray[Any]) -> NDArray[Any]:

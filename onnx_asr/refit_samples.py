@@ -55,7 +55,7 @@ class RowSampler:
         self._calibration = calibration
         self._number = number
         self._seen = 0
-        self._taps = 1
+        self.taps = 1
         self._spatial: _SpatialSampling | None = None
         self._x: NDArray[np.float32] | None = None
         self._filled = 0
@@ -115,7 +115,7 @@ class RowSampler:
         images = len(source) // samples  # more than 1 where the model has cut its input into windows
         if self._spatial is None:
             self._spatial = self._start(source, output, images)
-            self._taps = self._spatial.table.shape[1]
+            self.taps = self._spatial.table.shape[1]
         geometry, table = self._spatial.geometry, self._spatial.table
         positions = self._spatial.positions[self._seen * images : self._seen * images + len(source)]
         x = gather_patches(source, table, positions, geometry.groups)
@@ -144,21 +144,26 @@ class RowSampler:
             tensor = np.swapaxes(tensor, -1, -2)
         return tensor.reshape(-1, tensor.shape[-1])[rows].astype(np.float32, copy=False)
 
+    @property
+    def inputs(self) -> NDArray[np.float32]:
+        """The input patches collected, [rows, groups, taps * C / groups]."""
+        assert self._x is not None
+        return self._x[: self._filled]
+
     def solve(self, plan: EditPlan) -> tuple[RefitSolution, Floats]:
         """Fit the surviving weights; the solution, and its weights as rows [C_out, K] in the file's order."""
         index = self.networks.pruned
-        assert self._x is not None
-        x, target = self._x[: self._filled], np.concatenate(self._target)
+        x, target = self.inputs, np.concatenate(self._target)
         self._x = None
         groups = x.shape[1]
         shape = (groups, self.point.channels // groups, x.shape[2])
-        mask = tap_major(read_rows(index, plan, self.point) != 0, self._taps).reshape(shape)
-        prior = tap_major(self._dense_rows(), self._taps).reshape(shape)
+        mask = tap_major(read_rows(index, plan, self.point) != 0, self.taps).reshape(shape)
+        prior = tap_major(self._dense_rows(), self.taps).reshape(shape)
         floor, negative = self._hidden_by_relu()
         ridge = max(self._recipe.ridge, FEW_ROWS_RIDGE) if len(x) < FEW_ROWS else self._recipe.ridge
         options = RefitOptions(ridge, self._recipe.relu_steps, self._recipe.gain_power)
         solution = refit_rows(x, target, prior, mask, options, relu_floor=floor, dense_negative=negative)
-        return solution, channel_major(solution.weight.reshape(self.point.channels, -1), self._taps)
+        return solution, channel_major(solution.weight.reshape(self.point.channels, -1), self.taps)
 
     def _dense_rows(self) -> Floats:
         """The dense weights, folded with the dense BatchNormalization."""

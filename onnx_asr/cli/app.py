@@ -121,31 +121,57 @@ def demo(
 def prune(
     model: DenseArgument,
     output: Output,
+    images: Images,
+    walk: Walk,
     display: Display,
     sparsity: Sparsity = None,
     pattern: Pattern = "unstructured",
     scope: Annotated[
-        str, typer.Option(metavar="global|layer", help="Compare magnitudes over the whole net, or in each layer.")
+        str,
+        typer.Option(
+            metavar="global|layer|erk",
+            help="Compare scores over the whole net, or in each layer: at one sparsity, or sparing small layers (erk).",
+        ),
     ] = "global",
+    score: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="What a weight is worth: {scores}. The last three look at --data; 'row' and 'variance' suit nets "
+            "whose BatchNormalization was folded.",
+        ),
+    ] = "magnitude",
+    data: Annotated[str | None, typer.Option(metavar="PATH", help="Samples for the scores that need them.")] = None,
+    samples: Samples = None,
+    seed: Seed = 0,
     include: Include = None,
     exclude: Exclude = None,
 ) -> int:
-    """Zero the weights of smallest magnitude."""
+    """Zero the weights of smallest score, by default of smallest magnitude."""
     from onnx_asr.model_io import check_writable, is_external, save
+    from onnx_asr.options import RepairOptions
     from onnx_asr.pruning import prune as run
 
     target = check_writable(output)
-    result = run(
-        model,
-        sparsity,
-        pattern=pattern,
-        scope=scope,  # type: ignore[arg-type]  # an unknown one is the pipeline's to refuse
-        include=include or (),
-        exclude=exclude or (),
-    )
+    terminal = Terminal(display)
+    with terminal.progress() as progress:
+        result = run(
+            model,
+            sparsity,
+            pattern=pattern,
+            scope=scope,  # type: ignore[arg-type]  # an unknown one is the pipeline's to refuse
+            score=score,  # type: ignore[arg-type]
+            include=include or (),
+            exclude=exclude or (),
+            data=data,
+            samples=RepairOptions.samples if samples is None else samples,
+            seed=seed,
+            preprocessing=images.preprocessing(),
+            execution=walk.execution(display.verbose, progress),
+        )
     save(result.model, target, external_data=is_external(model))
-    values = {"command": "prune", "model": model, "output": str(target), **result.to_dict()}
-    Terminal(display).result(values, *show.prune(result, str(target), display.verbose))
+    values = {"command": "prune", "model": model, "data": data, "output": str(target), **result.to_dict()}
+    terminal.result(values, *show.prune(result, str(target), display.verbose))
     return DONE
 
 

@@ -332,7 +332,7 @@ class Command(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Fill in the help texts, then show them; only now the options' module is imported."""
         from onnx_asr.data.preprocessing import PRESETS
-        from onnx_asr.options import METHODS, RepairOptions
+        from onnx_asr.options import METHODS, SCORES, RepairOptions
 
         defaults = RepairOptions()
         known = {name: getattr(defaults, name) for group in (Calibration, Method) for name in _names(group)}
@@ -342,7 +342,7 @@ class Command(TyperCommand):
             shown: Any = parameter  # options and arguments both have a help text
             if shared and shown.name in known:
                 shown.default = known[shown.name]
-            for name, values in (("{methods}", METHODS), ("{presets}", PRESETS)):
+            for name, values in (("{methods}", METHODS), ("{presets}", PRESETS), ("{scores}", SCORES)):
                 shown.help = (shown.help or "").replace(name, ", ".join(values))
         super().format_help(ctx, formatter)
 

@@ -172,6 +172,11 @@ def refit_rows(
     )
 
 
+def covariance(x: Single) -> Array:
+    """`H = cov(X)` [G, K, K] of input patches [n, G, K], which are centred in place."""
+    return _Samples(x, np.zeros((len(x), x.shape[1]), np.float32), None, None, outputs=1).gram()
+
+
 def _check_shapes(
     x: Single,
     target: Single,

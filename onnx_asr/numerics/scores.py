@@ -1,0 +1,84 @@
+"""What a weight is worth keeping, and how many a layer keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+_MAX_INVERSE = 8192  # inputs up to which H is inverted: 0.5 GB
+
+
+def lamp(weight: NDArray[Any]) -> Array:
+    """``w^2 / sum of w'^2 over all w' of the weight with |w'| >= |w|`` (layer-adaptive magnitude, arXiv 2010.07611).
+
+    Of equal magnitudes the earlier one counts as the larger, so that scores do not tie within a weight.
+    """
+    square = np.square(weight.astype(np.float64)).ravel()
+    order = np.argsort(-square, kind="stable")
+    above = np.cumsum(square[order])
+    score = np.empty_like(square)
+    score[order] = np.divide(square[order], above, out=np.zeros_like(above), where=above > 0)
+    return score.reshape(weight.shape)
+
+
+def row_normalised(rows: NDArray[Any]) -> Array:
+    """``|w_ij| / rms_j(w_ij)`` for weights as rows [C_out, K]: free of the scale that each output channel carries."""
+    exact = np.abs(rows.astype(np.float64))
+    size = np.sqrt(np.square(exact).mean(axis=1, keepdims=True))
+    return np.asarray(np.divide(exact, size, out=np.zeros_like(exact), where=size > 0))
+
+
+def saliency(rows: NDArray[Any], gram: Array, ridge: float) -> Array:
+    """``w^2 / [(H + R I)^-1]_jj``: the cost of removing a weight once the others took over (optimal brain surgeon).
+
+    Beyond 8,192 inputs the inverse is taken of the diagonal alone, ``w^2 (H_jj + R)``.
+
+    Args:
+        rows: Weights [C_out, K], the output channels of a group side by side.
+        gram: ``H = cov(X)`` [G, K, K] of each group's inputs.
+        ridge: ``R`` as a share of the mean input variance.
+
+    Returns:
+        [C_out, K].
+    """
+    diagonal = np.diagonal(gram, axis1=1, axis2=2)
+    damping = ridge * diagonal.mean(axis=1) + 1e-12
+    cost = np.empty_like(diagonal)
+    for group, matrix in enumerate(gram):
+        if len(matrix) > _MAX_INVERSE:
+            cost[group] = diagonal[group] + damping[group]
+        else:
+            cost[group] = 1.0 / np.diagonal(np.linalg.inv(matrix + damping[group] * np.eye(len(matrix))))
+    square = np.square(rows.astype(np.float64)).reshape(len(gram), -1, gram.shape[2])
+    return np.asarray(square * np.maximum(cost, 0.0)[:, None, :]).reshape(rows.shape)
+
+
+def erk_keep(shapes: Sequence[tuple[int, ...]], sizes: Sequence[int], keep: int) -> list[int]:
+    """How many entries every layer keeps, ``keep`` in all, at Erdos-Renyi-kernel densities (arXiv 1911.11134).
+
+    The density of a layer is proportional to ``sum(shape) / prod(shape)``; layers that would exceed 1 stay dense.
+
+    Args:
+        shapes: [C_out, C_in / group, *kernel] of every layer.
+        sizes: Entries of every layer.
+        keep: Entries to keep in all.
+    """
+    raw = np.array([sum(shape) / np.prod(shape) for shape in shapes])
+    size = np.asarray(sizes, np.float64)
+    full = np.zeros(len(raw), bool)
+    while not full.all():
+        factor = (keep - size[full].sum()) / (raw * size)[~full].sum()
+        beyond = ~full & (factor * raw > 1)
+        if not beyond.any():
+            break
+        full |= beyond
+    wanted = np.where(full, size, np.maximum(factor, 0.0) * raw * size)
+    counts = np.floor(wanted).astype(int)
+    for layer in np.argsort(counts - wanted, kind="stable")[: keep - int(counts.sum())]:
+        counts[layer] += 1
+    return [int(count) for count in counts]

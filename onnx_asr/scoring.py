@@ -1,0 +1,151 @@
+"""Scores of weights, from the weights alone or from what the dense network does on calibration samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_asr.calibration import Calibration
+from onnx_asr.engine.lockstep import BufferPool, Chunk, lockstep
+from onnx_asr.graph.context import contexts, steps
+from onnx_asr.graph.edit import EditPlan
+from onnx_asr.graph.index import GraphIndex
+from onnx_asr.graph.points import Point, rows_to_weight, weight_rows
+from onnx_asr.networks import Execution, Networks
+from onnx_asr.numerics.moments import Moments
+from onnx_asr.numerics.patches import channel_major, tap_major
+from onnx_asr.numerics.refit import covariance
+from onnx_asr.numerics.scores import lamp, row_normalised, saliency
+from onnx_asr.options import RefitRecipe, Score
+from onnx_asr.refit_samples import RowSampler
+
+Values = list[NDArray[np.float64]]
+
+
+def data_free_scores(index: GraphIndex, points: Sequence[Point], score: Score) -> Values:
+    """Scores of the points' weights, each in its stored shape.
+
+    * magnitude: ``|w|``
+    * row: ``|w| / rms`` of its output channel
+    * lamp: ``w^2`` by the sum of all larger ones in its weight
+    """
+    scores = []
+    for point in points:
+        node, value = index.nodes[point.node], _weight(index, point)
+        if score == "lamp":
+            scores.append(lamp(value))
+        elif score == "row":
+            rows = row_normalised(weight_rows(point, node, value))
+            scores.append(rows_to_weight(point, node, rows, value.shape))
+        else:
+            scores.append(np.abs(value.astype(np.float64)))
+    return scores
+
+
+def data_aware_scores(
+    networks: Networks, points: Sequence[Point], score: Score, calibration: Calibration, execution: Execution
+) -> Values:
+    """Scores of the points' weights, each in its stored shape.
+
+    * activation: ``|w| rms(x_j)`` (Wanda, arXiv 2306.11695)
+    * variance: ``|w| std(x_j) / sqrt(mean_i var(y_i))``, the root of the share of the layer's output variance that goes
+      through the weight
+    * gram: ``w^2 / [(H + R I)^-1]_jj``, ``H`` the covariance of the layer's inputs (optimal brain surgeon)
+
+    Args:
+        networks: The dense model, paired with itself.
+        points: Points with weights.
+        score: One of the three.
+        calibration: The samples.
+        execution: Execution providers, memory limit, progress.
+    """
+    execution.progress("measuring the dense network", 0.0)
+    if score == "gram":
+        return _saliencies(networks, points, calibration, execution)
+    factors = input_factors(networks, points, score, calibration, execution)
+    return [
+        np.abs(_weight(networks.pruned, point).astype(np.float64)) * factor
+        for point, factor in zip(points, factors, strict=True)
+    ]
+
+
+def input_factors(
+    networks: Networks, points: Sequence[Point], score: Score, calibration: Calibration, execution: Execution
+) -> Values:
+    """What the magnitude is multiplied by in "activation" and "variance", in the shape of each point's weight."""
+    index = networks.pruned
+    axes = {name: point.channel_axis for point in points for name in (_source(index, point), point.tensor)}
+    moments: dict[str, Moments] = {}
+
+    def visit(_: int, chunks: list[Chunk]) -> None:
+        for name, axis in axes.items():
+            chunk = Moments.of(chunks[0][name], axis)
+            moments[name] = chunk if name not in moments else moments[name].merge(chunk)
+
+    with BufferPool(execution.memory_limit) as pool:
+        lane = networks.pruned_lane(axes, calibration, pool, execution, EditPlan())
+        lockstep([lane], [list(axes)], visit)
+    factors = []
+    for point in points:
+        source = moments[_source(index, point)]
+        if score == "variance":
+            output = float(np.sqrt(moments[point.tensor].var.mean())) or 1.0
+            factors.append(_by_input(index, point, source.std / output))
+        else:
+            factors.append(_by_input(index, point, np.sqrt(source.var + np.square(source.mean))))
+    return factors
+
+
+def _saliencies(networks: Networks, points: Sequence[Point], calibration: Calibration, execution: Execution) -> Values:
+    index, recipe = networks.pruned, RefitRecipe(block_targets=False)
+    items = contexts(index, points)
+    scores: dict[int, NDArray[np.float64]] = {}
+    schedule = [[RowSampler(networks, item, recipe, calibration, 0) for item in group] for group in steps(index, items)]
+    with BufferPool(execution.memory_limit) as pool:
+        names = [name for group in schedule for job in group for name in (*job.pruned_targets, *job.dense_targets)]
+        lane = networks.pruned_lane(names, calibration, pool, execution, EditPlan())
+        for number in range(len(schedule)):
+            group, schedule[number] = schedule[number], []
+
+            def visit(_: int, chunks: list[Chunk], group: list[RowSampler] = group) -> None:
+                for job in group:
+                    job.add(chunks[0], chunks[0])
+
+            lockstep([lane], [[name for job in group for name in (*job.pruned_targets, *job.dense_targets)]], visit)
+            pool.trim()
+            for job in group:
+                scores[job.point.node] = _saliency(index, job, recipe.ridge)
+    return [scores[point.node] for point in points]
+
+
+def _saliency(index: GraphIndex, job: RowSampler, ridge: float) -> NDArray[np.float64]:
+    point, node = job.point, index.nodes[job.point.node]
+    value = _weight(index, point)
+    rows = tap_major(weight_rows(point, node, value), job.taps)
+    score = saliency(rows, covariance(job.inputs), ridge)
+    return rows_to_weight(point, node, channel_major(score, job.taps), value.shape)
+
+
+def _by_input(index: GraphIndex, point: Point, inputs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """One value for each input channel, spread over a weight's stored shape."""
+    node, shape = index.nodes[point.node], _weight(index, point).shape
+    groups, taps = 1, 1
+    if point.kind in ("Conv", "ConvTranspose"):
+        taps = int(np.prod(shape[2:]))
+        groups = len(inputs) // shape[1] if point.kind == "Conv" else point.channels // shape[1]
+    per_group = inputs.reshape(groups, 1, -1, 1)  # [G, 1, C_in / G, 1]
+    rows = np.broadcast_to(per_group, (groups, point.channels // groups, per_group.shape[2], taps))
+    return rows_to_weight(point, node, rows.reshape(point.channels, -1), shape)
+
+
+def _source(index: GraphIndex, point: Point) -> str:
+    assert point.weight_slot is not None
+    return str(index.nodes[point.node].input[1 - point.weight_slot])
+
+
+def _weight(index: GraphIndex, point: Point) -> NDArray[Any]:
+    assert point.weight_slot is not None
+    return index.value(index.nodes[point.node].input[point.weight_slot])
