@@ -9,7 +9,7 @@ once their neighbours have taken over what was lost.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,8 +23,8 @@ from onnx_asr.data.sources import DataSource
 from onnx_asr.engine.lockstep import BufferPool, Chunk, lockstep
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.edit import EditPlan
-from onnx_asr.graph.index import GraphIndex
-from onnx_asr.graph.points import rows_to_weight
+from onnx_asr.graph.index import GraphIndex, attribute
+from onnx_asr.graph.points import Point, rows_to_weight
 from onnx_asr.model_io import ModelSource, load
 from onnx_asr.networks import Execution, Networks, silent
 from onnx_asr.numerics.moments import Moments
@@ -142,15 +142,14 @@ def compress(
     pattern = Pattern.parse(options.pattern)
     weights, skips = prunable_weights(index, options.include, options.exclude)
     weights, narrow = split_narrow(index, weights, pattern)
-    ranking = _Ranking.of(job.networks, weights, calibration, execution)
-    masks: Masks = [np.ones(index.value(weight.tensor).shape, bool) for weight in weights]
-    plan = EditPlan()
+    factors = _factors(job.networks, weights, calibration, execution)
+    values = [index.value(weight.tensor) for weight in weights]
+    masks: Masks = [np.ones(value.shape, bool) for value in values]
     seconds = []
     schedule = _schedule(options, pattern)
     for number, step in enumerate(schedule):
         begun = time.perf_counter()
-        scores = ranking.scores(plan, masks)
-        masks = _next_masks(index, weights, scores, step)
+        masks = _next_masks(index, weights, _scores(values, factors, masks), step)
         pruned = apply_masks(index, weights, masks, [*skips, *narrow], asdict(options))
         job = replace(job, pruned=pruned.model, networks=Networks.of(pruned.model, model))
         if number + 1 == len(schedule):
@@ -159,6 +158,7 @@ def compress(
         part = calibration.head(round(options.round_samples * calibration.count))
         plan = EditPlan()
         repair_refit(job.networks, part, replace(execution, progress=silent), plan, settings.refit)
+        values = _refitted(job.networks, weights, plan)
         seconds.append(time.perf_counter() - begun)
     result = finish(job, calibration, execution, begun, begun)
     seconds.append(time.perf_counter() - begun)
@@ -189,66 +189,83 @@ def _next_masks(
     return unstructured_masks(scores, step, "global")
 
 
-@dataclass(frozen=True)
-class _Ranking:
-    """How weights of different layers compare.
+_Channels = tuple[str, int]
+"""A tensor and the axis of its channels."""
 
-    Where BatchNormalization is kept: by magnitude as stored. Where it was folded, ``|W|`` carries each channel's
-    arbitrary scale; there by the share of the layer's output variance that goes through the weight,
-    ``W^2 Var(x_j) / mean_i Var(y_i)``.
+
+def _factors(
+    networks: Networks, weights: Sequence[PrunableWeight], calibration: Calibration, execution: Execution
+) -> list[NDArray[np.float64]]:
+    """What to multiply magnitudes with before weights of different layers are compared.
+
+    1 where BatchNormalization is kept. Where it was folded, ``|W|`` carries each channel's arbitrary scale; there the
+    share of the layer's output variance that goes through the weight counts, ``W^2 Var(x_j) / mean_i Var(y_i)``.
+
+    Args:
+        networks: The dense model with itself.
+        weights: The weights.
+        calibration: The samples.
+        execution: How to run.
     """
+    if any(weight.points[0].batchnorm is not None for weight in weights):
+        return [np.ones(()) for _ in weights]
+    index = networks.pruned
+    execution.progress("measuring the dense network", 0.0)
+    moments: dict[_Channels, Moments] = {}
+    wanted = {
+        channels for weight in weights for channels in (_inputs_of(index, weight.points[0]), _outputs_of(weight.points[0]))
+    }
+    names = sorted({name for name, _ in wanted})
 
-    networks: Networks  # of the dense model with itself
-    weights: list[PrunableWeight]
-    factors: list[NDArray[np.float64]] | None  # sqrt(Var(x_j) / mean Var(y)), in the weight's shape
+    def visit(_: int, chunks: list[Chunk]) -> None:
+        for name, axis in wanted:
+            chunk = Moments.of(chunks[0][name], axis)
+            moments[name, axis] = moments[name, axis].merge(chunk) if (name, axis) in moments else chunk
 
-    @classmethod
-    def of(
-        cls, networks: Networks, weights: list[PrunableWeight], calibration: Calibration, execution: Execution
-    ) -> _Ranking:
-        if any(weight.points[0].batchnorm is not None for weight in weights):
-            return cls(networks, weights, None)
-        index = networks.pruned
-        execution.progress("measuring the dense network", 0.0)
-        moments: dict[str, Moments] = {}
-        axes = {}
-        for weight in weights:
-            point = weight.points[0]
-            assert point.weight_slot is not None
-            axes[index.nodes[point.node].input[1 - point.weight_slot]] = point.channel_axis
-            axes[point.tensor] = point.channel_axis
-
-        def visit(_: int, chunks: list[Chunk]) -> None:
-            for name, axis in axes.items():
-                chunk = Moments.of(chunks[0][name], axis)
-                moments[name] = chunk if name not in moments else moments[name].merge(chunk)
-
-        with BufferPool(execution.memory_limit) as pool:
-            lane = networks.pruned_lane(axes, calibration, pool, execution, EditPlan())
-            lockstep([lane], [list(axes)], visit)
-        return cls(networks, weights, [_factor(index, weight, moments) for weight in weights])
-
-    def scores(self, plan: EditPlan, masks: Masks) -> list[NDArray[np.float64]]:
-        """Scores of the planned weights (the dense ones where nothing is planned), 0 where already pruned."""
-        scores = []
-        for number, (weight, mask) in enumerate(zip(self.weights, masks, strict=True)):
-            point = weight.points[0]
-            assert point.weight_slot is not None
-            value = plan.current(self.networks.pruned, point.node, point.weight_slot)
-            assert value is not None
-            score = np.abs(value.astype(np.float64))
-            if self.factors is not None:
-                score = score * self.factors[number]
-            scores.append(np.where(mask, score, -1.0))
-        return scores
+    with BufferPool(execution.memory_limit) as pool:
+        lane = networks.pruned_lane(names, calibration, pool, execution, EditPlan())
+        lockstep([lane], [names], visit)
+    return [_factor(index, weight, moments) for weight in weights]
 
 
-def _factor(index: GraphIndex, weight: PrunableWeight, moments: dict[str, Moments]) -> NDArray[np.float64]:
-    point = weight.points[0]
+def _inputs_of(index: GraphIndex, point: Point) -> _Channels:
     node = index.nodes[point.node]
     assert point.weight_slot is not None
+    transposed = point.kind == "Gemm" and attribute(node, "transA", 0)
+    return node.input[1 - point.weight_slot], 0 if transposed else point.channel_axis
+
+
+def _outputs_of(point: Point) -> _Channels:
+    return point.tensor, point.channel_axis
+
+
+def _scores(
+    values: Sequence[NDArray[Any]], factors: Sequence[NDArray[np.float64]], masks: Masks
+) -> list[NDArray[np.float64]]:
+    """Scores of the weights' values, below all others where already pruned."""
+    parts = zip(values, factors, masks, strict=True)
+    return [np.where(mask, np.abs(value.astype(np.float64)) * factor, -1.0) for value, factor, mask in parts]
+
+
+def _refitted(networks: Networks, weights: Sequence[PrunableWeight], plan: EditPlan) -> list[NDArray[Any]]:
+    """What a refit of the pruned model made of the dense model's weights."""
+    assert networks.pairing is not None
+    pruned_node = {dense: pruned for pruned, dense in networks.pairing.nodes.items()}
+    values = []
+    for weight in weights:
+        point = weight.points[0]
+        assert point.weight_slot is not None
+        value = plan.current(networks.pruned, pruned_node[point.node], point.weight_slot)
+        assert value is not None
+        values.append(value)
+    return values
+
+
+def _factor(index: GraphIndex, weight: PrunableWeight, moments: Mapping[_Channels, Moments]) -> NDArray[np.float64]:
+    point = weight.points[0]
+    node = index.nodes[point.node]
     shape = index.value(weight.tensor).shape
-    inputs = moments[node.input[1 - point.weight_slot]].std
+    inputs = moments[_inputs_of(index, point)].std
     groups = 1
     taps = 1
     if point.kind in ("Conv", "ConvTranspose"):
@@ -256,5 +273,5 @@ def _factor(index: GraphIndex, weight: PrunableWeight, moments: dict[str, Moment
         groups = len(inputs) // shape[1] if point.kind == "Conv" else point.channels // shape[1]
     per_group = inputs.reshape(groups, 1, -1, 1)  # [G, 1, C_in / G, 1]
     rows = np.broadcast_to(per_group, (groups, point.channels // groups, per_group.shape[2], taps))
-    output = float(np.sqrt(moments[point.tensor].var.mean())) or 1.0
+    output = float(np.sqrt(moments[_outputs_of(point)].var.mean())) or 1.0
     return rows_to_weight(point, node, rows.reshape(point.channels, -1) / output, shape)

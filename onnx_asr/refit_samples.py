@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -79,14 +79,17 @@ class RowSampler:
     def add(self, dense: Chunk, pruned: Chunk) -> None:
         """Take rows from the next chunk."""
         source = pruned[self.context.source]
-        names = self.dense_targets
-        output = dense[names[0]]
+        output, *added = (dense[name] for name in self.dense_targets)
+        if added and np.broadcast_shapes(output.shape, added[0].shape) != output.shape:
+            # one value a channel added to a whole map: the sum has no position of its own for a row
+            self.context = replace(self.context, shortcut=None, batchnorm=None, relu=False)
+            added = []
         x, pick = self._sample(source, output)
         self._keep(x)
         target = pick(output)
-        if len(names) > 1:
+        if added:
             assert self.context.shortcut is not None
-            target = target + pick(np.broadcast_to(dense[names[1]], output.shape))
+            target = target + pick(np.broadcast_to(added[0], output.shape))
             shortcut = pick(np.broadcast_to(pruned[self.context.shortcut], output.shape))
             self._shortcut.append(shortcut)
             self._preactivation.append(target)
@@ -97,32 +100,42 @@ class RowSampler:
         self._seen += len(source)
 
     def _keep(self, x: NDArray[np.float32]) -> None:
-        """Collect patches in one array of the final size: joining parts at the end would need it twice."""
+        """Collect patches in one array of the final size: joining parts at the end would need it twice.
+
+        Only where samples differ in size may a later chunk have more rows than the first one.
+        """
+        needed = self._filled + len(x)
         if self._x is None:
             self._x = np.empty((len(self._calibration.chunks) * len(x), *x.shape[1:]), np.float32)
-        self._x[self._filled : self._filled + len(x)] = x
-        self._filled += len(x)
+        elif needed > len(self._x):
+            self._x = np.concatenate([self._x, np.empty((needed, *x.shape[1:]), np.float32)])
+        self._x[self._filled : needed] = x
+        self._filled = needed
 
     def _sample(
         self, source: NDArray[Any], output: NDArray[Any]
     ) -> tuple[NDArray[np.float32], Callable[[NDArray[Any]], NDArray[np.float32]]]:
         if self.point.kind in ("Gemm", "MatMul"):
             return self._matrix_rows(source)[:, None, :], self._matrix_outputs
-        if self._spatial is None:
-            self._spatial = self._start(source, output)
+        shapes = source.shape[2:], output.shape[2:]
+        if self._spatial is None or self._spatial.shapes != shapes:
+            self._spatial = self._start(source.shape[1], *shapes)
             self._taps = self._spatial.table.shape[1]
         geometry, table = self._spatial.geometry, self._spatial.table
         positions = self._spatial.positions[self._seen : self._seen + len(source)]
         x = gather_patches(source, table, positions, geometry.groups)
         return x, lambda tensor: gather_outputs(tensor, positions)
 
-    def _start(self, source: NDArray[Any], output: NDArray[Any]) -> _SpatialSampling:
-        geometry = conv_geometry(self.networks, self.point, source.shape[2:], output.shape[2:])
-        width = source.shape[1] * math.prod(geometry.kernel)
+    def _start(
+        self, channels: int, input_shape: tuple[int, ...], output_shape: tuple[int, ...]
+    ) -> _SpatialSampling:
+        geometry = conv_geometry(self.networks, self.point, input_shape, output_shape)
+        width = channels * math.prod(geometry.kernel)
         rows = min(self._recipe.rows, max(1, MAX_ROW_BYTES // (4 * width)))
         seed = (self._recipe.seed, self._number)
-        positions = sample_positions(self._calibration.count, math.prod(output.shape[2:]), rows, seed)
-        return _SpatialSampling(geometry, input_positions(geometry, source.shape[2:], output.shape[2:]), positions)
+        positions = sample_positions(self._calibration.count, math.prod(output_shape), rows, seed)
+        table = input_positions(geometry, input_shape, output_shape)
+        return _SpatialSampling((input_shape, output_shape), geometry, table, positions)
 
     def _matrix_rows(self, source: NDArray[Any]) -> NDArray[np.float32]:
         if self.point.kind == "Gemm" and attribute(self.networks.pruned.nodes[self.point.node], "transA", 0):
@@ -184,6 +197,9 @@ class RowSampler:
 
 @dataclass(frozen=True)
 class _SpatialSampling:
+    """Where the rows of a convolution come from, for inputs and outputs of one size."""
+
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
     geometry: ConvGeometry
     table: NDArray[np.int64]
     positions: NDArray[np.int64]

@@ -177,9 +177,11 @@ class RepairJob:
         """Fidelity to the dense model on the held-out samples."""
         assert self.dense is not None
         if not self.reference:
-            self.reference.append(collect_outputs(self.dense, self.dataset, self.held_out, execution.runtime))
-        outputs = collect_outputs(model, self.dataset, self.held_out, execution.runtime)
-        return compare(self.reference[0], outputs)
+            self.reference.append(self._outputs(self.dense, execution))
+        return compare(self.reference[0], self._outputs(model, execution))
+
+    def _outputs(self, model: onnx.ModelProto, execution: Execution) -> Outputs:
+        return collect_outputs(model, self.dataset, self.held_out, execution.runtime, self.options.batch_size)
 
     def verify(self, model: onnx.ModelProto, execution: Execution) -> Verification:
         """Fidelity before and after."""

@@ -296,7 +296,7 @@ def images(count: int, *, seed: int, shape: tuple[int, ...] = (3, 8, 8)) -> np.n
     generator = np.random.default_rng(seed)
     noise = generator.normal(size=(count, *shape))
     noise = noise + np.roll(noise, 1, -1) + np.roll(noise, 1, -2)
-    return (noise + np.linspace(-0.5, 0.5, shape[0]).reshape(-1, 1, 1)).astype(np.float32)
+    return (noise + np.linspace(-0.5, 0.5, shape[0]).reshape(-1, *[1] * (len(shape) - 1))).astype(np.float32)
 
 
 def digits(name: str) -> onnx.ModelProto:
