@@ -24,7 +24,7 @@ FLOAT_TYPES = {
     onnx.TensorProto.BFLOAT16,
     onnx.TensorProto.DOUBLE,
 }
-_FOLDABLE = {"Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
+_FOLDABLE = {"Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "ConstantOfShape"}
 _STANDARD_DOMAINS = {"", "ai.onnx"}
 
 
@@ -113,7 +113,7 @@ class GraphIndex:
     def value(self, name: str) -> NDArray[Any]:
         """The value of a constant tensor, wherever it stands.
 
-        Initializers, ``Constant`` nodes, and chains of Identity, Cast, Transpose and reshapes over them.
+        Initializers, ``Constant`` nodes, and chains of Identity, Cast, Transpose, reshapes and ConstantOfShape over them.
 
         Raises:
             KeyError: When the tensor is not a constant.

@@ -20,7 +20,7 @@ from onnx_asr.repairing import repair
 from onnx_asr.result import RepairResult
 from tests.graphs import bn, copy, folded, images, index, net, parameter, positions, recalibrated, run
 
-COUNT = 64
+COUNT = 160
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 STAGE = "BatchNormalization ({0}, {0}_gamma, {0}_beta, {0}_mean, {0}_var)"
 HEAD = """
@@ -112,9 +112,16 @@ GRAPHS: dict[str, Graph] = {
         f"""g (float[N,6,4] x) => (float[N,3,5] y) {{
         p = MatMul (x, a_w)  a = Add (a_b, p)  ar = Relu (a)
         q = MatMul (b_w, ar)  b = Add (q, b_b)  br = Relu (b)
-        c = MatMul (br, c_w)  cn = {STAGE.format("c")}  cr = Relu (cn)
-        y = MatMul (cr, d_w) }}""",
-        {"a_w": (4, 8), "a_b": (8,), "b_w": (3, 6), "b_b": (3, 1), "c_w": (8, 7), "d_w": (7, 5), **bn("c", channels=3)},
+        c = MatMul (br, c_w)  ct = Transpose <perm=[0,2,1]> (c)
+        cn = BatchNormalization (ct, c_gamma, c_beta, c_mean, c_var)  cr = Relu (cn)
+        cs = Transpose <perm=[0,2,1]> (cr)  y = MatMul (cs, d_w) }}""",
+        {"a_w": (4, 8), "a_b": (8,), "b_w": (3, 6), "b_b": (3, 1), "c_w": (8, 7), "d_w": (7, 5), **bn("c", channels=7)},
+        {"x": (6, 4)},
+    ),
+    "batchnorm-along-the-rows-of-a-matmul": Graph(
+        f"""g (float[N,6,4] x) => (float[N,6,5] y) {{
+        a = MatMul (x, a_w)  an = {STAGE.format("a")}  ar = Relu (an)  b = MatMul (ar, b_w)  y = Add (b, b_b) }}""",
+        {"a_w": (4, 8), "b_w": (8, 5), "b_b": (5,), **bn("a", channels=6)},
         {"x": (6, 4)},
     ),
     "batchnorm-after-add": image_net(
@@ -362,8 +369,14 @@ def test_pruned_graphs_come_closer_to_the_dense_ones(name: str, method: str) -> 
     damaged = prune(dense, 0.5).model
     result = repaired(method, damaged, dense, feeds)
     before, after = error(damaged, dense, feeds), error(result.model, dense, feeds)
-    print(name, method, before, after)
     assert after < before
+    zeros, kept = layer_weights(damaged), layer_weights(result.model)
+    assert len(zeros) == len(kept)
+    for was, now in zip(zeros.values(), kept.values(), strict=True):
+        assert (now[was == 0] == 0).all()
+    layers = {f"{node.op_type}:{node.output[0]}" for node in dense.graph.node if node.op_type in LAYERS}
+    assert layers <= {report.name for report in result.points}
+    assert {skip.op_type for skip in result.skips} <= ({"BatchNormalization"} if method == "refit" else set())
 
 
 @pytest.mark.parametrize("method", ["paired", "refit"])
@@ -371,16 +384,49 @@ def test_pruned_graphs_come_closer_to_the_dense_ones(name: str, method: str) -> 
 def test_dense_graphs_repaired_by_themselves_are_unchanged(name: str, method: str) -> None:
     dense, feeds = dense_of(name), sources(name, seed=3)
     result = repaired(method, dense, dense, feeds)
-    print(name, method, error(result.model, dense, feeds) ** 0.5)
-    assert error(result.model, dense, feeds) ** 0.5 < 1e-5
+    # between segments, float16 rounds what onnxruntime would carry on in float32
+    assert error(result.model, dense, feeds) ** 0.5 < (1e-3 if name == "float16" else 1e-5)
+
+
+@pytest.mark.parametrize("method", ["paired", "refit"])
+@pytest.mark.parametrize(
+    "name", ["conv", "conv-1d", "conv-3d", "transposed", "gemm", "squeeze-and-excitation"]
+)
+def test_folded_twins_are_repaired_to_the_same_function(name: str, method: str) -> None:
+    dense, feeds = dense_of(name), sources(name, seed=3)
+    damaged = prune(dense, 0.5).model
+    twin = folded(dense)
+    assert error(twin, dense, feeds) ** 0.5 < 1e-5
+    kept = repaired(method, damaged, dense, feeds).model
+    merged = repaired(method, folded(damaged), twin, feeds).model
+    assert error(merged, kept, feeds) ** 0.5 < 1e-3
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_compress(name: str) -> None:
+def test_compressed_graphs_are_verified_as_closer(name: str) -> None:
     dense, feeds = dense_of(name), sources(name, seed=3)
-    options = RepairOptions(samples=COUNT - 16, verify_samples=16)
+    options = RepairOptions(samples=COUNT - 32, verify_samples=32)
     result = compress(dense, feeds, CompressOptions(sparsity=0.5, rounds=2), repair_options=options)
     onnx.checker.check_model(result.model, full_check=True)
     assert result.repair.improved
     assert np.isfinite(error(result.model, dense, feeds))
-    print(name, result.repair.verification.before.distance, result.repair.verification.after.distance, error(prune(dense, 0.5).model, dense, feeds), error(result.model, dense, feeds))
+
+
+# --- samples of different sizes ---
+
+
+@pytest.mark.parametrize("method", ["paired", "refit"])
+def test_samples_of_different_sizes_go_one_by_one(method: str) -> None:
+    dense = copy(dense_of("conv"))
+    for axis in (2, 3):
+        dense.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = "HW"[axis - 2]
+    sizes = [(8, 8), (6, 11), (12, 9)]
+    feeds = [{"x": images(1, seed=i, shape=(3, *sizes[i % 3]))} for i in range(60)]
+    damaged = prune(dense, 0.5).model
+    options = RepairOptions(method=method, samples=48, verify_samples=12, batch_size=1)
+    result = repair(damaged, feeds, dense=dense, options=options)
+    assert result.improved
+    before, after = (sum(error(model, dense, feed) for feed in feeds) for model in (damaged, result.model))
+    assert after < 0.5 * before
+    with pytest.raises(DataError, match="batches of one"):
+        repair(damaged, feeds, dense=dense, options=RepairOptions(method=method))
