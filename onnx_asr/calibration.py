@@ -39,14 +39,19 @@ def input_specs(index: GraphIndex) -> list[InputSpec]:
     return specs
 
 
+def fixed_batch(specs: Sequence[InputSpec]) -> int | None:
+    """The batch size that a model fixes; None where it leaves it open."""
+    return next((spec.shape[0] for spec in specs if spec.shape and spec.shape[0] is not None), None)
+
+
 def batch_size_for(specs: Sequence[InputSpec], asked: int | None = None) -> int:
     """Samples a run: what the model fixes, else what was asked for, else 8 (large inputs) to 64 (small ones).
 
     The choice depends on the model alone, so that results do not depend on the machine.
     """
-    fixed = [spec.shape[0] for spec in specs if spec.shape and spec.shape[0] is not None]
-    if fixed:
-        return int(fixed[0])
+    fixed = fixed_batch(specs)
+    if fixed is not None:
+        return fixed
     if asked is not None:
         return asked
     elements = max(1, math.prod(size or 32 for size in specs[0].shape[1:]))

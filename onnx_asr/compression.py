@@ -212,9 +212,8 @@ def _factors(
     index = networks.pruned
     execution.progress("measuring the dense network", 0.0)
     moments: dict[_Channels, Moments] = {}
-    wanted = {
-        channels for weight in weights for channels in (_inputs_of(index, weight.points[0]), _outputs_of(weight.points[0]))
-    }
+    points = [weight.points[0] for weight in weights]
+    wanted = {_inputs_of(index, point) for point in points} | {_outputs_of(point) for point in points}
     names = sorted({name for name, _ in wanted})
 
     def visit(_: int, chunks: list[Chunk]) -> None:

@@ -16,7 +16,7 @@ from onnx_asr.graph.context import Context
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import attribute
 from onnx_asr.graph.points import Point
-from onnx_asr.networks import Networks
+from onnx_asr.networks import Networks, overflow, unequal
 from onnx_asr.numerics.moments import Floats
 from onnx_asr.numerics.patches import (
     ConvGeometry,
@@ -27,7 +27,7 @@ from onnx_asr.numerics.patches import (
     sample_positions,
     tap_major,
 )
-from onnx_asr.numerics.refit import RefitOptions, RefitSolution, refit_rows
+from onnx_asr.numerics.refit import NotFiniteError, RefitOptions, RefitSolution, refit_rows
 from onnx_asr.options import FEW_ROWS, FEW_ROWS_RIDGE, RefitRecipe
 from onnx_asr.rewrite import read_alpha, read_batchnorm, read_rows
 
@@ -116,7 +116,12 @@ class RowSampler:
         self, source: NDArray[Any], output: NDArray[Any]
     ) -> tuple[NDArray[np.float32], Callable[[NDArray[Any]], NDArray[np.float32]]]:
         if self.point.kind in ("Gemm", "MatMul"):
-            return self._matrix_rows(source)[:, None, :], self._matrix_outputs
+            rows = self._matrix_rows(source)
+            if len(rows) != output.size // self.point.channels:
+                raise unequal(self.point)
+            return rows[:, None, :], self._matrix_outputs
+        if len(source) != len(output):
+            raise unequal(self.point)
         shapes = source.shape[2:], output.shape[2:]
         if self._spatial is None or self._spatial.shapes != shapes:
             self._spatial = self._start(source.shape[1], *shapes)
@@ -126,9 +131,7 @@ class RowSampler:
         x = gather_patches(source, table, positions, geometry.groups)
         return x, lambda tensor: gather_outputs(tensor, positions)
 
-    def _start(
-        self, channels: int, input_shape: tuple[int, ...], output_shape: tuple[int, ...]
-    ) -> _SpatialSampling:
+    def _start(self, channels: int, input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> _SpatialSampling:
         geometry = conv_geometry(self.networks, self.point, input_shape, output_shape)
         width = channels * math.prod(geometry.kernel)
         rows = min(self._recipe.rows, max(1, MAX_ROW_BYTES // (4 * width)))
@@ -148,7 +151,11 @@ class RowSampler:
         return tensor.reshape(-1, tensor.shape[-1]).astype(np.float32)  # a copy: the lane reuses its buffers
 
     def solve(self, plan: EditPlan) -> tuple[RefitSolution, Floats]:
-        """Fit the surviving weights; the solution, and its weights as rows [C_out, K] in the file's order."""
+        """Fit the surviving weights; the solution, and its weights as rows [C_out, K] in the file's order.
+
+        Raises:
+            ModelError: When activations are not finite.
+        """
         index = self.networks.pruned
         assert self._x is not None
         x, target = self._x[: self._filled], np.concatenate(self._target)
@@ -160,7 +167,10 @@ class RowSampler:
         floor, negative = self._hidden_by_relu()
         ridge = max(self._recipe.ridge, FEW_ROWS_RIDGE) if len(x) < FEW_ROWS else self._recipe.ridge
         options = RefitOptions(ridge, self._recipe.relu_steps, self._recipe.gain_power)
-        solution = refit_rows(x, target, prior, mask, options, relu_floor=floor, dense_negative=negative)
+        try:
+            solution = refit_rows(x, target, prior, mask, options, relu_floor=floor, dense_negative=negative)
+        except NotFiniteError as error:
+            raise overflow(self.point) from error
         return solution, channel_major(solution.weight.reshape(self.point.channels, -1), self._taps)
 
     def _dense_rows(self) -> Floats:

@@ -175,9 +175,8 @@ def folded(model: onnx.ModelProto) -> onnx.ModelProto:
     dead = []
     for position in positions(model, "BatchNormalization"):
         node = result.graph.node[position]
-        producers = [
-            p for p in positions(result, "Conv", "ConvTranspose", "Gemm") if result.graph.node[p].output[0] == node.input[0]
-        ]
+        layers = positions(result, "Conv", "ConvTranspose", "Gemm")
+        producers = [p for p in layers if result.graph.node[p].output[0] == node.input[0]]
         readers = [item for item in result.graph.node if node.input[0] in item.input]
         if not producers or len(readers) > 1:
             continue

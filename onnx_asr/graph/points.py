@@ -127,13 +127,19 @@ def survey(index: GraphIndex) -> Survey:
     skips: list[Skip] = []
     level: dict[str, int] = {}
     owned: set[int] = set()
+    selected: set[str] = set()
     alive = ancestors(index, index.outputs)
     for position, node in enumerate(index.nodes):
         depth = max((level.get(name, 0) for name in node_reads(node)), default=0)
+        if is_standard(node, "NonMaxSuppression") or not selected.isdisjoint(node_reads(node)):
+            selected.update(node.output)
         if position not in owned:
             found = _examine(index, position, depth + 1)
             if found is not None and position not in alive:
                 found = _skip(index, position, "no output of the model depends on it")
+            elif isinstance(found, Point) and not selected.isdisjoint(node_reads(node)):
+                reason = "it follows a NonMaxSuppression, which keeps other boxes in the dense model than here"
+                found = _skip(index, position, reason)
             if isinstance(found, Point):
                 points.append(found)
                 if found.batchnorm is not None:
