@@ -198,7 +198,8 @@ GRAPHS: dict[str, Graph] = {
     "behind-chains": graph(
         """(float[N,3,8,8] x) => (float[N,5] y) { a_cast = Cast <to=1> (a_half)  a_same = Identity (a_cast)
         beta = Cast <to=1> (a_beta)  a = Conv <PAD> (x, a_same)
-        an = BatchNormalization (a, a_gamma, beta, a_mean, a_var)  ar = Relu (an)  b_turned = Transpose <perm=[3,2,0,1]> (b_hwio)  b = Conv <PAD> (ar, b_turned)  br = Relu (b)
+        an = BatchNormalization (a, a_gamma, beta, a_mean, a_var)  ar = Relu (an)
+        b_turned = Transpose <perm=[3,2,0,1]> (b_hwio)  b = Conv <PAD> (ar, b_turned)  br = Relu (b)
         bs = Reshape (br, rows)  c_kernel = Reshape (c_flat, c_shape)  c = Conv <pads=[1,1], group=4> (bs, c_kernel)
         cr = Relu (c)  pooled = GlobalAveragePool (cr)  flat = Flatten (pooled)
         d_turned = Transpose (fc_w)  d_row = Unsqueeze (fc_b, zero)  y = Gemm (flat, d_turned, d_row) }""",
