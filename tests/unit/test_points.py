@@ -351,7 +351,8 @@ def test_convolutions_inside_functions_are_reported() -> None:
         """
         <ir_version: 8, opset_import: ["": 17, "local": 1]>
         g (float[N,3,4,4] x) => (float[N,3,4,4] y) <float[3,3,1,1] w = {1,2,3,4,5,6,7,8,9}> { y = local.block (x, w) }
-        <domain: "local", opset_import: ["": 17, "local": 1]> block (a, v) => (c) { b = local.layer (a, v)  c = Relu (b) }
+        <domain: "local", opset_import: ["": 17, "local": 1]> block (a, v) => (c) {
+          b = local.layer (a, v)  c = Relu (b) }
         <domain: "local", opset_import: ["": 17]> layer (a, v) => (b) { b = Conv (a, v) }
         """
     )
