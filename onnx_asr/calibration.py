@@ -26,13 +26,18 @@ def input_specs(index: GraphIndex) -> list[InputSpec]:
     """Name, dtype and shape of the graph inputs that are not initializers.
 
     Raises:
-        ModelError: When an input is not a tensor.
+        ModelError: When an input is not a tensor, or its number of axes is not declared.
     """
     specs = []
     for value in index.inputs:
         if not value.type.HasField("tensor_type"):
             raise ModelError(f"model input '{value.name}' is not a tensor; only tensor inputs can be fed with data")
         tensor = value.type.tensor_type
+        if not tensor.HasField("shape"):
+            raise ModelError(
+                f"model input '{value.name}' does not declare its axes; export the model with a shape for its inputs, "
+                "dynamic sizes included"
+            )
         dims = tensor.shape.dim
         shape = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in dims)
         specs.append(InputSpec(value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type), shape))

@@ -91,7 +91,9 @@ def collect_outputs(
         raise DataError(f"{len(indices)} samples do not fill one batch of {step}, which the model's input fixes")
     for start in range(0, usable, step):
         batch = data.batch(indices[start : start + step])
-        feeds = {spec.name: value for spec, value in zip(specs, batch.values(), strict=True)}
+        feeds = {
+            spec.name: value.astype(spec.dtype, copy=False) for spec, value in zip(specs, batch.values(), strict=True)
+        }
         for part, value in zip(parts, session.run(feeds).values(), strict=True):
             part.append(value)
     return [_joined(part) for part in parts]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import onnx
 
-from onnx_asr.calibration import Calibration
+from onnx_asr.calibration import Calibration, input_specs
 from onnx_asr.engine.lockstep import BufferPool, Lane
 from onnx_asr.engine.session import Runtime
 from onnx_asr.errors import ModelError
@@ -102,10 +102,14 @@ class Networks:
     def dense_lane(
         self, targets: Iterable[str], calibration: Calibration, pool: BufferPool, execution: Execution
     ) -> Lane:
-        """The dense network at the start of a walk, fed with the same arrays."""
+        """The dense network at the start of a walk, fed with the same samples (in its own type: one may be float16)."""
         assert self.dense is not None
-        renamed = dict(zip((v.name for v in self.pruned.inputs), (v.name for v in self.dense.inputs), strict=True))
-        chunks = [{renamed[name]: value for name, value in chunk.items()} for chunk in calibration.chunks]
+        names = [value.name for value in self.pruned.inputs]
+        specs = input_specs(self.dense)
+        chunks = [
+            {spec.name: chunk[name].astype(spec.dtype, copy=False) for name, spec in zip(names, specs, strict=True)}
+            for chunk in calibration.chunks
+        ]
         return Lane(self.dense, targets, chunks, pool, execution.runtime)
 
 

@@ -44,6 +44,21 @@ _QUANTIZED = {
 }
 
 
+_OTHER_LAYERS = {
+    "DeformConv",
+    "Einsum",
+    "GRU",
+    "LSTM",
+    "RNN",
+    "Attention",
+    "FusedConv",
+    "FusedGemm",
+    "FusedMatMul",
+    "NhwcConv",
+    "NhwcFusedConv",
+}
+
+
 @dataclass(frozen=True)
 class Point:
     """One correction point.
@@ -178,6 +193,8 @@ def _examine(index: GraphIndex, position: int, level: int) -> Point | Skip | Non
             level,
             index.label(position),
         )
+    if node.op_type in _OTHER_LAYERS and any(index.is_constant(name) for name in node.input if name):
+        return _skip(index, position, f"{node.op_type} is not repaired; fused layers are when exported one by one")
     inner = next((item for item in _inner_nodes(index.model, node) if is_standard(item, *get_args(Kind))), None)
     if inner is not None:
         where = "a subgraph" if any(subgraphs(node)) else "a function (onnx.inliner can inline it)"

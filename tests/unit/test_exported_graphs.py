@@ -525,6 +525,26 @@ def test_any_input_may_fix_the_batch() -> None:
     assert result.verification.after.samples == 30
 
 
+def test_an_input_without_axes_is_refused() -> None:
+    dense = net("g (float[N,4] x) => (float[N,3] y) { y = MatMul (x, w) }", w=(4, 3))
+    dense.graph.input[0].type.tensor_type.ClearField("shape")
+    with pytest.raises(ModelError, match="'x' does not declare its axes"):
+        repair(dense, images(8, seed=0, shape=(4,)), dense=dense)
+
+
+@pytest.mark.parametrize("method", ["paired", "refit"])
+def test_a_float16_model_may_come_from_a_float32_one(method: str) -> None:
+    dense, feeds = dense_of("squeeze-and-excitation"), sources("squeeze-and-excitation", seed=3)
+    damaged = prune(dense_of("float16"), 0.5).model
+    halves = {name: value.astype(np.float16) for name, value in feeds.items()}
+    options = RepairOptions(method=method, samples=COUNT - 32, verify_samples=32)
+    result = repair(damaged, halves, dense=dense, options=options)
+    assert result.improved
+    wanted = run(dense, feeds)["y"]
+    before, after = (np.linalg.norm(run(model, halves)["y"] - wanted) for model in (damaged, result.model))
+    assert after < 0.5 * before
+
+
 # --- float16 near its end ---
 
 LARGE = """

@@ -276,6 +276,11 @@ SKIPPED = {
         {"w": (4, 4), "b": (4,)},
         "alpha or beta of zero",
     ),
+    "another operator": (
+        'g (float[N,4] x) => (float[N,4] y) { y = Einsum <equation="ij,jk->ik"> (x, w) }',
+        {"w": (4, 4)},
+        "Einsum is not repaired",
+    ),
     "bias per row": (
         "g (float[5,4] x) => (float[5,4] y) { y = Gemm (x, w, b) }",
         {"w": (4, 4), "b": (5, 1)},
