@@ -14,7 +14,7 @@ from onnx_asr.errors import ModelError
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex, ancestors
 from onnx_asr.graph.match import Pairing, match
-from onnx_asr.graph.points import Point, Survey, survey
+from onnx_asr.graph.points import Point, Survey, survey, without_selected
 from onnx_asr.model_io import check_finite
 
 Progress = Callable[[str, float], None]
@@ -52,7 +52,7 @@ class Networks:
             StructureError: When the two are not the same network.
         """
         index = GraphIndex.of(pruned)
-        found = survey(index)
+        found = survey(index) if dense is None else without_selected(index, survey(index))
         if not found.points:
             reasons = "; ".join(f"{skip.name}: {skip.reason}" for skip in found.skips[:3])
             raise ModelError(

@@ -42,15 +42,12 @@ _QUANTIZED = {
     "QGemm",
     "QAttention",
 }
-
-
 _OTHER_LAYERS = {
     "DeformConv",
     "Einsum",
     "GRU",
     "LSTM",
     "RNN",
-    "Attention",
     "FusedConv",
     "FusedGemm",
     "FusedMatMul",
@@ -142,19 +139,13 @@ def survey(index: GraphIndex) -> Survey:
     skips: list[Skip] = []
     level: dict[str, int] = {}
     owned: set[int] = set()
-    selected: set[str] = set()
     alive = ancestors(index, index.outputs)
     for position, node in enumerate(index.nodes):
         depth = max((level.get(name, 0) for name in node_reads(node)), default=0)
-        if is_standard(node, "NonMaxSuppression") or not selected.isdisjoint(node_reads(node)):
-            selected.update(node.output)
         if position not in owned:
             found = _examine(index, position, depth + 1)
             if found is not None and position not in alive:
                 found = _skip(index, position, "no output of the model depends on it")
-            elif isinstance(found, Point) and not selected.isdisjoint(node_reads(node)):
-                reason = "it follows a NonMaxSuppression, which keeps other boxes in the dense model than here"
-                found = _skip(index, position, reason)
             if isinstance(found, Point):
                 points.append(found)
                 if found.batchnorm is not None:
@@ -165,6 +156,22 @@ def survey(index: GraphIndex) -> Survey:
         for name in node.output:
             level[name] = depth
     return Survey(tuple(points), tuple(skips))
+
+
+def without_selected(index: GraphIndex, found: Survey) -> Survey:
+    """A survey whose points behind a NonMaxSuppression are skips.
+
+    Such a node keeps other boxes in the dense network than in the pruned one, so that the two cannot be compared there.
+    """
+    selected: set[str] = set()
+    for node in index.nodes:
+        if is_standard(node, "NonMaxSuppression") or not selected.isdisjoint(node_reads(node)):
+            selected.update(node.output)
+    behind = [point for point in found.points if not selected.isdisjoint(node_reads(index.nodes[point.node]))]
+    reason = "it follows a NonMaxSuppression, which keeps other boxes in the dense model than in the pruned one"
+    skips = [*found.skips, *(_skip(index, point.node, reason) for point in behind)]
+    points = tuple(point for point in found.points if point not in behind)
+    return Survey(points, tuple(sorted(skips, key=lambda skip: skip.node)))
 
 
 def _examine(index: GraphIndex, position: int, level: int) -> Point | Skip | None:

@@ -605,14 +605,14 @@ def test_detections_are_verified_on_what_they_are_selected_from() -> None:
     shapes = {"a_w": (8, 3, 3, 3), "a_b": (8,), "c_w": (2, 8, 1, 1), "c_b": (2,), "s_w": (1, 8, 1, 1), "f_w": (4, 2)}
     dense = net(BOXES, seed=2, **shapes, **sizes, **limits, **places)
     x = images(COUNT, seed=9)
-    damaged = prune(dense, 0.5, exclude=["f_w"]).model
+    damaged = prune(dense, 0.5).model
     counts = [sum(len(run(model, {"x": x[i : i + 1]})["found"]) for i in range(32)) for model in (dense, damaged)]
     assert counts[0] != counts[1]
     options = RepairOptions(method="refit", samples=COUNT - 32, verify_samples=32)
     result = repair(damaged, x, dense=dense, options=options)
     assert result.improved
     assert [skip.reason for skip in result.skips if skip.op_type == "Gemm"] == [
-        "it follows a NonMaxSuppression, which keeps other boxes in the dense model than here"
+        "it follows a NonMaxSuppression, which keeps other boxes in the dense model than in the pruned one"
     ]
     judged = evaluate(result.model, x, dense=dense)
     noise = signal = 0.0
