@@ -26,17 +26,27 @@ def input_specs(index: GraphIndex) -> list[InputSpec]:
     """Name, dtype and shape of the graph inputs that are not initializers.
 
     Raises:
-        ModelError: When an input is not a tensor.
+        ModelError: When an input is not a tensor, or its number of axes is not declared.
     """
     specs = []
     for value in index.inputs:
         if not value.type.HasField("tensor_type"):
             raise ModelError(f"model input '{value.name}' is not a tensor; only tensor inputs can be fed with data")
         tensor = value.type.tensor_type
+        if not tensor.HasField("shape"):
+            raise ModelError(
+                f"model input '{value.name}' does not declare its axes; export the model with a shape for its inputs, "
+                "dynamic sizes included"
+            )
         dims = tensor.shape.dim
         shape = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in dims)
         specs.append(InputSpec(value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type), shape))
     return specs
+
+
+def fixed_batch(specs: Sequence[InputSpec]) -> int | None:
+    """The batch size that a model fixes; None where it leaves it open."""
+    return next((spec.shape[0] for spec in specs if spec.shape and spec.shape[0] is not None), None)
 
 
 def batch_size_for(specs: Sequence[InputSpec], asked: int | None = None) -> int:
@@ -44,9 +54,9 @@ def batch_size_for(specs: Sequence[InputSpec], asked: int | None = None) -> int:
 
     The choice depends on the model alone, so that results do not depend on the machine.
     """
-    fixed = [spec.shape[0] for spec in specs if spec.shape and spec.shape[0] is not None]
-    if fixed:
-        return int(fixed[0])
+    fixed = fixed_batch(specs)
+    if fixed is not None:
+        return fixed
     if asked is not None:
         return asked
     elements = max(1, math.prod(size or 32 for size in specs[0].shape[1:]))

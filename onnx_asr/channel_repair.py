@@ -17,7 +17,7 @@ from onnx_asr.calibration import Calibration
 from onnx_asr.engine.lockstep import BufferPool, Chunk, Lane, lockstep
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.points import Point
-from onnx_asr.networks import Execution, Networks, by_level
+from onnx_asr.networks import Execution, Networks, by_level, overflow, unequal
 from onnx_asr.numerics.gains import (
     BatchNormParameters,
     ChannelAffine,
@@ -160,6 +160,8 @@ def walk(networks: Networks, tracks: Sequence[Track], calibration: Calibration, 
             for lane, track, moments in zip(lanes, tracks, level.moments, strict=True):
                 for point, found in moments.items():
                     measured = _with_reference(networks, track, point, found, references)
+                    if not (measured.pruned.is_finite and (measured.dense is None or measured.dense.is_finite)):
+                        raise overflow(point)
                     track.reports[point.node] = track.rule(lane, point, measured)
             done += len(group)
             pool.trim()
@@ -184,7 +186,10 @@ class _Level:
                 axis = point.channel_axis
                 found: Moments | PairMoments
                 if track.paired and point in self._twins:
-                    found = PairMoments.of(chunks[-1][self._twins[point]], chunk[point.tensor], axis)
+                    dense, pruned = chunks[-1][self._twins[point]], chunk[point.tensor]
+                    if dense.shape != pruned.shape:
+                        raise unequal(point)
+                    found = PairMoments.of(dense, pruned, axis)
                 else:
                     found = Moments.of(chunk[point.tensor], axis)
                 moments[point] = _merged(moments.get(point), found)

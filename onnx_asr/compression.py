@@ -140,15 +140,14 @@ def compress(
     pattern = Pattern.parse(options.pattern)
     weights, skips = prunable_weights(index, options.include, options.exclude)
     weights, narrow = split_narrow(index, weights, pattern)
-    ranking = _Ranking.of(job.networks, weights, calibration, execution)
-    masks: Masks = [np.ones(index.value(weight.tensor).shape, bool) for weight in weights]
-    plan = EditPlan()
+    factors = _factors(job.networks, weights, calibration, execution)
+    values = [index.value(weight.tensor) for weight in weights]
+    masks: Masks = [np.ones(value.shape, bool) for value in values]
     seconds = []
     schedule = _schedule(options, pattern)
     for number, step in enumerate(schedule):
         begun = time.perf_counter()
-        scores = ranking.scores(plan, masks)
-        masks = _next_masks(index, weights, scores, step)
+        masks = _next_masks(index, weights, _scores(values, factors, masks), step)
         pruned = apply_masks(index, weights, masks, [*skips, *narrow], asdict(options))
         job = replace(job, pruned=pruned.model, networks=Networks.of(pruned.model, model))
         if number + 1 == len(schedule):
@@ -157,6 +156,7 @@ def compress(
         part = calibration.head(round(options.round_samples * calibration.count))
         plan = EditPlan()
         repair_refit(job.networks, part, replace(execution, progress=silent), plan, settings.refit)
+        values = _refitted(job.networks, weights, plan)
         seconds.append(time.perf_counter() - begun)
     result = finish(job, calibration, execution, begun, begun)
     seconds.append(time.perf_counter() - begun)
@@ -187,38 +187,43 @@ def _next_masks(
     return unstructured_masks(index, weights, scores, step, "global")
 
 
-@dataclass(frozen=True)
-class _Ranking:
-    """How weights of different layers compare.
+def _factors(
+    networks: Networks, weights: Sequence[PrunableWeight], calibration: Calibration, execution: Execution
+) -> list[NDArray[np.float64]]:
+    """What to multiply magnitudes with before weights of different layers are compared.
 
-    Where BatchNormalization is kept: by magnitude as stored. Where it was folded, ``|W|`` carries each channel's
-    arbitrary scale; there by the score "variance" of :func:`onnx_asr.scoring.input_factors`.
+    1 where BatchNormalization is kept. Where it was folded, ``|W|`` carries each channel's arbitrary scale; there the
+    factors of the score "variance".
+
+    Args:
+        networks: The dense model with itself.
+        weights: The weights.
+        calibration: The samples.
+        execution: How to run.
     """
+    if any(weight.points[0].batchnorm is not None for weight in weights):
+        return [np.ones(()) for _ in weights]
+    execution.progress("measuring the dense network", 0.0)
+    return input_factors(networks, [weight.points[0] for weight in weights], "variance", calibration, execution)
 
-    networks: Networks  # of the dense model with itself
-    weights: list[PrunableWeight]
-    factors: list[NDArray[np.float64]] | None
 
-    @classmethod
-    def of(
-        cls, networks: Networks, weights: list[PrunableWeight], calibration: Calibration, execution: Execution
-    ) -> _Ranking:
-        if any(weight.points[0].batchnorm is not None for weight in weights):
-            return cls(networks, weights, None)
-        execution.progress("measuring the dense network", 0.0)
-        points = [weight.points[0] for weight in weights]
-        return cls(networks, weights, input_factors(networks, points, "variance", calibration, execution))
+def _scores(
+    values: Sequence[NDArray[Any]], factors: Sequence[NDArray[np.float64]], masks: Masks
+) -> list[NDArray[np.float64]]:
+    """Scores of the weights' values, below all others where already pruned."""
+    parts = zip(values, factors, masks, strict=True)
+    return [np.where(mask, np.abs(value.astype(np.float64)) * factor, -1.0) for value, factor, mask in parts]
 
-    def scores(self, plan: EditPlan, masks: Masks) -> list[NDArray[np.float64]]:
-        """Scores of the planned weights (the dense ones where nothing is planned), 0 where already pruned."""
-        scores = []
-        for number, (weight, mask) in enumerate(zip(self.weights, masks, strict=True)):
-            point = weight.points[0]
-            assert point.weight_slot is not None
-            value = plan.current(self.networks.pruned, point.node, point.weight_slot)
-            assert value is not None
-            score = np.abs(value.astype(np.float64))
-            if self.factors is not None:
-                score = score * self.factors[number]
-            scores.append(np.where(mask, score, -1.0))
-        return scores
+
+def _refitted(networks: Networks, weights: Sequence[PrunableWeight], plan: EditPlan) -> list[NDArray[Any]]:
+    """What a refit of the pruned model made of the dense model's weights."""
+    assert networks.pairing is not None
+    pruned_node = {dense: pruned for pruned, dense in networks.pairing.nodes.items()}
+    values = []
+    for weight in weights:
+        point = weight.points[0]
+        assert point.weight_slot is not None
+        value = plan.current(networks.pruned, pruned_node[point.node], point.weight_slot)
+        assert value is not None
+        values.append(value)
+    return values

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_asr.calibration import batch_size_for, input_specs
+from onnx_asr.calibration import fixed_batch, input_specs
 from onnx_asr.data import Dataset, InputSpec, Preprocessing, open_data, sample_indices
 from onnx_asr.data.sources import DataSource
 from onnx_asr.engine.session import Runtime
@@ -78,7 +78,7 @@ def evaluate(
         )
     indices = np.arange(len(dataset)) if samples is None else sample_indices(len(dataset), samples, seed)
     both = [specs] if reference is None else [specs, input_specs(GraphIndex.of(reference))]
-    indices = _whole_batches(indices, both, batch_size)
+    indices = _whole_batches(indices, both)
     progress("running the model", 0.0)
     outputs = collect_outputs(network, dataset, indices, runtime, batch_size)
     dense_outputs = None
@@ -89,7 +89,7 @@ def evaluate(
         classes = None  # they came with the data, nobody asked for an accuracy
     result = measure(outputs, dense_outputs, None if classes is None else classes[indices], label_offset)
     progress("done", 1.0)
-    return result
+    return replace(result, samples=len(indices))
 
 
 def measure(
@@ -141,12 +141,9 @@ def _open(
     return dataset, given.astype(np.int64)
 
 
-def _whole_batches(
-    indices: NDArray[np.int64], inputs: Sequence[Sequence[InputSpec]], batch_size: int | None
-) -> NDArray[np.int64]:
+def _whole_batches(indices: NDArray[np.int64], inputs: Sequence[Sequence[InputSpec]]) -> NDArray[np.int64]:
     """Drop what would not fill a batch of every model that fixes one, so that all see the same samples."""
-    fixed = [batch_size_for(specs, batch_size) for specs in inputs if specs[0].shape[0] is not None]
-    step = math.lcm(*fixed)
+    step = math.lcm(*(fixed_batch(specs) or 1 for specs in inputs))
     usable = len(indices) - len(indices) % step
     if usable == 0:
         raise DataError(f"{len(indices)} samples do not fill one batch of {step}, which the model fixes: give more")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from onnx_asr.calibration import Calibration
 from onnx_asr.engine.lockstep import BufferPool, Chunk, Lane, lockstep
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.points import Point
-from onnx_asr.networks import Execution, Networks, by_level
+from onnx_asr.networks import Execution, Networks, by_level, overflow
 from onnx_asr.numerics.gains import BatchNormParameters, is_live, recalibrate
 from onnx_asr.numerics.moments import Moments
 from onnx_asr.point_report import PointReport, Reports
@@ -54,6 +55,8 @@ def recalibrate_ema(
                 old = read_batchnorm(index, plan, point.batchnorm)
                 mean, var = np.zeros(point.channels), np.ones(point.channels)
                 for batch in batches[point]:
+                    if not batch.is_finite:
+                        raise overflow(point)
                     unbiased = batch.m2 / max(batch.count - 1, 1)
                     mean = (1 - momentum) * mean + momentum * batch.mean
                     var = (1 - momentum) * var + momentum * unbiased
@@ -83,14 +86,16 @@ def _measure_batches(lane: Lane, group: list[Point], per_batch: int) -> dict[Poi
 
 def _training_mode(
     parameters: BatchNormParameters, batches: list[Moments], per_batch: int
-) -> Callable[[int, NDArray[np.float32]], NDArray[np.float32]]:
+) -> Callable[[int, NDArray[Any]], NDArray[Any]]:
     """A BatchNormalization in training mode, as a function of chunk number and input."""
 
-    def normalise(number: int, tensor: NDArray[np.float32]) -> NDArray[np.float32]:
+    def normalise(number: int, tensor: NDArray[Any]) -> NDArray[Any]:
         batch = batches[number // per_batch]
         factor = parameters.scale / np.sqrt(batch.var + parameters.epsilon)
         offset = parameters.bias - factor * batch.mean
         shape = [1, -1] + [1] * (tensor.ndim - 2)
-        return tensor * factor.reshape(shape).astype(tensor.dtype) + offset.reshape(shape).astype(tensor.dtype)
+        kind = np.promote_types(tensor.dtype, np.float32)  # float16 would round factors of large activations to zero
+        result = tensor * factor.reshape(shape).astype(kind) + offset.reshape(shape).astype(kind)
+        return np.asarray(result.astype(tensor.dtype, copy=False))
 
     return normalise

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, replace
 
 import onnx
 
-from onnx_asr.calibration import Calibration
+from onnx_asr.calibration import Calibration, input_specs
 from onnx_asr.engine.lockstep import BufferPool, Lane
 from onnx_asr.engine.session import Runtime
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex, ancestors
 from onnx_asr.graph.match import Pairing, match
-from onnx_asr.graph.points import Point, Survey, survey
+from onnx_asr.graph.points import Point, Survey, survey, without_selected
 from onnx_asr.model_io import check_finite
 
 Progress = Callable[[str, float], None]
@@ -52,7 +52,7 @@ class Networks:
             StructureError: When the two are not the same network.
         """
         index = GraphIndex.of(pruned)
-        found = survey(index)
+        found = survey(index) if dense is None else without_selected(index, survey(index))
         if not found.points:
             reasons = "; ".join(f"{skip.name}: {skip.reason}" for skip in found.skips[:3])
             raise ModelError(
@@ -86,12 +86,12 @@ class Networks:
 
     def first_layers(self) -> set[int]:
         """Nodes with weights that no other node with weights stands before: their input is the raw data."""
-        producers = {point.node for point in self.survey.points if point.weight_slot is not None}
-        return {
-            node
-            for node in producers
-            if producers.isdisjoint(ancestors(self.pruned, [self.pruned.nodes[node].input[0]]))
+        sources = {
+            point.node: self.pruned.nodes[point.node].input[1 - point.weight_slot]
+            for point in self.survey.points
+            if point.weight_slot is not None
         }
+        return {node for node, source in sources.items() if sources.keys().isdisjoint(ancestors(self.pruned, [source]))}
 
     def pruned_lane(
         self, targets: Iterable[str], calibration: Calibration, pool: BufferPool, execution: Execution, plan: EditPlan
@@ -102,11 +102,31 @@ class Networks:
     def dense_lane(
         self, targets: Iterable[str], calibration: Calibration, pool: BufferPool, execution: Execution
     ) -> Lane:
-        """The dense network at the start of a walk, fed with the same arrays."""
+        """The dense network at the start of a walk, fed with the same samples (in its own type: one may be float16)."""
         assert self.dense is not None
-        renamed = dict(zip((v.name for v in self.pruned.inputs), (v.name for v in self.dense.inputs), strict=True))
-        chunks = [{renamed[name]: value for name, value in chunk.items()} for chunk in calibration.chunks]
+        names = [value.name for value in self.pruned.inputs]
+        specs = input_specs(self.dense)
+        chunks = [
+            {spec.name: chunk[name].astype(spec.dtype, copy=False) for name, spec in zip(names, specs, strict=True)}
+            for chunk in calibration.chunks
+        ]
         return Lane(self.dense, targets, chunks, pool, execution.runtime)
+
+
+def overflow(point: Point) -> ModelError:
+    """What to raise where the activations around a point are not finite."""
+    return ModelError(
+        f"activations at {point.name} are infinite, NaN or beyond 1e19 on the calibration samples: check the samples, "
+        "or repair a float32 version of the model (float16 ends at 65504)"
+    )
+
+
+def unequal(point: Point) -> ModelError:
+    """What to raise where the two networks give different numbers of results for the same samples."""
+    return ModelError(
+        f"the dense and the pruned model give tensors of different shapes at {point.name}: what comes before it "
+        "selects by value, so the two cannot be compared place by place; use --method paired or bn"
+    )
 
 
 def by_level(points: Sequence[Point]) -> Iterator[tuple[int, list[Point]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from onnx_asr.graph.context import Context
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import attribute
 from onnx_asr.graph.points import Point
-from onnx_asr.networks import Networks
+from onnx_asr.networks import Networks, overflow, unequal
 from onnx_asr.numerics.moments import Floats
 from onnx_asr.numerics.patches import (
     ConvGeometry,
@@ -27,7 +27,7 @@ from onnx_asr.numerics.patches import (
     sample_positions,
     tap_major,
 )
-from onnx_asr.numerics.refit import RefitOptions, RefitSolution, refit_rows
+from onnx_asr.numerics.refit import NotFiniteError, RefitOptions, RefitSolution, refit_rows
 from onnx_asr.options import FEW_ROWS, FEW_ROWS_RIDGE, RefitRecipe
 from onnx_asr.rewrite import read_alpha, read_batchnorm, read_rows
 
@@ -79,14 +79,17 @@ class RowSampler:
     def add(self, dense: Chunk, pruned: Chunk) -> None:
         """Take rows from the next chunk."""
         source = pruned[self.context.source]
-        names = self.dense_targets
-        output = dense[names[0]]
+        output, *added = (dense[name] for name in self.dense_targets)
+        if added and np.broadcast_shapes(output.shape, added[0].shape) != output.shape:
+            # one value a channel added to a whole map: the sum has no position of its own for a row
+            self.context = replace(self.context, shortcut=None, batchnorm=None, relu=False)
+            added = []
         x, pick = self._sample(source, output)
         self._keep(x)
         target = pick(output)
-        if len(names) > 1:
+        if added:
             assert self.context.shortcut is not None
-            target = target + pick(np.broadcast_to(dense[names[1]], output.shape))
+            target = target + pick(np.broadcast_to(added[0], output.shape))
             shortcut = pick(np.broadcast_to(pruned[self.context.shortcut], output.shape))
             self._shortcut.append(shortcut)
             self._preactivation.append(target)
@@ -97,11 +100,17 @@ class RowSampler:
         self._seen += self._calibration.batch_size
 
     def _keep(self, x: NDArray[np.float32]) -> None:
-        """Collect patches in one array of the final size: joining parts at the end would need it twice."""
+        """Collect patches in one array of the final size: joining parts at the end would need it twice.
+
+        Only where samples differ in size may a later chunk have more rows than the first one.
+        """
+        needed = self._filled + len(x)
         if self._x is None:
             self._x = np.empty((len(self._calibration.chunks) * len(x), *x.shape[1:]), np.float32)
-        self._x[self._filled : self._filled + len(x)] = x
-        self._filled += len(x)
+        elif needed > len(self._x):
+            self._x = np.concatenate([self._x, np.empty((needed, *x.shape[1:]), np.float32)])
+        self._x[self._filled : needed] = x
+        self._filled = needed
 
     def _sample(
         self, source: NDArray[Any], output: NDArray[Any]
@@ -110,24 +119,33 @@ class RowSampler:
         if self.point.kind in ("Gemm", "MatMul"):
             if self.point.kind == "Gemm" and attribute(self.networks.pruned.nodes[self.point.node], "transA", 0):
                 source = source.T
-            rows = self._matrix_positions(math.prod(output.shape) // self.point.channels, samples)
+            height = output.size // self.point.channels
+            if source.size // source.shape[self.point.channel_axis] != height:
+                raise unequal(self.point)
+            rows = self._matrix_positions(height, samples)
             return self._matrix_rows(source, rows)[:, None, :], lambda tensor: self._matrix_rows(tensor, rows)
+        if len(source) != len(output):
+            raise unequal(self.point)
         images = len(source) // samples  # more than 1 where the model has cut its input into windows
-        if self._spatial is None:
-            self._spatial = self._start(source, output, images)
+        shapes = source.shape[2:], output.shape[2:]
+        if self._spatial is None or self._spatial.shapes != shapes:
+            self._spatial = self._start(source.shape[1], *shapes, images)
             self.taps = self._spatial.table.shape[1]
         geometry, table = self._spatial.geometry, self._spatial.table
         positions = self._spatial.positions[self._seen * images : self._seen * images + len(source)]
         x = gather_patches(source, table, positions, geometry.groups)
         return x, lambda tensor: gather_outputs(tensor, positions)
 
-    def _start(self, source: NDArray[Any], output: NDArray[Any], images: int) -> _SpatialSampling:
-        geometry = conv_geometry(self.networks, self.point, source.shape[2:], output.shape[2:])
-        table = input_positions(geometry, source.shape[2:], output.shape[2:])
-        rows = min(self._recipe.rows, max(1, MAX_ROW_BYTES // (4 * source.shape[1] * table.shape[1])))
-        size = math.prod(output.shape[2:])
+    def _start(
+        self, channels: int, input_shape: tuple[int, ...], output_shape: tuple[int, ...], images: int
+    ) -> _SpatialSampling:
+        geometry = conv_geometry(self.networks, self.point, input_shape, output_shape)
+        width = channels * math.prod(geometry.kernel)
+        rows = min(self._recipe.rows, max(1, MAX_ROW_BYTES // (4 * width)))
         seed = (self._recipe.seed, self._number)
-        return _SpatialSampling(geometry, table, sample_positions(self._calibration.count * images, size, rows, seed))
+        positions = sample_positions(self._calibration.count * images, math.prod(output_shape), rows, seed)
+        table = input_positions(geometry, input_shape, output_shape)
+        return _SpatialSampling((input_shape, output_shape), geometry, table, positions)
 
     def _matrix_positions(self, height: int, samples: int) -> NDArray[np.int64]:
         """Which of a chunk's ``height`` rows to take: equally many of every sample's, where they are so many each."""
@@ -151,7 +169,11 @@ class RowSampler:
         return self._x[: self._filled]
 
     def solve(self, plan: EditPlan) -> tuple[RefitSolution, Floats]:
-        """Fit the surviving weights; the solution, and its weights as rows [C_out, K] in the file's order."""
+        """Fit the surviving weights; the solution, and its weights as rows [C_out, K] in the file's order.
+
+        Raises:
+            ModelError: When activations are not finite.
+        """
         index = self.networks.pruned
         x, target = self.inputs, np.concatenate(self._target)
         self._x = None
@@ -162,7 +184,10 @@ class RowSampler:
         floor, negative = self._hidden_by_relu()
         ridge = max(self._recipe.ridge, FEW_ROWS_RIDGE) if len(x) < FEW_ROWS else self._recipe.ridge
         options = RefitOptions(ridge, self._recipe.relu_steps, self._recipe.gain_power)
-        solution = refit_rows(x, target, prior, mask, options, relu_floor=floor, dense_negative=negative)
+        try:
+            solution = refit_rows(x, target, prior, mask, options, relu_floor=floor, dense_negative=negative)
+        except NotFiniteError as error:
+            raise overflow(self.point) from error
         return solution, channel_major(solution.weight.reshape(self.point.channels, -1), self.taps)
 
     def _dense_rows(self) -> Floats:
@@ -199,6 +224,9 @@ class RowSampler:
 
 @dataclass(frozen=True)
 class _SpatialSampling:
+    """Where the rows of a convolution come from, for inputs and outputs of one size."""
+
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
     geometry: ConvGeometry
     table: NDArray[np.int64]
     positions: NDArray[np.int64]

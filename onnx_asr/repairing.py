@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnx_asr.calibration import Calibration, batch_size_for, input_specs, load_calibration
+from onnx_asr.calibration import Calibration, batch_size_for, fixed_batch, input_specs, load_calibration
 from onnx_asr.channel_repair import Track, batchnorm_track, gain_track, paired_track, walk
 from onnx_asr.data import Dataset, Preprocessing, open_data, sample_indices
 from onnx_asr.data.sources import DataSource
@@ -166,7 +166,7 @@ class RepairJob:
         batch_size = batch_size_for(specs, self.options.batch_size)
         if self.options.bn == "ema":
             batch_size = math.gcd(batch_size, self.options.ema_batch_size)
-        return load_calibration(self.dataset, self.chosen, batch_size, fixed=specs[0].shape[0] is not None)
+        return load_calibration(self.dataset, self.chosen, batch_size, fixed=fixed_batch(specs) is not None)
 
     def correct(self, calibration: Calibration, execution: Execution) -> tuple[onnx.ModelProto, Reports]:
         """The repaired copy, and what was done at each point."""
@@ -184,9 +184,13 @@ class RepairJob:
         """Fidelity to the dense model on the held-out samples."""
         assert self.dense is not None
         if not self.reference:
-            self.reference.append(collect_outputs(self.dense, self.dataset, self.held_out, execution.runtime))
-        outputs = collect_outputs(model, self.dataset, self.held_out, execution.runtime)
-        return compare(self.reference[0], outputs)
+            self.reference.append(self._outputs(self.dense, execution))
+        step = fixed_batch(input_specs(self.networks.pruned)) or 1
+        samples = len(self.held_out) - len(self.held_out) % step
+        return replace(compare(self.reference[0], self._outputs(model, execution)), samples=samples)
+
+    def _outputs(self, model: onnx.ModelProto, execution: Execution) -> Outputs:
+        return collect_outputs(model, self.dataset, self.held_out, execution.runtime, self.options.batch_size)
 
     def verify(self, model: onnx.ModelProto, execution: Execution) -> Verification:
         """Fidelity before and after."""

@@ -81,7 +81,8 @@ def plan_bias(index: GraphIndex, plan: EditPlan, point: Point, bias: Floats) -> 
     if point.bias_node is None:
         plan.added_bias[point.node] = shaped
     else:
-        plan.values[point.bias_node, point.bias_slot] = shaped
+        rank = index.value(index.nodes[point.bias_node].input[point.bias_slot]).ndim  # it may set the rank of the sum
+        plan.values[point.bias_node, point.bias_slot] = shaped.reshape([1] * (rank - shaped.ndim) + list(shaped.shape))
 
 
 def plan_affine(index: GraphIndex, plan: EditPlan, point: Point, affine: ChannelAffine) -> None:

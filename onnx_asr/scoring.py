@@ -12,7 +12,7 @@ from onnx_asr.calibration import Calibration
 from onnx_asr.engine.lockstep import BufferPool, Chunk, lockstep
 from onnx_asr.graph.context import contexts, steps
 from onnx_asr.graph.edit import EditPlan
-from onnx_asr.graph.index import GraphIndex
+from onnx_asr.graph.index import GraphIndex, attribute
 from onnx_asr.graph.points import Point, rows_to_weight, weight_rows
 from onnx_asr.networks import Execution, Networks
 from onnx_asr.numerics.moments import Moments
@@ -21,6 +21,9 @@ from onnx_asr.numerics.refit import covariance
 from onnx_asr.numerics.scores import lamp, row_normalised, saliency
 from onnx_asr.options import RefitRecipe, Score
 from onnx_asr.refit_samples import RowSampler
+
+_Channels = tuple[str, int]
+"""A tensor and the axis of its channels."""
 
 Values = list[NDArray[np.float64]]
 
@@ -77,22 +80,23 @@ def input_factors(
 ) -> Values:
     """What the magnitude is multiplied by in "activation" and "variance", in the shape of each point's weight."""
     index = networks.pruned
-    axes = {name: point.channel_axis for point in points for name in (_source(index, point), point.tensor)}
-    moments: dict[str, Moments] = {}
+    wanted = {tensor for point in points for tensor in (_inputs_of(index, point), (point.tensor, point.channel_axis))}
+    names = sorted({name for name, _ in wanted})
+    moments: dict[_Channels, Moments] = {}
 
     def visit(_: int, chunks: list[Chunk]) -> None:
-        for name, axis in axes.items():
+        for name, axis in wanted:
             chunk = Moments.of(chunks[0][name], axis)
-            moments[name] = chunk if name not in moments else moments[name].merge(chunk)
+            moments[name, axis] = moments[name, axis].merge(chunk) if (name, axis) in moments else chunk
 
     with BufferPool(execution.memory_limit) as pool:
-        lane = networks.pruned_lane(axes, calibration, pool, execution, EditPlan())
-        lockstep([lane], [list(axes)], visit)
+        lane = networks.pruned_lane(names, calibration, pool, execution, EditPlan())
+        lockstep([lane], [names], visit)
     factors = []
     for point in points:
-        source = moments[_source(index, point)]
+        source = moments[_inputs_of(index, point)]
         if score == "variance":
-            output = float(np.sqrt(moments[point.tensor].var.mean())) or 1.0
+            output = float(np.sqrt(moments[point.tensor, point.channel_axis].var.mean())) or 1.0
             factors.append(_by_input(index, point, source.std / output))
         else:
             factors.append(_by_input(index, point, np.sqrt(source.var + np.square(source.mean))))
@@ -141,9 +145,11 @@ def _by_input(index: GraphIndex, point: Point, inputs: NDArray[np.float64]) -> N
     return rows_to_weight(point, node, rows.reshape(point.channels, -1), shape)
 
 
-def _source(index: GraphIndex, point: Point) -> str:
+def _inputs_of(index: GraphIndex, point: Point) -> _Channels:
+    node = index.nodes[point.node]
     assert point.weight_slot is not None
-    return str(index.nodes[point.node].input[1 - point.weight_slot])
+    transposed = point.kind == "Gemm" and attribute(node, "transA", 0)
+    return node.input[1 - point.weight_slot], 0 if transposed else point.channel_axis
 
 
 def _weight(index: GraphIndex, point: Point) -> NDArray[Any]:

@@ -170,25 +170,37 @@ def recalibrated(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> onn
 
 
 def folded(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same function with every BatchNormalization that follows a Conv folded into it."""
+    """The same function with every BatchNormalization folded that follows a Conv, ConvTranspose or Gemm."""
     result = copy(model)
     dead = []
     for position in positions(model, "BatchNormalization"):
         node = result.graph.node[position]
-        producers = [p for p in positions(result, "Conv") if result.graph.node[p].output[0] == node.input[0]]
+        layers = positions(result, "Conv", "ConvTranspose", "Gemm")
+        producers = [p for p in layers if result.graph.node[p].output[0] == node.input[0]]
         readers = [item for item in result.graph.node if node.input[0] in item.input]
         if not producers or len(readers) > 1:
             continue
-        conv = producers[0]
+        layer = producers[0]
         gamma, beta, mean, var = (parameter(result, position, slot).astype(np.float64) for slot in BN_SLOTS)
         epsilon = next((item.f for item in node.attribute if item.name == "epsilon"), 1e-5)
         slope = gamma / np.sqrt(var + epsilon)
-        weight = parameter(result, conv, 1).astype(np.float64)
-        has_bias = len(result.graph.node[conv].input) > 2
-        bias = parameter(result, conv, 2).astype(np.float64) if has_bias else np.zeros(len(weight))
-        set_parameter(result, conv, 1, weight * slope.reshape(-1, *[1] * (weight.ndim - 1)))
-        set_parameter(result, conv, 2, beta + slope * (bias - mean))
-        result.graph.node[conv].output[0] = node.output[0]
+        target = result.graph.node[layer]
+        options = {item.name: helper.get_attribute_value(item) for item in target.attribute}
+        weight = parameter(result, layer, 1).astype(np.float64)
+        if target.op_type == "ConvTranspose":
+            by_group = weight.reshape(options.get("group", 1), -1, *weight.shape[1:])  # [G, I, O, *k]
+            factor = slope.reshape(len(by_group), 1, weight.shape[1], *[1] * (weight.ndim - 2))
+            scaled = (by_group * factor).reshape(weight.shape)
+        elif target.op_type == "Gemm" and not options.get("transB", 0):
+            scaled = weight * slope
+        else:
+            scaled = weight * slope.reshape(-1, *[1] * (weight.ndim - 1))
+        has_bias = len(target.input) > 2
+        share = options.get("beta", 1.0)
+        bias = share * parameter(result, layer, 2).astype(np.float64) if has_bias else np.zeros(len(slope))
+        set_parameter(result, layer, 1, scaled)
+        set_parameter(result, layer, 2, (beta + slope * (bias - mean)) / share)
+        target.output[0] = node.output[0]
         dead.append(position)
     for position in reversed(dead):
         del result.graph.node[position]
@@ -296,7 +308,7 @@ def images(count: int, *, seed: int, shape: tuple[int, ...] = (3, 8, 8)) -> np.n
     generator = np.random.default_rng(seed)
     noise = generator.normal(size=(count, *shape))
     noise = noise + np.roll(noise, 1, -1) + np.roll(noise, 1, -2)
-    return (noise + np.linspace(-0.5, 0.5, shape[0]).reshape(-1, 1, 1)).astype(np.float32)
+    return (noise + np.linspace(-0.5, 0.5, shape[0]).reshape(-1, *[1] * (len(shape) - 1))).astype(np.float32)
 
 
 def digits(name: str) -> onnx.ModelProto:

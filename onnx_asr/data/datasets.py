@@ -87,7 +87,7 @@ class Dataset(ABC):
                     raise DataError(
                         f"samples of different sizes cannot form a batch: {self.names[indices[0]]} is "
                         f"{samples[0][name].shape}, {self.names[indices[position]]} is {value.shape}: "
-                        "give data of one size (for images: pass --crop), or use batches of one"
+                        "give data of one size (for images: pass --crop), or use batches of one (--batch-size 1)"
                     )
         return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
 

@@ -172,8 +172,9 @@ class Lane:
         for array in self._held.get(name, ()):
             shape = [1] * array.ndim
             shape[axis] = -1
-            array *= gain.reshape(shape).astype(array.dtype)
-            array += shift.reshape(shape).astype(array.dtype)
+            kind = np.promote_types(array.dtype, np.float32)  # in float16, gain * tensor alone may be too large
+            with np.errstate(over="ignore"):  # whoever measures the next tensors sees what became infinite
+                array[...] = array * gain.reshape(shape).astype(kind) + shift.reshape(shape).astype(kind)
 
     def replace(self, position: int, function: Callable[[int, NDArray[Any]], NDArray[Any]]) -> None:
         """Compute a one-input node here instead of in the next segment, from chunk number and input chunk."""

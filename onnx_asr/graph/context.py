@@ -78,6 +78,7 @@ def _context(index: GraphIndex, point: Point, rank: dict[int, int]) -> Context:
         consumer is not None
         and is_standard(index.nodes[consumer], "BatchNormalization")
         and point.batchnorm != consumer
+        and point.channel_axis == 1  # as BatchNormalization counts channels; MatMul counts from the end
     ):
         batchnorm = consumer
         result = index.nodes[consumer].output[0]

@@ -2,7 +2,7 @@
 
 A plan addresses a value by the node that reads it (position, input slot), never by the initializer's name, because
 exporters share initializers between nodes. Writing replaces the value in place where all its readers get the same new
-one, and gives a node a private copy everywhere else; an original that nobody reads any more is removed.
+one, and gives a private copy to those that get it everywhere else; an original that nobody reads any more is removed.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def apply(index: GraphIndex, plan: EditPlan, metadata: Mapping[str, str] | None 
     model.CopyFrom(index.model)
     writer = _Writer(model, index, _tied(index, plan))
     for (node, slot), value in sorted(values.items(), key=lambda item: item[0]):
-        writer.write(node, slot, value)
+        writer.write(node, slot, value, id(plan.values[node, slot]))
     writer.remove_orphans()
     for node, note in plan.notes.items():
         target = writer.nodes[node]
@@ -167,13 +167,15 @@ class _Writer:
         self.taken = set(index.consumers) | set(index.producer) | set(index.initializers)
         self.taken |= {value.name for value in model.graph.input} | set(index.outputs)
         self.replaced: set[str] = set()
+        self.written: dict[tuple[str, int], str] = {}
 
-    def write(self, node: int, slot: int, value: NDArray[Any]) -> None:
+    def write(self, node: int, slot: int, value: NDArray[Any], origin: int) -> None:
+        """Write one value; where the same constant gets a value of the same origin again, the copy is shared."""
         target = self.nodes[node]
         name = target.input[slot] if slot < len(target.input) else ""
         if name in self.tied and self.index.value(name).shape == value.shape:
             holder = self.initializers.get(name)
-            if holder is None:
+            if holder is None and name in self.index.producer:
                 producer = self.nodes[self.index.producer[name]]
                 if producer.op_type == "Constant" and producer.attribute[0].name == "value":
                     holder = producer.attribute[0].t
@@ -182,9 +184,11 @@ class _Writer:
                 fresh.doc_string = holder.doc_string
                 holder.CopyFrom(fresh)
                 return
-        fallback = f"{target.output[0]}_input{slot}"
-        private = unique_name(self.taken, f"{name}_repaired" if name else fallback)
-        self._add_initializer(private, value)
+        private = self.written.get((name, origin)) if name else None
+        if private is None:
+            private = unique_name(self.taken, f"{name}_repaired" if name else f"{target.output[0]}_input{slot}")
+            self._add_initializer(private, value)
+            self.written[name, origin] = private
         while len(target.input) <= slot:
             target.input.append("")
         target.input[slot] = private
@@ -211,6 +215,9 @@ class _Writer:
             if name in self.initializers:
                 _remove_named(self.model.graph.initializer, name)
                 _remove_named(self.model.graph.input, name)
+            elif name in self.index.sparse:
+                sparse = self.model.graph.sparse_initializer
+                sparse.remove(next(tensor for tensor in sparse if tensor.values.name == name))
             else:
                 producer = self.index.producer[name]
                 if any(out != name and self.index.consumers.get(out) for out in self.nodes[producer].output):

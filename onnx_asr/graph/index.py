@@ -24,7 +24,7 @@ FLOAT_TYPES = {
     onnx.TensorProto.BFLOAT16,
     onnx.TensorProto.DOUBLE,
 }
-_FOLDABLE = {"Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
+_FOLDABLE = {"Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "ConstantOfShape"}
 _STANDARD_DOMAINS = {"", "ai.onnx"}
 
 
@@ -38,6 +38,7 @@ class GraphIndex:
         producer: Tensor name to the position of the node that makes it.
         consumers: Tensor name to the positions of the nodes that read it, subgraphs included.
         initializers: Initializer name to its TensorProto (constant even when also listed as a graph input).
+        sparse: Name to SparseTensorProto of the initializers that are stored sparse.
         inputs: Graph inputs that are not initializers, in file order.
         outputs: Graph output names, in file order.
     """
@@ -47,6 +48,7 @@ class GraphIndex:
     producer: dict[str, int]
     consumers: dict[str, list[int]]
     initializers: dict[str, onnx.TensorProto]
+    sparse: dict[str, onnx.SparseTensorProto]
     inputs: list[onnx.ValueInfoProto]
     outputs: list[str]
     _values: dict[str, NDArray[Any]] = field(default_factory=dict, repr=False)
@@ -62,9 +64,9 @@ class GraphIndex:
         graph = model.graph
         nodes = list(graph.node)
         initializers = {tensor.name: tensor for tensor in graph.initializer}
-        sparse = {tensor.values.name for tensor in graph.sparse_initializer}
-        inputs = [value for value in graph.input if value.name not in initializers]
-        known = {value.name for value in graph.input} | set(initializers) | sparse
+        sparse = {tensor.values.name: tensor for tensor in graph.sparse_initializer}
+        inputs = [value for value in graph.input if value.name not in initializers and value.name not in sparse]
+        known = {value.name for value in graph.input} | set(initializers) | set(sparse)
         producer: dict[str, int] = {}
         consumers: dict[str, list[int]] = {}
         for position, node in enumerate(nodes):
@@ -89,7 +91,7 @@ class GraphIndex:
         missing = [name for name in outputs if name not in known]
         if missing:
             raise ModelError(f"graph output '{missing[0]}' is produced by no node: the graph is broken")
-        return cls(model, nodes, producer, consumers, initializers, inputs, outputs)
+        return cls(model, nodes, producer, consumers, initializers, sparse, inputs, outputs)
 
     def is_constant(self, name: str) -> bool:
         """Whether a tensor has the same value for every input of the graph (and can be evaluated here)."""
@@ -98,7 +100,7 @@ class GraphIndex:
         return self._constant[name]
 
     def _find_constant(self, name: str) -> bool:
-        if name in self.initializers:
+        if name in self.initializers or name in self.sparse:
             return True
         position = self.producer.get(name)
         if position is None:
@@ -113,7 +115,7 @@ class GraphIndex:
     def value(self, name: str) -> NDArray[Any]:
         """The value of a constant tensor, wherever it stands.
 
-        Initializers, ``Constant`` nodes, and chains of Identity, Cast, Transpose and reshapes over them.
+        Initializers, ``Constant`` nodes, and what Identity, Cast, Transpose, reshapes and ConstantOfShape make of them.
 
         Raises:
             KeyError: When the tensor is not a constant.
@@ -121,14 +123,20 @@ class GraphIndex:
         if not self.is_constant(name):
             raise KeyError(name)
         if name not in self._values:
-            tensor = self.initializers.get(name)
-            self._values[name] = self._evaluate(name) if tensor is None else numpy_helper.to_array(tensor)
+            if name in self.initializers:
+                self._values[name] = numpy_helper.to_array(self.initializers[name])
+            elif name in self.sparse:
+                self._values[name] = _filled(self.sparse[name])
+            else:
+                self._values[name] = self._evaluate(name)
         return self._values[name]
 
     def _evaluate(self, name: str) -> NDArray[Any]:
         node = self.nodes[self.producer[name]]
         if node.op_type == "Constant" and node.attribute[0].name == "value":
             return numpy_helper.to_array(node.attribute[0].t)
+        if node.op_type == "Constant" and node.attribute[0].name == "sparse_value":
+            return _filled(node.attribute[0].sparse_tensor)
         reads = [read for read in node.input if read]
         scope = onnx.helper.make_graph(
             [node],
@@ -156,6 +164,14 @@ class GraphIndex:
     def label(self, position: int) -> str:
         """A name for a node that a user recognises: its own, or operator and first output."""
         return describe(self.nodes[position], position)
+
+
+def _filled(tensor: onnx.SparseTensorProto) -> NDArray[Any]:
+    """A sparse tensor with its zeros; its places are stored as flat positions, or as one row of coordinates each."""
+    values, places = numpy_helper.to_array(tensor.values), numpy_helper.to_array(tensor.indices)
+    result = np.zeros(tuple(tensor.dims), values.dtype)
+    result[np.unravel_index(places, result.shape) if places.ndim == 1 else tuple(places.T)] = values
+    return result
 
 
 def describe(node: onnx.NodeProto, position: int) -> str:

@@ -42,6 +42,18 @@ _QUANTIZED = {
     "QGemm",
     "QAttention",
 }
+_OTHER_LAYERS = {
+    "DeformConv",
+    "Einsum",
+    "GRU",
+    "LSTM",
+    "RNN",
+    "FusedConv",
+    "FusedGemm",
+    "FusedMatMul",
+    "NhwcConv",
+    "NhwcFusedConv",
+}
 
 
 @dataclass(frozen=True)
@@ -146,6 +158,22 @@ def survey(index: GraphIndex) -> Survey:
     return Survey(tuple(points), tuple(skips))
 
 
+def without_selected(index: GraphIndex, found: Survey) -> Survey:
+    """A survey whose points behind a NonMaxSuppression are skips.
+
+    Such a node keeps other boxes in the dense network than in the pruned one, so that the two cannot be compared there.
+    """
+    selected: set[str] = set()
+    for node in index.nodes:
+        if is_standard(node, "NonMaxSuppression") or not selected.isdisjoint(node_reads(node)):
+            selected.update(node.output)
+    behind = [point for point in found.points if not selected.isdisjoint(node_reads(index.nodes[point.node]))]
+    reason = "it follows a NonMaxSuppression, which keeps other boxes in the dense model than in the pruned one"
+    skips = [*found.skips, *(_skip(index, point.node, reason) for point in behind)]
+    points = tuple(point for point in found.points if point not in behind)
+    return Survey(points, tuple(sorted(skips, key=lambda skip: skip.node)))
+
+
 def _examine(index: GraphIndex, position: int, level: int) -> Point | Skip | None:
     node = index.nodes[position]
     if is_standard(node, "Conv", "ConvTranspose"):
@@ -172,17 +200,22 @@ def _examine(index: GraphIndex, position: int, level: int) -> Point | Skip | Non
             level,
             index.label(position),
         )
-    inner = next((item for item in _inner_nodes(node) if is_standard(item, *get_args(Kind))), None)
+    if node.op_type in _OTHER_LAYERS and any(index.is_constant(name) for name in node.input if name):
+        return _skip(index, position, f"{node.op_type} is not repaired; fused layers are when exported one by one")
+    inner = next((item for item in _inner_nodes(index.model, node) if is_standard(item, *get_args(Kind))), None)
     if inner is not None:
-        return _skip(index, position, f"{node.op_type} with a {inner.op_type} in a subgraph, which is left as it is")
+        where = "a subgraph" if any(subgraphs(node)) else "a function (onnx.inliner can inline it)"
+        return _skip(index, position, f"{node.op_type} with a {inner.op_type} in {where}, which is left as it is")
     return None
 
 
-def _inner_nodes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
-    for graph in subgraphs(node):
-        for item in graph.node:
+def _inner_nodes(model: onnx.ModelProto, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+    """Nodes in a node's subgraphs, and in the function that it calls."""
+    functions = (item for item in model.functions if (item.domain, item.name) == (node.domain, node.op_type))
+    for body in (*subgraphs(node), *functions):
+        for item in body.node:
             yield item
-            yield from _inner_nodes(item)
+            yield from _inner_nodes(model, item)
 
 
 def _skip(index: GraphIndex, position: int, reason: str) -> Skip:

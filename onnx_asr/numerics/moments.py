@@ -7,7 +7,8 @@ chunks: Chan's formula in float64,
     m     = m_a + delta n_b / n
     M2    = M2_a + M2_b + delta^2 n_a n_b / n            (cross moments alike, with delta_x delta_y)
 
-so that nothing cancels where the mean is large against the standard deviation.
+so that nothing cancels where the mean is large against the standard deviation. Moments of infinite values are not
+finite; no warning is given, whoever uses them checks.
 """
 
 from __future__ import annotations
@@ -38,10 +39,16 @@ class Moments:
         return self.m2 / max(self.count, 1.0)
 
     @property
+    def is_finite(self) -> bool:
+        """Whether every value was finite, and small enough to be squared in float32."""
+        return bool(np.isfinite(self.mean).all() and np.isfinite(self.m2).all())
+
+    @property
     def std(self) -> Floats:
         """Square root of the biased variance."""
         return np.sqrt(self.var)
 
+    @np.errstate(over="ignore", invalid="ignore")
     def merge(self, other: Moments) -> Moments:
         """Moments of both samples together (Chan, Golub and LeVeque)."""
         count = self.count + other.count
@@ -53,6 +60,7 @@ class Moments:
         return Moments(count, mean, m2)
 
     @classmethod
+    @np.errstate(over="ignore", invalid="ignore")
     def of(cls, tensor: NDArray[Any], axis: int = 1) -> Moments:
         """Moments of a tensor's channels over all its other axes."""
         samples = _by_sample(tensor, axis)
@@ -78,6 +86,7 @@ class PairMoments:
         scale = np.sqrt(self.dense.m2 * self.pruned.m2)
         return np.clip(np.divide(self.cross, scale, out=np.zeros_like(scale), where=scale > 0), -1.0, 1.0)
 
+    @np.errstate(over="ignore", invalid="ignore")
     def merge(self, other: PairMoments) -> PairMoments:
         """Moments of both samples together."""
         count = self.dense.count + other.dense.count
@@ -90,6 +99,7 @@ class PairMoments:
         )
 
     @classmethod
+    @np.errstate(over="ignore", invalid="ignore")
     def of(cls, dense: NDArray[Any], pruned: NDArray[Any], axis: int = 1) -> PairMoments:
         """Moments of a dense and a pruned tensor of the same shape.
 

@@ -49,6 +49,10 @@ _CG_FINAL = 5e-6  # and in the weights
 _CG_STEPS = 400
 
 
+class NotFiniteError(ValueError):
+    """Samples or weights that are not finite, or too large to be squared in float32."""
+
+
 @dataclass(frozen=True)
 class RefitOptions:
     """How a layer is refitted.
@@ -136,7 +140,7 @@ def refit_rows(
         spread = float(fit.variance.sum()) or 1.0
         error_before = samples.error(kept, fit.mean)
     if not all(np.isfinite(values).all() for values in (diagonal, fit.cross, spread, error_before)):
-        raise ValueError("x, target or w0 is too large to be squared in float32; scale the layer down")
+        raise NotFiniteError("x, target or w0 is too large to be squared in float32; scale the layer down")
 
     ridge = options.ridge * diagonal.mean(axis=1, keepdims=True) + 1e-12  # [G, 1]
     root = np.sqrt(diagonal + ridge)[:, None, :]  # D^1/2 [G, 1, K]
@@ -204,7 +208,7 @@ def _check_shapes(
 def _check_finite(**arrays: npt.NDArray[np.floating] | None) -> None:
     for name, array in arrays.items():
         if array is not None and not np.isfinite(array).all():
-            raise ValueError(f"{name} holds NaN or infinity; refit needs finite samples and weights")
+            raise NotFiniteError(f"{name} holds NaN or infinity; refit needs finite samples and weights")
 
 
 def _gain(target_variance: Array, variance: Array, covariance: Array, options: RefitOptions) -> Array:
@@ -237,9 +241,9 @@ class _Samples:
         self._floor = None if relu_floor is None else relu_floor.reshape(-1, groups, outputs)
         self._negative = None if dense_negative is None else dense_negative.reshape(-1, groups, outputs)
         # A sum of float32 values cannot overflow float64: these are finite exactly where all samples are.
-        self.input_mean: Array = x.mean(axis=0, dtype=np.float64)  # [G, K]
-        self.target_mean: Array = self._target.mean(axis=0, dtype=np.float64)  # [G, M]
         with np.errstate(over="ignore", invalid="ignore"):
+            self.input_mean: Array = x.mean(axis=0, dtype=np.float64)  # [G, K]
+            self.target_mean: Array = self._target.mean(axis=0, dtype=np.float64)  # [G, M]
             x -= self.input_mean.astype(np.float32)
         # Some 4 MB, but enough rows for the product to cost more than adding it up in float64.
         self._step = min(max(_CHUNK_VALUES // (groups * inputs), inputs // 2, 64), 4096)

@@ -114,6 +114,17 @@ def test_a_transform_stands_for_new_weights_of_the_producer() -> None:
     np.testing.assert_allclose(found, run(changed, {"x": x})["logits"], atol=2e-5)
 
 
+def test_a_transform_in_float16_overflows_only_where_its_result_does() -> None:
+    model = net("g (float16[N,1] x) => (float16[N,1] y) { a = Neg (x)  y = Neg (a) }")
+    x = np.array([[-40_000], [-30_000], [-60_000]], np.float16)
+    with BufferPool() as pool:
+        lane = Lane(index(model), ["a", "y"], [{"x": x}], pool, Runtime(threads=1))
+        list(lane.advance(["a"]))
+        lane.transform("a", np.array([2.0]), np.array([-30_000.0]), 1)
+        (chunk,) = ({name: value.copy() for name, value in item.items()} for item in lane.advance(["y"]))
+    np.testing.assert_allclose(chunk["y"].astype(float), [[-50_000], [-30_000], [-np.inf]], rtol=1e-3)
+
+
 def test_a_node_can_be_computed_by_the_caller() -> None:
     """The function sees chunk number and input; the rest of the network sees what it returns."""
     model, x = residual_net(), images(20, seed=1)

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import numpy_helper
+from onnx import numpy_helper, parser
 
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.points import Survey, rows_to_weight, survey, weight_rows
@@ -276,6 +276,11 @@ SKIPPED = {
         {"w": (4, 4), "b": (4,)},
         "alpha or beta of zero",
     ),
+    "another operator": (
+        'g (float[N,4] x) => (float[N,4] y) { y = Einsum <equation="ij,jk->ik"> (x, w) }',
+        {"w": (4, 4)},
+        "Einsum is not repaired",
+    ),
     "bias per row": (
         "g (float[5,4] x) => (float[5,4] y) { y = Gemm (x, w, b) }",
         {"w": (4, 4), "b": (5, 1)},
@@ -344,6 +349,22 @@ def test_convolutions_inside_subgraphs_are_reported() -> None:
     (skip,) = found.skips
     assert "If" in skip.reason
     assert "subgraph" in skip.reason
+
+
+def test_convolutions_inside_functions_are_reported() -> None:
+    model = parser.parse_model(
+        """
+        <ir_version: 8, opset_import: ["": 17, "local": 1]>
+        g (float[N,3,4,4] x) => (float[N,3,4,4] y) <float[3,3,1,1] w = {1,2,3,4,5,6,7,8,9}> { y = local.block (x, w) }
+        <domain: "local", opset_import: ["": 17, "local": 1]> block (a, v) => (c) {
+          b = local.layer (a, v)  c = Relu (b) }
+        <domain: "local", opset_import: ["": 17]> layer (a, v) => (b) { b = Conv (a, v) }
+        """
+    )
+    found = survey(index(model))
+    assert found.points == ()
+    (skip,) = found.skips
+    assert "block with a Conv in a function" in skip.reason
 
 
 def test_quantized_graphs_are_refused() -> None:
