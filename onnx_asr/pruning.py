@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -26,6 +26,11 @@ from onnx_asr.options import DATA_AWARE, SCORES, RepairOptions, Score
 from onnx_asr.repairing import RepairJob
 from onnx_asr.scoring import data_aware_scores, data_free_scores
 from onnx_asr.version import __version__
+
+_FOLDED = (
+    "no BatchNormalization follows these layers; where it was folded into them, magnitudes of different channels do "
+    "not compare: --score variance with --data, or --score row, chooses better"
+)
 
 Scope = Literal["global", "layer", "erk"]
 
@@ -81,12 +86,14 @@ class PruneResult:
         layers: Weights that took part, in file order.
         skips: Nodes with weights that took no part, and why.
         options: What was asked for.
+        notes: What else a user should know.
     """
 
     model: onnx.ModelProto
     layers: tuple[LayerSparsity, ...]
     skips: tuple[Skip, ...]
     options: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
     @property
     def sparsity(self) -> float:
@@ -100,6 +107,7 @@ class PruneResult:
             "options": self.options,
             "layers": [asdict(layer) | {"sparsity": layer.sparsity} for layer in self.layers],
             "skipped": [asdict(skip) for skip in self.skips],
+            "notes": list(self.notes),
         }
 
 
@@ -262,7 +270,11 @@ def prune(
         "include": list(include),
         "exclude": list(exclude),
     }
-    return apply_masks(index, weights, masks, [*skips, *narrow], options)
+    result = apply_masks(index, weights, masks, [*skips, *narrow], options)
+    without_batchnorm = not any(point.batchnorm is not None for point in points)
+    if score == "magnitude" and scope == "global" and shape.n is None and without_batchnorm and len(points) > 1:
+        return replace(result, notes=(_FOLDED,))
+    return result
 
 
 def split_narrow(

@@ -285,6 +285,27 @@ def table(records: Sequence[Record], graph: str) -> str:
     return "\n".join(lines)
 
 
+def choices(records: Sequence[Record]) -> str:
+    """What auto chose where another repair has the higher top-1, and what that cost; nothing where auto did not run."""
+    lines, costs = [], []
+    for auto in (item for item in records if item.method == "auto"):
+        cell = (auto.net, auto.graph, auto.sparsity)
+        rivals = [
+            item
+            for item in records
+            if (item.net, item.graph, item.sparsity) == cell and parse_method(item.method)[0] in METHODS
+        ]
+        best = max(rivals, key=lambda item: item.top1)
+        costs.append(100 * (best.top1 - auto.top1))
+        if best.top1 > auto.top1:
+            lines.append(
+                f"- {', '.join(cell)}: {auto.chosen} {100 * auto.top1:.1f}, `{best.method}` {100 * best.top1:.1f}"
+            )
+    if not costs:
+        return ""
+    return "\n".join([f"`auto` against the best by labels: {np.mean(costs):.2f} points on average", "", *lines])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
@@ -305,6 +326,7 @@ def main() -> None:
         records = list(measure(name, loaded[net.data], arguments.sparsities or net.sparsities, arguments))
         for graph in dict.fromkeys(item.graph for item in records):
             print(table(records, graph), end="\n\n", flush=True)
+        print(choices(records), end="\n\n", flush=True)
         everything += records
         if arguments.json:
             arguments.json.write_text(json.dumps([asdict(item) for item in everything], indent=1) + "\n")

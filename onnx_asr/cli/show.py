@@ -25,6 +25,8 @@ def prune(result: PruneResult, path: str, verbose: bool) -> Iterator[RenderableT
     """Every layer, the sum, and what took no part."""
     yield _layers(result.layers)
     yield from _skips(result.skips, verbose)
+    for note in result.notes:
+        yield f"note: {note}"
     yield _written(path)
 
 

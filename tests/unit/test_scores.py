@@ -160,6 +160,14 @@ def test_scores_of_folded_graphs_do_not_see_the_scale_of_channels() -> None:
     np.testing.assert_array_equal(*masks)
 
 
+def test_plain_magnitude_on_a_net_without_batchnormalization_is_remarked_on() -> None:
+    model = grouped_net()
+    (note,) = prune(model, 0.5).notes
+    assert "--score variance" in note
+    assert prune(model, 0.5, score="row").notes == ()
+    assert prune(dense_net(), 0.5).notes == ()
+
+
 def test_a_score_and_its_data_belong_together() -> None:
     model = residual_net()
     with pytest.raises(OptionError, match="needs calibration samples"):
