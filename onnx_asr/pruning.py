@@ -239,7 +239,7 @@ def split_narrow(
     """
     wide, skips = [], []
     for weight in weights:
-        inputs = _channel_view(index, weight, index.value(weight.tensor)).shape[1]
+        inputs = channel_view(index, weight.points[0], index.value(weight.tensor)).shape[1]
         if pattern.n is None or inputs >= pattern.m:
             wide.append(weight)
         else:
@@ -253,7 +253,7 @@ def split_narrow(
 def pattern_mask(index: GraphIndex, weight: PrunableWeight, scores: NDArray[Any], n: int, m: int) -> NDArray[np.bool_]:
     """The N:M mask of one weight, in its stored shape."""
     point = weight.points[0]
-    mask = keep_n_of_m(_channel_view(index, weight, scores), n, m)
+    mask = keep_n_of_m(channel_view(index, point, scores), n, m)
     return rows_to_weight(point, index.nodes[point.node], mask.reshape(len(mask), -1), scores.shape)
 
 
@@ -264,9 +264,8 @@ def unstructured_masks(scores: Sequence[NDArray[Any]], sparsity: float, scope: S
     return keep_largest(scores, keep_count(sum(score.size for score in scores), sparsity))
 
 
-def _channel_view(index: GraphIndex, weight: PrunableWeight, value: NDArray[Any]) -> NDArray[Any]:
-    """[C_out, C_in / group, taps]."""
-    point = weight.points[0]
+def channel_view(index: GraphIndex, point: Point, value: NDArray[Any]) -> NDArray[Any]:
+    """A point's weight, or what is as large, as [C_out, C_in / group, taps]."""
     taps = math.prod(value.shape[2:]) if point.kind in ("Conv", "ConvTranspose") else 1
     rows = weight_rows(point, index.nodes[point.node], value)
     return rows.reshape(len(rows), -1, taps)
