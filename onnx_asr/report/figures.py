@@ -18,6 +18,7 @@ _WIDTH, _ROW, _MARGIN = 4.6, 0.19, 1.05  # inches: narrow enough for a phone
 _COLUMNS = 64  # of the heat map: channels sorted by ratio, whatever their number
 _COLOURS = {"before": "#c2410c", "after": "#1d4ed8"}
 _RESOLUTION = 140
+_TEXT, _SMALL = 10, 8.5  # points
 _LAYERS_LABELLED = 30
 
 
@@ -34,18 +35,18 @@ def strip(layers: Sequence[Mapping[str, Any]], names: Mapping[str, str], collaps
                 levels = _levels(layer[key]["ratios"])
                 height = row + offsets[key] + generator.uniform(-0.16, 0.16, len(levels))
                 axis.scatter(
-                    levels, height, s=3, alpha=0.45, linewidths=0, color=_COLOURS[key], label=label, rasterized=True
+                    levels, height, s=5, alpha=0.45, linewidths=0, color=_COLOURS[key], label=label, rasterized=True
                 )
                 label = None
     axis.axvline(0.0, color="0.3", linewidth=0.8)
     axis.axvline(np.log10(collapsed), color="0.3", linewidth=0.8, linestyle=":")
     axis.set_xlim(_LOWEST - 0.1, _HIGHEST + 0.1)
     ticks = np.arange(np.ceil(_LOWEST), _HIGHEST + 0.1)
-    axis.set_xticks(ticks, [f"$10^{{{int(tick)}}}$" for tick in ticks])
-    axis.set_xlabel("variance / dense variance")
+    axis.set_xticks(ticks, ["≤ 0.0001", *(f"{10.0**tick:g}" for tick in ticks[1:])])
+    axis.set_xlabel("variance / dense variance", fontsize=_TEXT)
     axis.grid(axis="x", color="0.9", linewidth=0.5)
     axis.set_axisbelow(True)
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, markerscale=3, fontsize=8)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, markerscale=3, fontsize=_TEXT)
     return _svg(figure)
 
 
@@ -57,13 +58,13 @@ def heat_map(layers: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> s
         rows = [np.full(_COLUMNS, np.nan) if layer[key] is None else _resampled(layer[key]) for layer in layers]
         scale = TwoSlopeNorm(0.0, -2.0, 2.0)
         image = axis.imshow(np.stack(rows), cmap="RdBu", norm=scale, aspect="auto", interpolation="nearest")
-        axis.set_title(name, fontsize=8)
+        axis.set_title(name, fontsize=_TEXT)
         axis.set_xticks([])
-        axis.set_xlabel("channels, sorted")
+        axis.set_xlabel("channels, sorted", fontsize=_TEXT)
     assert image is not None
     bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 12 / len(layers)), pad=0.02)
     bar.set_ticks([-2, -1, 0, 1, 2], labels=["≤ 0.01", "0.1", "1", "10", "≥ 100"])
-    bar.ax.tick_params(labelsize=7)
+    bar.ax.tick_params(labelsize=_SMALL)
     return _svg(figure)
 
 
@@ -76,10 +77,10 @@ def _figure(layers: int, panels: int) -> tuple[Figure, list[Axes]]:
         ticks = range(0, layers, step)
         axis.set_yticks(list(ticks), [str(tick + 1) for tick in ticks] if number == 0 else [])
         axis.set_ylim(layers - 0.4, -0.6)
-        axis.tick_params(labelsize=7, length=2)
+        axis.tick_params(labelsize=_SMALL, length=2)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
-    axes[0].set_ylabel("layer")
+    axes[0].set_ylabel("layer", fontsize=_TEXT)
     return figure, axes
 
 

@@ -37,6 +37,7 @@ def render(values: Mapping[str, Any]) -> str:
     environment.filters |= {
         "percent": lambda share: "" if share is None else f"{share:.1%}",
         "number": lambda value: "" if value is None else f"{value:.3g}",
+        "short": lambda value: "" if value is None else f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}",
         "size": size_text,
         "text": _text,
     }
@@ -73,7 +74,7 @@ def _figures(values: Mapping[str, Any]) -> list[dict[str, str]]:
 def _text(value: Any) -> str:
     """A plain value for a reader."""
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(_text, value))
+        return ", ".join(map(_text, value)) or "-"
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, bool):
