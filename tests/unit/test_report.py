@@ -22,7 +22,7 @@ import onnx_asr
 from onnx_asr.data import Preprocessing
 from onnx_asr.errors import OptionError, OutputError
 from onnx_asr.networks import Execution
-from onnx_asr.options import RepairOptions
+from onnx_asr.options import RefitRecipe, RepairOptions
 from onnx_asr.report import check_report
 from onnx_asr.report.data import Run, compress_data, inspect_data, prune_data, repair_data
 from onnx_asr.report.html import render, write_report
@@ -50,7 +50,7 @@ def repaired(model: onnx.ModelProto, dense: onnx.ModelProto, **given: Any) -> di
 
 @cache
 def auto() -> dict[str, Any]:
-    return repaired(zeroed(digits("resnet"), 0.9), digits("resnet"))
+    return repaired(zeroed(digits("resnet"), 0.9), digits("resnet"), refit=RefitRecipe(rows=2000))
 
 
 def rounded(values: Any) -> Any:
@@ -172,13 +172,13 @@ def test_the_other_commands() -> None:
         dense,
         FOLDER,
         onnx_asr.CompressOptions(0.9, rounds=2),
-        repair_options=RepairOptions(samples=64, verify_samples=64),
+        repair_options=RepairOptions(samples=64, verify_samples=64, refit=RefitRecipe(rows=2000)),
         preprocessing=DIGITS,
     )
     values = compress_data(Run("compress", "line", {"model": "m.onnx"}, DIGITS), compressed, dense, FOLDER, Execution())
     assert [row["name"] for row in values["versions"]] == ["dense", "last mask, no repair", "compressed"]
     assert values["versions"][1]["sparsity"] == pytest.approx(0.9, abs=1e-3)
-    assert (values["options"]["rounds"], values["options"]["refit.rows"]) == (2, 12_000)
+    assert (values["options"]["rounds"], values["options"]["refit.rows"]) == (2, 2000)
     assert {"round 1", "round 2"} <= set(values["seconds"])
 
 
@@ -259,10 +259,9 @@ def chromium() -> str:
 @pytest.mark.parametrize("page", [nasty, lambda: render(auto())], ids=["long-names", "repair"])
 def test_no_sideways_scrolling_on_a_phone(page: Any, tmp_path: Path) -> None:
     browser = chromium()
-    script = (
-        "<script>parent.postMessage([innerWidth, document.documentElement.scrollWidth].join(), '*')</script></body>"
-    )
-    (tmp_path / "page.html").write_text(page().replace("</body>", script), encoding="utf-8")
+    widths = "[innerWidth, document.documentElement.scrollWidth].join()"
+    told = page().replace("</body>", f"<script>parent.postMessage({widths}, '*')</script></body>")
+    (tmp_path / "page.html").write_text(told, encoding="utf-8")
     path = tmp_path / "phone.html"  # a window is never narrower than 500 pixels, a frame may be
     path.write_text(
         "<title>none</title><script>onmessage = event => document.title = event.data</script>"
