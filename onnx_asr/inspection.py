@@ -27,6 +27,7 @@ from onnx_asr.options import METHODS, RepairOptions
 from onnx_asr.pruning import channel_view
 from onnx_asr.repairing import check_method
 
+_CONVOLUTIONS = ("Conv", "ConvTranspose")
 _FAST = 1  # zlib level: enough to see what the zeros are worth
 _METADATA_PREFIX = "onnx_asr."
 
@@ -165,13 +166,22 @@ class Inspection:
 
     @property
     def batchnorm(self) -> str:
-        """Whether BatchNormalization is "kept", "folded" (or was never there), or "partly" kept."""
-        kept = sum(layer.batchnorm for layer in self.layers if layer.op_type in ("Conv", "ConvTranspose"))
-        there = any(layer.batchnorm for layer in self.layers)
-        convolutions = sum(layer.op_type in ("Conv", "ConvTranspose") for layer in self.layers)
-        if not there:
-            return "folded"
-        return "kept" if kept == convolutions or kept == 0 else "partly"
+        """Which convolutions kept their BatchNormalization, and how many stand elsewhere."""
+        convolutions = [layer for layer in self.layers if layer.op_type in _CONVOLUTIONS]
+        kept = sum(layer.batchnorm for layer in convolutions)
+        elsewhere = sum(layer.batchnorm for layer in self.layers) - kept
+        if not kept and not elsewhere:
+            return "none: folded into the weights, or never there"
+        return f"behind {kept} of {len(convolutions)} convolutions" + (f", {elsewhere} elsewhere" if elsewhere else "")
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What ``repair`` could do, one sentence for each way to call it."""
+        sentences = []
+        for key, how in (("with_dense", "with --dense"), ("without_dense", "without --dense")):
+            possible = [name for name, obstacle in self.methods[key].items() if obstacle is None]
+            sentences.append(f"repair {how}: {', '.join(possible) or 'nothing'}")
+        return tuple(sentences)
 
     def layer(self, name: str) -> Layer:
         """A layer by name.

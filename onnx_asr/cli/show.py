@@ -72,9 +72,7 @@ def inspection(result: Inspection, verbose: bool) -> Iterator[RenderableType]:
             "mean square of log10 of the variance ratios, as it is, with one factor per layer, with one per channel"
         )
     yield from _skips(result.skips, verbose)
-    for key, how in (("with_dense", "with --dense"), ("without_dense", "without --dense")):
-        possible = [name for name, obstacle in result.methods[key].items() if obstacle is None]
-        yield f"repair {how}: {', '.join(possible) or 'nothing'}"
+    yield from result.advice
     for key, value in result.metadata.items():
         yield f"{key}: {value}"
 

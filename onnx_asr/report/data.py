@@ -59,7 +59,7 @@ def inspect_data(run: Run, inspection: Inspection) -> Values:
         skips=inspection.skips,
         damage_samples=inspection.samples,
         options={"opset": inspection.opset, "inputs": ", ".join(inspection.inputs), **inspection.metadata},
-        notes=_methods(inspection),
+        notes=inspection.advice,
     )
 
 
@@ -221,15 +221,6 @@ def _fidelities(
         return {name: measure(value, outputs["dense"], labels) for name, value in outputs.items()}, []
     except DataError as error:
         return known, [f"no top-1: {error}"]
-
-
-def _methods(inspection: Inspection) -> list[str]:
-    """What repair could do, one sentence for each way to call it."""
-    notes = []
-    for key, how in (("with_dense", "with --dense"), ("without_dense", "without --dense")):
-        possible = [name for name, obstacle in inspection.methods[key].items() if obstacle is None]
-        notes.append(f"repair {how}: {', '.join(possible) or 'nothing'}")
-    return notes
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Values:
