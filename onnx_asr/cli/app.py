@@ -347,6 +347,8 @@ def inspect(
     from onnx_asr.inspection import inspect as run
 
     page = None if report is None else _page(report, None)
+    if channels is not None:
+        run(model).layer(channels)  # an unknown name shows before the damage is measured
     preprocessing = images.preprocessing()
     terminal = Terminal(display)
     with terminal.progress() as progress:

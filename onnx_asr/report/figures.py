@@ -14,12 +14,12 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 _LOWEST, _HIGHEST = -4.0, 1.5  # log10 of the variance ratios shown; what is beyond stands at the edge
-_WIDTH, _ROW, _MARGIN = 4.6, 0.19, 1.05  # inches: narrow enough for a phone
+_WIDTH, _ROW, _ROWS, _MARGIN = 4.6, 0.19, 8.0, 1.05  # inches: narrow enough for a phone, all rows on a printed page
 _COLUMNS = 64  # of the heat map: channels sorted by ratio, whatever their number
 _COLOURS = {"before": "#c2410c", "after": "#1d4ed8"}
 _RESOLUTION = 140
 _TEXT, _SMALL = 10, 8.5  # points
-_LAYERS_LABELLED = 30
+_LAYERS_LABELLED = 42
 
 
 def strip(layers: Sequence[Mapping[str, Any]], names: Mapping[str, str], collapsed: float) -> str:
@@ -53,16 +53,17 @@ def strip(layers: Sequence[Mapping[str, Any]], names: Mapping[str, str], collaps
 def heat_map(layers: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
     """The same ratios as colours, the channels of a layer sorted from the weakest to the strongest."""
     figure, axes = _figure(len(layers), len(names))
+    colours = matplotlib.colormaps["RdBu"].with_extremes(bad="0.75")
     image = None
     for axis, (key, name) in zip(axes, names.items(), strict=True):
         rows = [np.full(_COLUMNS, np.nan) if layer[key] is None else _resampled(layer[key]) for layer in layers]
         scale = TwoSlopeNorm(0.0, -2.0, 2.0)
-        image = axis.imshow(np.stack(rows), cmap="RdBu", norm=scale, aspect="auto", interpolation="nearest")
+        image = axis.imshow(np.stack(rows), cmap=colours, norm=scale, aspect="auto", interpolation="nearest")
         axis.set_title(name, fontsize=_TEXT)
         axis.set_xticks([])
         axis.set_xlabel("channels, sorted", fontsize=_TEXT)
     assert image is not None
-    bar = figure.colorbar(image, ax=axes, shrink=min(1.0, 12 / len(layers)), pad=0.02)
+    bar = figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02)
     bar.set_ticks([-2, -1, 0, 1, 2], labels=["≤ 0.01", "0.1", "1", "10", "≥ 100"])
     bar.ax.tick_params(labelsize=_SMALL)
     return _svg(figure)
@@ -70,7 +71,7 @@ def heat_map(layers: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> s
 
 def _figure(layers: int, panels: int) -> tuple[Figure, list[Axes]]:
     """Panels side by side, one row a layer, the first on top."""
-    figure = Figure(figsize=(_WIDTH, _MARGIN + _ROW * max(4, layers)), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, _MARGIN + min(_ROW * max(4, layers), _ROWS)), layout="constrained")
     axes = [figure.add_subplot(1, panels, number + 1) for number in range(panels)]
     step = max(1, -(-layers // _LAYERS_LABELLED))
     for number, axis in enumerate(axes):

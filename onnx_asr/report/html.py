@@ -61,8 +61,8 @@ def _figures(values: Mapping[str, Any]) -> list[dict[str, str]]:
         ),
         (
             heat_map(layers, names),
-            "The same ratios as colours: white as in the dense network, red weaker, blue stronger. The channels of a "
-            "layer are sorted.",
+            "The same ratios as colours: white as in the dense network, red weaker, blue stronger, grey where the "
+            "layer does not vary at all. The channels of a layer are sorted.",
         ),
     ]
     return [
