@@ -285,7 +285,7 @@ def describe(model: onnx.ModelProto, damage: Sequence[PointDamage] = (), samples
         layers=tuple(layers),
         skips=found.skips,
         methods={
-            "with_dense": _methods(Networks(index, found, index, None)),
+            "with_dense": _methods(Networks(index, found, index, None)),  # only whether there is one is asked
             "without_dense": _methods(Networks(index, found, None, None)),
         },
         metadata={item.key: item.value for item in model.metadata_props if item.key.startswith(_METADATA_PREFIX)},
