@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from onnx_asr.compression import CompressOptions, CompressResult, compress
     from onnx_asr.data import Preprocessing
     from onnx_asr.evaluation import evaluate
+    from onnx_asr.inspection import Inspection, inspect
     from onnx_asr.model_io import save
     from onnx_asr.networks import Execution
     from onnx_asr.options import RepairOptions
@@ -26,12 +27,14 @@ _HOME = {
     "CompressOptions": "compression",
     "CompressResult": "compression",
     "Execution": "networks",
+    "Inspection": "inspection",
     "Preprocessing": "data",
     "PruneResult": "pruning",
     "RepairOptions": "options",
     "RepairResult": "result",
     "compress": "compression",
     "evaluate": "evaluation",
+    "inspect": "inspection",
     "prune": "pruning",
     "repair": "repairing",
     "save": "model_io",
@@ -41,6 +44,7 @@ __all__ = [
     "CompressOptions",
     "CompressResult",
     "Execution",
+    "Inspection",
     "Preprocessing",
     "PruneResult",
     "RepairOptions",
@@ -48,6 +52,7 @@ __all__ = [
     "__version__",
     "compress",
     "evaluate",
+    "inspect",
     "prune",
     "repair",
     "save",

@@ -24,9 +24,11 @@ from onnx_asr.numerics.gains import (
     Prior,
     absorb,
     asr_gain,
+    asr_reliability,
     is_live,
     layerwise_gain,
     paired,
+    paired_shrinkage,
     raw_gain,
     recalibrate,
 )
@@ -88,9 +90,13 @@ def paired_track(networks: Networks, plan: EditPlan, power: float = 0.0) -> Trac
     def rule(lane: Lane, point: Point, measured: Measured) -> PointReport:
         assert measured.dense is not None
         affine = paired(measured.dense, measured.pruned, measured.correlation, power)
+        shrinkage = None
+        if correlated:
+            assert measured.correlation is not None
+            shrinkage = paired_shrinkage(measured.correlation, power)
         if point.batchnorm is None:
-            return _into_weights(networks, plan, lane, point, affine, measured)
-        return _into_batchnorm(networks, plan, point, affine, measured)
+            return _into_weights(networks, plan, lane, point, affine, measured, shrinkage)
+        return _into_batchnorm(networks, plan, point, affine, measured, shrinkage)
 
     return Track(_referenced(networks, networks.survey.points), plan, rule, correlated=correlated)
 
@@ -103,15 +109,16 @@ def gain_track(networks: Networks, plan: EditPlan, method: GainMethod, prior: Pr
     def rule(lane: Lane, point: Point, measured: Measured) -> PointReport:
         dense, pruned = measured.dense, measured.pruned
         assert dense is not None
+        shrinkage = None
         if method == "asr":
-            gain = asr_gain(dense, pruned, prior)
+            gain, shrinkage = asr_gain(dense, pruned, prior), asr_reliability(pruned, prior)
         else:
             gain = raw_gain(dense, pruned) if method == "raw" else layerwise_gain(dense, pruned)
         if bias_correction:
             shift = dense.mean - gain * pruned.mean
         else:  # W x + b -> gain W x + b
             shift = (1.0 - gain) * read_bias(networks.pruned, plan, point)
-        return _into_weights(networks, plan, lane, point, ChannelAffine(gain, shift), measured)
+        return _into_weights(networks, plan, lane, point, ChannelAffine(gain, shift), measured, shrinkage)
 
     return Track(_referenced(networks, points), plan, rule)
 
@@ -238,12 +245,17 @@ def _referenced(networks: Networks, points: Sequence[Point]) -> list[Point]:
 
 
 def _into_batchnorm(
-    networks: Networks, plan: EditPlan, point: Point, affine: ChannelAffine, measured: Measured
+    networks: Networks,
+    plan: EditPlan,
+    point: Point,
+    affine: ChannelAffine,
+    measured: Measured,
+    shrinkage: Floats | None,
 ) -> PointReport:
     assert point.batchnorm is not None
     target = _target_batchnorm(networks, plan, point.batchnorm)
     plan_batchnorm(networks.pruned, plan, point.batchnorm, absorb(target, affine))
-    return PointReport.of(networks.pruned, point, "batchnorm", _dead(measured), affine.gain)
+    return PointReport.of(networks.pruned, point, "batchnorm", _dead(measured), affine.gain, shrinkage=shrinkage)
 
 
 def _target_batchnorm(networks: Networks, plan: EditPlan, position: int) -> BatchNormParameters:
@@ -259,13 +271,19 @@ def _target_batchnorm(networks: Networks, plan: EditPlan, position: int) -> Batc
 
 
 def _into_weights(
-    networks: Networks, plan: EditPlan, lane: Lane, point: Point, affine: ChannelAffine, measured: Measured
+    networks: Networks,
+    plan: EditPlan,
+    lane: Lane,
+    point: Point,
+    affine: ChannelAffine,
+    measured: Measured,
+    shrinkage: Floats | None,
 ) -> PointReport:
     plan_affine(networks.pruned, plan, point, affine)
     # a shift before a BatchNormalization went into its mean, not into the tensor
     shift = affine.shift if point.batchnorm is None else np.zeros_like(affine.gain)
     lane.transform(point.tensor, affine.gain, shift, point.channel_axis)
-    return PointReport.of(networks.pruned, point, "weights", _dead(measured), affine.gain)
+    return PointReport.of(networks.pruned, point, "weights", _dead(measured), affine.gain, shrinkage=shrinkage)
 
 
 def _dead(measured: Measured) -> int:

@@ -82,12 +82,14 @@ class CompressResult:
         layers: Zeros in every weight that took part.
         options: What was asked for.
         round_seconds: Wall time of every round.
+        masked: The dense weights under the last mask, without repair.
     """
 
     repair: RepairResult
     layers: tuple[LayerSparsity, ...]
     options: CompressOptions
     round_seconds: tuple[float, ...]
+    masked: onnx.ModelProto
 
     @property
     def model(self) -> onnx.ModelProto:
@@ -162,7 +164,7 @@ def compress(
     seconds.append(time.perf_counter() - begun)
     stages = {"load": loaded - started, "rounds": begun - loaded}
     stages.update((stage, result.seconds[stage]) for stage in ("repair", "verify"))
-    return CompressResult(replace(result, seconds=stages), pruned.layers, options, tuple(seconds))
+    return CompressResult(replace(result, seconds=stages), pruned.layers, options, tuple(seconds), pruned.model)
 
 
 Step = float | tuple[int, int]

@@ -173,6 +173,15 @@ def write_text(text: str, path: str | os.PathLike[str]) -> Path:
     return target
 
 
+def size_text(size: float) -> str:
+    """A number of bytes for a reader."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
+
+
 def is_external(source: ModelSource) -> bool:
     """Whether a model file keeps its weights in external data files."""
     if isinstance(source, onnx.ModelProto):

@@ -16,6 +16,7 @@ class PointReport:
     """What was done at one correction point.
 
     Attributes:
+        node: Position of the point's node in the file.
         name: The point's node.
         op_type: Its operator.
         written: Where the correction went: "weights", "batchnorm", "weights+batchnorm".
@@ -23,8 +24,11 @@ class PointReport:
         dead: Channels without variance in the pruned network.
         gain: Smallest, median and largest gain; None where statistics were replaced instead.
         residual: Relative error of the point's output before and after a refit; None for channel rules.
+        shrinkage: Smallest, median and largest factor by which the method trusts a channel's raw gain (``asr``: ``s``;
+            ``paired``: ``rho^k``); None where it trusts all fully.
     """
 
+    node: int
     name: str
     op_type: str
     written: str
@@ -32,6 +36,7 @@ class PointReport:
     dead: int
     gain: tuple[float, float, float] | None
     residual: tuple[float, float] | None = None
+    shrinkage: tuple[float, float, float] | None = None
 
     @classmethod
     def of(
@@ -42,11 +47,20 @@ class PointReport:
         dead: int,
         gain: Floats | None = None,
         residual: tuple[float, float] | None = None,
+        shrinkage: Floats | None = None,
     ) -> PointReport:
         """Summarise the gains of a point."""
-        summary = None if gain is None else (float(gain.min()), float(np.median(gain)), float(gain.max()))
-        op_type = index.nodes[point.node].op_type
-        return cls(point.name, op_type, written, point.channels, dead, summary, residual)
+        return cls(
+            node=point.node,
+            name=point.name,
+            op_type=index.nodes[point.node].op_type,
+            written=written,
+            channels=point.channels,
+            dead=dead,
+            gain=_spread(gain),
+            residual=residual,
+            shrinkage=_spread(shrinkage),
+        )
 
     def note(self, method: str) -> str:
         """One sentence for the node's doc string."""
@@ -58,6 +72,10 @@ class PointReport:
         if self.dead:
             parts.append(f"{self.dead} dead channels")
         return ", ".join(parts)
+
+
+def _spread(values: Floats | None) -> tuple[float, float, float] | None:
+    return None if values is None else (float(values.min()), float(np.median(values)), float(values.max()))
 
 
 Reports = dict[int, PointReport]

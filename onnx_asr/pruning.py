@@ -287,7 +287,7 @@ def split_narrow(
     """
     wide, skips = [], []
     for weight in weights:
-        inputs = _channel_view(index, weight, index.value(weight.tensor)).shape[1]
+        inputs = channel_view(index, weight.points[0], index.value(weight.tensor)).shape[1]
         if pattern.n is None or inputs >= pattern.m:
             wide.append(weight)
         else:
@@ -301,7 +301,7 @@ def split_narrow(
 def pattern_mask(index: GraphIndex, weight: PrunableWeight, scores: NDArray[Any], n: int, m: int) -> NDArray[np.bool_]:
     """The N:M mask of one weight, in its stored shape."""
     point = weight.points[0]
-    mask = keep_n_of_m(_channel_view(index, weight, scores), n, m)
+    mask = keep_n_of_m(channel_view(index, point, scores), n, m)
     return rows_to_weight(point, index.nodes[point.node], mask.reshape(len(mask), -1), scores.shape)
 
 
@@ -327,12 +327,11 @@ def unstructured_masks(
 def _kernel_shape(index: GraphIndex, weight: PrunableWeight, value: NDArray[Any]) -> tuple[int, ...]:
     """[C_out, C_in / group, *kernel]."""
     kernel = value.shape[2:] if weight.points[0].kind in ("Conv", "ConvTranspose") else ()
-    return (*_channel_view(index, weight, value).shape[:2], *kernel)
+    return (*channel_view(index, weight, value).shape[:2], *kernel)
 
 
-def _channel_view(index: GraphIndex, weight: PrunableWeight, value: NDArray[Any]) -> NDArray[Any]:
-    """[C_out, C_in / group, taps]."""
-    point = weight.points[0]
+def channel_view(index: GraphIndex, point: Point, value: NDArray[Any]) -> NDArray[Any]:
+    """A point's weight, or what is as large, as [C_out, C_in / group, taps]."""
     taps = math.prod(value.shape[2:]) if point.kind in ("Conv", "ConvTranspose") else 1
     rows = weight_rows(point, index.nodes[point.node], value)
     return rows.reshape(len(rows), -1, taps)

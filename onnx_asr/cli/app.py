@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from onnx_asr.cli.parameters import (
     Output,
     Pattern,
     Refit,
+    Report,
     Samples,
     Seed,
     Sparsity,
@@ -39,6 +41,7 @@ from onnx_asr.version import __version__
 
 if TYPE_CHECKING:
     from onnx_asr.data import Preprocessing
+    from onnx_asr.report.data import Run
 
 DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -119,6 +122,7 @@ def demo(
 
 @_command("prune")
 def prune(
+    context: typer.Context,
     model: DenseArgument,
     output: Output,
     images: Images,
@@ -146,6 +150,7 @@ def prune(
     seed: Seed = 0,
     include: Include = None,
     exclude: Exclude = None,
+    report: Report = None,
 ) -> int:
     """Zero the weights of smallest score, by default of smallest magnitude."""
     from onnx_asr.model_io import check_writable, is_external, save
@@ -153,6 +158,7 @@ def prune(
     from onnx_asr.pruning import prune as run
 
     target = check_writable(output)
+    page = None if report is None else _page(report, target)
     terminal = Terminal(display)
     with terminal.progress() as progress:
         result = run(
@@ -170,13 +176,20 @@ def prune(
             execution=walk.execution(display.verbose, progress),
         )
     save(result.model, target, external_data=is_external(model))
-    values = {"command": "prune", "model": model, "data": data, "output": str(target), **result.to_dict()}
-    terminal.result(values, *show.prune(result, str(target), display.verbose))
+    paths = {"model": model, "data": data, "output": str(target)}
+    if page is not None:
+        from onnx_asr.report.data import prune_data
+        from onnx_asr.report.html import write_report
+
+        write_report(prune_data(_run(context, paths), result, model), page)
+    values = {"command": "prune", **paths, "report": _path(page), **result.to_dict()}
+    terminal.result(values, *show.prune(result, str(target), display.verbose), *show.report(page))
     return DONE
 
 
 @_command("repair")
 def repair(
+    context: typer.Context,
     model: Pruned,
     output: Output,
     data: Data,
@@ -188,20 +201,29 @@ def repair(
     display: Display,
     dense: Dense = None,
     force: Force = False,
+    report: Report = None,
 ) -> int:
     """Give a pruned model its accuracy back, from unlabelled samples."""
     from onnx_asr.model_io import check_writable, is_external, save
     from onnx_asr.repairing import repair as run
 
     target = check_writable(output)
+    page = None if report is None else _page(report, target)
     options, preprocessing = repair_options(calibration, refit, method), images.preprocessing()
     terminal = Terminal(display)
     with terminal.progress() as progress:
         execution = walk.execution(display.verbose, progress)
         result = run(model, data, dense=dense, options=options, preprocessing=preprocessing, execution=execution)
-    written = str(target) if result.improved or force else None
-    if written is not None:
-        save(result.model, target, external_data=is_external(model))
+        written = str(target) if result.improved or force else None
+        if written is not None:
+            save(result.model, target, external_data=is_external(model))
+        if page is not None:
+            from onnx_asr.report.data import repair_data
+            from onnx_asr.report.html import write_report
+
+            files = {"model": model, "dense": dense, "data": data, "output": written}
+            subject = _run(context, files, preprocessing)
+            write_report(repair_data(subject, result, model, dense, data, execution), page)
     values = {
         "command": "repair",
         "model": model,
@@ -209,14 +231,16 @@ def repair(
         "data": data,
         "preprocessing": _plain(preprocessing),
         "output": written,
+        "report": _path(page),
         **result.to_dict(),
     }
-    terminal.result(values, *show.repair(result, written, display.verbose))
+    terminal.result(values, *show.repair(result, written, display.verbose), *show.report(page))
     return _verdict(result.improved, "repaired model", "the pruned one", target, force)
 
 
 @_command("compress")
 def compress(
+    context: typer.Context,
     model: DenseArgument,
     output: Output,
     data: Data,
@@ -234,6 +258,7 @@ def compress(
     include: Include = None,
     exclude: Exclude = None,
     force: Force = False,
+    report: Report = None,
 ) -> int:
     """Prune and repair jointly, in rounds: better than one after the other, and slower."""
     from onnx_asr.compression import CompressOptions
@@ -241,25 +266,33 @@ def compress(
     from onnx_asr.model_io import check_writable, is_external, save
 
     target = check_writable(output)
+    page = None if report is None else _page(report, target)
     options = CompressOptions(sparsity, pattern, rounds, round_samples, tuple(include or ()), tuple(exclude or ()))
     repairing, preprocessing = repair_options(calibration, refit), images.preprocessing()
     terminal = Terminal(display)
     with terminal.progress() as progress:
         execution = walk.execution(display.verbose, progress)
         result = run(model, data, options, repair_options=repairing, preprocessing=preprocessing, execution=execution)
-    improved = result.repair.improved
-    written = str(target) if improved or force else None
-    if written is not None:
-        save(result.model, target, external_data=is_external(model))
+        improved = result.repair.improved
+        written = str(target) if improved or force else None
+        if written is not None:
+            save(result.model, target, external_data=is_external(model))
+        if page is not None:
+            from onnx_asr.report.data import compress_data
+            from onnx_asr.report.html import write_report
+
+            subject = _run(context, {"model": model, "data": data, "output": written}, preprocessing)
+            write_report(compress_data(subject, result, model, data, execution), page)
     values = {
         "command": "compress",
         "model": model,
         "data": data,
         "preprocessing": _plain(preprocessing),
         "output": written,
+        "report": _path(page),
         **result.to_dict(),
     }
-    terminal.result(values, *show.compress(result, written, display.verbose))
+    terminal.result(values, *show.compress(result, written, display.verbose), *show.report(page))
     return _verdict(improved, "compressed model", "its last mask without repair", target, force)
 
 
@@ -317,6 +350,87 @@ def evaluate(
     return DONE
 
 
+@_command("inspect")
+def inspect(
+    context: typer.Context,
+    model: Model,
+    images: Images,
+    walk: Walk,
+    display: Display,
+    dense: Dense = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Samples to measure the damage on, as for repair; with --dense.")
+    ] = None,
+    channels: Annotated[
+        str | None, typer.Option(metavar="LAYER", help="Show every channel of this layer instead of all layers.")
+    ] = None,
+    samples: Samples = None,
+    batch_size: BatchSize = None,
+    seed: Seed = 0,
+    report: Report = None,
+) -> int:
+    """Show what is in a model and, with its dense model and data, what pruning did to every channel."""
+    from onnx_asr.damage import DAMAGE_SAMPLES
+    from onnx_asr.inspection import inspect as run
+
+    page = None if report is None else _page(report, None)
+    if channels is not None:
+        run(model).layer(channels)  # an unknown name shows before the damage is measured
+    preprocessing = images.preprocessing()
+    terminal = Terminal(display)
+    with terminal.progress() as progress:
+        result = run(
+            model,
+            dense=dense,
+            data=data,
+            preprocessing=preprocessing,
+            samples=DAMAGE_SAMPLES if samples is None else samples,
+            seed=seed,
+            batch_size=batch_size,
+            execution=walk.execution(display.verbose, progress),
+        )
+    layer = None if channels is None else result.layer(channels)
+    if page is not None:
+        from onnx_asr.report.data import inspect_data
+        from onnx_asr.report.html import write_report
+
+        files = {"model": model, "dense": dense, "data": data}
+        write_report(inspect_data(_run(context, files, preprocessing), result), page)
+    values = {
+        "command": "inspect",
+        "model": model,
+        "dense": dense,
+        "data": data,
+        "preprocessing": _plain(preprocessing),
+        "report": _path(page),
+        **result.to_dict(),
+    }
+    if layer is not None:
+        values["channels"] = layer.channel_table()
+    shown = show.inspection(result, display.verbose) if layer is None else show.channels(layer)
+    terminal.result(values, *shown, *show.report(page))
+    return DONE
+
+
+def _page(report: str, output: Path | None) -> Path:
+    """Where the report goes; what is in the way shows before any work is done."""
+    from onnx_asr.report import check_report
+
+    return check_report(report, output)
+
+
+def _run(context: typer.Context, files: dict[str, str | None], preprocessing: Preprocessing | None = None) -> Run:
+    """What a report tells about the call."""
+    from onnx_asr.report.data import Run
+
+    line = shlex.join([DISTRIBUTION, *context.find_root().obj])
+    return Run(str(context.info_name), line, files, preprocessing)
+
+
+def _path(page: Path | None) -> str | None:
+    return None if page is None else str(page)
+
+
 def _verdict(improved: bool, what: str, before: str, target: Path, force: bool) -> int:
     if improved:
         return DONE
@@ -353,7 +467,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command line; every error becomes one line on stderr and an exit code."""
     try:
         check_owner()
-        code = app(list(arguments) or ["--help"], prog_name=DISTRIBUTION, standalone_mode=False)
+        code = app(list(arguments) or ["--help"], prog_name=DISTRIBUTION, standalone_mode=False, obj=list(arguments))
     except KeyboardInterrupt:
         code = INTERRUPTED
     except (SystemExit, BrokenPipeError):  # the reader of a help text has left; SystemExit is click's word for that

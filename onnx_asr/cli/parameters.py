@@ -56,6 +56,10 @@ Include = Annotated[
 Exclude = Annotated[
     list[str] | None, typer.Option(metavar="RE", help="Spare nodes or weights whose name this finds; repeatable.")
 ]
+Report = Annotated[
+    str | None,
+    typer.Option("--report", metavar="FILE", help="Write an HTML report, too; needs the extra 'report'."),
+]
 Samples = Annotated[int | None, typer.Option(metavar="N", help="Samples to draw from the data.")]
 Seed = Annotated[int, typer.Option(metavar="N", help="Seed of every random choice.")]
 BatchSize = Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from onnx_asr.demo import DemoResult
     from onnx_asr.fidelity import Fidelity
     from onnx_asr.graph.points import Skip
+    from onnx_asr.inspection import Inspection, Layer
     from onnx_asr.pruning import LayerSparsity, PruneResult
     from onnx_asr.result import RepairResult, Verification
 
@@ -50,6 +52,52 @@ def compress(result: CompressResult, path: str | None, verbose: bool) -> Iterato
     if result.repair.verification is not None:
         yield from _verification(result.repair.verification, "last mask, no repair", "compressed")
     yield _written(path)
+
+
+def inspection(result: Inspection, verbose: bool) -> Iterator[RenderableType]:
+    """What is in the model and what a repair could do; with the damage where it was measured."""
+    from onnx_asr.model_io import size_text
+
+    measured = result.samples > 0
+    size, deflated = size_text(result.file_bytes), size_text(result.compressed_bytes)
+    yield f"opset {result.opset}, {result.nodes} nodes, inputs {', '.join(result.inputs)}; {size}, deflated {deflated}"
+    yield f"BatchNormalization: {result.batchnorm}; weights {_percent(result.sparsity)} sparse"
+    yield _damage_table(result) if measured else _inspected(result.layers)
+    if measured:
+        collapsed = [layer.name for layer in result.layers if layer.damage and layer.damage.collapsed_share > 0.5]
+        yield (
+            f"{len(collapsed)} of {len(result.layers)} layers lost most of their channels"
+            + (f", the first is {collapsed[0]}" if collapsed else "")
+        )
+        yield (
+            f"measured on {result.samples} samples; collapsed: under a hundredth of the dense variance; error: root "
+            "mean square of log10 of the variance ratios, as it is, with one factor per layer, with one per channel"
+        )
+    yield from _skips(result.skips, verbose)
+    yield from result.advice
+    for key, value in result.metadata.items():
+        yield f"{key}: {value}"
+
+
+def channels(layer: Layer) -> Iterator[RenderableType]:
+    """One row a channel."""
+    yield f"{layer.name} ({layer.op_type}), {layer.channels} channels of {layer.channel_weights} weights"
+    measured = layer.damage is not None
+    more = (">dense std", ">std", ">variance ratio", ">mean shift", ">correlation", "") if measured else ()
+    table = _table(">channel", ">zeros", ">norm", *more)
+    for row in layer.channel_table():
+        values = [str(row["channel"]), str(row["zeros"]), _number(row["norm"])]
+        if measured:
+            values += [_number(row[name]) for name in ("dense_std", "std", "ratio", "shift", "correlation")]
+            values.append("collapsed" if row["collapsed"] else "")
+        table.add_row(*values)
+    yield table
+
+
+def report(path: Path | None) -> Iterator[RenderableType]:
+    """Where the HTML report is, if there is one."""
+    if path is not None:
+        yield f"report: {path}"
 
 
 def evaluation(fidelity: Fidelity, path: str) -> Iterator[RenderableType]:
@@ -113,6 +161,40 @@ def _layers(layers: Sequence[LayerSparsity]) -> Table:
     return table
 
 
+def _inspected(layers: Sequence[Layer]) -> Table:
+    table = _table("layer", "operator", "shape", ">channels", ">empty", ">sparsity", "pattern", "repair writes")
+    for layer in layers:
+        shape = "" if layer.shape is None else " x ".join(map(str, layer.shape))
+        counts = str(layer.channels), str(layer.empty)
+        table.add_row(
+            layer.name, layer.op_type, shape, *counts, _percent(layer.sparsity), layer.pattern or "", layer.writable
+        )
+    return table
+
+
+def _damage_table(result: Inspection) -> Table:
+    known = "layer", ">channels", ">sparsity", ">collapsed", ">dead", ">median ratio", ">correlation"
+    table = _table(*known, ">error", ">per layer", ">per channel")
+    for layer in result.layers:
+        damage = layer.damage
+        if damage is None:
+            continue
+        errors = [""] * 3
+        if damage.errors is not None:
+            errors = [f"{value:.2f}" for value in (damage.errors.none, damage.errors.layer, damage.errors.channel)]
+        table.add_row(
+            layer.name,
+            str(layer.channels),
+            _percent(layer.sparsity),
+            _percent(damage.collapsed_share),
+            str(damage.dead),
+            "" if damage.median_ratio is None else f"{damage.median_ratio:.3g}",
+            f"{damage.correlation.mean():.2f}",
+            *errors,
+        )
+    return table
+
+
 def _candidates(result: RepairResult) -> Table:
     """What auto tried, the chosen one marked."""
     classifier = all(item.fidelity.kl is not None for item in result.candidates)
@@ -152,7 +234,9 @@ def _verification(check: Verification, before: str, after: str) -> Iterator[Rend
 
 
 def _written(path: str | None) -> str:
-    return "nothing was written" if path is None else f"written: {path} ({_size(path)})"
+    from onnx_asr.model_io import size_text
+
+    return "nothing was written" if path is None else f"written: {path} ({size_text(os.path.getsize(path))})"
 
 
 def _points(result: RepairResult) -> Table:
@@ -197,12 +281,3 @@ def _number(value: float | None) -> str:
 
 def _decibel(value: float | None) -> str:
     return "" if value is None else f"{value:.1f} dB"
-
-
-def _size(path: str) -> str:
-    size = float(os.path.getsize(path))
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB"

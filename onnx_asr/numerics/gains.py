@@ -73,8 +73,13 @@ def paired(dense: Moments, pruned: Moments, correlation: Floats | None = None, p
     """
     gain = raw_gain(dense, pruned)
     if power and correlation is not None:
-        gain = np.where(is_live(dense, pruned), gain * np.maximum(correlation, 0.0) ** power, gain)
+        gain = np.where(is_live(dense, pruned), gain * paired_shrinkage(correlation, power), gain)
     return ChannelAffine(gain, dense.mean - gain * pruned.mean)
+
+
+def paired_shrinkage(correlation: Floats, power: float) -> Floats:
+    """Factor on the raw gain in :func:`paired`, ``max(rho, 0)^power``."""
+    return np.asarray(np.maximum(correlation, 0.0) ** power)
 
 
 def is_live(dense: Moments | None, pruned: Moments) -> NDArray[np.bool_]:
@@ -106,6 +111,12 @@ def asr_gain(dense: Moments, pruned: Moments, prior: Prior = "median") -> Floats
         prior: ``lam``: the layer's median or mean of ``v_p``, or a fixed value. A ``lam`` of zero (half of the
             channels dead) becomes a small floor, so that live channels keep their raw gain and dead ones get 1.
     """
+    reliability = asr_reliability(pruned, prior)
+    return reliability * raw_gain(dense, pruned) + (1.0 - reliability)
+
+
+def asr_reliability(pruned: Moments, prior: Prior = "median") -> Floats:
+    """Share of the raw gain that :func:`asr_gain` trusts, ``s = v_p / (v_p + lam)``."""
     variance = pruned.var
     if prior == "median":
         lam = float(np.median(variance))
@@ -113,8 +124,7 @@ def asr_gain(dense: Moments, pruned: Moments, prior: Prior = "median") -> Floats
         lam = float(np.mean(variance))
     else:
         lam = float(prior)
-    reliability = variance / (variance + max(lam, _VARIANCE_FLOOR))
-    return reliability * raw_gain(dense, pruned) + (1.0 - reliability)
+    return np.asarray(variance / (variance + max(lam, _VARIANCE_FLOOR)))
 
 
 def recalibrate(bn: BatchNormParameters, mean: Floats, var: Floats) -> BatchNormParameters:

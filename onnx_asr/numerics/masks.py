@@ -61,3 +61,29 @@ def keep_n_of_m(scores: NDArray[Any], n: int, m: int) -> Mask:
     mask = np.zeros(groups.shape, bool)
     np.put_along_axis(mask, order[:, :, :n], True, axis=2)
     return np.asarray(mask.reshape(padded.shape)[:, :inputs])
+
+
+PATTERN_WIDTHS = (2, 4, 8, 16)
+_FULL_GROUPS = 0.9
+
+
+def find_n_of_m(mask: Mask) -> tuple[int, int] | None:
+    """The N:M pattern that a mask follows along the input channels, or None.
+
+    No group of ``m`` has more than ``n`` entries left, and nine in ten whole groups have exactly ``n``: the first alone
+    also holds for a very sparse mask without any pattern. Of several, the one of the smallest ``m``.
+
+    Args:
+        mask: [C_out, C_in, taps]; the groups run along C_in, a last one may be short.
+    """
+    outputs, inputs, taps = mask.shape
+    for m in PATTERN_WIDTHS:
+        whole = inputs - inputs % m
+        if whole == 0:
+            break
+        left = mask[:, :whole].reshape(outputs, whole // m, m, taps).sum(axis=2)
+        n = int(left.max())
+        rest = mask[:, whole:].sum(axis=1).max(initial=0)
+        if 0 < n < m and rest <= n and (left == n).mean() >= _FULL_GROUPS:
+            return n, m
+    return None

@@ -1,0 +1,250 @@
+"""What a report says, as plain values: a dict that json can write and the template only lays out."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnx_asr.compression import CompressResult
+from onnx_asr.damage import COLLAPSED_RATIO, DAMAGE_SAMPLES, PointDamage, draw_samples, measure_damage
+from onnx_asr.data import Dataset, Preprocessing
+from onnx_asr.errors import DataError
+from onnx_asr.evaluation import measure
+from onnx_asr.fidelity import Fidelity, collect_outputs, is_classifier
+from onnx_asr.graph.index import GraphIndex
+from onnx_asr.graph.points import Skip
+from onnx_asr.inspection import Inspection, Layer, describe
+from onnx_asr.model_io import ModelSource, load
+from onnx_asr.networks import Execution
+from onnx_asr.point_report import PointReport
+from onnx_asr.pruning import PruneResult
+from onnx_asr.repairing import RepairJob
+from onnx_asr.result import RepairResult, Verification
+from onnx_asr.version import __version__
+
+Values = dict[str, Any]
+
+_THUMBNAILS, _THUMBNAIL_SIDE = 8, 96
+
+
+@dataclass(frozen=True)
+class Run:
+    """How the command was called.
+
+    Attributes:
+        command: Its name.
+        line: The whole command line.
+        files: What it read and wrote, by role.
+        preprocessing: What was done to images, if anything.
+    """
+
+    command: str
+    line: str
+    files: dict[str, str | None]
+    preprocessing: Preprocessing | None = None
+
+
+def inspect_data(run: Run, inspection: Inspection) -> Values:
+    """The report of an inspection."""
+    return _report(
+        run,
+        versions=[_version("model", inspection)],
+        layers=[_layer(layer) for layer in inspection.layers],
+        skips=inspection.skips,
+        damage_samples=inspection.samples,
+        options={"opset": inspection.opset, "inputs": ", ".join(inspection.inputs), **inspection.metadata},
+        notes=inspection.advice,
+    )
+
+
+def prune_data(run: Run, result: PruneResult, dense: ModelSource) -> Values:
+    """The report of a pruning."""
+    pruned = describe(result.model)
+    return _report(
+        run,
+        versions=[_version("dense", describe(load(dense))), _version("pruned", pruned)],
+        layers=[_layer(layer) for layer in pruned.layers],
+        skips=result.skips,
+        options=result.options,
+    )
+
+
+def repair_data(
+    run: Run, result: RepairResult, pruned: ModelSource, dense: ModelSource | None, data: str, execution: Execution
+) -> Values:
+    """The report of a repair: what it did, with the channels of both networks measured against the dense one."""
+    return _repair(run, result, ("pruned", "repaired"), load(pruned), dense, data, execution)
+
+
+def compress_data(run: Run, result: CompressResult, dense: ModelSource, data: str, execution: Execution) -> Values:
+    """The report of a compression; what stands before the repair is the last mask on the dense weights."""
+    names = ("last mask, no repair", "compressed")
+    values = _repair(run, result.repair, names, result.masked, dense, data, execution)
+    seconds = {f"round {number}": value for number, value in enumerate(result.round_seconds, 1)}
+    values["options"] = _flat(asdict(result.options)) | values["options"]
+    return values | {"seconds": values["seconds"] | seconds}
+
+
+def _repair(
+    run: Run,
+    result: RepairResult,
+    names: tuple[str, str],
+    pruned: onnx.ModelProto,
+    dense: ModelSource | None,
+    data: str,
+    execution: Execution,
+) -> Values:
+    reference = None if dense is None else load(dense)
+    job = RepairJob.of(pruned, reference, data, result.options, run.preprocessing)
+    models = {names[0]: pruned, names[1]: result.model}
+    before: Sequence[PointDamage | None] = [None] * len(job.networks.survey.points)
+    after, samples = before, 0
+    if reference is not None:
+        seed, batch_size = result.options.seed, result.options.batch_size
+        calibration = draw_samples(job.dataset, job.chosen, job.networks.pruned, DAMAGE_SAMPLES, seed, batch_size)
+        versions = [job.networks.pruned, GraphIndex.of(result.model)]
+        before, after = measure_damage(job.networks, versions, calibration, execution)
+        samples = calibration.count
+    fidelities, notes = _fidelities(job, models, result.verification, execution)
+    sizes = {name: describe(model) for name, model in models.items()}
+    if reference is not None:
+        sizes = {"dense": describe(reference)} | sizes
+    reports = {report.node: report for report in result.points}
+    layers = [
+        _layer(replace(layer, damage=damage), repaired, reports.get(layer.node))
+        for layer, damage, repaired in zip(sizes[names[0]].layers, before, after, strict=True)
+    ]
+    return _report(
+        run,
+        versions=[_version(name, size, fidelities.get(name)) for name, size in sizes.items()],
+        layers=layers,
+        skips=result.skips,
+        damage_samples=samples,
+        options=_flat(asdict(result.options)),
+        notes=[*result.notes, *notes],
+    ) | {
+        "improved": result.improved,
+        "held_out": result.verification is not None and result.verification.held_out,
+        "candidates": [
+            {
+                "label": item.label,
+                "chosen": item.options == result.options,
+                "seconds": item.seconds,
+                **item.fidelity.to_dict(),
+            }
+            for item in result.candidates
+        ],
+        "calibration": {"samples": result.calibration_samples, "sha256": result.calibration_digest},
+        "thumbnails": _thumbnails(job.dataset, job.chosen),
+        "seconds": dict(result.seconds),
+    }
+
+
+def _report(
+    run: Run,
+    *,
+    versions: list[Values],
+    layers: list[Values],
+    skips: Sequence[Skip],
+    options: Mapping[str, Any],
+    damage_samples: int = 0,
+    notes: Sequence[str] = (),
+) -> Values:
+    """The parts that every report has, and empty ones of those that only some have."""
+    return {
+        "command": run.command,
+        "command_line": run.line,
+        "version": __version__,
+        "files": run.files,
+        "preprocessing": None if run.preprocessing is None else run.preprocessing.to_dict(),
+        "versions": versions,
+        "layers": [{"number": number, **layer} for number, layer in enumerate(layers, 1)],
+        "skipped": [asdict(skip) for skip in skips],
+        "damage_samples": damage_samples,
+        "collapsed_ratio": COLLAPSED_RATIO,
+        "options": dict(options),
+        "notes": list(notes),
+        "improved": True,
+        "held_out": False,
+        "candidates": [],
+        "calibration": None,
+        "thumbnails": [],
+        "seconds": {},
+    }
+
+
+def _version(name: str, inspection: Inspection, fidelity: Fidelity | None = None) -> Values:
+    """One row of the summary."""
+    return {
+        "name": name,
+        "sparsity": inspection.sparsity,
+        "bytes": inspection.file_bytes,
+        "compressed_bytes": inspection.compressed_bytes,
+        "batchnorm": inspection.batchnorm,
+        "fidelity": None if fidelity is None else fidelity.to_dict(),
+    }
+
+
+def _layer(layer: Layer, after: PointDamage | None = None, report: PointReport | None = None) -> Values:
+    values = layer.to_dict()
+    return values | {
+        "before": values.pop("damage"),
+        "after": None if after is None else after.to_dict(),
+        "written": None if report is None else report.written,
+        "gain": None if report is None else report.gain,
+        "shrinkage": None if report is None else report.shrinkage,
+        "residual": None if report is None else report.residual,
+    }
+
+
+def _fidelities(
+    job: RepairJob, models: Mapping[str, onnx.ModelProto], verification: Verification | None, execution: Execution
+) -> tuple[dict[str, Fidelity], list[str]]:
+    """What the verification found; where the data have labels, with top-1, and for the dense model too."""
+    known = {} if verification is None else dict(zip(models, (verification.before, verification.after), strict=True))
+    if job.dense is None or job.dataset.labels is None or not known:
+        return known, []
+    labels = job.dataset.labels[job.held_out]
+    outputs = {
+        name: collect_outputs(model, job.dataset, job.held_out, execution.runtime)
+        for name, model in {"dense": job.dense, **models}.items()
+    }
+    if not is_classifier(outputs["dense"]):
+        return known, []
+    try:
+        return {name: measure(value, outputs["dense"], labels) for name, value in outputs.items()}, []
+    except DataError as error:
+        return known, [f"no top-1: {error}"]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Values:
+    """Nested options as one level of dotted names."""
+    flat: Values = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _thumbnails(dataset: Dataset, chosen: np.ndarray[Any, np.dtype[np.int64]]) -> list[Values]:
+    """A few of the calibration images, spread over all of them; none where the data are no images."""
+    shown = []
+    for position in np.unique(np.linspace(0, len(chosen) - 1, _THUMBNAILS).astype(int)):
+        image = dataset.thumbnail(int(chosen[position]))
+        if image is None:
+            return []
+        image = image.copy()
+        image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+        with io.BytesIO() as buffer:
+            image.save(buffer, "PNG")
+            encoded = base64.b64encode(buffer.getvalue()).decode()
+        shown.append({"name": dataset.names[chosen[position]], "png": encoded})
+    return shown
