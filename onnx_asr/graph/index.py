@@ -17,6 +17,7 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from onnx_asr.errors import ModelError
+from onnx_asr.graph.tensors import is_left, value_of
 
 FLOAT_TYPES = {
     onnx.TensorProto.FLOAT,
@@ -120,9 +121,11 @@ class GraphIndex:
         """
         if not self.is_constant(name):
             raise KeyError(name)
+        tensor = self.initializers.get(name)
+        if tensor is not None and is_left(tensor):
+            return value_of(tensor)
         if name not in self._values:
-            tensor = self.initializers.get(name)
-            self._values[name] = self._evaluate(name) if tensor is None else numpy_helper.to_array(tensor)
+            self._values[name] = self._evaluate(name) if tensor is None else value_of(tensor)
         return self._values[name]
 
     def _evaluate(self, name: str) -> NDArray[Any]:
