@@ -16,10 +16,12 @@ from typing import get_args
 
 import numpy as np
 import onnx
+import onnx.inliner
 from google.protobuf.message import DecodeError
 from onnx.external_data_helper import load_external_data_for_model, uses_external_data
 
 from onnx_asr.errors import ModelError, OutputError
+from onnx_asr.graph.edit import set_metadata
 from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex, is_standard
 from onnx_asr.graph.points import Kind
 from onnx_asr.graph.tensors import (
@@ -37,13 +39,15 @@ from onnx_asr.graph.tensors import (
 ModelSource = onnx.ModelProto | str | os.PathLike[str]
 
 _EXTERNAL_THRESHOLD = 1024
+_INLINED = "onnx_asr.inlined_functions"
 _ALIGNMENT = 4096  # of weights in a data file, so that they can be mapped
 
 
 def load(source: ModelSource) -> onnx.ModelProto:
     """Load a model, external data included; a ModelProto is returned as it is.
 
-    Of a model over protobuf's 2 GB the large weights are left in their file (see ``graph/tensors.py``).
+    Of a model over protobuf's 2 GB the large weights are left in their file (see ``graph/tensors.py``). Model-local
+    functions are written out in place, with a metadata entry that names them: only there have their nodes weights.
 
     Raises:
         ModelError: When there is no such file, it is not an ONNX model, or its weights are not finite.
@@ -70,7 +74,21 @@ def load(source: ModelSource) -> onnx.ModelProto:
     if not model.graph.node or not model.opset_import:
         name = "the model" if isinstance(source, onnx.ModelProto) else f"'{source}'"
         raise ModelError(f"{name} is not an ONNX model, or an empty one: it has no nodes; give an exported network")
-    return model
+    return _inlined(model) if model.functions else model
+
+
+def inlined_functions(model: onnx.ModelProto) -> str | None:
+    """Names of the model-local functions that were written out in place when the model was loaded."""
+    return next((entry.value for entry in model.metadata_props if entry.key == _INLINED), None)
+
+
+def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    result = onnx.inliner.inline_local_functions(model)
+    domains = {function.domain for function in model.functions} - {node.domain for node in result.graph.node}
+    for item in [item for item in result.opset_import if item.domain in domains - {"", "ai.onnx"}]:
+        result.opset_import.remove(item)
+    set_metadata(result, _INLINED, ", ".join(f"{item.domain}::{item.name}" for item in model.functions))
+    return result
 
 
 def _load_external_data(model: onnx.ModelProto, folder: Path) -> None:

@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from onnx_asr.errors import ModelError
-from onnx_asr.graph.tensors import is_left, value_of
+from onnx_asr.graph.tensors import is_left, sparse_value, value_of
 
 FLOAT_TYPES = {
     onnx.TensorProto.FLOAT,
@@ -39,6 +39,7 @@ class GraphIndex:
         producer: Tensor name to the position of the node that makes it.
         consumers: Tensor name to the positions of the nodes that read it, subgraphs included.
         initializers: Initializer name to its TensorProto (constant even when also listed as a graph input).
+        sparse: Name to the sparse initializer of that name.
         inputs: Graph inputs that are not initializers, in file order.
         outputs: Graph output names, in file order.
     """
@@ -48,6 +49,7 @@ class GraphIndex:
     producer: dict[str, int]
     consumers: dict[str, list[int]]
     initializers: dict[str, onnx.TensorProto]
+    sparse: dict[str, onnx.SparseTensorProto]
     inputs: list[onnx.ValueInfoProto]
     outputs: list[str]
     _values: dict[str, NDArray[Any]] = field(default_factory=dict, repr=False)
@@ -63,9 +65,9 @@ class GraphIndex:
         graph = model.graph
         nodes = list(graph.node)
         initializers = {tensor.name: tensor for tensor in graph.initializer}
-        sparse = {tensor.values.name for tensor in graph.sparse_initializer}
+        sparse = {tensor.values.name: tensor for tensor in graph.sparse_initializer}
         inputs = [value for value in graph.input if value.name not in initializers]
-        known = {value.name for value in graph.input} | set(initializers) | sparse
+        known = {value.name for value in graph.input} | set(initializers) | set(sparse)
         producer: dict[str, int] = {}
         consumers: dict[str, list[int]] = {}
         for position, node in enumerate(nodes):
@@ -90,7 +92,7 @@ class GraphIndex:
         missing = [name for name in outputs if name not in known]
         if missing:
             raise ModelError(f"graph output '{missing[0]}' is produced by no node: the graph is broken")
-        return cls(model, nodes, producer, consumers, initializers, inputs, outputs)
+        return cls(model, nodes, producer, consumers, initializers, sparse, inputs, outputs)
 
     def is_constant(self, name: str) -> bool:
         """Whether a tensor has the same value for every input of the graph (and can be evaluated here)."""
@@ -99,7 +101,7 @@ class GraphIndex:
         return self._constant[name]
 
     def _find_constant(self, name: str) -> bool:
-        if name in self.initializers:
+        if name in self.initializers or name in self.sparse:
             return True
         position = self.producer.get(name)
         if position is None:
@@ -114,7 +116,7 @@ class GraphIndex:
     def value(self, name: str) -> NDArray[Any]:
         """The value of a constant tensor, wherever it stands.
 
-        Initializers, ``Constant`` nodes, and chains of Identity, Cast, Transpose and reshapes over them.
+        Initializers, sparse or not, ``Constant`` nodes, and chains of Identity, Cast, Transpose and reshapes over them.
 
         Raises:
             KeyError: When the tensor is not a constant.
@@ -129,6 +131,8 @@ class GraphIndex:
         return self._values[name]
 
     def _evaluate(self, name: str) -> NDArray[Any]:
+        if name in self.sparse:
+            return sparse_value(self.sparse[name])
         node = self.nodes[self.producer[name]]
         if node.op_type == "Constant" and node.attribute[0].name == "value":
             return numpy_helper.to_array(node.attribute[0].t)

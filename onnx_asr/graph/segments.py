@@ -57,13 +57,12 @@ def cut(
             total, node.output[0] = node.output[0], f"{node.output[0]}::unbiased"
             nodes.append(onnx.helper.make_node("Add", [node.output[0], bias], [total]))
     sparse: dict[str, onnx.SparseTensorProto] = {}
-    known_sparse = {tensor.values.name: tensor for tensor in index.model.graph.sparse_initializer}
     for node in nodes:
         for name in node_reads(node):
             if name in index.initializers:
                 tensors.setdefault(name, index.initializers[name])
-            elif name in known_sparse:
-                sparse[name] = known_sparse[name]
+            elif name in index.sparse:
+                sparse[name] = index.sparse[name]
     graph = onnx.GraphProto(name="segment")
     graph.node.extend(nodes)
     graph.initializer.extend(tensors.values())
@@ -77,5 +76,4 @@ def cut(
     model = onnx.ModelProto(ir_version=max(index.model.ir_version, MIN_IR_VERSION))
     model.graph.CopyFrom(graph)
     model.opset_import.extend(index.model.opset_import)
-    model.functions.extend(index.model.functions)
     return model

@@ -86,6 +86,31 @@ def value_of(tensor: onnx.TensorProto) -> NDArray[Any]:
     return np.memmap(Path(folder, place["location"]), dtype, "r", place["offset"], tuple(tensor.dims))
 
 
+def sparse_value(tensor: onnx.SparseTensorProto) -> NDArray[Any]:
+    """A sparse tensor's value, with its zeros."""
+    values = numpy_helper.to_array(tensor.values)
+    result = np.zeros(math.prod(tensor.dims), values.dtype)
+    result[_places(tensor)] = values
+    return result.reshape(tuple(tensor.dims))
+
+
+def set_sparse_value(tensor: onnx.SparseTensorProto, value: NDArray[Any]) -> bool:
+    """Write a value that is zero wherever the sparse tensor is; False, and nothing is written, where it is not."""
+    flat, places = value.ravel(), _places(tensor)
+    if np.count_nonzero(flat[places]) != np.count_nonzero(flat):
+        return False
+    tensor.values.CopyFrom(numpy_helper.from_array(flat[places], tensor.values.name))
+    return True
+
+
+def _places(tensor: onnx.SparseTensorProto) -> NDArray[np.int64]:
+    """Positions of the stored values in the flattened tensor; ONNX has them so, or as one coordinate an axis."""
+    indices = numpy_helper.to_array(tensor.indices)
+    if indices.ndim == 2:
+        indices = np.ravel_multi_index(tuple(indices.T), tuple(tensor.dims))
+    return indices.astype(np.int64)
+
+
 def content_of(tensor: onnx.TensorProto) -> bytes | memoryview:
     """A tensor's bytes, as ``raw_data`` has them."""
     if is_left(tensor):
