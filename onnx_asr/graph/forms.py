@@ -1,8 +1,9 @@
 """One form for what exporters, simplifiers and opsets write in several ways, so that two graphs can be compared.
 
 A fully connected layer is a Gemm (its weight either way round) or a MatMul with an Add; a flattening is a Flatten, a
-Reshape to two dimensions or a Squeeze of the spatial axes; a global average is a pool or a ReduceMean; parameters such
-as a Clip's bounds are attributes in one opset and constant inputs in another.
+Reshape to two dimensions or a Squeeze of the spatial axes; a global average is a pool or a ReduceMean; Slices along
+several axes are one or a chain; parameters such as a Clip's bounds are attributes in one opset and constant inputs in
+another.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ _REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2")
 _PARAMETER_INPUTS = {
     "Clip": {"min": 1, "max": 2},
     "Pad": {"pads": 1, "value": 2},
-    "Slice": {"starts": 1, "ends": 2, "axes": 3},
+    "Slice": {"starts": 1, "ends": 2, "axes": 3, "steps": 4},
     **{operator: {"axes": 1} for operator in (*_REDUCTIONS, "Squeeze", "Unsqueeze")},
 }
+_COMPUTED = "computed"  # by nodes that another tool may have folded into a constant: equal to any value
 _SPATIAL = ({2, 3}, {-2, -1})
 _DIGITS = 6
 _LARGEST = 2**31 - 1  # "to the end", whatever integer type an exporter wrote it in
@@ -62,7 +64,7 @@ class Form:
             mine, its = self.parameters.get(name), other.parameters.get(name)
             if mine == its or (mine is None and its == other.defaults.get(name)):
                 continue
-            if its is None and mine == self.defaults.get(name):
+            if (its is None and mine == self.defaults.get(name)) or _COMPUTED in (mine, its):
                 continue
             return name
         return None
@@ -79,10 +81,12 @@ def form_of(index: GraphIndex, position: int) -> Form:
     if _is_flattening(index, node, plain.parameters.get("axes")):
         return replace(plain, operator=("", "Flatten"), parameters={}, inputs=data)
     averages = is_standard(node, "ReduceMean") and attribute(node, "keepdims", 1)
-    if averages and set(plain.parameters.get("axes") or ()) in _SPATIAL:
+    if averages and _are_spatial(plain.parameters.get("axes")):
         return replace(plain, operator=("", "GlobalAveragePool"), parameters={}, inputs=data)
     if is_standard(node, *_SHAPED):
         return replace(plain, inputs=data)
+    if is_standard(node, "Slice"):
+        return _sliced(index, plain)
     if is_standard(node, *_BIAS_OPTIONAL):
         return replace(plain, inputs=plain.inputs[:2])
     return plain
@@ -100,11 +104,11 @@ def _plain(index: GraphIndex, position: int) -> Form:
         if item.name not in _REDUNDANT and item.type not in (onnx.AttributeProto.TENSOR, onnx.AttributeProto.GRAPH)
     }
     if is_standard(node, *_PARAMETER_INPUTS):
-        slots = {name: slot for name, slot in _PARAMETER_INPUTS[node.op_type].items() if slot < len(inputs)}
-        for name, slot in slots.items():
-            if index.is_constant(inputs[slot]):
-                parameters[name] = _plain_value(name, index.value(inputs[slot]).tolist())
-                inputs[slot] = ""
+        for name, slot in _PARAMETER_INPUTS[node.op_type].items():
+            given = inputs[slot] if slot < len(inputs) else ""
+            if given:
+                value = index.value(given).tolist() if index.is_constant(given) else _COMPUTED
+                parameters[name], inputs[slot] = _plain_value(name, value), ""
     inputs = [name for name in inputs if name]
     domain = "" if node.domain == "ai.onnx" else node.domain
     commutative = is_standard(node, *_COMMUTATIVE)
@@ -148,11 +152,40 @@ def _linear_form(index: GraphIndex, position: int, bias: int) -> Form | None:
     )
 
 
-def _is_flattening(index: GraphIndex, node: onnx.NodeProto, axes: list[int] | None) -> bool:
+def _sliced(index: GraphIndex, last: Form) -> Form:
+    """A chain of Slices along different axes as one Slice."""
+    cuts, form = _cuts(last), last
+    while cuts is not None:
+        inner = index.producer.get(form.inputs[0])
+        if inner is None or not is_standard(index.nodes[inner], "Slice"):
+            break
+        previous = _plain(index, inner)
+        more = _cuts(previous)
+        if more is None or not cuts.keys().isdisjoint(more):
+            break
+        cuts, form = cuts | more, previous
+    return replace(last, parameters={"slices": _COMPUTED if cuts is None else cuts}, inputs=form.inputs[:1])
+
+
+def _cuts(form: Form) -> dict[int, tuple[int, int, int]] | None:
+    """Axis to start, end and step of a Slice; None where they are computed."""
+    if _COMPUTED in form.parameters.values():
+        return None
+    starts, ends = form.parameters["starts"], form.parameters["ends"]
+    axes = form.parameters.get("axes") or list(range(len(starts)))
+    steps = form.parameters.get("steps") or [1] * len(starts)
+    return dict(zip(axes, zip(starts, ends, steps, strict=True), strict=True))
+
+
+def _are_spatial(axes: Any) -> bool:
+    return isinstance(axes, list) and set(axes) in _SPATIAL
+
+
+def _is_flattening(index: GraphIndex, node: onnx.NodeProto, axes: Any) -> bool:
     if is_standard(node, "Flatten"):
         return bool(attribute(node, "axis", 1) == 1)
     if is_standard(node, "Squeeze"):
-        return set(axes or ()) in _SPATIAL
+        return _are_spatial(axes)
     if not is_standard(node, "Reshape"):
         return False
     target = node.input[1]

@@ -15,7 +15,7 @@ import onnx
 
 from onnx_asr.errors import StructureError
 from onnx_asr.graph.forms import Form, form_of
-from onnx_asr.graph.index import GraphIndex, captured, is_standard
+from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex, attribute, captured, is_standard
 
 _TRANSPARENT = ("Identity", "Dropout")
 
@@ -142,10 +142,11 @@ def _differ(what: str) -> StructureError:
 
 
 def _through(index: GraphIndex, name: str) -> str:
-    """The tensor behind any Identity or inference-time Dropout."""
-    while name in index.producer and is_standard(index.nodes[index.producer[name]], *_TRANSPARENT):
+    """The tensor behind any Identity, inference-time Dropout, or Cast to a floating-point type."""
+    while name in index.producer:
         node = index.nodes[index.producer[name]]
-        if node.output[0] != name:
+        casts = is_standard(node, "Cast") and attribute(node, "to", None) in FLOAT_TYPES
+        if node.output[0] != name or not (casts or is_standard(node, *_TRANSPARENT)):
             break
         name = node.input[0]
     return name

@@ -329,6 +329,35 @@ def test_parameters_are_compared_whether_attribute_or_input() -> None:
         match(inputs, index(net(text.format("(p, low)"), w=(4, 4), low=np.float32(0))))
 
 
+def test_a_parameter_may_be_folded_in_one() -> None:
+    text = "g (float[N,3,4,4] x) => (float[N,M,4,4] y) {{ {} z = Pad (x, pads) y = Conv (z, w) }}"
+    computed = "start = Constant <value_ints=[0,1,0,0]> () pads = Concat <axis=0> (start, start)"
+    pads = np.array([0, 1, 0, 0, 0, 1, 0, 0], np.int64)
+    folded = index(net(text.format(""), w=(3, 5, 1, 1), pads=pads))
+    unfolded = index(net(text.format(computed), w=(3, 5, 1, 1)))
+    assert match(folded, unfolded).nodes == {0: 2, 1: 3}
+    assert match(unfolded, folded).nodes == {2: 0, 3: 1}
+    with pytest.raises(StructureError, match="has pads="):
+        match(folded, index(net(text.format(""), w=(3, 5, 1, 1), pads=pads[::-1].copy())))
+
+
+def test_slices_may_be_merged_in_one() -> None:
+    """As simplifiers do; with attributes (opset 9) or inputs."""
+    text = "g (float[N,3,8,8] x) => (float[N,3,3,4] y) {{ {} y = Conv (s, w) }}"
+    numbers: dict[str, list[int]] = {"one": [1], "two": [2], "three": [3], "seven": [7]}
+    numbers |= {"from": [1, 1], "to": [7, 7], "at": [2, 3], "step": [2, 1]}
+    weights = {"w": (3, 3, 1, 1)} | {name: np.array(value) for name, value in numbers.items()}
+    chain = "r = Slice (x, one, seven, two, two) s = Slice (r, one, seven, three)"
+    two = index(net(text.format(chain), **weights))
+    one = index(net(text.format("s = Slice (x, from, to, at, step)"), **weights))
+    assert match(two, one).nodes == {1: 0, 2: 1}
+    assert match(one, two).nodes == {0: 1, 1: 2}
+    plain, old = "s = Slice (x, one, seven, three)", "s = Slice <starts=[1], ends=[7], axes=[3]> (x)"
+    assert match(index(net(text.format(plain), **weights)), index(net(text.format(old), opset=9, **weights))).nodes
+    with pytest.raises(StructureError, match="has slices="):
+        match(two, index(net(text.format(plain), **weights)))
+
+
 def test_inputs_are_paired_by_position() -> None:
     text = "g (float[N,2] {0}, float[N,2] {1}) => (float[N,2] y) {{ d = Sub (a, b)  y = MatMul (d, w) }}"
     straight = index(net(text.format("a", "b"), w=(2, 2)))
