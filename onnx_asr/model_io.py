@@ -23,6 +23,7 @@ from onnx.external_data_helper import load_external_data_for_model, uses_externa
 from onnx_asr.errors import ModelError, OutputError
 from onnx_asr.graph.edit import set_metadata
 from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex, is_standard
+from onnx_asr.graph.order import in_order
 from onnx_asr.graph.points import Kind
 from onnx_asr.graph.tensors import (
     can_be_left,
@@ -44,7 +45,7 @@ _ALIGNMENT = 4096  # of weights in a data file, so that they can be mapped
 
 
 def load(source: ModelSource) -> onnx.ModelProto:
-    """Load a model, external data included; a ModelProto is returned as it is.
+    """Load a model, external data included, nodes in order; a ModelProto that is so already is returned as it is.
 
     Of a model over protobuf's 2 GB the large weights are left in their file (see ``graph/tensors.py``). Model-local
     functions are written out in place, with a metadata entry that names them: only there have their nodes weights.
@@ -74,7 +75,7 @@ def load(source: ModelSource) -> onnx.ModelProto:
     if not model.graph.node or not model.opset_import:
         name = "the model" if isinstance(source, onnx.ModelProto) else f"'{source}'"
         raise ModelError(f"{name} is not an ONNX model, or an empty one: it has no nodes; give an exported network")
-    return _inlined(model) if model.functions else model
+    return in_order(_inlined(model) if model.functions else model)
 
 
 def inlined_functions(model: onnx.ModelProto) -> str | None:

@@ -13,8 +13,9 @@ from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
 import onnx_asr
-from onnx_asr.errors import ModelError, StructureError
-from tests.end_to_end.conftest import ASSETS
+from onnx_asr.cli.app import run as command
+from onnx_asr.errors import StructureError
+from tests.end_to_end.conftest import ASSETS, CALIBRATION, PRESET
 from tests.graphs import copy, digit_images, digits, folded, pruned
 
 NETS = ("resnet", "vgg", "mobilenet", "densenet")
@@ -121,13 +122,20 @@ def quantize(source: Path, target: Path, x: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_a_repaired_model_is_quantized(name: str, repaired_files: dict[str, Path], tmp_path: Path) -> None:
+def test_a_repaired_model_is_quantized(
+    name: str, repaired_files: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """And what comes out is refused as the input of another repair."""
     x, _ = digit_images("validation")
     quantize(repaired_files[name], tmp_path / "int8.onnx", digit_images()[0][:128])
     assert agreement(scores(repaired_files[name], x), scores(tmp_path / "int8.onnx", x)) > 0.95
-    with pytest.raises(ModelError, match="repair the float model first, then quantize"):
-        onnx_asr.repair(tmp_path / "int8.onnx", digit_images()[0], dense=digits(name), options=OPTIONS)
+    arguments = ["repair", tmp_path / "int8.onnx", "--data", CALIBRATION, *PRESET, "-o", tmp_path / "again.onnx"]
+    capfd.readouterr()
+    assert command([str(argument) for argument in arguments]) == 2
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "repair the float model first, then quantize the result" in err
+    assert not (tmp_path / "again.onnx").exists()
 
 
 @pytest.mark.parametrize("name", ["mobilenet", "densenet"])
@@ -161,13 +169,14 @@ def test_a_repaired_model_is_converted_to_float16(
     np.testing.assert_allclose(scores(half, x), reference, atol=1e-2 * np.abs(reference).max())
 
 
-def test_a_float16_model_is_repaired() -> None:
+@pytest.mark.parametrize("convert", [by_onnxconverter, by_onnxruntime])
+def test_a_float16_model_is_repaired(convert: Callable[[onnx.ModelProto], onnx.ModelProto]) -> None:
     """The other way round: converted first; the dense model may be either."""
     original = digits("resnet")
-    sparse = by_onnxconverter(pruned(original, 0.8))
+    sparse = convert(pruned(original, 0.8))
     x, _ = digit_images("validation")
     reference = scores(original, x)
-    for dense in (by_onnxconverter(copy(original)), original):
+    for dense in (convert(copy(original)), original):
         result = onnx_asr.repair(sparse, digit_images()[0], dense=dense, options=OPTIONS)
         onnx.checker.check_model(result.model, full_check=True)
         assert kl(reference, scores(result.model, x)) < 0.5 * kl(reference, scores(sparse, x))

@@ -25,6 +25,7 @@ from onnx_asr.graph import tensors
 from onnx_asr.model_io import digest, load, save
 from tests.graphs import (
     MODELS,
+    bn,
     constant,
     copy,
     dense_net,
@@ -375,11 +376,8 @@ def with_functions() -> tuple[onnx.ModelProto, onnx.ModelProto]:
         w=(16, 8, 3, 3),
         fc_w=(10, 16),
         fc_b=(10,),
-        **{
-            f"{name}_{part}": (size,)
-            for name, size in (("v", 8), ("w", 16))
-            for part in ("gamma", "beta", "mean", "var")
-        },
+        **bn("v", channels=8),
+        **bn("w", channels=16),
     )
     calls = onnx.parser.parse_model(FUNCTIONS)
     calls.graph.initializer.extend(plain.graph.initializer)
@@ -487,6 +485,53 @@ def test_a_sparse_initializer_that_two_nodes_share() -> None:
     onnx.checker.check_model(result.model)
     assert not result.model.graph.sparse_initializer
     run(result.model, {"x": data})
+
+
+def test_nodes_out_of_order_are_put_in_order() -> None:
+    """No further from where they were than they have to be; onnxruntime runs such files, onnx refuses them."""
+    dense = residual_net()
+    sparse = pruned(dense, 0.6)
+    expected = repaired(sparse, dense).model
+    moved = [(0, 4), (12, 2), (16, 0), (7, 15)]
+    for original in (dense, sparse):
+        nodes = list(original.graph.node)
+        for source, target in moved:
+            nodes.insert(target, nodes.pop(source))
+        del original.graph.node[:]
+        original.graph.node.extend(nodes)
+    before = sparse.SerializeToString()
+    result = repaired(sparse, dense).model
+    assert sparse.SerializeToString() == before
+    onnx.checker.check_model(result, full_check=True)
+    np.testing.assert_allclose(run(result, {"x": DATA})["logits"], run(expected, {"x": DATA})["logits"], atol=1e-5)
+    late = net("g (float[N,2] x) => (float[N,2] y) { a = Relu (x) b = Neg (x) c = Exp (x) y = Sum (a, b, c) }")
+    nodes = list(late.graph.node)
+    del late.graph.node[:]
+    late.graph.node.extend([nodes[0], nodes[3], nodes[1], nodes[2]])
+    assert [node.output[0] for node in load(late).graph.node] == ["a", "b", "c", "y"]
+
+
+def test_a_cycle_is_refused() -> None:
+    model = net("g (float[N,2] x) => (float[N,2] y) { a = Add (x, x) y = Relu (a) }")
+    model.graph.node[0].input[1] = "y"
+    with pytest.raises(ModelError, match="reads tensor 'y'"):
+        onnx_asr.prune(model, 0.5)
+
+
+def test_batchnorm_in_training_mode_is_named_and_left() -> None:
+    text = """
+    g (float[N,3,8,8] x) => (float[N,6,8,8] y) {
+      a = Conv <pads=[1,1,1,1]> (x, v, vb)
+      n, running_mean, running_var = BatchNormalization <training_mode=1> (a, n_gamma, n_beta, n_mean, n_var)
+      r = Relu (n)
+      y = Conv (r, w, wb)
+    }
+    """
+    dense = net(text, v=(6, 3, 3, 3), vb=(6,), w=(6, 6, 1, 1), wb=(6,), **bn("n", channels=6))
+    sparse = pruned(dense, 0.5)
+    result = repaired(sparse, dense)
+    assert [(skip.op_type, "training mode" in skip.reason) for skip in result.skips] == [("BatchNormalization", True)]
+    assert result.model.graph.node[1] == sparse.graph.node[1]
 
 
 # A dense and a pruned model of different origin
