@@ -28,9 +28,10 @@ _PARAMETER_INPUTS = {
     "Slice": {"starts": 1, "ends": 2, "axes": 3, "steps": 4},
     **{operator: {"axes": 1} for operator in (*_REDUCTIONS, "Squeeze", "Unsqueeze")},
 }
+_PARAMETER_DEFAULTS = {"Pad": {"value": 0.0}}
 _COMPUTED = "computed"  # by nodes that another tool may have folded into a constant: equal to any value
 _SPATIAL = ({2, 3}, {-2, -1})
-_DIGITS = 6
+_DIGITS = 9
 _LARGEST = 2**31 - 1  # "to the end", whatever integer type an exporter wrote it in
 
 
@@ -205,7 +206,7 @@ def _defaults(index: GraphIndex, node: onnx.NodeProto) -> dict[str, Any]:
     if domain not in versions or not onnx.defs.has(node.op_type, versions[domain], domain):
         return {}
     schema = onnx.defs.get_schema(node.op_type, versions[domain], domain)
-    return {
+    return (_PARAMETER_DEFAULTS.get(node.op_type, {}) if domain == "" else {}) | {
         name: _plain_value(name, onnx.helper.get_attribute_value(item.default_value))
         for name, item in schema.attributes.items()
         if item.default_value.type and name not in _REDUNDANT

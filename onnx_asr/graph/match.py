@@ -38,6 +38,12 @@ def match(pruned: GraphIndex, dense: GraphIndex) -> Pairing:
         raise _differ(f"the pruned one has {len(pruned.outputs)} outputs, the dense one {len(dense.outputs)}")
     if len(pruned.inputs) != len(dense.inputs):
         raise _differ(f"the pruned one has {len(pruned.inputs)} inputs, the dense one {len(dense.inputs)}")
+    for value, other_value in zip(pruned.inputs, dense.inputs, strict=True):
+        kinds = [onnx.TensorProto.DataType.Name(item.type.tensor_type.elem_type) for item in (value, other_value)]
+        if kinds[0] != kinds[1]:
+            raise _differ(
+                f"input '{value.name}' is of type {kinds[0]}, '{other_value.name}' in the dense one {kinds[1]}"
+            )
     pruned_inputs = {value.name: position for position, value in enumerate(pruned.inputs)}
     dense_inputs = {value.name: position for position, value in enumerate(dense.inputs)}
     shapes: dict[tuple[object, ...], int] = {}

@@ -261,6 +261,12 @@ def other_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
+def other_type(model: onnx.ModelProto) -> onnx.ModelProto:
+    result = copy(model)
+    result.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    return result
+
+
 def constant_shortcut(model: onnx.ModelProto) -> onnx.ModelProto:
     result = copy(model)
     (node,) = (item for item in result.graph.node if item.output[0] == "sum1")
@@ -285,6 +291,7 @@ DIFFERENCES: dict[str, tuple[Callable[[onnx.ModelProto], onnx.ModelProto], list[
     "weight shape": (other_weight, ["Conv:c", "(12, 8, 3, 3)", "(12, 4, 3, 3)"]),
     "outputs": (other_outputs, ["outputs", "1", "2"]),
     "inputs": (other_inputs, ["inputs", "1", "2"]),
+    "input type": (other_type, ["'x'", "FLOAT16"]),
     "constant operand": (constant_shortcut, ["ones"]),
     "other source": (skipped_layer, ["stem_n"]),
 }
@@ -337,6 +344,10 @@ def test_a_parameter_may_be_folded_in_one() -> None:
     unfolded = index(net(text.format(computed), w=(3, 5, 1, 1)))
     assert match(folded, unfolded).nodes == {0: 2, 1: 3}
     assert match(unfolded, folded).nodes == {2: 0, 3: 1}
+    stated = text.replace("pads)", "pads, fill)").format("")
+    assert match(folded, index(net(stated, w=(3, 5, 1, 1), pads=pads, fill=np.float32(0)))).nodes == {0: 0, 1: 1}
+    with pytest.raises(StructureError, match=r"value=1\.0"):
+        match(index(net(stated, w=(3, 5, 1, 1), pads=pads, fill=np.float32(1))), folded)
     with pytest.raises(StructureError, match="has pads="):
         match(folded, index(net(text.format(""), w=(3, 5, 1, 1), pads=pads[::-1].copy())))
 
