@@ -157,6 +157,7 @@ def by_onnxruntime(model: onnx.ModelProto) -> onnx.ModelProto:
     return module.convert_float_to_float16(model, keep_io_types=True)
 
 
+@pytest.mark.filterwarnings("ignore:the float32 number")
 @pytest.mark.parametrize("convert", [by_onnxconverter, by_onnxruntime])
 @pytest.mark.parametrize("name", NETS)
 def test_a_repaired_model_is_converted_to_float16(
@@ -169,6 +170,7 @@ def test_a_repaired_model_is_converted_to_float16(
     np.testing.assert_allclose(scores(half, x), reference, atol=1e-2 * np.abs(reference).max())
 
 
+@pytest.mark.filterwarnings("ignore:the float32 number")
 @pytest.mark.parametrize("convert", [by_onnxconverter, by_onnxruntime])
 def test_a_float16_model_is_repaired(convert: Callable[[onnx.ModelProto], onnx.ModelProto]) -> None:
     """The other way round: converted first; the dense model may be either."""
