@@ -16,37 +16,56 @@ from typing import get_args
 
 import numpy as np
 import onnx
+import onnx.inliner
 from google.protobuf.message import DecodeError
-from onnx.external_data_helper import (
-    convert_model_to_external_data,
-    uses_external_data,
-)
+from onnx.external_data_helper import load_external_data_for_model, uses_external_data
 
 from onnx_asr.errors import ModelError, OutputError
+from onnx_asr.graph.edit import set_metadata
 from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex, is_standard
+from onnx_asr.graph.order import in_order
 from onnx_asr.graph.points import Kind
+from onnx_asr.graph.tensors import (
+    can_be_left,
+    content_of,
+    detached,
+    is_left,
+    is_self_contained,
+    leave,
+    location_of,
+    point_to,
+    weights_fit,
+)
 
 ModelSource = onnx.ModelProto | str | os.PathLike[str]
 
-PROTOBUF_LIMIT = 2**31 - 1
 _EXTERNAL_THRESHOLD = 1024
+_INLINED = "onnx_asr.inlined_functions"
+_ALIGNMENT = 4096  # of weights in a data file, so that they can be mapped
 
 
 def load(source: ModelSource) -> onnx.ModelProto:
-    """Load a model, external data included; a ModelProto is returned as it is.
+    """Load a model, external data included, nodes in order; a ModelProto that is so already is returned as it is.
+
+    Of a model over protobuf's 2 GB the large weights are left in their file (see ``graph/tensors.py``). Model-local
+    functions are written out in place, with a metadata entry that names them: only there have their nodes weights.
 
     Raises:
         ModelError: When there is no such file, it is not an ONNX model, or its weights are not finite.
     """
     if isinstance(source, onnx.ModelProto):
         model = source
+        missing = [tensor.name for tensor in model.graph.initializer if is_left(tensor) and not location_of(tensor)[0]]
+        if missing:
+            raise ModelError(f"the value of '{missing[0]}' is external data that was not loaded: give the model's path")
     else:
         path = Path(source)
         if not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist"
             raise ModelError(f"model file '{path}' {what}; give the path of an .onnx file")
         try:
-            model = onnx.load(path)
+            model = onnx.load(path, load_external_data=False)
+            _load_external_data(model, path.parent)
         except (DecodeError, ValueError, TypeError) as error:
             raise ModelError(
                 f"'{path}' is not an ONNX model ({error}); give a file written by an ONNX exporter"
@@ -56,7 +75,31 @@ def load(source: ModelSource) -> onnx.ModelProto:
     if not model.graph.node or not model.opset_import:
         name = "the model" if isinstance(source, onnx.ModelProto) else f"'{source}'"
         raise ModelError(f"{name} is not an ONNX model, or an empty one: it has no nodes; give an exported network")
-    return model
+    return in_order(_inlined(model) if model.functions else model)
+
+
+def inlined_functions(model: onnx.ModelProto) -> str | None:
+    """Names of the model-local functions that were written out in place when the model was loaded."""
+    return next((entry.value for entry in model.metadata_props if entry.key == _INLINED), None)
+
+
+def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    result = onnx.inliner.inline_local_functions(model)
+    domains = {function.domain for function in model.functions} - {node.domain for node in result.graph.node}
+    for item in [item for item in result.opset_import if item.domain in domains - {"", "ai.onnx"}]:
+        result.opset_import.remove(item)
+    set_metadata(result, _INLINED, ", ".join(f"{item.domain}::{item.name}" for item in model.functions))
+    return result
+
+
+def _load_external_data(model: onnx.ModelProto, folder: Path) -> None:
+    left = [] if weights_fit(model) else [tensor for tensor in model.graph.initializer if can_be_left(tensor)]
+    for tensor in left:
+        leave(tensor, folder)
+        tensor.data_location = onnx.TensorProto.DEFAULT
+    load_external_data_for_model(model, str(folder))
+    for tensor in left:
+        tensor.data_location = onnx.TensorProto.EXTERNAL
 
 
 def check_finite(index: GraphIndex, what: str) -> None:
@@ -80,14 +123,15 @@ def check_finite(index: GraphIndex, what: str) -> None:
 
 
 def digest(model: onnx.ModelProto) -> str:
-    """SHA-256 of a model's serialized form (graph first, then weights too large for one message)."""
+    """SHA-256 of a model's serialized form (graph first, then its large weights, where it is over 2 GB)."""
     sha = hashlib.sha256()
-    try:
+    if is_self_contained(model):
         sha.update(model.SerializeToString(deterministic=True))
-    except (ValueError, DecodeError):  # over 2 GB
-        for tensor in model.graph.initializer:
-            sha.update(tensor.name.encode())
-            sha.update(tensor.raw_data)
+        return sha.hexdigest()
+    light, large = detached(model)
+    sha.update(light.SerializeToString(deterministic=True))
+    for tensor in large.values():
+        sha.update(content_of(tensor))
     return sha.hexdigest()
 
 
@@ -119,21 +163,17 @@ def save(model: onnx.ModelProto, path: str | os.PathLike[str], *, external_data:
         OutputError: When it cannot be written; an existing file is then as it was.
     """
     target = check_writable(path)
-    external = external_data or model.ByteSize() > PROTOBUF_LIMIT
+    external = external_data or not is_self_contained(model)
     written: list[Path] = []
     try:
         if external:
-            copy = onnx.ModelProto()
-            copy.CopyFrom(model)
-            model = copy
             data = target.with_name(f"{target.name}.{digest(model)[:12]}.data")
-            convert_model_to_external_data(
-                model, all_tensors_to_one_file=True, location=data.name, size_threshold=_EXTERNAL_THRESHOLD
-            )
+            temporary = target.with_name(f".{data.name}.{os.getpid()}.tmp")
+            written.append(temporary)
+            model = _write_data(model, temporary, data.name)
             if not data.exists():
                 written.append(data)
-            else:
-                data.unlink()  # the same content: onnx appends to an existing file
+            temporary.replace(data)
         with tempfile.NamedTemporaryFile(
             dir=target.parent, prefix=f".{target.name}.", suffix=".onnx", delete=False
         ) as file:
@@ -153,6 +193,19 @@ def save(model: onnx.ModelProto, path: str | os.PathLike[str], *, external_data:
             leftover.unlink(missing_ok=True)
         raise
     return target
+
+
+def _write_data(model: onnx.ModelProto, path: Path, location: str) -> onnx.ModelProto:
+    """Write weights into a data file; a copy of the model that has them there, under the name ``location``."""
+    light, large = detached(model, _EXTERNAL_THRESHOLD)
+    with path.open("wb") as file:
+        for position, tensor in large.items():
+            file.write(bytes(-file.tell() % _ALIGNMENT))
+            offset = file.tell()
+            length = file.write(content_of(tensor))
+            point_to(light.graph.initializer[position], {"location": location, "offset": offset, "length": length})
+    write_through(path)
+    return light
 
 
 def write_text(text: str, path: str | os.PathLike[str]) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import onnx
 
@@ -14,7 +15,7 @@ from onnx_asr.errors import ModelError
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex, ancestors
 from onnx_asr.graph.match import Pairing, match
-from onnx_asr.graph.points import Point, Survey, survey, without_selected
+from onnx_asr.graph.points import Kind, Point, Survey, survey, without_selected
 from onnx_asr.model_io import check_finite
 
 Progress = Callable[[str, float], None]
@@ -78,6 +79,7 @@ class Networks:
         nodes = self.pairing.nodes
         return replace(
             point,
+            kind=cast(Kind, self.dense.nodes[nodes[point.node]].op_type),
             node=nodes[point.node],
             tensor=self.dense_tensor(point.tensor),
             bias_node=None if point.bias_node is None else nodes[point.bias_node],

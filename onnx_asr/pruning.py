@@ -327,7 +327,7 @@ def unstructured_masks(
 def _kernel_shape(index: GraphIndex, weight: PrunableWeight, value: NDArray[Any]) -> tuple[int, ...]:
     """[C_out, C_in / group, *kernel]."""
     kernel = value.shape[2:] if weight.points[0].kind in ("Conv", "ConvTranspose") else ()
-    return (*channel_view(index, weight, value).shape[:2], *kernel)
+    return (*channel_view(index, weight.points[0], value).shape[:2], *kernel)
 
 
 def channel_view(index: GraphIndex, point: Point, value: NDArray[Any]) -> NDArray[Any]:

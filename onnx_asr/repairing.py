@@ -19,7 +19,7 @@ from onnx_asr.errors import DataError, OptionError
 from onnx_asr.fidelity import Fidelity, Outputs, collect_outputs, compare
 from onnx_asr.graph.edit import EditPlan, apply
 from onnx_asr.graph.points import Skip
-from onnx_asr.model_io import ModelSource, digest, load
+from onnx_asr.model_io import ModelSource, digest, inlined_functions, load
 from onnx_asr.moving_average import recalibrate_ema
 from onnx_asr.networks import Execution, Networks, silent
 from onnx_asr.options import Method, RepairOptions
@@ -376,6 +376,9 @@ def _notes(
     held_out: NDArray[np.int64],
 ) -> list[str]:
     notes = []
+    functions = inlined_functions(networks.pruned.model)
+    if functions is not None:
+        notes.append(f"model-local functions were written out in place: {functions}")
     if networks.dense is None:
         notes.append(
             "no dense model: the running statistics stored in the pruned model's BatchNormalization are the reference, "

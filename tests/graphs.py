@@ -80,6 +80,13 @@ def constant(model: onnx.ModelProto, name: str) -> np.ndarray:
     for tensor in model.graph.initializer:
         if tensor.name == name:
             return numpy_helper.to_array(tensor)
+    for sparse in model.graph.sparse_initializer:
+        if sparse.values.name == name:
+            values, places = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+            full = np.zeros(tuple(sparse.dims), values.dtype)
+            for value, place in zip(values, places, strict=True):
+                full[tuple(place) if places.ndim == 2 else np.unravel_index(place, full.shape)] = value
+            return full
     needed, wanted = [], {name}
     for node in reversed(model.graph.node):
         if wanted & set(node.output):

@@ -33,16 +33,16 @@ _EIGHT_BIT_MODES = frozenset(
 
 
 def sample_indices(count: int, n: int, seed: int) -> NDArray[np.int64]:
-    """Draw `n` of `count` indices without replacement, sorted; all of them where `n` is as large.
+    """Draw `n` of `count` indices without replacement, all of them where `n` is as large, in random order.
+
+    So any first few of them are as mixed as all, though data often come sorted by class.
 
     Raises:
         OptionError: `n` is below 1.
     """
     if n < 1:
         raise OptionError(f"{n} samples were asked for: give a number from 1 up")
-    if n >= count:
-        return np.arange(count, dtype=np.int64)
-    return np.sort(np.random.default_rng(seed).choice(count, n, replace=False)).astype(np.int64)
+    return np.random.default_rng(seed).permutation(count)[:n].astype(np.int64)
 
 
 class Dataset(ABC):

@@ -12,6 +12,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from onnx_asr.errors import ModelError, OptionError
+from onnx_asr.graph.tensors import detached, is_left, is_self_contained, location_of, point_to, value_of
 
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
 _FATAL_ONLY, _WARNINGS = 4, 2
@@ -57,10 +58,11 @@ class Session:
     """
 
     def __init__(self, model: onnx.ModelProto | str, runtime: Runtime) -> None:
-        source = model if isinstance(model, str) else model.SerializeToString()
+        options = runtime.options()
         self._runtime = runtime
         try:
-            self._session = onnxruntime.InferenceSession(source, runtime.options(), providers=list(runtime.providers))
+            source = model if isinstance(model, str) else _serialized(model, options)
+            self._session = onnxruntime.InferenceSession(source, options, providers=list(runtime.providers))
         except Exception as error:  # onnxruntime raises a family of unrelated classes
             raise ModelError(f"onnxruntime cannot load the model: {_first_line(error)}") from error
         self.output_names = [output.name for output in self._session.get_outputs()]
@@ -104,6 +106,25 @@ class Session:
             return call()
         except Exception as error:
             raise ModelError(f"onnxruntime cannot run the model: {_first_line(error)}") from error
+
+
+def _serialized(model: onnx.ModelProto, options: onnxruntime.SessionOptions) -> bytes:
+    """A model as bytes; weights that were left in their file, or are too large, are handed over beside them."""
+    if is_self_contained(model):
+        return bytes(model.SerializeToString())
+    light, large = detached(model)
+    values = {}
+    for position, tensor in large.items():
+        if is_left(tensor):
+            folder, place = location_of(tensor)
+            point_to(light.graph.initializer[position], place)
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        else:
+            point_to(light.graph.initializer[position], {"location": tensor.name})
+            values[tensor.name] = onnxruntime.OrtValue.ortvalue_from_numpy(value_of(tensor))
+    if values:
+        options.add_external_initializers(list(values), list(values.values()))
+    return bytes(light.SerializeToString())
 
 
 def owned(value: NDArray[Any], allocate: Allocate) -> NDArray[Any]:

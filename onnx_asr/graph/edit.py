@@ -18,6 +18,7 @@ from onnx import numpy_helper
 
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import GraphIndex, node_reads
+from onnx_asr.graph.tensors import set_sparse_value
 
 Slot = tuple[int, int]
 
@@ -164,7 +165,8 @@ class _Writer:
         self.index = index
         self.nodes = list(model.graph.node)
         self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.taken = set(index.consumers) | set(index.producer) | set(index.initializers)
+        self.sparse = {tensor.values.name: tensor for tensor in model.graph.sparse_initializer}
+        self.taken = set(index.consumers) | set(index.producer) | set(index.initializers) | set(index.sparse)
         self.taken |= {value.name for value in model.graph.input} | set(index.outputs)
         self.replaced: set[str] = set()
         self.written: dict[tuple[str, int], str] = {}
@@ -174,8 +176,10 @@ class _Writer:
         target = self.nodes[node]
         name = target.input[slot] if slot < len(target.input) else ""
         if name in self.tied and self.index.value(name).shape == value.shape:
+            if name in self.sparse and set_sparse_value(self.sparse[name], value):
+                return
             holder = self.initializers.get(name)
-            if holder is None and name in self.index.producer:
+            if holder is None and name not in self.sparse:
                 producer = self.nodes[self.index.producer[name]]
                 if producer.op_type == "Constant" and producer.attribute[0].name == "value":
                     holder = producer.attribute[0].t
@@ -215,9 +219,8 @@ class _Writer:
             if name in self.initializers:
                 _remove_named(self.model.graph.initializer, name)
                 _remove_named(self.model.graph.input, name)
-            elif name in self.index.sparse:
-                sparse = self.model.graph.sparse_initializer
-                sparse.remove(next(tensor for tensor in sparse if tensor.values.name == name))
+            elif name in self.sparse:
+                self.model.graph.sparse_initializer.remove(self.sparse[name])
             else:
                 producer = self.index.producer[name]
                 if any(out != name and self.index.consumers.get(out) for out in self.nodes[producer].output):
@@ -235,7 +238,8 @@ class _Writer:
         target.output[0] = unique_name(self.taken, f"{output}_unbiased")
         bias = unique_name(self.taken, f"{output}_bias")
         self._add_initializer(bias, value)
-        add = onnx.helper.make_node("Add", [target.output[0], bias], [output], name=f"{target.name or output}_bias")
+        name = unique_name({item.name for item in self.nodes}, f"{target.name or output}_bias")
+        add = onnx.helper.make_node("Add", [target.output[0], bias], [output], name=name)
         place = next(i for i, item in enumerate(self.model.graph.node) if item.output[:1] == target.output[:1])
         self.model.graph.node.insert(place + 1, add)
 

@@ -17,6 +17,7 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from onnx_asr.errors import ModelError
+from onnx_asr.graph.tensors import is_left, sparse_value, value_of
 
 FLOAT_TYPES = {
     onnx.TensorProto.FLOAT,
@@ -38,7 +39,7 @@ class GraphIndex:
         producer: Tensor name to the position of the node that makes it.
         consumers: Tensor name to the positions of the nodes that read it, subgraphs included.
         initializers: Initializer name to its TensorProto (constant even when also listed as a graph input).
-        sparse: Name to SparseTensorProto of the initializers that are stored sparse.
+        sparse: Name to the sparse initializer of that name.
         inputs: Graph inputs that are not initializers, in file order.
         outputs: Graph output names, in file order.
     """
@@ -115,28 +116,29 @@ class GraphIndex:
     def value(self, name: str) -> NDArray[Any]:
         """The value of a constant tensor, wherever it stands.
 
-        Initializers, ``Constant`` nodes, and what Identity, Cast, Transpose, reshapes and ConstantOfShape make of them.
+        Initializers, sparse or not, ``Constant`` nodes, and what Identity, Cast, Transpose, reshapes and
+        ConstantOfShape make of them.
 
         Raises:
             KeyError: When the tensor is not a constant.
         """
         if not self.is_constant(name):
             raise KeyError(name)
+        tensor = self.initializers.get(name)
+        if tensor is not None and is_left(tensor):
+            return value_of(tensor)
         if name not in self._values:
-            if name in self.initializers:
-                self._values[name] = numpy_helper.to_array(self.initializers[name])
-            elif name in self.sparse:
-                self._values[name] = _filled(self.sparse[name])
-            else:
-                self._values[name] = self._evaluate(name)
+            self._values[name] = self._evaluate(name) if tensor is None else value_of(tensor)
         return self._values[name]
 
     def _evaluate(self, name: str) -> NDArray[Any]:
+        if name in self.sparse:
+            return sparse_value(self.sparse[name])
         node = self.nodes[self.producer[name]]
         if node.op_type == "Constant" and node.attribute[0].name == "value":
             return numpy_helper.to_array(node.attribute[0].t)
         if node.op_type == "Constant" and node.attribute[0].name == "sparse_value":
-            return _filled(node.attribute[0].sparse_tensor)
+            return sparse_value(node.attribute[0].sparse_tensor)
         reads = [read for read in node.input if read]
         scope = onnx.helper.make_graph(
             [node],
@@ -164,14 +166,6 @@ class GraphIndex:
     def label(self, position: int) -> str:
         """A name for a node that a user recognises: its own, or operator and first output."""
         return describe(self.nodes[position], position)
-
-
-def _filled(tensor: onnx.SparseTensorProto) -> NDArray[Any]:
-    """A sparse tensor with its zeros; its places are stored as flat positions, or as one row of coordinates each."""
-    values, places = numpy_helper.to_array(tensor.values), numpy_helper.to_array(tensor.indices)
-    result = np.zeros(tuple(tensor.dims), values.dtype)
-    result[np.unravel_index(places, result.shape) if places.ndim == 1 else tuple(places.T)] = values
-    return result
 
 
 def describe(node: onnx.NodeProto, position: int) -> str:

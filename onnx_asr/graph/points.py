@@ -316,14 +316,15 @@ def _matmul(index: GraphIndex, position: int, level: int) -> Point | Skip:
     if following is not None and is_standard(index.nodes[following], "Add"):
         add = index.nodes[following]
         other = 1 if add.input[0] == tensor else 0
-        if index.is_constant(add.input[other]) and _is_channel_bias(index.value(add.input[other]), channels, axis):
+        if index.is_constant(add.input[other]) and is_channel_bias(index.value(add.input[other]), channels, axis):
             tensor, bias_node, bias_slot = add.output[0], following, other
     return Point(
         "MatMul", position, tensor, axis, int(channels), slot, bias_node, bias_slot, None, level, index.label(position)
     )
 
 
-def _is_channel_bias(bias: NDArray[Any], channels: int, axis: int) -> bool:
+def is_channel_bias(bias: NDArray[Any], channels: int, axis: int) -> bool:
+    """Whether a constant operand of an Add is one value a channel, or one for all."""
     if bias.ndim < -axis:
         return bias.size == 1 and axis == -1
     return bias.size in (1, channels) and bias.shape[axis] in (1, channels) and bias.size == bias.shape[axis]

@@ -76,5 +76,4 @@ def cut(
     model = onnx.ModelProto(ir_version=max(index.model.ir_version, MIN_IR_VERSION))
     model.graph.CopyFrom(graph)
     model.opset_import.extend(index.model.opset_import)
-    model.functions.extend(index.model.functions)
     return model

@@ -680,14 +680,15 @@ def test_pickles_and_broken_archives_are_refused(tmp_path: Path, name: str, caps
 def test_sampling(count: int, n: int, seed: int) -> None:
     indices = sample_indices(count, n, seed)
     assert len(indices) == min(count, n)
-    assert (np.diff(indices) > 0).all()
-    assert indices[0] >= 0
-    assert indices[-1] < count
+    assert len(set(indices.tolist())) == len(indices)
+    assert indices.min() >= 0
+    assert indices.max() < count
+    assert np.array_equal(indices[: n // 2], sample_indices(count, max(1, n // 2), seed)[: n // 2])
     assert np.array_equal(indices, sample_indices(count, n, seed))
 
 
 def test_sampling_is_the_same_everywhere() -> None:
-    assert sample_indices(1000, 5, seed=0).tolist() == [269, 307, 510, 635, 847]
+    assert sample_indices(1000, 5, seed=0).tolist() == [459, 206, 222, 162, 711]
     assert not np.array_equal(sample_indices(1000, 5, 0), sample_indices(1000, 5, 1))
     with pytest.raises(OptionError, match=r"0 samples were asked for"):
         sample_indices(10, 0, 0)

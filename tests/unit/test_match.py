@@ -10,6 +10,7 @@ from onnx import helper, numpy_helper
 
 from onnx_asr.errors import StructureError
 from onnx_asr.graph.match import match
+from onnx_asr.graph.points import survey
 from tests.graphs import (
     constant,
     copy,
@@ -90,13 +91,80 @@ def with_identities(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
+def commuted(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The operands of every Add in the other order."""
+    result = copy(model)
+    for node in result.graph.node:
+        if node.op_type == "Add":
+            node.input[:] = list(node.input)[::-1]
+    return result
+
+
+def other_classifier(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A Gemm as MatMul and Add, or the other way round."""
+    result = copy(model)
+    nodes = list(result.graph.node)
+    if nodes[-1].op_type == "Gemm":
+        weight = numpy_helper.from_array(np.ascontiguousarray(parameter(model, len(nodes) - 1, 1).T), "turned")
+        result.graph.initializer.append(weight)
+        x, _, bias = nodes[-1].input
+        new = [
+            helper.make_node("MatMul", [x, "turned"], ["product"]),
+            helper.make_node("Add", [bias, "product"], [nodes[-1].output[0]]),
+        ]
+        nodes[-1:] = new
+    else:
+        (x, weight), bias = nodes[-2].input, nodes[-1].input[1]
+        nodes[-2:] = [helper.make_node("Gemm", [x, weight, bias], [nodes[-1].output[0]])]
+    del result.graph.node[:]
+    result.graph.node.extend(nodes)
+    return result
+
+
+def otherwise_flattened(target: str) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
+    """The global average as a ReduceMean, the Flatten as a Reshape (to a constant or a computed shape) or a Squeeze."""
+
+    def change(model: onnx.ModelProto) -> onnx.ModelProto:
+        result = copy(model)
+        nodes = list(result.graph.node)
+        (place,) = positions(result, "GlobalAveragePool")
+        nodes[place] = helper.make_node("ReduceMean", nodes[place].input, nodes[place].output, axes=[3, 2], keepdims=1)
+        (place,) = positions(result, "Flatten")
+        (source,), (output,) = nodes[place].input, nodes[place].output
+        for name, value in (("first", [0]), ("minus", [-1]), ("constant", [0, -1]), ("axes", [2, 3])):
+            result.graph.initializer.append(numpy_helper.from_array(np.array(value, np.int64), f"{name}_i"))
+        new = {
+            "constant": [helper.make_node("Reshape", [source, "constant_i"], [output])],
+            "squeezed": [helper.make_node("Squeeze", [source, "axes_i"], [output])],
+            "computed": [
+                helper.make_node("Shape", [source], ["shape_t"]),
+                helper.make_node("Gather", ["shape_t", "first_i"], ["count_t"]),
+                helper.make_node("Concat", ["count_t", "minus_i"], ["target_t"], axis=0),
+                helper.make_node("Reshape", [source, "target_t"], [output]),
+            ],
+        }
+        nodes[place : place + 1] = new[target]
+        del result.graph.node[:]
+        result.graph.node.extend(nodes)
+        return result
+
+    return change
+
+
 VARIANTS: dict[str, Callable[[onnx.ModelProto], onnx.ModelProto]] = {
     "itself": copy,
     "renamed": renamed,
     "reordered": reordered,
     "constants": with_constant_nodes,
     "identities": with_identities,
-    "all": lambda model: with_constant_nodes(renamed(reordered(with_identities(model), seed=2))),
+    "commuted": commuted,
+    "other classifier": other_classifier,
+    "reshaped": otherwise_flattened("constant"),
+    "squeezed": otherwise_flattened("squeezed"),
+    "computed": otherwise_flattened("computed"),
+    "all": lambda model: with_constant_nodes(
+        renamed(reordered(with_identities(commuted(other_classifier(model))), seed=2))
+    ),
 }
 
 
@@ -112,7 +180,7 @@ def test_the_same_network_matches_however_it_is_written(make: Callable[[], onnx.
         weighted = ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization")
         assert set(positions(pruned, *weighted)) <= set(pairing.nodes)
         pairs = {mine: its for mine, its in pairing.tensors.items() if not index(pruned).is_constant(mine)}
-        assert {pruned.graph.node[p].output[0] for p in positions(pruned, *weighted)} <= set(pairs)
+        assert {point.tensor for point in survey(index(pruned)).points} <= set(pairs)
         mine = run(pruned, {index(pruned).inputs[0].name: x}, [name for name in pairs if name != "x"])
         its = run(dense, {index(dense).inputs[0].name: x}, pairs.values())
         for name, twin in pairs.items():
@@ -193,11 +261,9 @@ def other_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
-def swapped_order(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The operands of a subtraction-like node in the other order; here the residual Add."""
+def other_type(model: onnx.ModelProto) -> onnx.ModelProto:
     result = copy(model)
-    (node,) = (item for item in result.graph.node if item.output[0] == "sum1")
-    node.input[:] = list(node.input)[::-1]
+    result.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
     return result
 
 
@@ -218,14 +284,14 @@ def skipped_layer(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 DIFFERENCES: dict[str, tuple[Callable[[onnx.ModelProto], onnx.ModelProto], list[str]]] = {
-    "stride": (lambda model: edited_attribute(model, "c", "strides", [1, 1]), ["Conv:c", "strides", "[1, 1]"]),
+    "stride": (lambda model: edited_attribute(model, "c", "strides", [1, 1]), ["Conv:c", "strides", "the default"]),
     "group": (lambda model: edited_attribute(model, "b", "group", 4), ["Conv:b", "group"]),
     "epsilon": (lambda model: edited_attribute(model, "a_n", "epsilon", 1e-3), ["a_n", "epsilon"]),
     "operator": (other_operator, ["Tanh", "Relu", "a_r"]),
     "weight shape": (other_weight, ["Conv:c", "(12, 8, 3, 3)", "(12, 4, 3, 3)"]),
     "outputs": (other_outputs, ["outputs", "1", "2"]),
     "inputs": (other_inputs, ["inputs", "1", "2"]),
-    "operand order": (swapped_order, []),
+    "input type": (other_type, ["'x'", "FLOAT16"]),
     "constant operand": (constant_shortcut, ["ones"]),
     "other source": (skipped_layer, ["stem_n"]),
 }
@@ -246,6 +312,61 @@ def test_the_first_difference_is_named(name: str, swapped: bool) -> None:
         words = [word.replace("1 ", "2 ").replace("one 2", "one 1") for word in words]
     for word in words:
         assert word in message
+
+
+def test_operands_that_nothing_tells_apart_are_paired_in_order() -> None:
+    text = "g (float[N,3,4,4] x) => (float[N,3,4,4] y) {{ a = Conv (x, v)  b = Conv (x, w)  y = Add ({}) }}"
+    weights = {"v": (3, 3, 1, 1), "w": (3, 3, 1, 1)}
+    straight, crossed = (index(net(text.format(order), **weights)) for order in ("a, b", "b, a"))
+    assert match(straight, straight).nodes == {0: 0, 1: 1, 2: 2}
+    assert match(straight, crossed).nodes == {0: 1, 1: 0, 2: 2}
+
+
+def test_parameters_are_compared_whether_attribute_or_input() -> None:
+    """A Clip of opset 6, where the bounds are attributes, and of opset 11, where they are inputs."""
+    text = "g (float[N,4] x) => (float[N,4] y) {{ p = MatMul (x, w) y = Clip {} }}"
+    attributes = index(net(text.format("<min=0.0, max=6.0> (p)"), opset=9, w=(4, 4)))
+    bounds = {"low": np.float32(0), "high": np.float32(6)}
+    inputs = index(net(text.format("(p, low, high)"), w=(4, 4), **bounds))
+    assert match(attributes, inputs).nodes == match(inputs, attributes).nodes == {0: 0, 1: 1}
+    other = index(net(text.format("(p, low, high)"), w=(4, 4), **bounds | {"high": np.float32(8)}))
+    with pytest.raises(StructureError, match=r"max=6\.0.*8\.0"):
+        match(attributes, other)
+    with pytest.raises(StructureError, match=r"max=6\.0.*the default"):
+        match(inputs, index(net(text.format("(p, low)"), w=(4, 4), low=np.float32(0))))
+
+
+def test_a_parameter_may_be_folded_in_one() -> None:
+    text = "g (float[N,3,4,4] x) => (float[N,M,4,4] y) {{ {} z = Pad (x, pads) y = Conv (z, w) }}"
+    computed = "start = Constant <value_ints=[0,1,0,0]> () pads = Concat <axis=0> (start, start)"
+    pads = np.array([0, 1, 0, 0, 0, 1, 0, 0], np.int64)
+    folded = index(net(text.format(""), w=(3, 5, 1, 1), pads=pads))
+    unfolded = index(net(text.format(computed), w=(3, 5, 1, 1)))
+    assert match(folded, unfolded).nodes == {0: 2, 1: 3}
+    assert match(unfolded, folded).nodes == {2: 0, 3: 1}
+    stated = text.replace("pads)", "pads, fill)").format("")
+    assert match(folded, index(net(stated, w=(3, 5, 1, 1), pads=pads, fill=np.float32(0)))).nodes == {0: 0, 1: 1}
+    with pytest.raises(StructureError, match=r"value=1\.0"):
+        match(index(net(stated, w=(3, 5, 1, 1), pads=pads, fill=np.float32(1))), folded)
+    with pytest.raises(StructureError, match="has pads="):
+        match(folded, index(net(text.format(""), w=(3, 5, 1, 1), pads=pads[::-1].copy())))
+
+
+def test_slices_may_be_merged_in_one() -> None:
+    """As simplifiers do; with attributes (opset 9) or inputs."""
+    text = "g (float[N,3,8,8] x) => (float[N,3,3,4] y) {{ {} y = Conv (s, w) }}"
+    numbers: dict[str, list[int]] = {"one": [1], "two": [2], "three": [3], "seven": [7]}
+    numbers |= {"from": [1, 1], "to": [7, 7], "at": [2, 3], "step": [2, 1]}
+    weights = {"w": (3, 3, 1, 1)} | {name: np.array(value) for name, value in numbers.items()}
+    chain = "r = Slice (x, one, seven, two, two) s = Slice (r, one, seven, three)"
+    two = index(net(text.format(chain), **weights))
+    one = index(net(text.format("s = Slice (x, from, to, at, step)"), **weights))
+    assert match(two, one).nodes == {1: 0, 2: 1}
+    assert match(one, two).nodes == {0: 1, 1: 2}
+    plain, old = "s = Slice (x, one, seven, three)", "s = Slice <starts=[1], ends=[7], axes=[3]> (x)"
+    assert match(index(net(text.format(plain), **weights)), index(net(text.format(old), opset=9, **weights))).nodes
+    with pytest.raises(StructureError, match="has slices="):
+        match(two, index(net(text.format(plain), **weights)))
 
 
 def test_inputs_are_paired_by_position() -> None:

@@ -1,0 +1,228 @@
+"""One form for what exporters, simplifiers and opsets write in several ways, so that two graphs can be compared.
+
+A fully connected layer is a Gemm (its weight either way round) or a MatMul with an Add; a flattening is a Flatten, a
+Reshape to two dimensions or a Squeeze of the spatial axes; a global average is a pool or a ReduceMean; Slices along
+several axes are one or a chain; parameters such as a Clip's bounds are attributes in one opset and constant inputs in
+another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import onnx
+
+from onnx_asr.graph.index import GraphIndex, attribute, is_standard
+from onnx_asr.graph.points import is_channel_bias
+
+_NEUTRAL = {"strides": 1, "dilations": 1, "pads": 0, "output_padding": 0}
+_REDUNDANT = {"kernel_shape", "training_mode", "momentum", "spatial", "consumed_inputs", "storage_order"}
+_BIAS_OPTIONAL = ("Conv", "ConvTranspose")
+_COMMUTATIVE = ("Add", "Mul", "Sum", "Max", "Min")
+_SHAPED = ("Reshape", "Resize", "Upsample", "Expand", "Tile")
+_REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2")
+_PARAMETER_INPUTS = {
+    "Clip": {"min": 1, "max": 2},
+    "Pad": {"pads": 1, "value": 2},
+    "Slice": {"starts": 1, "ends": 2, "axes": 3, "steps": 4},
+    **{operator: {"axes": 1} for operator in (*_REDUCTIONS, "Squeeze", "Unsqueeze")},
+}
+_PARAMETER_DEFAULTS = {"Pad": {"value": 0.0}}
+_COMPUTED = "computed"  # by nodes that another tool may have folded into a constant: equal to any value
+_SPATIAL = ({2, 3}, {-2, -1})
+_DIGITS = 9
+_LARGEST = 2**31 - 1  # "to the end", whatever integer type an exporter wrote it in
+
+
+@dataclass(frozen=True)
+class Form:
+    """One operation, however it was written.
+
+    Attributes:
+        operator: Domain and operator.
+        parameters: What sets the operation apart from others of the operator.
+        defaults: The values that parameters have where nothing is said.
+        inputs: Tensors to compare, in order; what only says a shape, and optional biases, are left out.
+        node: Position of the node that holds the weight.
+        bias: Position of the node that holds the bias.
+        commutative: Whether the order of the inputs means nothing.
+        weight_shape: Shape of a fully connected weight, outputs first; None elsewhere.
+    """
+
+    operator: tuple[str, str]
+    parameters: dict[str, Any]
+    defaults: dict[str, Any]
+    inputs: list[str]
+    node: int
+    bias: int
+    commutative: bool = False
+    weight_shape: tuple[int, ...] | None = None
+
+    def differing(self, other: Form) -> str | None:
+        """The first parameter in which two forms of one operator differ."""
+        for name in sorted(set(self.parameters) | set(other.parameters)):
+            mine, its = self.parameters.get(name), other.parameters.get(name)
+            if mine == its or (mine is None and its == other.defaults.get(name)):
+                continue
+            if (its is None and mine == self.defaults.get(name)) or _COMPUTED in (mine, its):
+                continue
+            return name
+        return None
+
+
+def form_of(index: GraphIndex, position: int) -> Form:
+    """The form of a node; that of a MatMul's Add covers both."""
+    node = index.nodes[position]
+    linear = _linear(index, position)
+    if linear is not None:
+        return linear
+    plain = _plain(index, position)
+    data = plain.inputs[:1]
+    if _is_flattening(index, node, plain.parameters.get("axes")):
+        return replace(plain, operator=("", "Flatten"), parameters={}, inputs=data)
+    averages = is_standard(node, "ReduceMean") and attribute(node, "keepdims", 1)
+    if averages and _are_spatial(plain.parameters.get("axes")):
+        return replace(plain, operator=("", "GlobalAveragePool"), parameters={}, inputs=data)
+    if is_standard(node, *_SHAPED):
+        return replace(plain, inputs=data)
+    if is_standard(node, "Slice"):
+        return _sliced(index, plain)
+    if is_standard(node, *_BIAS_OPTIONAL):
+        return replace(plain, inputs=plain.inputs[:2])
+    return plain
+
+
+def _plain(index: GraphIndex, position: int) -> Form:
+    node = index.nodes[position]
+    inputs = list(node.input)
+    while inputs and not inputs[-1]:
+        inputs.pop()
+    defaults = _defaults(index, node)
+    parameters = defaults | {
+        item.name: _plain_value(item.name, onnx.helper.get_attribute_value(item))
+        for item in node.attribute
+        if item.name not in _REDUNDANT and item.type not in (onnx.AttributeProto.TENSOR, onnx.AttributeProto.GRAPH)
+    }
+    if is_standard(node, *_PARAMETER_INPUTS):
+        for name, slot in _PARAMETER_INPUTS[node.op_type].items():
+            given = inputs[slot] if slot < len(inputs) else ""
+            if given:
+                value = index.value(given).tolist() if index.is_constant(given) else _COMPUTED
+                parameters[name], inputs[slot] = _plain_value(name, value), ""
+    inputs = [name for name in inputs if name]
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    commutative = is_standard(node, *_COMMUTATIVE)
+    return Form((domain, node.op_type), parameters, defaults, inputs, position, position, commutative)
+
+
+def _linear(index: GraphIndex, position: int) -> Form | None:
+    """A fully connected layer: Gemm, MatMul with a constant matrix on its right, or that with a bias added."""
+    node = index.nodes[position]
+    if is_standard(node, "Gemm", "MatMul"):
+        return _linear_form(index, position, position)
+    if not is_standard(node, "Add"):
+        return None
+    for product, bias in (node.input, node.input[::-1]):
+        inner = index.producer.get(product)
+        if inner is None or not is_standard(index.nodes[inner], "MatMul") or index.sole_consumer(product) != position:
+            continue
+        form = _linear_form(index, inner, position)
+        if form is None or form.weight_shape is None or not index.is_constant(bias):
+            continue
+        if is_channel_bias(index.value(bias), form.weight_shape[0], -1):
+            return form
+    return None
+
+
+def _linear_form(index: GraphIndex, position: int, bias: int) -> Form | None:
+    node = index.nodes[position]
+    if not index.is_constant(node.input[1]) or attribute(node, "transA", 0):
+        return None
+    shape = index.value(node.input[1]).shape
+    if len(shape) != 2:
+        return None
+    return Form(
+        operator=("", "Gemm"),
+        parameters={name: attribute(node, name, 1.0) for name in ("alpha", "beta")},
+        defaults={},
+        inputs=[node.input[0]],
+        node=position,
+        bias=bias,
+        weight_shape=shape if attribute(node, "transB", 0) else shape[::-1],
+    )
+
+
+def _sliced(index: GraphIndex, last: Form) -> Form:
+    """A chain of Slices along different axes as one Slice."""
+    cuts, form = _cuts(last), last
+    while cuts is not None:
+        inner = index.producer.get(form.inputs[0])
+        if inner is None or not is_standard(index.nodes[inner], "Slice"):
+            break
+        previous = _plain(index, inner)
+        more = _cuts(previous)
+        if more is None or not cuts.keys().isdisjoint(more):
+            break
+        cuts, form = cuts | more, previous
+    return replace(last, parameters={"slices": _COMPUTED if cuts is None else cuts}, inputs=form.inputs[:1])
+
+
+def _cuts(form: Form) -> dict[int, tuple[int, int, int]] | None:
+    """Axis to start, end and step of a Slice; None where they are computed."""
+    if _COMPUTED in form.parameters.values():
+        return None
+    starts, ends = form.parameters["starts"], form.parameters["ends"]
+    axes = form.parameters.get("axes") or list(range(len(starts)))
+    steps = form.parameters.get("steps") or [1] * len(starts)
+    return dict(zip(axes, zip(starts, ends, steps, strict=True), strict=True))
+
+
+def _are_spatial(axes: Any) -> bool:
+    return isinstance(axes, list) and set(axes) in _SPATIAL
+
+
+def _is_flattening(index: GraphIndex, node: onnx.NodeProto, axes: Any) -> bool:
+    if is_standard(node, "Flatten"):
+        return bool(attribute(node, "axis", 1) == 1)
+    if is_standard(node, "Squeeze"):
+        return _are_spatial(axes)
+    if not is_standard(node, "Reshape"):
+        return False
+    target = node.input[1]
+    if index.is_constant(target):
+        return bool(index.value(target).size == 2)
+    producer = index.producer.get(target)
+    if producer is None or not is_standard(index.nodes[producer], "Concat"):
+        return False
+    parts = index.nodes[producer].input
+    return len(parts) == 2 and index.is_constant(parts[1]) and index.value(parts[1]).tolist() == [-1]
+
+
+def _defaults(index: GraphIndex, node: onnx.NodeProto) -> dict[str, Any]:
+    """Values of attributes where they are left out, by the model's opset."""
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    versions = {"" if item.domain == "ai.onnx" else item.domain: item.version for item in index.model.opset_import}
+    if domain not in versions or not onnx.defs.has(node.op_type, versions[domain], domain):
+        return {}
+    schema = onnx.defs.get_schema(node.op_type, versions[domain], domain)
+    return (_PARAMETER_DEFAULTS.get(node.op_type, {}) if domain == "" else {}) | {
+        name: _plain_value(name, onnx.helper.get_attribute_value(item.default_value))
+        for name, item in schema.attributes.items()
+        if item.default_value.type and name not in _REDUNDANT
+    }
+
+
+def _plain_value(name: str, value: Any) -> Any:
+    """A value that compares equal where it means the same; None where it says nothing."""
+    if isinstance(value, float):
+        return round(value, _DIGITS)
+    if isinstance(value, int):
+        return min(value, _LARGEST)
+    if isinstance(value, bytes):
+        return None if (name, value) == ("auto_pad", b"NOTSET") else value
+    if isinstance(value, list):
+        if name in _NEUTRAL and all(item == _NEUTRAL[name] for item in value):
+            return None
+        return [_plain_value("", item) for item in value]
+    return value
