@@ -263,7 +263,7 @@ def other_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def other_type(model: onnx.ModelProto) -> onnx.ModelProto:
     result = copy(model)
-    result.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    result.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.UINT8
     return result
 
 
@@ -291,7 +291,7 @@ DIFFERENCES: dict[str, tuple[Callable[[onnx.ModelProto], onnx.ModelProto], list[
     "weight shape": (other_weight, ["Conv:c", "(12, 8, 3, 3)", "(12, 4, 3, 3)"]),
     "outputs": (other_outputs, ["outputs", "1", "2"]),
     "inputs": (other_inputs, ["inputs", "1", "2"]),
-    "input type": (other_type, ["'x'", "FLOAT16"]),
+    "input type": (other_type, ["'x'", "UINT8"]),
     "constant operand": (constant_shortcut, ["ones"]),
     "other source": (skipped_layer, ["stem_n"]),
 }
