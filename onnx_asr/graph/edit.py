@@ -30,11 +30,13 @@ class EditPlan:
         values: (node position, input slot) to the new value of that input.
         added_bias: Position of a MatMul without bias to the per-channel values of an Add to put behind it.
         notes: Node position to a sentence for the node's doc string.
+        attributes: (node position, attribute name) to the attribute's new value.
     """
 
     values: dict[Slot, NDArray[Any]] = field(default_factory=dict)
     added_bias: dict[int, NDArray[Any]] = field(default_factory=dict)
     notes: dict[int, str] = field(default_factory=dict)
+    attributes: dict[tuple[int, str], int | list[int]] = field(default_factory=dict)
 
     def current(self, index: GraphIndex, node: int, slot: int) -> NDArray[Any] | None:
         """The planned value of an input, else the model's constant, else None where the input is absent."""
@@ -54,9 +56,10 @@ class EditPlan:
         self.values.update(other.values)
         self.added_bias.update(other.added_bias)
         self.notes.update(other.notes)
+        self.attributes.update(other.attributes)
 
     def __len__(self) -> int:
-        return len(self.values) + len(self.added_bias)
+        return len(self.values) + len(self.added_bias) + len(self.attributes)
 
 
 def stored(index: GraphIndex, node: int, slot: int, value: NDArray[Any]) -> NDArray[Any]:
@@ -111,6 +114,8 @@ def apply(index: GraphIndex, plan: EditPlan, metadata: Mapping[str, str] | None 
     writer = _Writer(model, index, _tied(index, plan))
     for (node, slot), value in sorted(values.items(), key=lambda item: item[0]):
         writer.write(node, slot, value)
+    for (node, name), setting in plan.attributes.items():
+        writer.set_attribute(node, name, setting)
     writer.remove_orphans()
     for node, note in plan.notes.items():
         target = writer.nodes[node]
@@ -171,7 +176,7 @@ class _Writer:
     def write(self, node: int, slot: int, value: NDArray[Any]) -> None:
         target = self.nodes[node]
         name = target.input[slot] if slot < len(target.input) else ""
-        if name in self.tied and self.index.value(name).shape == value.shape:
+        if name in self.tied:
             holder = self.initializers.get(name)
             if holder is None:
                 producer = self.nodes[self.index.producer[name]]
@@ -181,6 +186,7 @@ class _Writer:
                 fresh = numpy_helper.from_array(value, holder.name)
                 fresh.doc_string = holder.doc_string
                 holder.CopyFrom(fresh)
+                self._declare(name, value.shape)
                 return
         fallback = f"{target.output[0]}_input{slot}"
         private = unique_name(self.taken, f"{name}_repaired" if name else fallback)
@@ -197,6 +203,18 @@ class _Writer:
         if self.model.ir_version < 4:  # there, every initializer has to be a graph input as well
             declared = onnx.helper.make_tensor_value_info(name, tensor.data_type, list(value.shape))
             self.model.graph.input.append(declared)
+
+    def _declare(self, name: str, shape: tuple[int, ...]) -> None:
+        """Correct the shape of a constant where the graph states it."""
+        for value in (*self.model.graph.input, *self.model.graph.value_info):
+            if value.name == name:
+                declared = onnx.helper.make_tensor_value_info(name, value.type.tensor_type.elem_type, shape)
+                value.type.CopyFrom(declared.type)
+
+    def set_attribute(self, node: int, name: str, setting: int | list[int]) -> None:
+        """Give an attribute of a node another value."""
+        item = next(item for item in self.nodes[node].attribute if item.name == name)
+        item.CopyFrom(onnx.helper.make_attribute(name, setting))
 
     def remove_orphans(self) -> None:
         """Remove constants that lost their last reader to a private copy, and what only fed them."""
