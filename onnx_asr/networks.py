@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from onnx_asr.calibration import Calibration
-from onnx_asr.engine.lockstep import BufferPool, Lane
+from onnx_asr.engine.lockstep import BufferPool, Chunk, Lane
 from onnx_asr.engine.session import Runtime
 from onnx_asr.errors import ModelError
+from onnx_asr.graph.channel_rules import trace
+from onnx_asr.graph.channels import cut, read_kept, units_left_out
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex, ancestors
 from onnx_asr.graph.match import Pairing, match
@@ -36,12 +41,23 @@ class Execution:
 
 @dataclass(frozen=True)
 class Networks:
-    """A pruned network, its correction points, and the dense one it came from, if there is one."""
+    """A pruned network, its correction points, and the dense one it came from, if there is one.
+
+    Attributes:
+        pruned: The pruned network.
+        survey: Its correction points.
+        dense: The dense network's parameters; where channels were removed, those of the channels that are left.
+        pairing: What corresponds to what in ``pruned`` and ``dense``.
+        whole: The dense network that is run: ``dense`` before any channel was removed.
+        kept: Tensor of ``whole`` to its channel axis and the channels that are left, where some are missing.
+    """
 
     pruned: GraphIndex
     survey: Survey
     dense: GraphIndex | None
     pairing: Pairing | None
+    whole: GraphIndex | None
+    kept: dict[str, tuple[int, NDArray[np.int64]]]
 
     @classmethod
     def of(cls, pruned: onnx.ModelProto, dense: onnx.ModelProto | None) -> Networks:
@@ -61,10 +77,16 @@ class Networks:
             )
         check_finite(index, "pruned")
         if dense is None:
-            return cls(index, found, None, None)
-        dense_index = GraphIndex.of(dense)
-        check_finite(dense_index, "dense")
-        return cls(index, found, dense_index, match(index, dense_index))
+            return cls(index, found, None, None, None, {})
+        whole = GraphIndex.of(dense)
+        check_finite(whole, "dense")
+        kept = read_kept(pruned)
+        if not kept:
+            return cls(index, found, whole, match(index, whole), whole, {})
+        channels = trace(whole)
+        drop = units_left_out(whole, channels, kept)
+        left = GraphIndex.of(cut(whole, channels, drop))
+        return cls(index, found, left, match(index, left), whole, channels.kept(drop))
 
     def dense_tensor(self, name: str) -> str:
         """The dense network's counterpart of a tensor."""
@@ -103,10 +125,17 @@ class Networks:
         self, targets: Iterable[str], calibration: Calibration, pool: BufferPool, execution: Execution
     ) -> Lane:
         """The dense network at the start of a walk, fed with the same arrays."""
-        assert self.dense is not None
-        renamed = dict(zip((v.name for v in self.pruned.inputs), (v.name for v in self.dense.inputs), strict=True))
+        assert self.whole is not None
+        renamed = dict(zip((v.name for v in self.pruned.inputs), (v.name for v in self.whole.inputs), strict=True))
         chunks = [{renamed[name]: value for name, value in chunk.items()} for chunk in calibration.chunks]
-        return Lane(self.dense, targets, chunks, pool, execution.runtime)
+        return Lane(self.whole, targets, chunks, pool, execution.runtime)
+
+    def dense_value(self, chunk: Chunk, name: str) -> NDArray[Any]:
+        """A tensor of the dense lane, of the channels that are left in the pruned network."""
+        if name not in self.kept:
+            return chunk[name]
+        axis, positions = self.kept[name]
+        return chunk[name].take(positions, axis)
 
 
 def by_level(points: Sequence[Point]) -> Iterator[tuple[int, list[Point]]]:

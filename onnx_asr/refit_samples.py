@@ -80,13 +80,13 @@ class RowSampler:
         """Take rows from the next chunk."""
         source = pruned[self.context.source]
         names = self.dense_targets
-        output = dense[names[0]]
+        output = self.networks.dense_value(dense, names[0])
         x, pick = self._sample(source, output)
         self._keep(x)
         target = pick(output)
         if len(names) > 1:
             assert self.context.shortcut is not None
-            target = target + pick(np.broadcast_to(dense[names[1]], output.shape))
+            target = target + pick(np.broadcast_to(self.networks.dense_value(dense, names[1]), output.shape))
             shortcut = pick(np.broadcast_to(pruned[self.context.shortcut], output.shape))
             self._shortcut.append(shortcut)
             self._preactivation.append(target)
