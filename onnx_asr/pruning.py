@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.graph.edit import EditPlan, apply, set_metadata
 from onnx_asr.graph.index import GraphIndex
-from onnx_asr.graph.points import Point, Skip, rows_to_weight, survey, weight_rows
+from onnx_asr.graph.points import Point, Skip, rows_to_weight, survey, weight_blocks
 from onnx_asr.model_io import ModelSource, check_finite, load
 from onnx_asr.numerics.masks import keep_count, keep_largest, keep_n_of_m
 from onnx_asr.version import __version__
@@ -39,6 +39,11 @@ class Pattern:
         """
         if text == "unstructured":
             return cls()
+        if text == "channel":
+            raise OptionError(
+                "whole channels are removed by 'prune --pattern channel' (onnx_asr.prune_channels); 'repair' restores "
+                "the accuracy afterwards"
+            )
         found = re.fullmatch(r"(\d+):(\d+)", text)
         if not found or not 0 < int(found[1]) < int(found[2]):
             raise OptionError(f"pattern '{text}' is unknown: give 'unstructured', or N:M with 0 < N < M, such as 2:4")
@@ -165,14 +170,23 @@ def check_sparsity(sparsity: float | None, pattern: Pattern) -> None:
     Raises:
         OptionError: Saying what was received.
     """
-    if pattern.n is not None:
-        if sparsity is not None:
-            raise OptionError(f"pattern {pattern} sets the sparsity itself: leave --sparsity out")
-        return
+    if pattern.n is None:
+        check_share(sparsity, "weights to zero")
+    elif sparsity is not None:
+        raise OptionError(f"pattern {pattern} sets the sparsity itself: leave --sparsity out")
+
+
+def check_share(sparsity: float | None, what: str) -> float:
+    """The sparsity, if it is one.
+
+    Raises:
+        OptionError: When it is missing or outside [0, 1).
+    """
     if sparsity is None:
-        raise OptionError("the sparsity is missing: give the share of weights to zero, 0 <= sparsity < 1")
+        raise OptionError(f"the sparsity is missing: give the share of {what}, 0 <= sparsity < 1")
     if not (math.isfinite(sparsity) and 0 <= sparsity < 1):
-        raise OptionError(f"sparsity {sparsity} is out of range: give the share of weights to zero, 0 <= sparsity < 1")
+        raise OptionError(f"sparsity {sparsity} is out of range: give the share of {what}, 0 <= sparsity < 1")
+    return sparsity
 
 
 def prune(
@@ -205,8 +219,7 @@ def prune(
     """
     shape = Pattern.parse(pattern)
     check_sparsity(sparsity, shape)
-    if scope not in ("global", "layer"):
-        raise OptionError(f"scope '{scope}' is unknown: give 'global' or 'layer'")
+    check_scope(scope)
     index = GraphIndex.of(load(model))
     check_finite(index, "dense")
     weights, skips = prunable_weights(index, include, exclude)
@@ -227,6 +240,16 @@ def prune(
         "exclude": list(exclude),
     }
     return apply_masks(index, weights, masks, [*skips, *narrow], options)
+
+
+def check_scope(scope: str) -> None:
+    """Refuse an unknown scope.
+
+    Raises:
+        OptionError: Saying which there are.
+    """
+    if scope not in get_args(Scope):
+        raise OptionError(f"scope '{scope}' is unknown: give 'global' or 'layer'")
 
 
 def split_narrow(
@@ -267,9 +290,8 @@ def unstructured_masks(scores: Sequence[NDArray[Any]], sparsity: float, scope: S
 def _channel_view(index: GraphIndex, weight: PrunableWeight, value: NDArray[Any]) -> NDArray[Any]:
     """[C_out, C_in / group, taps]."""
     point = weight.points[0]
-    taps = math.prod(value.shape[2:]) if point.kind in ("Conv", "ConvTranspose") else 1
-    rows = weight_rows(point, index.nodes[point.node], value)
-    return rows.reshape(len(rows), -1, taps)
+    blocks = weight_blocks(point, index.nodes[point.node], value)
+    return blocks.reshape(-1, *blocks.shape[2:])
 
 
 def apply_masks(
