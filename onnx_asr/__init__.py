@@ -12,6 +12,7 @@ from onnx_asr.ownership import check_owner
 from onnx_asr.version import __version__
 
 if TYPE_CHECKING:
+    from onnx_asr.channel_pruning import ChannelPruneResult, prune_channels
     from onnx_asr.compression import CompressOptions, CompressResult, compress
     from onnx_asr.data import Preprocessing
     from onnx_asr.evaluation import evaluate
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from onnx_asr.result import RepairResult
 
 _HOME = {
+    "ChannelPruneResult": "channel_pruning",
     "CompressOptions": "compression",
     "CompressResult": "compression",
     "Execution": "networks",
@@ -33,11 +35,13 @@ _HOME = {
     "compress": "compression",
     "evaluate": "evaluation",
     "prune": "pruning",
+    "prune_channels": "channel_pruning",
     "repair": "repairing",
     "save": "model_io",
 }
 
 __all__ = [
+    "ChannelPruneResult",
     "CompressOptions",
     "CompressResult",
     "Execution",
@@ -49,6 +53,7 @@ __all__ = [
     "compress",
     "evaluate",
     "prune",
+    "prune_channels",
     "repair",
     "save",
 ]

@@ -123,29 +123,45 @@ def prune(
     output: Output,
     display: Display,
     sparsity: Sparsity = None,
-    pattern: Pattern = "unstructured",
+    pattern: Annotated[
+        str,
+        typer.Option(
+            metavar="unstructured|N:M|channel",
+            help="N:M keeps N of every M consecutive input channels, as 2:4, and leaves --sparsity out; channel "
+            "removes a share of the channels, so that the net gets smaller and faster.",
+        ),
+    ] = "unstructured",
     scope: Annotated[
-        str, typer.Option(metavar="global|layer", help="Compare magnitudes over the whole net, or in each layer.")
-    ] = "global",
+        str | None,
+        typer.Option(
+            metavar="global|layer",
+            help="Rank over the whole net (the default for weights), or in each layer (for channels).",
+        ),
+    ] = None,
     include: Include = None,
     exclude: Exclude = None,
 ) -> int:
-    """Zero the weights of smallest magnitude."""
+    """Zero the weights of smallest magnitude, or remove the weakest channels."""
     from onnx_asr.model_io import check_writable, is_external, save
-    from onnx_asr.pruning import prune as run
 
     target = check_writable(output)
-    result = run(
-        model,
-        sparsity,
-        pattern=pattern,
-        scope=scope,  # type: ignore[arg-type]  # an unknown one is the pipeline's to refuse
-        include=include or (),
-        exclude=exclude or (),
-    )
-    save(result.model, target, external_data=is_external(model))
-    values = {"command": "prune", "model": model, "output": str(target), **result.to_dict()}
-    Terminal(display).result(values, *show.prune(result, str(target), display.verbose))
+    choice: dict[str, Any] = {"include": include or (), "exclude": exclude or ()}
+    if scope is not None:
+        choice["scope"] = scope
+    terminal = Terminal(display)
+    if pattern == "channel":
+        from onnx_asr.channel_pruning import prune_channels
+
+        cut = prune_channels(model, sparsity, **choice)
+        save(cut.model, target, external_data=is_external(model))
+        values, shown = cut.to_dict(), show.prune_channels(cut, str(target), display.verbose)
+    else:
+        from onnx_asr.pruning import prune as run
+
+        result = run(model, sparsity, pattern=pattern, **choice)
+        save(result.model, target, external_data=is_external(model))
+        values, shown = result.to_dict(), show.prune(result, str(target), display.verbose)
+    terminal.result({"command": "prune", "model": model, "output": str(target), **values}, *shown)
     return DONE
 
 

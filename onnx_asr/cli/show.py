@@ -11,10 +11,12 @@ from rich.console import RenderableType
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from onnx_asr.channel_pruning import ChannelPruneResult
     from onnx_asr.compression import CompressResult
     from onnx_asr.demo import DemoResult
     from onnx_asr.fidelity import Fidelity
     from onnx_asr.graph.points import Skip
+    from onnx_asr.graph.shapes import Cost
     from onnx_asr.pruning import LayerSparsity, PruneResult
     from onnx_asr.result import RepairResult, Verification
 
@@ -25,6 +27,18 @@ def prune(result: PruneResult, path: str, verbose: bool) -> Iterator[RenderableT
     """Every layer, the sum, and what took no part."""
     yield _layers(result.layers)
     yield from _skips(result.skips, verbose)
+    yield _written(path)
+
+
+def prune_channels(result: ChannelPruneResult, path: str, verbose: bool) -> Iterator[RenderableType]:
+    """Every group of channels, what took no part, and the size before and after."""
+    table = _table("layers", ">channels", ">kept", ">removed")
+    for group in result.groups:
+        share = _percent(1 - group.kept / group.channels)
+        table.add_row(", ".join(group.layers), str(group.channels), str(group.kept), share)
+    yield table
+    yield from _skips(result.skips, verbose)
+    yield _costs(result.before, result.after)
     yield _written(path)
 
 
@@ -97,6 +111,14 @@ def fidelities(columns: dict[str, Fidelity], title: str) -> Table:
         values = [getattr(fidelity, name) for fidelity in columns.values()]
         if any(value is not None for value in values):
             table.add_row(label, *(text(value) for value in values))
+    return table
+
+
+def _costs(before: Cost, after: Cost) -> Table:
+    table = _table("size", ">before", ">after", ">share")
+    for label, name in (("parameters", "parameters"), ("FLOPs", "flops"), ("bytes", "size")):
+        old, new = getattr(before, name), getattr(after, name)
+        table.add_row(label, f"{old:,}", f"{new:,}", _percent(new / max(1, old)))
     return table
 
 
