@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from onnx_asr.pruning import PruneResult, prune
     from onnx_asr.repairing import repair
     from onnx_asr.result import RepairResult
+    from onnx_asr.shrinking import ShrinkResult, shrink
 
 _HOME = {
     "ChannelPruneResult": "channel_pruning",
@@ -32,12 +33,14 @@ _HOME = {
     "PruneResult": "pruning",
     "RepairOptions": "options",
     "RepairResult": "result",
+    "ShrinkResult": "shrinking",
     "compress": "compression",
     "evaluate": "evaluation",
     "prune": "pruning",
     "prune_channels": "channel_pruning",
     "repair": "repairing",
     "save": "model_io",
+    "shrink": "shrinking",
 }
 
 __all__ = [
@@ -49,6 +52,7 @@ __all__ = [
     "PruneResult",
     "RepairOptions",
     "RepairResult",
+    "ShrinkResult",
     "__version__",
     "compress",
     "evaluate",
@@ -56,6 +60,7 @@ __all__ = [
     "prune_channels",
     "repair",
     "save",
+    "shrink",
 ]
 
 

@@ -253,6 +253,22 @@ def compress(
     return _verdict(improved, "compressed model", "its last mask without repair", target, force)
 
 
+@_command("shrink")
+def shrink(model: Model, output: Output, machine: Machine, display: Display) -> int:
+    """Remove channels that are dead or that nobody reads; the model computes what it did, in less time."""
+    from onnx_asr.model_io import check_writable, is_external, save
+    from onnx_asr.shrinking import shrink as run
+
+    target = check_writable(output)
+    terminal = Terminal(display)
+    with terminal.progress() as progress:
+        result = run(model, runtime=machine.runtime(display.verbose), progress=progress)
+    save(result.model, target, external_data=is_external(model))
+    values = {"command": "shrink", "model": model, "output": str(target), **result.to_dict()}
+    terminal.result(values, *show.shrink(result, str(target), display.verbose))
+    return DONE
+
+
 @_command("evaluate")
 def evaluate(
     model: Model,

@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from onnx_asr.channel_pruning import ChannelPruneResult
+    from onnx_asr.channel_pruning import ChannelGroup, ChannelPruneResult
     from onnx_asr.compression import CompressResult
     from onnx_asr.demo import DemoResult
     from onnx_asr.fidelity import Fidelity
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from onnx_asr.graph.shapes import Cost
     from onnx_asr.pruning import LayerSparsity, PruneResult
     from onnx_asr.result import RepairResult, Verification
+    from onnx_asr.shrinking import ShrinkResult
 
 _FEW = 5  # skipped nodes of one reason that are named without -v
 
@@ -32,12 +33,18 @@ def prune(result: PruneResult, path: str, verbose: bool) -> Iterator[RenderableT
 
 def prune_channels(result: ChannelPruneResult, path: str, verbose: bool) -> Iterator[RenderableType]:
     """Every group of channels, what took no part, and the size before and after."""
-    table = _table("layers", ">channels", ">kept", ">removed")
-    for group in result.groups:
-        share = _percent(1 - group.kept / group.channels)
-        table.add_row(", ".join(group.layers), str(group.channels), str(group.kept), share)
-    yield table
+    yield _groups(result.groups, verbose)
     yield from _skips(result.skips, verbose)
+    yield _costs(result.before, result.after)
+    yield _written(path)
+
+
+def shrink(result: ShrinkResult, path: str, verbose: bool) -> Iterator[RenderableType]:
+    """Layers that lost channels, what had to stay, and the size before and after."""
+    yield _groups(result.layers, verbose)
+    for note in result.notes:
+        yield f"note: {note}"
+    yield f"outputs differ by {_number(result.error)} of their size on random input"
     yield _costs(result.before, result.after)
     yield _written(path)
 
@@ -111,6 +118,14 @@ def fidelities(columns: dict[str, Fidelity], title: str) -> Table:
         values = [getattr(fidelity, name) for fidelity in columns.values()]
         if any(value is not None for value in values):
             table.add_row(label, *(text(value) for value in values))
+    return table
+
+
+def _groups(groups: Sequence[ChannelGroup], verbose: bool) -> Table:
+    table = _table("layers", ">channels", ">kept", ">removed")
+    for group in groups:
+        share = _percent(1 - group.kept / group.channels)
+        table.add_row(_named(group.layers, 2, verbose), str(group.channels), str(group.kept), share)
     return table
 
 
@@ -194,9 +209,14 @@ def _skips(skips: Sequence[Skip], verbose: bool) -> Iterator[str]:
     for skip in skips:
         reasons.setdefault(skip.reason, []).append(f"{skip.name} ({skip.op_type})")
     for reason, names in reasons.items():
-        shown = names if verbose else names[:_FEW]
-        more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
-        yield f"left alone: {', '.join(shown)}{more}: {reason}"
+        yield f"left alone: {_named(names, _FEW, verbose)}: {reason}"
+
+
+def _named(names: Sequence[str], few: int, verbose: bool) -> str:
+    """The first names and how many more there are, or all."""
+    shown = names if verbose else names[:few]
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return f"{', '.join(shown)}{more}"
 
 
 def _table(*columns: str) -> Table:

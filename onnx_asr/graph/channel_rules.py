@@ -31,8 +31,7 @@ def _varying(count: int) -> Floats:
 
 def _convolution(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
     weight = tracer.constant(node.input[1], "weight")
-    has_bias = len(node.input) > 2 and bool(node.input[2])
-    bias = tracer.constant(node.input[2], "bias") if has_bias else None
+    bias = tracer.constant(node.input[2], "bias") if len(node.input) > 2 and node.input[2] else None
     transposed = node.op_type == "ConvTranspose"
     groups = int(attribute(node, "group", 1))
     inputs, outputs = weight.shape[:2] if transposed else weight.shape[1::-1]
@@ -66,8 +65,7 @@ def _convolution(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
         exact = (carried == 0) | (not pads(node) and not transposed)
         through = np.where(exact & ~np.isnan(carried), carried, np.nan) * taps
         constant = np.where(np.isnan(constant), through + (0 if bias is None else bias), constant)
-    if has_bias:
-        tracer.slices.append(Sliced(position, 2, 0, ids))
+    tracer.slices.append(Sliced(position, 2, 0, ids))
     tracer.make(node.output[0], 1, ids, constant)
 
 
@@ -89,13 +87,14 @@ def _gemm(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
     ids = tracer.new(weight.shape[outer])
     tracer.slices.append(Sliced(position, 1, outer, ids))
     constant = np.where(weight.any(axis=inner), np.nan, 0.0)
-    if bias is not None:
+    if bias is None:
+        tracer.slices.append(Sliced(position, 2, 0, ids))
+    else:
         if bias.ndim and bias.shape[-1] > 1:
             tracer.slices.append(Sliced(position, 2, bias.ndim - 1, ids))
-        if bias.size == bias.shape[-1] if bias.ndim else True:
-            constant = constant + attribute(node, "beta", 1.0) * bias.reshape(-1)
-        else:
-            constant = _varying(len(ids))
+        per_channel = bias.size == (bias.shape[-1] if bias.ndim else 1)
+        added = bias.reshape(-1) if per_channel else _varying(len(ids))
+        constant = constant + attribute(node, "beta", 1.0) * added
     tracer.make(node.output[0], 1, ids, constant)
 
 
@@ -132,6 +131,7 @@ def _normalization(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
     constant = _varying(len(labels.ids))
     if node.op_type == "BatchNormalization":
         constant = _evaluated(tracer, position, node, labels, [labels.constant])
+        constant = np.where(values[0] == 0, values[1].astype(np.float64), constant)
     tracer.labels[node.output[0]] = replace(labels, constant=constant)
 
 

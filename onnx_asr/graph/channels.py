@@ -57,7 +57,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class Sliced:
-    """A constant input that has one entry a channel along an axis."""
+    """A constant input that has one entry a channel along an axis; a bias may be absent."""
 
     node: int
     slot: int
@@ -178,8 +178,11 @@ def _slice_constants(index: GraphIndex, channels: Channels, drop: Flags, plan: E
     shared: dict[tuple[Any, ...], NDArray[Any]] = {}
     for (node, slot), items in sites.items():
         planned = plan.values.get((node, slot))
+        inputs = index.nodes[node].input
+        name = inputs[slot] if slot < len(inputs) else ""
+        if planned is None and not name:
+            continue
         keeps = [(item.axis, ~drop[item.ids]) for item in items]
-        name = index.nodes[node].input[slot]
         key = (name, id(planned), *((axis, keep.tobytes()) for axis, keep in keeps))
         if key not in shared:
             value = index.value(name) if planned is None else stored(index, node, slot, planned)
