@@ -164,9 +164,7 @@ class Tracer:
         if is_standard(node, "Unsqueeze", "Squeeze", "Cast", "Identity"):
             entries = self.sizes[node.input[0]]
         elif is_standard(node, "Concat"):
-            parts = [self.entries(name) for name in node.input]
-            if all(part is not None for part in parts):
-                entries = [entry for part in parts for entry in part or ()]
+            entries = self._joined_entries(node)
         elif is_standard(node, "Gather", "Slice") and all(self.index.is_constant(name) for name in node.input[1:]):
             before = self.sizes[node.input[0]]
             feeds = {node.input[0]: np.arange(len(before))}
@@ -188,8 +186,20 @@ class Tracer:
             return [int(item) for item in self.index.value(name).reshape(-1)]
         if name in self.sizes:
             return self.sizes[name]
+        maker = self.index.producer.get(name)
+        if maker is not None and is_standard(self.index.nodes[maker], "Concat"):
+            return self._joined_entries(self.index.nodes[maker])
         shape = self.shapes.get(name)
         return None if shape is None else [None] * math.prod(shape)
+
+    def _joined_entries(self, node: onnx.NodeProto) -> list[int | Ids | None] | None:
+        joined: list[int | Ids | None] = []
+        for name in node.input:
+            part = self.entries(name)
+            if part is None:
+                return None
+            joined += part
+        return joined
 
     def count_entry(self, position: int, slot: int, entry: int, ids: Ids, inferred: tuple[int, ...] = ()) -> None:
         """See that an entry of a shape vector follows the number of channels."""

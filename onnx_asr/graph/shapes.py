@@ -9,6 +9,7 @@ import onnx
 from onnx import numpy_helper
 
 from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex, attribute, is_standard
+from onnx_asr.graph.segments import MIN_IR_VERSION
 
 Shape = tuple[int, ...]
 
@@ -54,7 +55,7 @@ def typical_shapes(index: GraphIndex) -> dict[str, Shape]:
         shape = typical_shape(item)
         graph.input.append(onnx.helper.make_tensor_value_info(item.name, item.type.tensor_type.elem_type, shape))
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in index.outputs)
-    model = onnx.ModelProto(ir_version=index.model.ir_version, graph=graph)
+    model = onnx.ModelProto(ir_version=max(index.model.ir_version, MIN_IR_VERSION), graph=graph)
     model.opset_import.extend(index.model.opset_import)
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     shapes = {item.name: typical_shape(item) for item in index.inputs}
