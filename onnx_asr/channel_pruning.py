@@ -1,12 +1,14 @@
 """Pruning of whole channels: the model gets smaller and faster, in any runtime.
 
 Channels that can only go together (see ``graph.channels``) are one unit, and units that occur in the same tensors are
-a group. A unit's score is the norm of all weights that make it times the norm of all weights that read it,
+a group. A unit's score is the norm of all weights that make it, times the norm of all weights that read it, with the
+scale ``a = gamma / sqrt(var + eps)`` of a BatchNormalization behind the reader,
 
-    score = |rows| |columns|,
+    score = |W_rows| |a W'_columns|.
 
-which does not change when a channel is scaled and its readers are scaled back. On a ResNet-20 it came out
-ahead of the row norms alone, and both far ahead of scores with BatchNormalization folded into the rows.
+It does not change when a channel is scaled and its readers are scaled back. Scores that look at how much of the signal
+a channel carries (gamma, or the standard deviation behind the ReLU that gamma and beta imply, in place of the rows)
+leave a better net before a repair and a worse one after it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnx_asr.errors import ModelError
+from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.graph.channel_rules import trace
 from onnx_asr.graph.channels import Channels, Floats, Ids, cut
 from onnx_asr.graph.edit import EditPlan, set_metadata
@@ -29,7 +31,7 @@ from onnx_asr.graph.shapes import Cost, cost
 from onnx_asr.model_io import ModelSource, check_finite, load
 from onnx_asr.numerics.masks import keep_count, keep_largest
 from onnx_asr.pruning import Scope, check_scope, check_share, prunable_weights
-from onnx_asr.rewrite import read_blocks
+from onnx_asr.rewrite import read_batchnorm, read_blocks
 from onnx_asr.version import __version__
 
 
@@ -84,28 +86,34 @@ def prune_channels(
     sparsity: float | None = None,
     *,
     scope: Scope = "layer",
+    multiple: int = 1,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> ChannelPruneResult:
     """Remove the channels of smallest score.
 
     ``round(sparsity n)`` of the ``n`` channels of every group go (scope "layer"), or of all groups together, scores
-    divided by their group's mean ("global"); one channel of every group stays in any case.
+    divided by their group's mean ("global"); what is left of a group is rounded to a multiple; one channel of every
+    group stays in any case.
 
     Args:
         model: Path or ModelProto of the dense model; it is not changed.
         sparsity: Share of channels to remove, in [0, 1).
         scope: Compare scores within each group or over the whole network.
+        multiple: What the number of channels left in a group is rounded to, at least one multiple and at most all.
+            Vectorised kernels work on blocks of 8 or 16 channels and are much slower on what does not fill them.
         include: Regular expressions on node or weight names; a group takes part when all layers that make it do.
             Empty for all.
         exclude: Regular expressions that take layers out again.
 
     Raises:
-        OptionError: Sparsity out of range, or no layer chosen.
+        OptionError: Sparsity or multiple out of range, or no layer chosen.
         ModelError: Not an ONNX model, quantized, weights not finite, or no channel that can be removed.
     """
     share = check_share(sparsity, "channels to remove")
     check_scope(scope)
+    if multiple < 1:
+        raise OptionError(f"multiple {multiple} is out of range: give at least 1, as 8")
     index = GraphIndex.of(load(model))
     check_finite(index, "dense")
     weights, skips = prunable_weights(index, include, exclude)
@@ -119,7 +127,7 @@ def prune_channels(
         raise ModelError(f"no channel of the model can be removed ({reasons})")
     scores = channel_scores(index, channels, points)
     drop = np.zeros(channels.units, bool)
-    for group, keep in zip(groups, _keep([scores[group] for group in groups], share, scope), strict=True):
+    for group, keep in zip(groups, _keep([scores[group] for group in groups], share, scope, multiple), strict=True):
         drop[group[~keep]] = True
     pruned = cut(index, channels, drop)
     set_metadata(pruned, "onnx_asr.version", __version__)
@@ -127,6 +135,7 @@ def prune_channels(
         "sparsity": share,
         "pattern": "channel",
         "scope": scope,
+        "multiple": multiple,
         "include": list(include),
         "exclude": list(exclude),
     }
@@ -144,12 +153,17 @@ def channel_scores(index: GraphIndex, channels: Channels, points: Sequence[Point
     by_node = {point.node: point for point in points}
     for point in points:
         if point.tensor in channels.tensors:
-            squares = np.square(read_blocks(index, nothing, point)).sum(axis=(2, 3)).reshape(-1)
-            np.add.at(rows, channels.tensors[point.tensor].ids, squares)
+            squares = np.square(read_blocks(index, nothing, point)).sum(axis=(2, 3))  # [G, O]
+            np.add.at(rows, channels.tensors[point.tensor].ids, squares.reshape(-1))
     for read in channels.reads:
         if read.node in by_node:
-            squares = np.square(read_blocks(index, nothing, by_node[read.node])).sum(axis=(1, 3)).reshape(-1)
-            np.add.at(columns, read.labels.ids, squares)
+            reader = by_node[read.node]
+            blocks = read_blocks(index, nothing, reader)
+            if reader.batchnorm is not None:
+                slope = read_batchnorm(index, nothing, reader.batchnorm).slope
+                blocks = blocks * slope.reshape(*blocks.shape[:2], 1, 1)
+            squares = np.square(blocks).sum(axis=(1, 3))  # [G, I]
+            np.add.at(columns, read.labels.ids, squares.reshape(-1))
     return np.sqrt(rows * columns)
 
 
@@ -190,7 +204,7 @@ def _uncut(channels: Channels, points: Sequence[Point], groups: Sequence[Ids]) -
     return skips
 
 
-def _keep(scores: Sequence[Floats], share: float, scope: Scope) -> list[NDArray[np.bool_]]:
+def _keep(scores: Sequence[Floats], share: float, scope: Scope, multiple: int) -> list[NDArray[np.bool_]]:
     """Masks of the channels that stay, the best of every group among them."""
     relative = []
     for score in scores:
@@ -198,5 +212,9 @@ def _keep(scores: Sequence[Floats], share: float, scope: Scope) -> list[NDArray[
         value[score.argmax()] = np.inf
         relative.append(value)
     if scope == "layer":
-        return [keep_largest([value], max(1, keep_count(value.size, share)))[0] for value in relative]
-    return keep_largest(relative, max(len(relative), keep_count(sum(value.size for value in relative), share)))
+        counts = [max(1, keep_count(value.size, share)) for value in relative]
+    else:
+        total = keep_count(sum(value.size for value in relative), share)
+        counts = [int(mask.sum()) for mask in keep_largest(relative, max(len(relative), total))]
+    rounded = [max(1, round(count / multiple)) * multiple for count in counts]
+    return [keep_largest([value], min(value.size, count))[0] for value, count in zip(relative, rounded, strict=True)]

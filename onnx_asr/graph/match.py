@@ -111,7 +111,10 @@ def _compare(pruned: GraphIndex, position: int, dense: GraphIndex, counterpart: 
         if pruned.is_constant(mine[slot]) and dense.is_constant(its[slot]):
             shape, twin = pruned.value(mine[slot]).shape, dense.value(its[slot]).shape
             if len(shape) > 1 and shape != twin:
-                raise _differ(f"{here} has a parameter of shape {shape}, {there} in the dense one {twin}")
+                raise _differ(
+                    f"{here} has a parameter of shape {shape}, {there} in the dense one {twin} (which channels are "
+                    "left is known only of models that prune or shrink made smaller)"
+                )
 
 
 def _captured(pruned: GraphIndex, position: int, dense: GraphIndex, counterpart: int) -> list[tuple[str, str]]:

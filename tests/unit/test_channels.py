@@ -427,6 +427,16 @@ def test_global_scope_counts_all_channels_together() -> None:
     assert [group.kept for group in extreme.groups] == [1] * len(extreme.groups)
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_multiples_of_channels_are_left(scope: Any) -> None:
+    result = prune_channels(digits("mobilenet"), 0.35, scope=scope, multiple=16)
+    for group in result.groups:
+        assert group.kept % 16 == 0 or group.kept == group.channels
+        assert group.kept >= 16
+        if scope == "layer":
+            assert abs(group.kept - 0.65 * group.channels) <= 8.5
+
+
 def test_the_channels_of_smallest_score_go() -> None:
     model = graph("chain")
     found = index(model)
@@ -441,7 +451,7 @@ def test_the_channels_of_smallest_score_go() -> None:
 
 def test_a_group_is_cut_only_if_all_its_layers_are_chosen() -> None:
     result = prune_channels(residual_net(), 0.5, exclude=["^b_w$"])
-    assert result.groups == ()[:0] or all("Conv:stem" not in group.layers for group in result.groups)
+    assert all("Conv:stem" not in group.layers for group in result.groups)
     assert {skip.name: skip.reason for skip in result.skips}["Conv:stem"].startswith("its channels go only together")
     inner = prune_channels(digits("resnet"), 0.5, include=[r"body\.0"])
     assert all(len(group.layers) == 1 for group in inner.groups)
@@ -453,6 +463,7 @@ def test_a_group_is_cut_only_if_all_its_layers_are_chosen() -> None:
         ({"sparsity": 1.0}, OptionError, "out of range: give the share of channels"),
         ({}, OptionError, "missing"),
         ({"sparsity": 0.5, "scope": "world"}, OptionError, "scope 'world' is unknown"),
+        ({"sparsity": 0.5, "multiple": 0}, OptionError, "multiple 0 is out of range"),
         ({"sparsity": 0.5, "include": ["nobody"]}, OptionError, "leave no weight"),
         ({"sparsity": 0.5, "include": ["fc"]}, ModelError, "no channel of the model can be removed"),
     ],
