@@ -1,7 +1,7 @@
 """Removal of whole channels, on the nets and images of ../shared/assets (see MANIFEST.md there).
 
-    python tools/bench_pruning.py accuracy [--shares 0.3 0.5] [--methods none paired refit] [--images 1024]
-    python tools/bench_pruning.py latency [--flops 0.5] [--repeats 20]
+    python tools/bench_pruning.py accuracy [--graph folded] [--shares 0.3 0.5] [--methods none paired refit]
+    python tools/bench_pruning.py latency [--flops 0.5] [--repeats 30]
 
 "accuracy": shares of the inner channels of ResNet-20's blocks are removed (those between the two convolutions of a
 block, which no residual Add couples), then repaired from the first calibration images; top-1 in percent and the KL
@@ -44,7 +44,7 @@ def verdict(good: bool) -> str:
 
 def measure_accuracy(arguments: argparse.Namespace) -> None:
     net, images = NETS["resnet20"], cifar10(arguments.assets)
-    dense = onnx.load(arguments.assets / net.graphs["bn"])
+    dense = onnx.load(arguments.assets / net.graphs[arguments.graph])
     runtime = Runtime(threads=arguments.threads)
     calibration = {"images": images.calibration[: arguments.images]}
 
@@ -54,7 +54,7 @@ def measure_accuracy(arguments: argparse.Namespace) -> None:
 
     reference = outputs(dense)
     top1 = 100 * accuracy(reference, images.labels)[0]
-    print(f"ResNet-20, inner channels of its blocks, {arguments.images} calibration images; dense {top1:.1f}\n")
+    print(f"ResNet-20 ({arguments.graph}, dense {top1:.1f}), inner channels, {arguments.images} calibration images\n")
     print("| removed | parameters | FLOPs | method | top-1 | KL | goal |\n|---|---|---|---|---|---|---|")
     for share in arguments.shares:
         cut = onnx_asr.prune_channels(dense, share, include=[INNER])
@@ -73,7 +73,7 @@ def measure_accuracy(arguments: argparse.Namespace) -> None:
                 ).model
             got = outputs(model)
             top1 = 100 * accuracy(got, images.labels)[0]
-            goal = TOP1_GOALS.get((share, method))
+            goal = TOP1_GOALS.get((share, method)) if arguments.graph == "bn" else None
             bar = "" if goal is None else f">= {goal:g}: {verdict(round(top1, 1) >= goal)}"
             kl = compare(reference, got).kl
             print(f"| {100 * share:g}% | {' | '.join(left)} | `{method}` | {top1:.1f} | {kl:.3f} | {bar} |", flush=True)
@@ -117,6 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["accuracy", "latency"])
     parser.add_argument("--shares", nargs="+", type=float, default=[0.3, 0.5], help="of channels to remove")
+    parser.add_argument("--graph", default="bn", choices=["bn", "folded"], help="BatchNormalization kept or folded")
     parser.add_argument("--methods", nargs="+", default=["none", "bn", "paired", "refit"], help="none, or as in repair")
     parser.add_argument("--images", type=int, default=1024, help="calibration images")
     parser.add_argument("--flops", type=float, default=0.5, help="share of the operations to leave")

@@ -41,7 +41,7 @@ def prune_channels(result: ChannelPruneResult, path: str, verbose: bool) -> Iter
 
 def shrink(result: ShrinkResult, path: str, verbose: bool) -> Iterator[RenderableType]:
     """Layers that lost channels, what had to stay, and the size before and after."""
-    yield _groups(result.layers, verbose)
+    yield _groups(result.layers, verbose) if result.layers else "there is no channel to remove"
     for note in result.notes:
         yield f"note: {note}"
     yield f"outputs differ by {_number(result.error)} of their size on random input"
