@@ -137,7 +137,7 @@ def _normalization(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
 
 def _elementwise(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
     """Any number of operands, broadcast against each other."""
-    names = [name for name in node.input if name]
+    names = list(dict.fromkeys(name for name in node.input if name))
     if not any(name in tracer.labels for name in names):
         return
     if attribute(node, "broadcast", 0):

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 import onnx_asr
@@ -29,6 +31,7 @@ from tests.graphs import (
     net,
     parameter,
     positions,
+    random_net,
     residual_net,
     run,
 )
@@ -236,7 +239,7 @@ def some_units(channels: Channels, seed: int, share: float = 0.4) -> Flags:
     drop = np.zeros(channels.units, bool)
     for group in channels.groups():
         if channels.removable[group].all():
-            drop[generator.permutation(group)[: max(len(group) > 1, int(share * len(group)))]] = True
+            drop[generator.permutation(group)[: max(int(len(group) > 1), int(share * len(group)))]] = True
     return drop
 
 
@@ -276,6 +279,13 @@ def test_a_cut_model_computes_what_the_masked_one_does(name: str, seed: int) -> 
     model = graph(name, seed)
     assert int(trace(index(model)).removable.sum()) == GRAPHS[name][2]
     assert_cut_equals_mask(model, {"x": images(1, seed=seed, shape=(4, 8, 8))}, seed)
+
+
+@given(st.integers(0, 10**6))
+def test_random_graphs_can_be_cut(seed: int) -> None:
+    model = random_net(seed)
+    if trace(index(model)).removable.any():
+        assert_cut_equals_mask(model, {"x": images(1, seed=seed, shape=(4, 5, 5))}, seed)
 
 
 @pytest.mark.parametrize("name", ["resnet", "mobilenet", "densenet", "vgg"])

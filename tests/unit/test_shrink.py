@@ -7,13 +7,27 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import onnx_asr.shrinking
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.pruning import prune
 from onnx_asr.shrinking import shrink
-from tests.graphs import bn, copy, digit_images, digits, first_output, images, net, parameter, set_parameter
+from tests.graphs import (
+    bn,
+    copy,
+    digit_images,
+    digits,
+    first_output,
+    images,
+    net,
+    parameter,
+    positions,
+    random_net,
+    set_parameter,
+)
 
 # name: (body of the graph from x [N,4,8,8] to y, weights, node and rows that are dead, channels left in it)
 GRAPHS: dict[str, tuple[str, dict[str, Any], int, int]] = {
@@ -143,6 +157,23 @@ def test_a_layer_that_is_all_dead_keeps_a_channel() -> None:
     assert len(parameter(result.model, 0, 1)) == 1
     x = images(2, seed=0, shape=(4, 8, 8))
     np.testing.assert_array_equal(first_output(result.model, x), first_output(model, x))
+
+
+@given(st.integers(0, 10**6))
+def test_random_graphs_with_dead_rows_and_columns_keep_their_function(seed: int) -> None:
+    model = random_net(seed)
+    draw = np.random.default_rng(seed)
+    for position in positions(model, "Conv", "ConvTranspose", "MatMul"):
+        weight = parameter(model, position, 1).copy()
+        for axis in (0, 1):
+            weight[(slice(None),) * axis + (draw.random(weight.shape[axis]) < 0.5,)] = 0
+        set_parameter(model, position, 1, weight)
+    result = shrink(model)
+    onnx.checker.check_model(result.model, full_check=True)
+    x = images(1, seed=seed, shape=(4, 5, 5))
+    expected = first_output(model, x)
+    scale = max(1.0, float(np.abs(expected).max()))
+    np.testing.assert_allclose(first_output(result.model, x), expected, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize("name", ["resnet", "mobilenet", "densenet", "vgg"])
