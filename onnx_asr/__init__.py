@@ -12,6 +12,7 @@ from onnx_asr.ownership import check_owner
 from onnx_asr.version import __version__
 
 if TYPE_CHECKING:
+    from onnx_asr.channel_pruning import ChannelPruneResult, prune_channels
     from onnx_asr.compression import CompressOptions, CompressResult, compress
     from onnx_asr.data import Preprocessing
     from onnx_asr.evaluation import evaluate
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
     from onnx_asr.pruning import PruneResult, prune
     from onnx_asr.repairing import repair
     from onnx_asr.result import RepairResult
+    from onnx_asr.shrinking import ShrinkResult, shrink
 
 _HOME = {
+    "ChannelPruneResult": "channel_pruning",
     "CompressOptions": "compression",
     "CompressResult": "compression",
     "Execution": "networks",
@@ -32,15 +35,19 @@ _HOME = {
     "PruneResult": "pruning",
     "RepairOptions": "options",
     "RepairResult": "result",
+    "ShrinkResult": "shrinking",
     "compress": "compression",
     "evaluate": "evaluation",
     "inspect": "inspection",
     "prune": "pruning",
+    "prune_channels": "channel_pruning",
     "repair": "repairing",
     "save": "model_io",
+    "shrink": "shrinking",
 }
 
 __all__ = [
+    "ChannelPruneResult",
     "CompressOptions",
     "CompressResult",
     "Execution",
@@ -49,13 +56,16 @@ __all__ = [
     "PruneResult",
     "RepairOptions",
     "RepairResult",
+    "ShrinkResult",
     "__version__",
     "compress",
     "evaluate",
     "inspect",
     "prune",
+    "prune_channels",
     "repair",
     "save",
+    "shrink",
 ]
 
 

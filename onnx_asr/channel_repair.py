@@ -153,7 +153,7 @@ def walk(networks: Networks, tracks: Sequence[Track], calibration: Calibration, 
         dense_lanes = [networks.dense_lane(twins.values(), calibration, pool, execution)] if twins else []
         if twins and not along:
             execution.progress("measuring the dense network", 0.0)
-            references = _dense_moments(dense_lanes.pop(), twins)
+            references = _dense_moments(networks, dense_lanes.pop(), twins)
             pool.trim()
         lanes = [
             networks.pruned_lane([point.tensor for point in track.points], calibration, pool, execution, track.plan)
@@ -162,7 +162,9 @@ def walk(networks: Networks, tracks: Sequence[Track], calibration: Calibration, 
         done = 0
         for _, group in by_level(every):
             execution.progress("measuring and correcting", done / len(every))
-            level = _Level(tracks, group, {point: twins[point] for point in group if point in twins} if along else {})
+            level = _Level(
+                networks, tracks, group, {point: twins[point] for point in group if point in twins} if along else {}
+            )
             lockstep([*lanes, *dense_lanes], level.targets, level.visit)
             for lane, track, moments in zip(lanes, tracks, level.moments, strict=True):
                 for point, found in moments.items():
@@ -177,7 +179,10 @@ def walk(networks: Networks, tracks: Sequence[Track], calibration: Calibration, 
 class _Level:
     """Moments of one level's points, in every track; pairs where the dense network walks along."""
 
-    def __init__(self, tracks: Sequence[Track], group: Sequence[Point], twins: Mapping[Point, str]) -> None:
+    def __init__(
+        self, networks: Networks, tracks: Sequence[Track], group: Sequence[Point], twins: Mapping[Point, str]
+    ) -> None:
+        self._networks = networks
         self._points = [[point for point in group if point in track.points] for track in tracks]
         self._tracks = tracks
         self._twins = twins
@@ -193,7 +198,8 @@ class _Level:
                 axis = point.channel_axis
                 found: Moments | PairMoments
                 if track.paired and point in self._twins:
-                    dense, pruned = chunks[-1][self._twins[point]], chunk[point.tensor]
+                    dense = self._networks.dense_value(chunks[-1], self._twins[point])
+                    pruned = chunk[point.tensor]
                     if dense.shape != pruned.shape:
                         raise unequal(point)
                     found = PairMoments.of(dense, pruned, axis)
@@ -210,12 +216,12 @@ def _merged(before: Moments | PairMoments | None, found: Moments | PairMoments) 
     return found
 
 
-def _dense_moments(lane: Lane, twins: Mapping[Point, str]) -> dict[Point, Moments]:
+def _dense_moments(networks: Networks, lane: Lane, twins: Mapping[Point, str]) -> dict[Point, Moments]:
     result: dict[Point, Moments] = {}
 
     def visit(number: int, chunks: list[Chunk]) -> None:
         for point, name in twins.items():
-            moments = Moments.of(chunks[0][name], point.channel_axis)
+            moments = Moments.of(networks.dense_value(chunks[0], name), point.channel_axis)
             result[point] = result[point].merge(moments) if point in result else moments
 
     lockstep([lane], [list(twins.values())], visit)

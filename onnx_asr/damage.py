@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_asr.calibration import Calibration, batch_size_for, input_specs, load_calibration
+from onnx_asr.calibration import Calibration, batch_size_for, fixed_batch, input_specs, load_calibration
 from onnx_asr.data import Dataset
 from onnx_asr.engine.lockstep import BufferPool, Chunk, Lane, lockstep
 from onnx_asr.graph.index import GraphIndex
@@ -136,7 +136,7 @@ def draw_samples(
     """
     specs = input_specs(index)
     size = batch_size_for(specs, batch_size)
-    fixed = specs[0].shape[0] is not None
+    fixed = fixed_batch(specs) is not None
     order = np.random.default_rng(seed).permutation(indices)[: max(samples, size) if fixed else samples]
     if not fixed:
         size = min(size, max(1, len(order) // 2))
@@ -145,8 +145,8 @@ def draw_samples(
 
 def measure_damage(
     networks: Networks, versions: Sequence[GraphIndex], calibration: Calibration, execution: Execution
-) -> list[tuple[PointDamage, ...]]:
-    """The damage at every point of the pruned network, in each of several versions of it, in one walk.
+) -> list[dict[int, PointDamage]]:
+    """The damage in each of several versions of the pruned network: by node position, at every point; in one walk.
 
     Args:
         networks: The pruned network with its dense one.
@@ -164,14 +164,18 @@ def measure_damage(
         half = number % 2
         for chunk, halves in zip(chunks[1:], found, strict=True):
             for point, name, twin, moments in zip(points, tensors, twins, halves, strict=True):
-                pair = PairMoments.of(chunks[0][twin], chunk[name], point.channel_axis)
+                dense = networks.dense_value(chunks[0], twin)
+                pair = PairMoments.of(dense, chunk[name], point.channel_axis)
                 moments[half] = moments[half].merge(pair) if half in moments else pair
 
     with BufferPool(execution.memory_limit) as pool:
         lanes = [networks.dense_lane(twins, calibration, pool, execution)]
         lanes += [Lane(index, tensors, calibration.chunks, pool, execution.runtime) for index in versions]
         lockstep(lanes, [twins, *[tensors] * len(versions)], visit)
-    return [tuple(PointDamage.of(list(halves.values())) for halves in version) for version in found]
+    return [
+        {point.node: PointDamage.of(list(halves.values())) for point, halves in zip(points, version, strict=True)}
+        for version in found
+    ]
 
 
 def _measured(index: GraphIndex, point: Point) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -266,7 +266,7 @@ def inspect(
     return describe(network, damage, calibration.count)
 
 
-def describe(model: onnx.ModelProto, damage: Sequence[PointDamage] = (), samples: int = 0) -> Inspection:
+def describe(model: onnx.ModelProto, damage: Mapping[int, PointDamage] | None = None, samples: int = 0) -> Inspection:
     """What is in a model, with the damage at each of its points where that was measured.
 
     Raises:
@@ -275,7 +275,7 @@ def describe(model: onnx.ModelProto, damage: Sequence[PointDamage] = (), samples
     index = GraphIndex.of(model)
     found = survey(index)
     check_finite(index, "given")
-    layers = [_layer(index, point, damage[number] if damage else None) for number, point in enumerate(found.points)]
+    layers = [_layer(index, point, (damage or {}).get(point.node)) for point in found.points]
     return Inspection(
         opset=next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0),
         nodes=len(index.nodes),
@@ -285,8 +285,10 @@ def describe(model: onnx.ModelProto, damage: Sequence[PointDamage] = (), samples
         layers=tuple(layers),
         skips=found.skips,
         methods={
-            "with_dense": _methods(Networks(index, found, index, None)),  # only whether there is one is asked
-            "without_dense": _methods(Networks(index, found, None, None)),
+            "with_dense": _methods(
+                Networks(index, found, index, None, index, {})
+            ),  # only whether there is one is asked
+            "without_dense": _methods(Networks(index, found, None, None, None, {})),
         },
         metadata={item.key: item.value for item in model.metadata_props if item.key.startswith(_METADATA_PREFIX)},
         samples=samples,

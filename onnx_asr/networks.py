@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from onnx_asr.calibration import Calibration, input_specs
-from onnx_asr.engine.lockstep import BufferPool, Lane
+from onnx_asr.engine.lockstep import BufferPool, Chunk, Lane
 from onnx_asr.engine.session import Runtime
 from onnx_asr.errors import ModelError
+from onnx_asr.graph.channel_rules import trace
+from onnx_asr.graph.channels import cut, read_kept, units_left_out
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex, ancestors
 from onnx_asr.graph.match import Pairing, match
@@ -37,12 +41,23 @@ class Execution:
 
 @dataclass(frozen=True)
 class Networks:
-    """A pruned network, its correction points, and the dense one it came from, if there is one."""
+    """A pruned network, its correction points, and the dense one it came from, if there is one.
+
+    Attributes:
+        pruned: The pruned network.
+        survey: Its correction points.
+        dense: The dense network's parameters; where channels were removed, those of the channels that are left.
+        pairing: What corresponds to what in ``pruned`` and ``dense``.
+        whole: The dense network that is run: ``dense`` before any channel was removed.
+        kept: Tensor of ``whole`` to its channel axis and the channels that are left, where some are missing.
+    """
 
     pruned: GraphIndex
     survey: Survey
     dense: GraphIndex | None
     pairing: Pairing | None
+    whole: GraphIndex | None
+    kept: dict[str, tuple[int, NDArray[np.int64]]]
 
     @classmethod
     def of(cls, pruned: onnx.ModelProto, dense: onnx.ModelProto | None) -> Networks:
@@ -62,10 +77,16 @@ class Networks:
             )
         check_finite(index, "pruned")
         if dense is None:
-            return cls(index, found, None, None)
-        dense_index = GraphIndex.of(dense)
-        check_finite(dense_index, "dense")
-        return cls(index, found, dense_index, match(index, dense_index))
+            return cls(index, found, None, None, None, {})
+        whole = GraphIndex.of(dense)
+        check_finite(whole, "dense")
+        kept = read_kept(pruned)
+        if kept == read_kept(dense):
+            return cls(index, found, whole, match(index, whole), whole, {})
+        channels = trace(whole)
+        drop = units_left_out(whole, channels, kept)
+        left = GraphIndex.of(cut(whole, channels, drop))
+        return cls(index, found, left, match(index, left), whole, channels.kept(drop))
 
     def dense_tensor(self, name: str) -> str:
         """The dense network's counterpart of a tensor."""
@@ -105,14 +126,21 @@ class Networks:
         self, targets: Iterable[str], calibration: Calibration, pool: BufferPool, execution: Execution
     ) -> Lane:
         """The dense network at the start of a walk, fed with the same samples (in its own type: one may be float16)."""
-        assert self.dense is not None
+        assert self.whole is not None
         names = [value.name for value in self.pruned.inputs]
-        specs = input_specs(self.dense)
+        specs = input_specs(self.whole)
         chunks = [
             {spec.name: chunk[name].astype(spec.dtype, copy=False) for name, spec in zip(names, specs, strict=True)}
             for chunk in calibration.chunks
         ]
-        return Lane(self.dense, targets, chunks, pool, execution.runtime)
+        return Lane(self.whole, targets, chunks, pool, execution.runtime)
+
+    def dense_value(self, chunk: Chunk, name: str) -> NDArray[Any]:
+        """A tensor of the dense lane, of the channels that are left in the pruned network."""
+        if name not in self.kept:
+            return chunk[name]
+        axis, positions = self.kept[name]
+        return chunk[name].take(positions, axis)
 
 
 def overflow(point: Point) -> ModelError:

@@ -17,7 +17,7 @@ from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.graph.edit import EditPlan, apply, set_metadata
 from onnx_asr.graph.index import GraphIndex
-from onnx_asr.graph.points import Point, Skip, rows_to_weight, survey, weight_rows
+from onnx_asr.graph.points import Point, Skip, rows_to_weight, survey, weight_blocks
 from onnx_asr.model_io import ModelSource, check_finite, load
 from onnx_asr.networks import Execution
 from onnx_asr.numerics.masks import keep_count, keep_largest, keep_n_of_m
@@ -51,6 +51,11 @@ class Pattern:
         """
         if text == "unstructured":
             return cls()
+        if text == "channel":
+            raise OptionError(
+                "whole channels are removed by 'prune --pattern channel' (onnx_asr.prune_channels); 'repair' restores "
+                "the accuracy afterwards"
+            )
         found = re.fullmatch(r"(\d+):(\d+)", text)
         if not found or not 0 < int(found[1]) < int(found[2]):
             raise OptionError(f"pattern '{text}' is unknown: give 'unstructured', or N:M with 0 < N < M, such as 2:4")
@@ -180,14 +185,23 @@ def check_sparsity(sparsity: float | None, pattern: Pattern) -> None:
     Raises:
         OptionError: Saying what was received.
     """
-    if pattern.n is not None:
-        if sparsity is not None:
-            raise OptionError(f"pattern {pattern} sets the sparsity itself: leave --sparsity out")
-        return
+    if pattern.n is None:
+        check_share(sparsity, "weights to zero")
+    elif sparsity is not None:
+        raise OptionError(f"pattern {pattern} sets the sparsity itself: leave --sparsity out")
+
+
+def check_share(sparsity: float | None, what: str) -> float:
+    """The sparsity, if it is one.
+
+    Raises:
+        OptionError: When it is missing or outside [0, 1).
+    """
     if sparsity is None:
-        raise OptionError("the sparsity is missing: give the share of weights to zero, 0 <= sparsity < 1")
+        raise OptionError(f"the sparsity is missing: give the share of {what}, 0 <= sparsity < 1")
     if not (math.isfinite(sparsity) and 0 <= sparsity < 1):
-        raise OptionError(f"sparsity {sparsity} is out of range: give the share of weights to zero, 0 <= sparsity < 1")
+        raise OptionError(f"sparsity {sparsity} is out of range: give the share of {what}, 0 <= sparsity < 1")
+    return sparsity
 
 
 def prune(
@@ -234,8 +248,7 @@ def prune(
     """
     shape = Pattern.parse(pattern)
     check_sparsity(sparsity, shape)
-    if scope not in get_args(Scope):
-        raise OptionError(f"scope '{scope}' is unknown: give one of {', '.join(get_args(Scope))}")
+    check_scope(scope, get_args(Scope))
     if score not in SCORES:
         raise OptionError(f"score '{score}' is unknown: give one of {', '.join(SCORES)}")
     if (score in DATA_AWARE) != (data is not None):
@@ -275,6 +288,16 @@ def prune(
     if score == "magnitude" and scope == "global" and shape.n is None and without_batchnorm and len(points) > 1:
         return replace(result, notes=(_FOLDED,))
     return result
+
+
+def check_scope(scope: str, known: Sequence[str]) -> None:
+    """Refuse an unknown scope.
+
+    Raises:
+        OptionError: Saying which there are.
+    """
+    if scope not in known:
+        raise OptionError(f"scope '{scope}' is unknown: give one of {', '.join(known)}")
 
 
 def split_narrow(
@@ -332,9 +355,8 @@ def _kernel_shape(index: GraphIndex, weight: PrunableWeight, value: NDArray[Any]
 
 def channel_view(index: GraphIndex, point: Point, value: NDArray[Any]) -> NDArray[Any]:
     """A point's weight, or what is as large, as [C_out, C_in / group, taps]."""
-    taps = math.prod(value.shape[2:]) if point.kind in ("Conv", "ConvTranspose") else 1
-    rows = weight_rows(point, index.nodes[point.node], value)
-    return rows.reshape(len(rows), -1, taps)
+    blocks = weight_blocks(point, index.nodes[point.node], value)
+    return blocks.reshape(-1, *blocks.shape[2:])
 
 
 def apply_masks(

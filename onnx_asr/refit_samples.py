@@ -79,7 +79,7 @@ class RowSampler:
     def add(self, dense: Chunk, pruned: Chunk) -> None:
         """Take rows from the next chunk."""
         source = pruned[self.context.source]
-        output, *added = (dense[name] for name in self.dense_targets)
+        output, *added = (self.networks.dense_value(dense, name) for name in self.dense_targets)
         if added and np.broadcast_shapes(output.shape, added[0].shape) != output.shape:
             # one value a channel added to a whole map: the sum has no position of its own for a row
             self.context = replace(self.context, shortcut=None, batchnorm=None, relu=False)

@@ -16,6 +16,7 @@ from onnx_asr.graph.points import (
     BN_VAR,
     Point,
     rows_to_weight,
+    weight_blocks,
     weight_rows,
 )
 from onnx_asr.numerics.gains import BatchNormParameters, ChannelAffine
@@ -49,6 +50,13 @@ def read_rows(index: GraphIndex, plan: EditPlan, point: Point) -> NDArray[Any]:
     assert point.weight_slot is not None
     weight = _read(index, plan, point.node, point.weight_slot)
     return weight_rows(point, index.nodes[point.node], weight)
+
+
+def read_blocks(index: GraphIndex, plan: EditPlan, point: Point) -> Floats:
+    """The weight of a point as [G, O, I, taps] in float64, see :func:`onnx_asr.graph.points.weight_blocks`."""
+    assert point.weight_slot is not None
+    weight = _read(index, plan, point.node, point.weight_slot)
+    return np.asarray(weight_blocks(point, index.nodes[point.node], weight))
 
 
 def plan_rows(index: GraphIndex, plan: EditPlan, point: Point, rows: NDArray[Any]) -> None:

@@ -310,6 +310,92 @@ def dense_net(seed: int = 0) -> onnx.ModelProto:
     return recalibrated(model, {"x": images(256, seed=2000 + seed)})
 
 
+def random_net(seed: int, steps: int = 12, side: int = 5) -> onnx.ModelProto:
+    """A random graph from x [1,4,side,side] to y [1,3,side,side] of operators that let channels pass, types stated."""
+    draw = np.random.default_rng(seed)
+    lines: list[str] = []
+    weights: dict[str, Any] = {}
+    made: list[tuple[str, int]] = []
+
+    def weight(*shape: int) -> str:
+        name = f"w{len(weights)}"
+        weights[name] = tuple(shape)
+        return name
+
+    def integers(*values: int) -> str:
+        name = f"i{len(weights)}"
+        weights[name] = np.array(values, np.int64)
+        return name
+
+    def emit(call: str, *channels: int) -> str:
+        names = [f"t{len(lines)}_{number}" for number in range(len(channels))]
+        lines.append(f"{', '.join(names)} = {call}")
+        made.extend(zip(names, channels, strict=True))
+        return names[0]
+
+    def conv(source: str, inputs: int, outputs: int, kernel: int, groups: int = 1) -> str:
+        bias = f", {weight(outputs)}" if draw.integers(2) else ""
+        pads = ",".join([str(kernel // 2 * int(kernel > 1))] * 4)
+        shape = weight(outputs, inputs // groups, kernel, kernel)
+        return emit(f"Conv <group={groups}, pads=[{pads}]> ({source}, {shape}{bias})", outputs)
+
+    conv("x", 4, 6, 3)
+    conv("x", 4, 6, 1)
+    for _ in range(steps):
+        a, channels = made[draw.integers(len(made))]
+        alike = [name for name, count in made if count == channels]
+        b = alike[draw.integers(len(alike))]
+        kind = draw.integers(16)
+        if kind <= 1:
+            conv(a, channels, int(draw.choice([3, 4, 6, 8])), int(draw.choice([1, 3])))
+        elif kind == 2:
+            conv(a, channels, channels * int(draw.choice([1, 2])), 3, groups=channels)
+        elif kind == 3 and channels % 2 == 0:
+            conv(a, channels, 6, 3, groups=2)
+        elif kind == 4:
+            shape = weight(channels, 5, 3, 3)
+            emit(f"ConvTranspose <pads=[1,1,1,1]> ({a}, {shape})", 5)
+        elif kind <= 6:
+            emit(f"{draw.choice(['Relu', 'Sigmoid', 'Tanh', 'Softplus'])} ({a})", channels)
+        elif kind <= 8:
+            emit(f"{draw.choice(['Add', 'Mul', 'Sub', 'Max'])} ({a}, {b})", channels)
+        elif kind == 9:
+            other, more = made[draw.integers(len(made))]
+            emit(f"Concat <axis=1> ({a}, {other})", channels + more)
+        elif kind == 10 and channels > 2:
+            first = int(draw.integers(1, channels))
+            emit(f"Split <axis=1> ({a}, {integers(first, channels - first)})", first, channels - first)
+        elif kind == 11 and channels > 3:
+            start, stop = 1, channels - int(draw.integers(0, 2))
+            emit(f"Slice ({a}, {integers(start)}, {integers(stop)}, {integers(1)})", stop - start)
+        elif kind == 12:
+            before, after = (int(value) for value in draw.integers(0, 3, 2))
+            emit(f"Pad ({a}, {integers(0, before, 0, 0, 0, after, 0, 0)})", before + channels + after)
+        elif kind == 13:
+            gate = f"g{len(lines)}"
+            lines.append(f"{gate}p = GlobalAveragePool ({a})")
+            lines.append(f"{gate}c = Conv ({gate}p, {weight(channels, channels, 1, 1)})")
+            lines.append(f"{gate} = HardSigmoid ({gate}c)")
+            emit(f"Mul ({a}, {gate})", channels)
+        elif kind == 14:
+            parameters = ", ".join(f"n{len(weights)}_{part}" for part in ("gamma", "beta", "mean", "var"))
+            weights.update(bn(f"n{len(weights)}", channels=channels))
+            emit(f"BatchNormalization ({a}, {parameters})", channels)
+        elif kind == 15:
+            flat, last = f"f{len(lines)}", f"l{len(lines)}"
+            lines.append(f"{flat} = Reshape ({a}, {integers(1, channels, side * side)})")
+            lines.append(f"{last} = Transpose <perm=[0,2,1]> ({flat})")
+            lines.append(f"{last}m = MatMul ({last}, {weight(channels, 6)})")
+            lines.append(f"{last}t = Transpose <perm=[0,2,1]> ({last}m)")
+            emit(f"Reshape ({last}t, {integers(0, 6, side, side)})", 6)
+    read = {name for line in lines for name in line.partition("(")[2].rstrip(")").split(", ")}
+    ends = [conv(name, channels, 3, 1) for name, channels in list(made) if name not in read]
+    lines.append(f"y = Sum ({', '.join(ends)})")
+    text = f"g (float[1,4,{side},{side}] x) => (float[1,3,{side},{side}] y) {{ {' '.join(lines)} }}"
+    model = net(text, seed=seed, **weights)
+    return onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+
+
 def images(count: int, *, seed: int, shape: tuple[int, ...] = (3, 8, 8)) -> np.ndarray:
     """Smooth-ish normal inputs: neighbouring pixels are alike, channels differ in mean."""
     generator = np.random.default_rng(seed)

@@ -35,7 +35,7 @@ from onnx_asr.cli.parameters import (
     spread,
 )
 from onnx_asr.cli.terminal import Terminal, drop_stdout, say, say_traceback
-from onnx_asr.errors import OnnxAsrError
+from onnx_asr.errors import OnnxAsrError, OptionError
 from onnx_asr.ownership import DISTRIBUTION, check_owner
 from onnx_asr.version import __version__
 
@@ -129,61 +129,86 @@ def prune(
     walk: Walk,
     display: Display,
     sparsity: Sparsity = None,
-    pattern: Pattern = "unstructured",
-    scope: Annotated[
+    pattern: Annotated[
         str,
+        typer.Option(
+            metavar="unstructured|N:M|channel",
+            help="N:M keeps N of every M consecutive input channels, as 2:4, and leaves --sparsity out; channel "
+            "removes a share of the channels, so that the net gets smaller and faster.",
+        ),
+    ] = "unstructured",
+    scope: Annotated[
+        str | None,
         typer.Option(
             metavar="global|layer|erk",
-            help="Compare scores over the whole net, or in each layer: at one sparsity, or sparing small layers (erk).",
+            help="Rank over the whole net (the default for weights), or in each layer (for channels); erk spares small "
+            "layers.",
         ),
-    ] = "global",
+    ] = None,
     score: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME",
-            help="What a weight is worth: {scores}. The last three look at --data; 'row' and 'variance' suit nets "
-            "whose BatchNormalization was folded.",
+            help="What a weight is worth: {scores}; magnitude if not given. The last three look at --data; 'row' and "
+            "'variance' suit nets whose BatchNormalization was folded.",
         ),
-    ] = "magnitude",
+    ] = None,
     data: Annotated[str | None, typer.Option(metavar="PATH", help="Samples for the scores that need them.")] = None,
     samples: Samples = None,
     seed: Seed = 0,
+    multiple: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="--pattern channel: leave multiples of N channels; kernels are fastest at 8 or 16."
+        ),
+    ] = None,
     include: Include = None,
     exclude: Exclude = None,
     report: Report = None,
 ) -> int:
-    """Zero the weights of smallest score, by default of smallest magnitude."""
+    """Zero the weights of smallest score, or remove the weakest channels."""
     from onnx_asr.model_io import check_writable, is_external, save
-    from onnx_asr.options import RepairOptions
-    from onnx_asr.pruning import prune as run
 
     target = check_writable(output)
+    if multiple is not None and pattern != "channel":
+        raise OptionError(f"--multiple counts channels: give it with --pattern channel, not with {pattern}")
+    for_weights = {"--score": score, "--data": data, "--samples": samples, "--report": report}
+    wrong = [name for name, value in for_weights.items() if value is not None]
+    if pattern == "channel" and wrong:
+        raise OptionError(f"{wrong[0]} is about single weights: leave it out with --pattern channel")
     page = None if report is None else _page(report, target)
-    terminal = Terminal(display)
-    with terminal.progress() as progress:
-        result = run(
-            model,
-            sparsity,
-            pattern=pattern,
-            scope=scope,  # type: ignore[arg-type]  # an unknown one is the pipeline's to refuse
-            score=score,  # type: ignore[arg-type]
-            include=include or (),
-            exclude=exclude or (),
-            data=data,
-            samples=RepairOptions.samples if samples is None else samples,
-            seed=seed,
-            preprocessing=images.preprocessing(),
-            execution=walk.execution(display.verbose, progress),
-        )
-    save(result.model, target, external_data=is_external(model))
+    given = {"scope": scope, "multiple": multiple, "include": include, "exclude": exclude}
+    given |= {"score": score, "data": data, "samples": samples}
+    choice: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     paths = {"model": model, "data": data, "output": str(target)}
-    if page is not None:
-        from onnx_asr.report.data import prune_data
-        from onnx_asr.report.html import write_report
+    terminal = Terminal(display)
+    if pattern == "channel":
+        from onnx_asr.channel_pruning import prune_channels
 
-        write_report(prune_data(_run(context, paths), result, model), page)
-    values = {"command": "prune", **paths, "report": _path(page), **result.to_dict()}
-    terminal.result(values, *show.prune(result, str(target), display.verbose), *show.report(page))
+        cut = prune_channels(model, sparsity, **choice)
+        save(cut.model, target, external_data=is_external(model))
+        values, shown = cut.to_dict(), show.prune_channels(cut, str(target), display.verbose)
+    else:
+        from onnx_asr.pruning import prune as run
+
+        with terminal.progress() as progress:
+            result = run(
+                model,
+                sparsity,
+                pattern=pattern,
+                seed=seed,
+                preprocessing=images.preprocessing(),
+                execution=walk.execution(display.verbose, progress),
+                **choice,
+            )
+        save(result.model, target, external_data=is_external(model))
+        if page is not None:
+            from onnx_asr.report.data import prune_data
+            from onnx_asr.report.html import write_report
+
+            write_report(prune_data(_run(context, paths), result, model), page)
+        values, shown = result.to_dict(), show.prune(result, str(target), display.verbose)
+    terminal.result({"command": "prune", **paths, "report": _path(page), **values}, *shown, *show.report(page))
     return DONE
 
 
@@ -294,6 +319,22 @@ def compress(
     }
     terminal.result(values, *show.compress(result, written, display.verbose), *show.report(page))
     return _verdict(improved, "compressed model", "its last mask without repair", target, force)
+
+
+@_command("shrink")
+def shrink(model: Model, output: Output, machine: Machine, display: Display) -> int:
+    """Remove channels that are dead or that nobody reads; the model computes what it did, in less time."""
+    from onnx_asr.model_io import check_writable, is_external, save
+    from onnx_asr.shrinking import shrink as run
+
+    target = check_writable(output)
+    terminal = Terminal(display)
+    with terminal.progress() as progress:
+        result = run(model, runtime=machine.runtime(display.verbose), progress=progress)
+    save(result.model, target, external_data=is_external(model))
+    values = {"command": "shrink", "model": model, "output": str(target), **result.to_dict()}
+    terminal.result(values, *show.shrink(result, str(target), display.verbose))
+    return DONE
 
 
 @_command("evaluate")

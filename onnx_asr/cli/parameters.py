@@ -42,7 +42,7 @@ Data = Annotated[
         "ready tensors named after the model's inputs.",
     ),
 ]
-Sparsity = Annotated[float | None, typer.Option(metavar="S", help="Share of weights to zero, 0 <= S < 1.")]
+Sparsity = Annotated[float | None, typer.Option(metavar="S", help="Share of weights to prune, 0 <= S < 1.")]
 Pattern = Annotated[
     str,
     typer.Option(

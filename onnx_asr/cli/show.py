@@ -12,13 +12,16 @@ from rich.console import RenderableType
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from onnx_asr.channel_pruning import ChannelGroup, ChannelPruneResult
     from onnx_asr.compression import CompressResult
     from onnx_asr.demo import DemoResult
     from onnx_asr.fidelity import Fidelity
     from onnx_asr.graph.points import Skip
+    from onnx_asr.graph.shapes import Cost
     from onnx_asr.inspection import Inspection, Layer
     from onnx_asr.pruning import LayerSparsity, PruneResult
     from onnx_asr.result import RepairResult, Verification
+    from onnx_asr.shrinking import ShrinkResult
 
 _FEW = 5  # skipped nodes of one reason that are named without -v
 
@@ -29,6 +32,24 @@ def prune(result: PruneResult, path: str, verbose: bool) -> Iterator[RenderableT
     yield from _skips(result.skips, verbose)
     for note in result.notes:
         yield f"note: {note}"
+    yield _written(path)
+
+
+def prune_channels(result: ChannelPruneResult, path: str, verbose: bool) -> Iterator[RenderableType]:
+    """Every group of channels, what took no part, and the size before and after."""
+    yield _groups(result.groups, verbose)
+    yield from _skips(result.skips, verbose)
+    yield _costs(result.before, result.after)
+    yield _written(path)
+
+
+def shrink(result: ShrinkResult, path: str, verbose: bool) -> Iterator[RenderableType]:
+    """Layers that lost channels, what had to stay, and the size before and after."""
+    yield _groups(result.layers, verbose) if result.layers else "there is no channel to remove"
+    for note in result.notes:
+        yield f"note: {note}"
+    yield f"outputs differ by {_number(result.error)} of their size on random input"
+    yield _costs(result.before, result.after)
     yield _written(path)
 
 
@@ -150,6 +171,22 @@ def fidelities(columns: dict[str, Fidelity], title: str) -> Table:
     return table
 
 
+def _groups(groups: Sequence[ChannelGroup], verbose: bool) -> Table:
+    table = _table("layers", ">channels", ">kept", ">removed")
+    for group in groups:
+        share = _percent(1 - group.kept / group.channels)
+        table.add_row(_named(group.layers, 2, verbose), str(group.channels), str(group.kept), share)
+    return table
+
+
+def _costs(before: Cost, after: Cost) -> Table:
+    table = _table("size", ">before", ">after", ">share")
+    for label, name in (("parameters", "parameters"), ("FLOPs", "flops"), ("bytes", "size")):
+        old, new = getattr(before, name), getattr(after, name)
+        table.add_row(label, f"{old:,}", f"{new:,}", _percent(new / max(1, old)))
+    return table
+
+
 def _layers(layers: Sequence[LayerSparsity]) -> Table:
     table = _table("layer", "operator", "shape", ">weights", ">zeros", ">sparsity")
     for layer in layers:
@@ -258,9 +295,14 @@ def _skips(skips: Sequence[Skip], verbose: bool) -> Iterator[str]:
     for skip in skips:
         reasons.setdefault(skip.reason, []).append(f"{skip.name} ({skip.op_type})")
     for reason, names in reasons.items():
-        shown = names if verbose else names[:_FEW]
-        more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
-        yield f"left alone: {', '.join(shown)}{more}: {reason}"
+        yield f"left alone: {_named(names, _FEW, verbose)}: {reason}"
+
+
+def _named(names: Sequence[str], few: int, verbose: bool) -> str:
+    """The first names and how many more there are, or all."""
+    shown = names if verbose else names[:few]
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return f"{', '.join(shown)}{more}"
 
 
 def _table(*columns: str) -> Table:

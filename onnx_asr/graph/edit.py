@@ -31,11 +31,13 @@ class EditPlan:
         values: (node position, input slot) to the new value of that input.
         added_bias: Position of a MatMul without bias to the per-channel values of an Add to put behind it.
         notes: Node position to a sentence for the node's doc string.
+        attributes: (node position, attribute name) to the attribute's new value.
     """
 
     values: dict[Slot, NDArray[Any]] = field(default_factory=dict)
     added_bias: dict[int, NDArray[Any]] = field(default_factory=dict)
     notes: dict[int, str] = field(default_factory=dict)
+    attributes: dict[tuple[int, str], int | list[int]] = field(default_factory=dict)
 
     def current(self, index: GraphIndex, node: int, slot: int) -> NDArray[Any] | None:
         """The planned value of an input, else the model's constant, else None where the input is absent."""
@@ -55,9 +57,10 @@ class EditPlan:
         self.values.update(other.values)
         self.added_bias.update(other.added_bias)
         self.notes.update(other.notes)
+        self.attributes.update(other.attributes)
 
     def __len__(self) -> int:
-        return len(self.values) + len(self.added_bias)
+        return len(self.values) + len(self.added_bias) + len(self.attributes)
 
 
 def stored(index: GraphIndex, node: int, slot: int, value: NDArray[Any]) -> NDArray[Any]:
@@ -112,6 +115,8 @@ def apply(index: GraphIndex, plan: EditPlan, metadata: Mapping[str, str] | None 
     writer = _Writer(model, index, _tied(index, plan))
     for (node, slot), value in sorted(values.items(), key=lambda item: item[0]):
         writer.write(node, slot, value, id(plan.values[node, slot]))
+    for (node, name), setting in plan.attributes.items():
+        writer.set_attribute(node, name, setting)
     writer.remove_orphans()
     for node, note in plan.notes.items():
         target = writer.nodes[node]
@@ -175,7 +180,7 @@ class _Writer:
         """Write one value; where the same constant gets a value of the same origin again, the copy is shared."""
         target = self.nodes[node]
         name = target.input[slot] if slot < len(target.input) else ""
-        if name in self.tied and self.index.value(name).shape == value.shape:
+        if name in self.tied:
             if name in self.sparse and set_sparse_value(self.sparse[name], value):
                 return
             holder = self.initializers.get(name)
@@ -187,6 +192,7 @@ class _Writer:
                 fresh = numpy_helper.from_array(value, holder.name)
                 fresh.doc_string = holder.doc_string
                 holder.CopyFrom(fresh)
+                self._declare(name, value.shape)
                 return
         private = self.written.get((name, origin)) if name else None
         if private is None:
@@ -205,6 +211,18 @@ class _Writer:
         if self.model.ir_version < 4:  # there, every initializer has to be a graph input as well
             declared = onnx.helper.make_tensor_value_info(name, tensor.data_type, list(value.shape))
             self.model.graph.input.append(declared)
+
+    def _declare(self, name: str, shape: tuple[int, ...]) -> None:
+        """Correct the shape of a constant where the graph states it."""
+        for value in (*self.model.graph.input, *self.model.graph.value_info):
+            if value.name == name:
+                declared = onnx.helper.make_tensor_value_info(name, value.type.tensor_type.elem_type, shape)
+                value.type.CopyFrom(declared.type)
+
+    def set_attribute(self, node: int, name: str, setting: int | list[int]) -> None:
+        """Give an attribute of a node another value."""
+        item = next(item for item in self.nodes[node].attribute if item.name == name)
+        item.CopyFrom(onnx.helper.make_attribute(name, setting))
 
     def remove_orphans(self) -> None:
         """Remove constants that lost their last reader to a private copy, and what only fed them."""

@@ -6,7 +6,7 @@ The index borrows the model: it never changes it, and positions in ``GraphIndex.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,8 @@ FLOAT_TYPES = {
     onnx.TensorProto.BFLOAT16,
     onnx.TensorProto.DOUBLE,
 }
-_FOLDABLE = {"Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "ConstantOfShape"}
+_FOLDABLE = {"Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
+_FOLDABLE |= {"Shape", "Gather", "Slice", "Concat", "ConstantOfShape", "Add", "Sub", "Mul"}  # how exporters build pads
 _STANDARD_DOMAINS = {"", "ai.onnx"}
 
 
@@ -134,20 +135,27 @@ class GraphIndex:
     def _evaluate(self, name: str) -> NDArray[Any]:
         if name in self.sparse:
             return sparse_value(self.sparse[name])
-        node = self.nodes[self.producer[name]]
+        position = self.producer[name]
+        node = self.nodes[position]
         if node.op_type == "Constant" and node.attribute[0].name == "value":
             return numpy_helper.to_array(node.attribute[0].t)
         if node.op_type == "Constant" and node.attribute[0].name == "sparse_value":
             return sparse_value(node.attribute[0].sparse_tensor)
-        reads = [read for read in node.input if read]
+        return self.evaluate(position, name, {})
+
+    def evaluate(self, position: int, output: str, feeds: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """One output of a node, by onnx's reference implementation, from ``feeds`` and constants."""
+        node = self.nodes[position]
+        reads = list(dict.fromkeys(read for read in node.input if read))
         scope = onnx.helper.make_graph(
             [node],
             "constant",
             [onnx.ValueInfoProto(name=read) for read in reads],
-            [onnx.ValueInfoProto(name=name)],
+            [onnx.ValueInfoProto(name=output)],
         )
         model = onnx.helper.make_model(scope, opset_imports=self.model.opset_import)
-        (result,) = ReferenceEvaluator(model).run([name], {read: self.value(read) for read in reads})
+        values = {read: feeds[read] if read in feeds else self.value(read) for read in reads}
+        (result,) = ReferenceEvaluator(model).run([output], values)
         return np.asarray(result)
 
     def element_type(self, name: str) -> int:

@@ -7,6 +7,7 @@ BatchNormalization that directly and alone follows it, or the input of a BatchNo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -346,6 +347,14 @@ def weight_rows(point: Point, node: onnx.NodeProto, weight: NDArray[Any]) -> NDA
     if _rows_are_transposed(point, node):
         return np.ascontiguousarray(weight.T)
     return weight
+
+
+def weight_blocks(point: Point, node: onnx.NodeProto, weight: NDArray[Any]) -> NDArray[Any]:
+    """A weight by group, output channel in the group, input channel in the group and tap: [G, O, I, taps]."""
+    convolution = point.kind in ("Conv", "ConvTranspose")
+    groups = int(attribute(node, "group", 1)) if convolution else 1
+    taps = math.prod(weight.shape[2:]) if convolution else 1
+    return weight_rows(point, node, weight).reshape(groups, point.channels // groups, -1, taps)
 
 
 def rows_to_weight(point: Point, node: onnx.NodeProto, rows: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:

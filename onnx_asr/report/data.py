@@ -103,7 +103,7 @@ def _repair(
     reference = None if dense is None else load(dense)
     job = RepairJob.of(pruned, reference, data, result.options, run.preprocessing)
     models = {names[0]: pruned, names[1]: result.model}
-    before: Sequence[PointDamage | None] = [None] * len(job.networks.survey.points)
+    before: dict[int, PointDamage] = {}
     after, samples = before, 0
     if reference is not None:
         seed, batch_size = result.options.seed, result.options.batch_size
@@ -117,8 +117,8 @@ def _repair(
         sizes = {"dense": describe(reference)} | sizes
     reports = {report.node: report for report in result.points}
     layers = [
-        _layer(replace(layer, damage=damage), repaired, reports.get(layer.node))
-        for layer, damage, repaired in zip(sizes[names[0]].layers, before, after, strict=True)
+        _layer(replace(layer, damage=before.get(layer.node)), after.get(layer.node), reports.get(layer.node))
+        for layer in sizes[names[0]].layers
     ]
     return _report(
         run,

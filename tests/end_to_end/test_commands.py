@@ -66,6 +66,35 @@ def test_prune_pattern(tmp_path):
     assert ((groups != 0).sum(axis=1) <= 2).all()
 
 
+def test_channels_are_removed_and_the_net_repaired(tmp_path):
+    small, repaired = tmp_path / "small.onnx", tmp_path / "repaired.onnx"
+    done = cli("prune", DENSE, "-o", small, "--pattern", "channel", "--sparsity", 0.4, "--multiple", 4, "--json")
+    assert (done.code, done.err) == (0, "")
+    report = done.json
+    assert report["after"]["flops"] < 0.5 * report["before"]["flops"]
+    assert all(group["kept"] % 4 == 0 for group in report["groups"])
+    options = ("--dense", DENSE, "--data", CALIBRATION, *PRESET, "--threads", "1")
+    assert cli("repair", small, "-o", repaired, *options).code == 0
+    assert top1(repaired) > top1(small) + 0.2
+    text = cli("prune", DENSE, "-o", small, "--pattern", "channel", "--sparsity", 0.4)
+    assert text.code == 0
+    assert "FLOPs" in text.out
+
+
+def test_shrink_writes_a_smaller_file_with_the_same_function(tmp_path):
+    sparse, small = tmp_path / "sparse.onnx", tmp_path / "small.onnx"
+    cli("prune", DENSE, "-o", sparse, "--sparsity", 0.97)
+    done = cli("shrink", sparse, "-o", small, "--json")
+    assert (done.code, done.err) == (0, "")
+    report = done.json
+    assert report["error"] < 1e-5
+    assert report["after"]["parameters"] < 0.5 * report["before"]["parameters"]
+    assert small.stat().st_size < 0.5 * sparse.stat().st_size
+    fidelity = cli("evaluate", small, "--dense", sparse, "--data", VALIDATION, *PRESET, "--json").json
+    assert fidelity["agreement"] == 1.0
+    assert "FLOPs" in cli("shrink", sparse, "-o", small).out
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_repair_with_each_method(method, pruned, tmp_path):
     target = tmp_path / "repaired.onnx"

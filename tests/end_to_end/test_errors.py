@@ -66,6 +66,17 @@ def test_no_good_model(name, words, broken, output):
     assert words in refused("prune", broken[name], "--sparsity", 0.5, output=output)
     assert words in refused("repair", broken[name], "--dense", DENSE, *DATA, output=output.with_name("r.onnx"))
     assert words in refused("compress", broken[name], "--sparsity", 0.5, *DATA, output=output.with_name("c.onnx"))
+    if name != "noconv":
+        assert words in refused("shrink", broken[name], output=output.with_name("s.onnx"))
+
+
+def test_channels_removed_by_another_tool(tmp_path, output):
+    small = tmp_path / "small.onnx"
+    assert cli("prune", DENSE, "-o", small, "--pattern", "channel", "--sparsity", 0.5).code == 0
+    model = onnx.load(small)
+    del model.metadata_props[:]
+    onnx.save(model, small)
+    assert "which channels are left" in refused("repair", small, "--dense", DENSE, *DATA, output=output)
 
 
 def test_no_good_dense_model(broken, output):
@@ -163,7 +174,11 @@ def test_demo_refuses_too(tmp_path):
         (("prune", DENSE, "--sparsiti", 0.5), "--sparsiti"),
         (("prune", DENSE, "--sparsity", "90%"), "--sparsity"),
         (("prune",), "--help"),
-        (("shrink",), "shrink"),
+        (("prune", DENSE, "--sparsity", 0.5, "--multiple", 8), "--pattern channel"),
+        (("prune", DENSE, "--pattern", "channel"), "share of channels"),
+        (("compress", DENSE, *DATA, "--pattern", "channel", "--sparsity", 0.5), "prune --pattern channel"),
+        (("shrink",), "--help"),
+        (("widen",), "widen"),
         (("repair", DENSE, "--dense", DENSE), "--data"),
         (("repair", DENSE, "--dense", DENSE, *DATA, "--method", "magic"), "auto, refit, paired"),
         (("repair", DENSE, "--dense", DENSE, *DATA, "--samples", 0), "samples 0"),

@@ -146,7 +146,7 @@ def test_several_versions_in_one_walk_and_a_bias_that_a_repair_added() -> None:
     calibration = draw_samples(data, np.arange(64), networks.pruned, 64, 0, None)
     before, after = measure_damage(networks, [networks.pruned, GraphIndex.of(repaired)], calibration, Execution())
     alone = onnx_asr.inspect(model, dense=dense, data={"x": rows}, samples=64)
-    for layer, first, second in zip(alone.layers, before, after, strict=True):
+    for layer, first, second in zip(alone.layers, before.values(), after.values(), strict=True):
         assert layer.damage is not None
         np.testing.assert_allclose(first.ratio, layer.damage.ratio, rtol=1e-6)
         np.testing.assert_allclose(second.ratio, 1.0, rtol=1e-3)

@@ -144,6 +144,7 @@ def test_names_choose_who_takes_part() -> None:
         ({"pattern": "4:2"}, "unknown"),
         ({"pattern": "0:4"}, "unknown"),
         ({"pattern": "blocks", "sparsity": 0.5}, "unknown"),
+        ({"pattern": "channel", "sparsity": 0.5}, "prune_channels"),
         ({"sparsity": 0.5, "scope": "world"}, "unknown"),
         ({"sparsity": 0.5, "include": ["nobody"]}, "leave no weight"),
         ({"sparsity": 0.5, "include": ["("]}, "not a regular expression"),
