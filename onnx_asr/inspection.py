@@ -284,10 +284,8 @@ def describe(model: onnx.ModelProto, damage: Mapping[int, PointDamage] | None = 
         compressed_bytes=_compressed(model),
         layers=tuple(layers),
         skips=found.skips,
-        methods={
-            "with_dense": _methods(
-                Networks(index, found, index, None, index, {})
-            ),  # only whether there is one is asked
+        methods={  # only whether there is a dense network is asked
+            "with_dense": _methods(Networks(index, found, index, None, index, {})),
             "without_dense": _methods(Networks(index, found, None, None, None, {})),
         },
         metadata={item.key: item.value for item in model.metadata_props if item.key.startswith(_METADATA_PREFIX)},
