@@ -114,7 +114,8 @@ class GraphIndex:
     def value(self, name: str) -> NDArray[Any]:
         """The value of a constant tensor, wherever it stands.
 
-        Initializers, ``Constant`` nodes, and chains of Identity, Cast, Transpose and reshapes over them.
+        Initializers, ``Constant`` nodes, and what Identity, Cast, Transpose, reshapes and simple arithmetic make of
+        them.
 
         Raises:
             KeyError: When the tensor is not a constant.
