@@ -117,8 +117,8 @@ class GraphIndex:
     def value(self, name: str) -> NDArray[Any]:
         """The value of a constant tensor, wherever it stands.
 
-        Initializers, sparse or not, ``Constant`` nodes, and what Identity, Cast, Transpose, reshapes and
-        ConstantOfShape make of them.
+        Initializers, sparse or not, ``Constant`` nodes, and what Identity, Cast, Transpose, reshapes and simple
+        arithmetic make of them.
 
         Raises:
             KeyError: When the tensor is not a constant.

@@ -9,6 +9,7 @@ import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx import numpy_helper
 
 import onnx_asr.shrinking
 from onnx_asr.errors import ModelError
@@ -189,6 +190,18 @@ def test_sparse_trained_nets_get_smaller(name: str) -> None:
     again = shrink(result.model)
     assert again.layers == ()
     assert again.after.parameters == result.after.parameters
+
+
+def test_float16_weights_allow_for_their_rounding() -> None:
+    model = dead_net("matrix product without bias")
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    result = shrink(model)
+    onnx.checker.check_model(result.model, full_check=True)
+    assert parameter(result.model, 0, 1).shape[0] == 4
+    assert parameter(result.model, 0, 1).dtype == np.float16
 
 
 def test_a_dense_net_stays_as_it_is() -> None:
