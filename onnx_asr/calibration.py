@@ -26,7 +26,7 @@ def input_specs(index: GraphIndex) -> list[InputSpec]:
     """Name, dtype and shape of the graph inputs that are not initializers.
 
     Raises:
-        ModelError: When an input is not a tensor.
+        ModelError: When an input is not a tensor, or of no known element type.
     """
     specs = []
     for value in index.inputs:
@@ -35,7 +35,14 @@ def input_specs(index: GraphIndex) -> list[InputSpec]:
         tensor = value.type.tensor_type
         dims = tensor.shape.dim
         shape = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in dims)
-        specs.append(InputSpec(value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type), shape))
+        try:
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+        except KeyError:
+            raise ModelError(
+                f"model input '{value.name}' is of element type {tensor.elem_type}, which ONNX does not know; "
+                "export the model again"
+            ) from None
+        specs.append(InputSpec(value.name, dtype, shape))
     return specs
 
 

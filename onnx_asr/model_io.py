@@ -46,17 +46,37 @@ def load(source: ModelSource) -> onnx.ModelProto:
             what = "is a folder" if path.is_dir() else "does not exist"
             raise ModelError(f"model file '{path}' {what}; give the path of an .onnx file")
         try:
-            model = onnx.load(path)
+            model = onnx.load(path, format="protobuf")
         except (DecodeError, ValueError, TypeError) as error:
             raise ModelError(
                 f"'{path}' is not an ONNX model ({error}); give a file written by an ONNX exporter"
             ) from error
-        except (OSError, onnx.checker.ValidationError) as error:
-            raise ModelError(f"cannot read the model '{path}': {error}") from error
+        except (OSError, RuntimeError, onnx.checker.ValidationError) as error:
+            raise ModelError(
+                f"cannot read the model '{path}': {error}; weights outside the file must be plain files in its folder"
+            ) from error
     if not model.graph.node or not model.opset_import:
-        name = "the model" if isinstance(source, onnx.ModelProto) else f"'{source}'"
-        raise ModelError(f"{name} is not an ONNX model, or an empty one: it has no nodes; give an exported network")
+        raise ModelError(
+            f"{_named(source)} is not an ONNX model, or an empty one: it has no nodes; give an exported network"
+        )
+    _check_valid(model, source)
     return model
+
+
+def _check_valid(model: onnx.ModelProto, source: ModelSource) -> None:
+    """Have onnx check fields, attributes, wiring and sizes, which the rest of the package then relies on."""
+    small = model.ByteSize() <= PROTOBUF_LIMIT
+    if not small and isinstance(source, onnx.ModelProto):
+        return  # onnx checks what it can serialize, or a file
+    try:
+        onnx.checker.check_model(model if small else os.fspath(source))
+    except onnx.checker.ValidationError as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{_named(source)} is not a valid ONNX model: {reason}; export it again") from error
+
+
+def _named(source: ModelSource) -> str:
+    return "the model" if isinstance(source, onnx.ModelProto) else f"'{source}'"
 
 
 def check_finite(index: GraphIndex, what: str) -> None:
@@ -178,7 +198,7 @@ def is_external(source: ModelSource) -> bool:
     if isinstance(source, onnx.ModelProto):
         return False
     with contextlib.suppress(DecodeError, OSError):
-        model = onnx.load(source, load_external_data=False)
+        model = onnx.load(source, format="protobuf", load_external_data=False)
         return any(uses_external_data(tensor) for tensor in model.graph.initializer)
     return False
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from onnx_asr.calibration import Calibration
 from onnx_asr.engine.lockstep import BufferPool, Chunk, Lane, lockstep
+from onnx_asr.errors import ModelError
 from onnx_asr.graph.context import contexts, steps
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex
@@ -73,7 +74,12 @@ def _sample(lanes: list[Lane], group: Sequence[RowSampler]) -> None:
 
 def _write(networks: Networks, plan: EditPlan, job: RowSampler) -> PointReport:
     index, point = networks.pruned, job.point
-    solution, rows = job.solve(plan)
+    try:
+        solution, rows = job.solve(plan)
+    except ValueError as error:
+        raise ModelError(
+            f"layer '{point.name}' cannot be refitted: {error}; --method paired or bn may do for this model"
+        ) from error
     alpha = read_alpha(index, point)
     if point.batchnorm is None:
         plan_rows(index, plan, point, rows / alpha)

@@ -117,12 +117,20 @@ class GraphIndex:
 
         Raises:
             KeyError: When the tensor is not a constant.
+            ModelError: When what the file holds for it cannot be decoded or evaluated.
         """
         if not self.is_constant(name):
             raise KeyError(name)
         if name not in self._values:
             tensor = self.initializers.get(name)
-            self._values[name] = self._evaluate(name) if tensor is None else numpy_helper.to_array(tensor)
+            try:
+                self._values[name] = self._evaluate(name) if tensor is None else numpy_helper.to_array(tensor)
+            except ModelError:
+                raise
+            except Exception as error:  # the evaluator raises whatever its operators do
+                raise ModelError(
+                    f"constant '{name}' cannot be read: {error}; the file is damaged, export the model again"
+                ) from error
         return self._values[name]
 
     def _evaluate(self, name: str) -> NDArray[Any]:
