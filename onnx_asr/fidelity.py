@@ -88,6 +88,8 @@ def collect_outputs(
         raise DataError(f"{len(indices)} samples do not fill one batch of {step}, which the model's input fixes")
     for start in range(0, usable, step):
         batch = data.batch(indices[start : start + step])
+        if len(batch) != len(specs):
+            raise DataError(f"the model has {len(specs)} inputs, the data are for {len(batch)}: give an array for each")
         feeds = {spec.name: value for spec, value in zip(specs, batch.values(), strict=True)}
         for part, value in zip(parts, session.run(feeds).values(), strict=True):
             part.append(value)

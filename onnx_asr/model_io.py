@@ -70,7 +70,7 @@ def _check_valid(model: onnx.ModelProto, source: ModelSource) -> None:
         return  # onnx checks what it can serialize, or a file
     try:
         onnx.checker.check_model(model if small else os.fspath(source))
-    except onnx.checker.ValidationError as error:
+    except (onnx.checker.ValidationError, UnicodeDecodeError) as error:  # it may quote bytes that are no text
         reason = " ".join(str(error).split())
         raise ModelError(f"{_named(source)} is not a valid ONNX model: {reason}; export it again") from error
 

@@ -10,7 +10,7 @@ import onnx
 from onnx_asr.calibration import Calibration
 from onnx_asr.engine.lockstep import BufferPool, Lane
 from onnx_asr.engine.session import Runtime
-from onnx_asr.errors import ModelError
+from onnx_asr.errors import ModelError, StructureError
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex, ancestors
 from onnx_asr.graph.match import Pairing, match
@@ -64,6 +64,11 @@ class Networks:
             return cls(index, found, None, None)
         dense_index = GraphIndex.of(dense)
         check_finite(dense_index, "dense")
+        if len(index.inputs) != len(dense_index.inputs):
+            raise StructureError(
+                f"the pruned model has {len(index.inputs)} inputs, the dense one {len(dense_index.inputs)}: "
+                "give the dense model that the pruned one was made from"
+            )
         return cls(index, found, dense_index, match(index, dense_index))
 
     def dense_tensor(self, name: str) -> str:

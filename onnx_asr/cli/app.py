@@ -334,7 +334,7 @@ def run(arguments: Sequence[str]) -> int:
         drop_stdout()
         return DONE
     except Exception as error:
-        if type(error).__name__ == "Abort":  # click's name for an interrupt
+        if _is_interrupt(error):
             code = INTERRUPTED
         else:
             if "--debug" in arguments:
@@ -344,6 +344,14 @@ def run(arguments: Sequence[str]) -> int:
     if code == INTERRUPTED:
         say("error", "interrupted")
     return int(code or DONE)
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Whether an error is click's name for an interrupt, or what a library made of one."""
+    if type(error).__name__ == "Abort" or isinstance(error, KeyboardInterrupt):
+        return True
+    origin = error.__cause__ or error.__context__
+    return origin is not None and _is_interrupt(origin)
 
 
 def _message(error: Exception) -> str:

@@ -190,6 +190,14 @@ class Calibration:
     seed: Annotated[
         int | None, typer.Option(metavar="N", min=0, help="Seed of every random choice.", rich_help_panel=CALIBRATION)
     ] = None
+    skip_bad_images: Annotated[
+        bool | None,
+        typer.Option(
+            "--skip-bad-images",
+            help="Pass over images of a folder that cannot be read, and say how many.",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)

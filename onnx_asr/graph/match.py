@@ -110,7 +110,7 @@ def _compare(pruned: GraphIndex, position: int, dense: GraphIndex, counterpart: 
     for slot in range(1, len(mine)):
         if pruned.is_constant(mine[slot]) and dense.is_constant(its[slot]):
             shape, twin = pruned.value(mine[slot]).shape, dense.value(its[slot]).shape
-            if len(shape) > 1 and shape != twin:
+            if max(len(shape), len(twin)) > 1 and shape != twin:
                 raise _differ(f"{here} has a parameter of shape {shape}, {there} in the dense one {twin}")
 
 
