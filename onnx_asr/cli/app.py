@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol, runtime_checkable
@@ -325,6 +326,7 @@ def main() -> NoReturn:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command line; every error becomes one line on stderr and an exit code."""
+    warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of overflow: results are checked to be finite
     try:
         check_owner()
         code = app(list(arguments) or ["--help"], prog_name=DISTRIBUTION, standalone_mode=False)

@@ -213,6 +213,8 @@ def _batchnorm_obstacle(index: GraphIndex, position: int) -> str | None:
         return "BatchNormalization with training outputs: export the model in evaluation mode"
     if attribute(node, "spatial", 1) != 1:
         return "BatchNormalization with spatial=0 has no channel statistics"
+    if index.is_constant(node.input[0]):
+        return "BatchNormalization of a constant"
     for slot in (BN_SCALE, BN_BIAS, BN_MEAN, BN_VAR):
         if not index.is_constant(node.input[slot]):
             return "BatchNormalization whose parameters are computed at run time"
