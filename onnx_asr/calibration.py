@@ -76,6 +76,11 @@ class Calibration:
     batch_size: int
     digest: str
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the chunks take."""
+        return sum(value.nbytes for chunk in self.chunks for value in chunk.values())
+
     def head(self, count: int) -> Calibration:
         """The first chunks, as many as hold ``count`` samples (at least one)."""
         number = max(1, math.ceil(count / self.batch_size))

@@ -223,7 +223,7 @@ class _Ranking:
                 chunk = Moments.of(chunks[0][name], axis)
                 moments[name] = chunk if name not in moments else moments[name].merge(chunk)
 
-        with BufferPool(execution.memory_limit) as pool:
+        with BufferPool(execution.memory_limit, calibration.nbytes) as pool:
             lane = networks.pruned_lane(axes, calibration, pool, execution, EditPlan())
             lockstep([lane], [list(axes)], visit)
         return cls(networks, weights, [_factor(index, weight, moments) for weight in weights])
