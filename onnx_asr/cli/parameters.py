@@ -156,7 +156,7 @@ class Walk(Machine):
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory for activations, as 4GiB or 500MB; what is over it goes to temporary files.",
+            help="Memory for samples and activations, as 4GiB or 500MB; activations over it go to temporary files.",
             rich_help_panel=MACHINE,
         ),
     ] = None

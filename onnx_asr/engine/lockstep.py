@@ -107,7 +107,10 @@ class BufferPool:
             mapped = np.memmap(path, np.uint8, "r+")
             path.unlink()  # the mapping keeps the space until it is dropped, on every way out
         except OSError as error:
-            raise OutputError(f"cannot spill {size} bytes to {tempfile.gettempdir()}: {error}") from error
+            raise OutputError(
+                f"cannot put {size} bytes of activations into {tempfile.gettempdir()}: {error.strerror}; raise "
+                "--memory-limit, lower --samples, or set TMPDIR to a folder with more space"
+            ) from error
         return mapped
 
 
