@@ -26,7 +26,7 @@ def input_specs(index: GraphIndex) -> list[InputSpec]:
     """Name, dtype and shape of the graph inputs that are not initializers.
 
     Raises:
-        ModelError: When an input is not a tensor, or its number of axes is not declared.
+        ModelError: When an input is not a tensor, its number of axes is not declared, or its element type unknown.
     """
     specs = []
     for value in index.inputs:
@@ -40,7 +40,14 @@ def input_specs(index: GraphIndex) -> list[InputSpec]:
             )
         dims = tensor.shape.dim
         shape = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in dims)
-        specs.append(InputSpec(value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type), shape))
+        try:
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+        except KeyError:
+            raise ModelError(
+                f"model input '{value.name}' is of element type {tensor.elem_type}, which ONNX does not know; "
+                "export the model again"
+            ) from None
+        specs.append(InputSpec(value.name, dtype, shape))
     return specs
 
 
@@ -78,6 +85,11 @@ class Calibration:
     count: int
     batch_size: int
     digest: str
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the chunks take."""
+        return sum(value.nbytes for chunk in self.chunks for value in chunk.values())
 
     def head(self, count: int) -> Calibration:
         """The first chunks, as many as hold ``count`` samples (at least one)."""

@@ -36,6 +36,7 @@ from onnx_asr.numerics.moments import Floats, Moments, PairMoments
 from onnx_asr.point_report import PointReport, Reports
 from onnx_asr.rewrite import plan_affine, plan_batchnorm, read_batchnorm, read_bias
 
+_LEVELS_AT_ONCE = 4
 GainMethod = Literal["asr", "raw", "layerwise"]
 
 
@@ -148,7 +149,7 @@ def walk(networks: Networks, tracks: Sequence[Track], calibration: Calibration, 
     paired_points = [p for p in every if any(track.paired and p in track.points for track in tracks)]
     twins = {} if networks.dense is None else {point: networks.dense_tensor(point.tensor) for point in paired_points}
     along = bool(twins) and any(track.correlated for track in tracks)
-    with BufferPool(execution.memory_limit) as pool:
+    with BufferPool(execution.memory_limit, calibration.nbytes) as pool:
         references: dict[Point, Moments] = {}
         dense_lanes = [networks.dense_lane(twins.values(), calibration, pool, execution)] if twins else []
         if twins and not along:
@@ -217,14 +218,18 @@ def _merged(before: Moments | PairMoments | None, found: Moments | PairMoments) 
 
 
 def _dense_moments(networks: Networks, lane: Lane, twins: Mapping[Point, str]) -> dict[Point, Moments]:
+    """Moments of the dense network: a few levels at once, as what one session gives out takes memory all at once."""
     result: dict[Point, Moments] = {}
+    levels = [group for _, group in by_level(list(twins))]
+    for start in range(0, len(levels), _LEVELS_AT_ONCE):
+        points = [point for group in levels[start : start + _LEVELS_AT_ONCE] for point in group]
 
-    def visit(number: int, chunks: list[Chunk]) -> None:
-        for point, name in twins.items():
-            moments = Moments.of(networks.dense_value(chunks[0], name), point.channel_axis)
-            result[point] = result[point].merge(moments) if point in result else moments
+        def visit(number: int, chunks: list[Chunk], points: list[Point] = points) -> None:
+            for point in points:
+                moments = Moments.of(networks.dense_value(chunks[0], twins[point]), point.channel_axis)
+                result[point] = result[point].merge(moments) if point in result else moments
 
-    lockstep([lane], [list(twins.values())], visit)
+        lockstep([lane], [[twins[point] for point in points]], visit)
     return result
 
 

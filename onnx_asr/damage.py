@@ -168,7 +168,7 @@ def measure_damage(
                 pair = PairMoments.of(dense, chunk[name], point.channel_axis)
                 moments[half] = moments[half].merge(pair) if half in moments else pair
 
-    with BufferPool(execution.memory_limit) as pool:
+    with BufferPool(execution.memory_limit, calibration.nbytes) as pool:
         lanes = [networks.dense_lane(twins, calibration, pool, execution)]
         lanes += [Lane(index, tensors, calibration.chunks, pool, execution.runtime) for index in versions]
         lockstep(lanes, [twins, *[tensors] * len(versions)], visit)

@@ -91,6 +91,8 @@ def collect_outputs(
         raise DataError(f"{len(indices)} samples do not fill one batch of {step}, which the model's input fixes")
     for start in range(0, usable, step):
         batch = data.batch(indices[start : start + step])
+        if len(batch) != len(specs):
+            raise DataError(f"the model has {len(specs)} inputs, the data are for {len(batch)}: give an array for each")
         feeds = {
             spec.name: value.astype(spec.dtype, copy=False) for spec, value in zip(specs, batch.values(), strict=True)
         }

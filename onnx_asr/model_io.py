@@ -64,18 +64,23 @@ def load(source: ModelSource) -> onnx.ModelProto:
             what = "is a folder" if path.is_dir() else "does not exist"
             raise ModelError(f"model file '{path}' {what}; give the path of an .onnx file")
         try:
-            model = onnx.load(path, load_external_data=False)
+            model = onnx.load(path, format="protobuf", load_external_data=False)
             _load_external_data(model, path.parent)
         except (DecodeError, ValueError, TypeError) as error:
             raise ModelError(
                 f"'{path}' is not an ONNX model ({error}); give a file written by an ONNX exporter"
             ) from error
-        except (OSError, onnx.checker.ValidationError) as error:
-            raise ModelError(f"cannot read the model '{path}': {error}") from error
+        except (OSError, RuntimeError, onnx.checker.ValidationError) as error:
+            raise ModelError(
+                f"cannot read the model '{path}': {error}; weights outside the file must be plain files in its folder"
+            ) from error
     if not model.graph.node or not model.opset_import:
-        name = "the model" if isinstance(source, onnx.ModelProto) else f"'{source}'"
-        raise ModelError(f"{name} is not an ONNX model, or an empty one: it has no nodes; give an exported network")
-    return in_order(_inlined(model) if model.functions else model)
+        raise ModelError(
+            f"{_named(source)} is not an ONNX model, or an empty one: it has no nodes; give an exported network"
+        )
+    model = in_order(_inlined(model) if model.functions else model)
+    _check_valid(model, source)
+    return model
 
 
 def inlined_functions(model: onnx.ModelProto) -> str | None:
@@ -100,6 +105,27 @@ def _load_external_data(model: onnx.ModelProto, folder: Path) -> None:
     load_external_data_for_model(model, str(folder))
     for tensor in left:
         tensor.data_location = onnx.TensorProto.EXTERNAL
+
+
+_UNDECLARED = ("Field 'type' of 'value_info'", "Field 'shape' of 'type'")
+"""Beginnings of what onnx objects to and onnxruntime infers: outputs, or values, without a type or a shape."""
+
+
+def _check_valid(model: onnx.ModelProto, source: ModelSource) -> None:
+    """Have onnx check fields, attributes, wiring and sizes, which the rest of the package then relies on."""
+    if not is_self_contained(model):
+        return  # onnx checks only what it can serialize
+    try:
+        onnx.checker.check_model(model)
+    except (onnx.checker.ValidationError, UnicodeDecodeError) as error:  # it may quote bytes that are no text
+        reason = " ".join(str(error).split())
+        if reason.startswith(_UNDECLARED):
+            return
+        raise ModelError(f"{_named(source)} is not a valid ONNX model: {reason}; export it again") from error
+
+
+def _named(source: ModelSource) -> str:
+    return "the model" if isinstance(source, onnx.ModelProto) else f"'{source}'"
 
 
 def check_finite(index: GraphIndex, what: str) -> None:
@@ -240,7 +266,7 @@ def is_external(source: ModelSource) -> bool:
     if isinstance(source, onnx.ModelProto):
         return False
     with contextlib.suppress(DecodeError, OSError):
-        model = onnx.load(source, load_external_data=False)
+        model = onnx.load(source, format="protobuf", load_external_data=False)
         return any(uses_external_data(tensor) for tensor in model.graph.initializer)
     return False
 

@@ -45,7 +45,7 @@ def recalibrate_ema(
     index = networks.pruned
     per_batch = batch_samples // calibration.batch_size
     reports: Reports = {}
-    with BufferPool(execution.memory_limit) as pool:
+    with BufferPool(execution.memory_limit, calibration.nbytes) as pool:
         lane = networks.pruned_lane([point.tensor for point in points], calibration, pool, execution, plan)
         done = 0
         for _, group in by_level(points):

@@ -72,6 +72,7 @@ class RepairOptions:
         seed: Of the sample.
         refit: The parts of ``refit``'s recipe.
         time_budget: Seconds that "auto" may spend on trying candidates; None for no limit.
+        skip_bad_images: Pass over the files of an image folder that cannot be read, instead of refusing it.
     """
 
     method: Method = "auto"
@@ -89,6 +90,7 @@ class RepairOptions:
     seed: int = 0
     refit: RefitRecipe = field(default_factory=RefitRecipe)
     time_budget: float | None = None
+    skip_bad_images: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

@@ -43,7 +43,7 @@ def repair_refit(
         for group in steps(index, items)
     ]
     reports: Reports = {}
-    with BufferPool(execution.memory_limit) as pool:
+    with BufferPool(execution.memory_limit, calibration.nbytes) as pool:
         everything = [job for group in schedule for job in group]
         pruned_names = [name for job in everything for name in job.pruned_targets]
         dense_names = [name for job in everything for name in job.dense_targets]

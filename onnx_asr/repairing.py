@@ -30,6 +30,7 @@ from onnx_asr.version import __version__
 
 CANDIDATE_SAMPLES = 256
 RELIABILITY_POWER = 0.25
+_FEW_NAMES = 5
 REFIT_COST = 8.0
 """Roughly how many times ``paired``'s seconds ``refit`` takes; only for the time budget."""
 
@@ -150,9 +151,12 @@ class RepairJob:
         networks = Networks.of(pruned, dense)
         check_method(networks, options)
         specs = input_specs(networks.pruned)
-        dataset = data if isinstance(data, Dataset) else open_data(data, specs, preprocessing=preprocessing)
+        if isinstance(data, Dataset):
+            dataset = data
+        else:
+            dataset = open_data(data, specs, preprocessing=preprocessing, skip_bad_images=options.skip_bad_images)
         chosen, held_out = split_samples(len(dataset), options, verify=dense is not None)
-        notes = _notes(networks, options, len(dataset), chosen, held_out)
+        notes = _notes(networks, options, dataset, chosen, held_out)
         return cls(pruned, dense, networks, dataset, chosen, held_out, options, notes, [])
 
     @property
@@ -371,7 +375,7 @@ def _untouched(networks: Networks, reports: Reports, options: RepairOptions) -> 
 def _notes(
     networks: Networks,
     options: RepairOptions,
-    available: int,
+    dataset: Dataset,
     chosen: NDArray[np.int64],
     held_out: NDArray[np.int64],
 ) -> list[str]:
@@ -385,7 +389,12 @@ def _notes(
             "and the result was not verified"
         )
     if len(chosen) < options.samples:
-        notes.append(f"{len(chosen)} calibration samples of the {options.samples} asked for: the data have {available}")
+        notes.append(
+            f"{len(chosen)} calibration samples of the {options.samples} asked for: the data have {len(dataset)}"
+        )
+    if dataset.left_out:
+        few = ", ".join(dataset.left_out[:_FEW_NAMES]) + (", ..." if len(dataset.left_out) > _FEW_NAMES else "")
+        notes.append(f"{len(dataset.left_out)} images cannot be read and were left out: {few}")
     if len(held_out) and np.isin(held_out, chosen).any():
         notes.append("too few samples to hold any out: the verification used calibration samples")
     if options.method in ("asr", "raw", "layerwise") and options.bn == "exact":

@@ -89,7 +89,7 @@ def input_factors(
             chunk = Moments.of(chunks[0][name], axis)
             moments[name, axis] = moments[name, axis].merge(chunk) if (name, axis) in moments else chunk
 
-    with BufferPool(execution.memory_limit) as pool:
+    with BufferPool(execution.memory_limit, calibration.nbytes) as pool:
         lane = networks.pruned_lane(names, calibration, pool, execution, EditPlan())
         lockstep([lane], [names], visit)
     factors = []
@@ -108,7 +108,7 @@ def _saliencies(networks: Networks, points: Sequence[Point], calibration: Calibr
     items = contexts(index, points)
     scores: dict[int, NDArray[np.float64]] = {}
     schedule = [[RowSampler(networks, item, recipe, calibration, 0) for item in group] for group in steps(index, items)]
-    with BufferPool(execution.memory_limit) as pool:
+    with BufferPool(execution.memory_limit, calibration.nbytes) as pool:
         names = [name for group in schedule for job in group for name in (*job.pruned_targets, *job.dense_targets)]
         lane = networks.pruned_lane(names, calibration, pool, execution, EditPlan())
         for number in range(len(schedule)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol, runtime_checkable
@@ -506,6 +507,7 @@ def main() -> NoReturn:
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command line; every error becomes one line on stderr and an exit code."""
+    warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of overflow: results are checked to be finite
     try:
         check_owner()
         code = app(list(arguments) or ["--help"], prog_name=DISTRIBUTION, standalone_mode=False, obj=list(arguments))
@@ -515,7 +517,7 @@ def run(arguments: Sequence[str]) -> int:
         drop_stdout()
         return DONE
     except Exception as error:
-        if type(error).__name__ == "Abort":  # click's name for an interrupt
+        if _is_interrupt(error):
             code = INTERRUPTED
         else:
             if "--debug" in arguments:
@@ -525,6 +527,14 @@ def run(arguments: Sequence[str]) -> int:
     if code == INTERRUPTED:
         say("error", "interrupted")
     return int(code or DONE)
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Whether an error is click's name for an interrupt, or what a library made of one."""
+    if type(error).__name__ == "Abort" or isinstance(error, KeyboardInterrupt):
+        return True
+    origin = error.__cause__ or error.__context__
+    return origin is not None and _is_interrupt(origin)
 
 
 def _message(error: Exception) -> str:

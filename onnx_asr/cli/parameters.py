@@ -160,7 +160,7 @@ class Walk(Machine):
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory for activations, as 4GiB or 500MB; what is over it goes to temporary files.",
+            help="Memory for samples and activations, as 4GiB or 500MB; activations over it go to temporary files.",
             rich_help_panel=MACHINE,
         ),
     ] = None
@@ -193,6 +193,14 @@ class Calibration:
     ] = None
     seed: Annotated[
         int | None, typer.Option(metavar="N", min=0, help="Seed of every random choice.", rich_help_panel=CALIBRATION)
+    ] = None
+    skip_bad_images: Annotated[
+        bool | None,
+        typer.Option(
+            "--skip-bad-images",
+            help="Pass over images of a folder that cannot be read, and say how many.",
+            rich_help_panel=CALIBRATION,
+        ),
     ] = None
 
 

@@ -52,7 +52,10 @@ class Dataset(ABC):
         names: What to call each sample in a message: "cat/1.jpg" or "#17".
         labels: The class index of each sample, where known.
         preprocessing: What is done to the images, with the layout as used; None for ready tensors.
+        left_out: Files that were passed over because they cannot be read as images.
     """
+
+    left_out: tuple[str, ...] = ()
 
     def __init__(
         self, names: Sequence[str], labels: NDArray[np.int64] | None, preprocessing: Preprocessing | None
@@ -136,8 +139,7 @@ class _ImageDataset(Dataset):
             # (H, W) or (H, W, C) -> (1, H, W, C)
             return self._normalised(pixels.reshape(1, *pixels.shape[:2], self._channels), [index])[0]
 
-        workers = min(len(indices), os.cpu_count() or 1, _MAX_DECODERS)  # Pillow decodes outside the interpreter lock
-        with _bombs_are_errors(), ThreadPoolExecutor(workers) as pool:
+        with _decoders(len(indices)) as pool:
             return list(pool.map(prepare, map(int, indices)))
 
     def _normalised(self, pixels: NDArray[np.uint8], indices: Indices) -> list[Sample]:
@@ -176,6 +178,7 @@ class FolderDataset(_ImageDataset):
         labels: Class indices, where known.
         spec: The model's input.
         preprocessing: What to do to each image.
+        left_out: Files of the folder that are not among the names because they cannot be read.
     """
 
     def __init__(
@@ -185,24 +188,43 @@ class FolderDataset(_ImageDataset):
         labels: NDArray[np.int64] | None,
         spec: InputSpec,
         preprocessing: Preprocessing,
+        left_out: Sequence[str] = (),
     ) -> None:
         super().__init__(names, labels, spec, preprocessing)
+        self.left_out = tuple(left_out)
         self._root = root
         self._samples([0])  # a wrong size shows at once
 
     def _image(self, index: int) -> Image.Image:
-        path = self._root / self.names[index]
+        return _read_image(self._root / self.names[index], "L" if self._channels == 1 else "RGB")
+
+
+def unreadable_images(root: Path, names: Sequence[str]) -> dict[str, DataError]:
+    """Decode every image; those that fail, with the reason."""
+
+    def attempt(name: str) -> DataError | None:
         try:
-            with Image.open(path) as image:
-                mode = image.mode
-                converted: Image.Image = image.convert("L" if self._channels == 1 else "RGB")
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise DataError(f"{path} is too large to be opened safely: {error} Scale it down or remove it") from error
-        except Exception as error:  # Pillow's decoders raise many kinds on broken files
-            raise DataError(f"{path} cannot be read as an image: {error}. Replace or remove it") from error
-        if mode not in _EIGHT_BIT_MODES:  # Pillow clips 16-bit values to 255
-            raise DataError(f"{path} has pixels of mode {mode}, not of 8 bits a channel: convert it to 8 bits")
-        return converted
+            _read_image(root / name, "RGB")
+        except DataError as error:
+            return error
+        return None
+
+    with _decoders(len(names)) as pool:
+        return {name: error for name, error in zip(names, pool.map(attempt, names), strict=True) if error is not None}
+
+
+def _read_image(path: Path, wanted: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            mode = image.mode
+            converted: Image.Image = image.convert(wanted)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"{path} is too large to be opened safely: {error} Scale it down or remove it") from error
+    except Exception as error:  # Pillow's decoders raise many kinds on broken files
+        raise DataError(f"{path} cannot be read as an image: {error}. Replace or remove it") from error
+    if mode not in _EIGHT_BIT_MODES:  # Pillow clips 16-bit values to 255
+        raise DataError(f"{path} has pixels of mode {mode}, not of 8 bits a channel: convert it to 8 bits")
+    return converted
 
 
 class PixelDataset(_ImageDataset):
@@ -326,6 +348,14 @@ def _cast(value: NDArray[Any], spec: InputSpec, name: str) -> NDArray[Any]:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in sorted(names)) or "nothing"
+
+
+@contextmanager
+def _decoders(images: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads to decode images in: Pillow does that outside the interpreter lock."""
+    workers = min(images, os.cpu_count() or 1, _MAX_DECODERS)
+    with _bombs_are_errors(), ThreadPoolExecutor(workers) as pool:
+        yield pool
 
 
 @contextmanager

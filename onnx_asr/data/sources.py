@@ -14,7 +14,7 @@ from typing import Any, NoReturn, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from onnx_asr.data.datasets import Dataset, FolderDataset, PixelDataset, TensorDataset
+from onnx_asr.data.datasets import Dataset, FolderDataset, PixelDataset, TensorDataset, unreadable_images
 from onnx_asr.data.labels import IMAGE_SUFFIXES, read_labels
 from onnx_asr.data.preprocessing import InputSpec, Preprocessing
 from onnx_asr.errors import DataError, OptionError
@@ -39,6 +39,7 @@ def open_data(
     *,
     preprocessing: Preprocessing | None = None,
     labels: str | os.PathLike[str] | None = None,
+    skip_bad_images: bool = False,
 ) -> Dataset:
     """Open calibration or evaluation data for a model.
 
@@ -52,6 +53,8 @@ def open_data(
         preprocessing: What to do to images; an input of integers needs none.
         labels: For a folder, a table of file name and class index. Without it the classes are the folder's
             sub-folders: their names where all are whole numbers, else their place in sorted order.
+        skip_bad_images: Pass over the files of a folder that cannot be read as images, after reading all of them;
+            the dataset names them.
 
     Returns:
         The samples.
@@ -74,7 +77,7 @@ def open_data(
         path = Path(source)
         where = str(path)
         if path.is_dir():
-            return _open_folder(path, inputs, preprocessing, labels)
+            return _open_folder(path, inputs, preprocessing, labels, skip_bad_images)
         value = _load_numpy(path)
     if labels is not None:
         raise OptionError(
@@ -102,13 +105,18 @@ def _open_folder(
     inputs: Sequence[InputSpec],
     preprocessing: Preprocessing | None,
     labels: str | os.PathLike[str] | None,
+    skip_bad_images: bool,
 ) -> Dataset:
     names = _find_images(root)
     if not names:
         raise DataError(f"{root} holds no images: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
+    bad = unreadable_images(root, names) if skip_bad_images else {}
+    if len(bad) == len(names):
+        raise DataError(f"none of the {len(names)} images in {root} can be read: {bad[names[0]]}")
+    names = [name for name in names if name not in bad]
     classes = _folder_labels(root, names) if labels is None else read_labels(Path(labels), names)
     spec = _image_input(inputs, str(root))
-    return FolderDataset(root, names, classes, spec, preprocessing or Preprocessing())
+    return FolderDataset(root, names, classes, spec, preprocessing or Preprocessing(), list(bad))
 
 
 def _find_images(root: Path) -> list[str]:

@@ -8,6 +8,9 @@ effect in the next segment that holds their node, so every node runs once, with 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import mmap
 import os
 import tempfile
 from collections import Counter
@@ -33,11 +36,12 @@ class BufferPool:
 
     Args:
         limit: Bytes of buffers to keep in memory; None for all.
+        reserved: Bytes of the limit that others use.
     """
 
-    def __init__(self, limit: int | None = None) -> None:
+    def __init__(self, limit: int | None = None, reserved: int = 0) -> None:
         self._limit = limit
-        self._in_memory = 0
+        self._in_memory = reserved
         self._free: dict[int, list[NDArray[np.uint8]]] = {}
         self._owned: dict[int, NDArray[np.uint8]] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -47,8 +51,8 @@ class BufferPool:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._free.clear()
         self._owned.clear()
+        self.trim()
         if self._folder is not None:
             self._folder.cleanup()
 
@@ -65,15 +69,25 @@ class BufferPool:
 
     def release(self, array: NDArray[Any]) -> None:
         """Give a buffer back; arrays that did not come from the pool are ignored."""
+        self.set_aside(array)
         raw = self._owned.pop(array.ctypes.data, None)
         if raw is not None:
             self._free.setdefault(raw.nbytes, []).append(raw)
+
+    def set_aside(self, array: NDArray[Any]) -> None:
+        """Have a buffer that is in a file leave memory until it is next used; its content stays."""
+        raw = self._owned.get(array.ctypes.data)
+        if isinstance(raw, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+            mapping: Any = raw.base
+            mapping.madvise(mmap.MADV_DONTNEED)
 
     def trim(self) -> None:
         """Let go of the free buffers, whose sizes the next segment may not need."""
         for size, buffers in self._free.items():
             self._in_memory -= size * sum(not isinstance(raw, np.memmap) for raw in buffers)
         self._free.clear()
+        if self._limit is not None:
+            _return_freed_memory()
 
     def _new(self, size: int) -> NDArray[np.uint8]:
         if self._limit is not None and self._in_memory + size > self._limit:
@@ -93,8 +107,17 @@ class BufferPool:
             mapped = np.memmap(path, np.uint8, "r+")
             path.unlink()  # the mapping keeps the space until it is dropped, on every way out
         except OSError as error:
-            raise OutputError(f"cannot spill {size} bytes to {tempfile.gettempdir()}: {error}") from error
+            raise OutputError(
+                f"cannot put {size} bytes of activations into {tempfile.gettempdir()}: {error.strerror}; raise "
+                "--memory-limit, lower --samples, or set TMPDIR to a folder with more space"
+            ) from error
         return mapped
+
+
+def _return_freed_memory() -> None:
+    """Have glibc, which keeps what closed sessions have freed, give it back to the operating system."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Lane:
@@ -156,12 +179,18 @@ class Lane:
                 feeds = {name: self._held[name][number] for name in inputs}
                 for name, array in session.run(feeds, outputs, self._pool.allocate).items():
                     fresh[name].append(array)
-                for name in spent:
-                    self._drop(self._held[name], number)
+                for name in inputs:
+                    if name in spent:
+                        self._drop(self._held[name], number)
+                    elif name not in asked:
+                        self._pool.set_aside(self._held[name][number])
             yield {name: (fresh if name in fresh else self._held)[name][number] for name in asked}
-            for name in asked:
-                if not self._is_needed(name):
-                    self._drop((fresh if name in fresh else self._held)[name], number)
+            for name in dict.fromkeys([*outputs, *asked]):
+                arrays = (fresh if name in fresh else self._held)[name]
+                if self._is_needed(name):
+                    self._pool.set_aside(arrays[number])
+                else:
+                    self._drop(arrays, number)
         self._held.update(fresh)
         for name in [*spent, *asked]:
             if not self._is_needed(name):
@@ -175,6 +204,7 @@ class Lane:
             kind = np.promote_types(array.dtype, np.float32)  # in float16, gain * tensor alone may be too large
             with np.errstate(over="ignore"):  # whoever measures the next tensors sees what became infinite
                 array[...] = array * gain.reshape(shape).astype(kind) + shift.reshape(shape).astype(kind)
+            self._pool.set_aside(array)
 
     def replace(self, position: int, function: Callable[[int, NDArray[Any]], NDArray[Any]]) -> None:
         """Compute a one-input node here instead of in the next segment, from chunk number and input chunk."""
@@ -188,7 +218,10 @@ class Lane:
         for number, array in enumerate(self._held[source]):
             value = function(number, array)
             arrays.append(owned(value, self._pool.allocate))
-            if not keep:
+            self._pool.set_aside(arrays[-1])
+            if keep:
+                self._pool.set_aside(array)
+            else:
                 self._drop(self._held[source], number)
         self._held[output] = arrays
         if not keep:

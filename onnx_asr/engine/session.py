@@ -65,7 +65,7 @@ class Session:
             self._session = onnxruntime.InferenceSession(source, options, providers=list(runtime.providers))
         except Exception as error:  # onnxruntime raises a family of unrelated classes
             raise ModelError(f"onnxruntime cannot load the model: {_first_line(error)}") from error
-        self.output_names = [output.name for output in self._session.get_outputs()]
+        self.output_names = list(dict.fromkeys(output.name for output in self._session.get_outputs()))
         self._shapes: dict[tuple[Any, ...], dict[str, tuple[tuple[int, ...], np.dtype[Any]]]] = {}
         self._data_dependent = False
 

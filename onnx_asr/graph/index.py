@@ -122,6 +122,7 @@ class GraphIndex:
 
         Raises:
             KeyError: When the tensor is not a constant.
+            ModelError: When what the file holds for it cannot be decoded or evaluated.
         """
         if not self.is_constant(name):
             raise KeyError(name)
@@ -129,7 +130,14 @@ class GraphIndex:
         if tensor is not None and is_left(tensor):
             return value_of(tensor)
         if name not in self._values:
-            self._values[name] = self._evaluate(name) if tensor is None else value_of(tensor)
+            try:
+                self._values[name] = self._evaluate(name) if tensor is None else value_of(tensor)
+            except ModelError:
+                raise
+            except Exception as error:  # the evaluator raises whatever its operators do
+                raise ModelError(
+                    f"constant '{name}' cannot be read: {error}; the file is damaged, export the model again"
+                ) from error
         return self._values[name]
 
     def _evaluate(self, name: str) -> NDArray[Any]:

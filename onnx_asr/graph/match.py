@@ -175,7 +175,7 @@ def _compare(mine: _Side, position: int, its: _Side, counterpart: int) -> None:
         if pruned.is_constant(read) and dense.is_constant(twin):
             shapes.append((pruned.value(read).shape, dense.value(twin).shape))
     for shape, other_shape in shapes:
-        if shape != other_shape and len(shape or ()) > 1:
+        if shape != other_shape and max(len(shape or ()), len(other_shape or ())) > 1:
             raise _differ(
                 f"{here} has a parameter of shape {shape}, {there} in the dense one {other_shape} (which channels are "
                 "left is known only of models that prune or shrink made smaller)"

@@ -228,6 +228,8 @@ def _weight_obstacle(index: GraphIndex, name: str) -> str | None:
         return "its weight is computed at run time"
     if index.element_type(name) not in FLOAT_TYPES:
         return "its weight is not a floating-point tensor"
+    if index.value(name).size == 0:
+        return "its weight is empty"
     return None
 
 
@@ -245,9 +247,13 @@ def _batchnorm_obstacle(index: GraphIndex, position: int) -> str | None:
         return "BatchNormalization with training outputs: export the model in evaluation mode"
     if attribute(node, "spatial", 1) != 1:
         return "BatchNormalization with spatial=0 has no channel statistics"
+    if index.is_constant(node.input[0]):
+        return "BatchNormalization of a constant"
     for slot in (BN_SCALE, BN_BIAS, BN_MEAN, BN_VAR):
         if not index.is_constant(node.input[slot]):
             return "BatchNormalization whose parameters are computed at run time"
+    if len({index.value(node.input[slot]).size for slot in (BN_SCALE, BN_BIAS, BN_MEAN, BN_VAR)}) > 1:
+        return "BatchNormalization whose parameters differ in size: the file is damaged, export the model again"
     return None
 
 

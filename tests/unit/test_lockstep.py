@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 
 from onnx_asr.engine.lockstep import BufferPool, Lane, lockstep
 from onnx_asr.engine.session import Runtime, Session
-from onnx_asr.errors import ModelError, OptionError
+from onnx_asr.errors import ModelError, OptionError, OutputError
 from onnx_asr.graph.edit import EditPlan, apply
 from tests.graphs import dense_net, images, index, net, parameter, residual_net, run
 
@@ -239,6 +241,42 @@ def test_a_pool_uses_buffers_again() -> None:
         assert pool.allocate((2, 10), np.dtype(np.float32)).ctypes.data != place
         pool.release(np.zeros(3))  # not from the pool: nothing happens
         assert pool.allocate((0, 3), np.dtype(np.float32)).shape == (0, 3)
+
+
+def test_a_full_disk_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(descriptor: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OutputError, match=r"cannot put \d+ bytes .*No space left.*; raise --memory-limit"):
+        walk(residual_net(), images(8, seed=1), [["stem"]], limit=0)
+    with BufferPool(0) as pool, pytest.raises(OutputError):
+        pool.allocate((10, 10), np.dtype(np.float32))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
+def test_spilled_buffers_leave_memory_and_keep_their_content() -> None:
+    def resident() -> int:
+        text = Path("/proc/self/status").read_text(encoding="ascii")
+        return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith(("RssAnon", "RssFile")))
+
+    count, megabytes = 6, 16
+    with BufferPool(megabytes << 20, reserved=megabytes << 20) as pool:
+        before = resident()
+        buffers = []
+        for number in range(count):
+            buffers.append(pool.allocate((megabytes, 1 << 18), np.dtype(np.float32)))
+            buffers[-1][...] = number
+            pool.set_aside(buffers[-1])
+        assert resident() - before < megabytes << 10
+        for number, buffer in enumerate(buffers):
+            assert (buffer == number).all()
+            pool.release(buffer)
+        assert resident() - before < megabytes << 10
+        again = pool.allocate((megabytes, 1 << 18), np.dtype(np.float32))
+        assert again.ctypes.data in {buffer.ctypes.data for buffer in buffers}
 
 
 def test_a_model_that_cannot_run_is_a_model_error() -> None:

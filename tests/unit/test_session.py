@@ -110,7 +110,7 @@ def test_spill_files_do_not_outlive_the_walk(tmp_path: Path, monkeypatch: pytest
 
 def test_nowhere_to_spill_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
-    with pytest.raises(OutputError, match="cannot spill"):
+    with pytest.raises(OutputError, match="cannot put 10240 bytes"):
         list(walk(0))
 
 

@@ -1,0 +1,349 @@
+"""Broken and hostile models, by the thousand: what the tool makes of them.
+
+    python tools/fuzz.py --count 2000
+    python tools/fuzz.py --first 1234 --count 1 --keep broken/      the one mutation again, its file kept
+
+Every mutation is a function of its number: a real graph of models/ or, where that folder is there, ../shared/assets
+(see MANIFEST.md there), spoilt in its bytes (bits flipped, cut off, pieces moved, noise) or in its fields (attributes,
+dimensions, names, operators, opsets, types, nodes left out, twice or elsewhere). It goes through load, prune and repair
+in a process of its own with a time limit; what comes out must be a sound file or a clear error.
+
+    ok       a result that the onnx checker takes, with finite weights
+    refused  an OnnxAsrError
+    FAULT    any other exception, a result that is broken, the end of the process, or its time limit: exit code 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import multiprocessing.connection
+import random
+import resource
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+from onnx import numpy_helper
+
+from onnx_asr.calibration import input_specs
+from onnx_asr.engine.session import Runtime
+from onnx_asr.errors import OnnxAsrError
+from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex
+from onnx_asr.model_io import load, save
+from onnx_asr.networks import Execution
+from onnx_asr.options import METHODS, RepairOptions
+from onnx_asr.pruning import prune
+from onnx_asr.repairing import repair
+
+ROOT = Path(__file__).resolve().parents[1]
+ASSETS = ROOT.parent / "shared" / "assets"
+SMALL, LARGE = 1_200_000, 20_000_000  # bytes; graphs between them get one mutation in sixteen, larger ones none
+SAMPLES = 6
+MEMORY = 8 << 30
+OK, REFUSED, FAULT = "ok", "refused", "FAULT"
+
+Bytes = Callable[[random.Random, bytes], bytes]
+Fields = Callable[[random.Random, onnx.ModelProto], None]
+
+
+def flipped(rng: random.Random, data: bytes) -> bytes:
+    """One to 64 bits, half of the times near the start or the end, where there are few weights."""
+    result = bytearray(data)
+    for _ in range(2 ** rng.randrange(7)):
+        near = rng.choice([len(data), len(data), 4096])
+        place = rng.randrange(min(near, len(data)))
+        result[place if rng.random() < 0.5 else -1 - place] ^= 1 << rng.randrange(8)
+    return bytes(result)
+
+
+def truncated(rng: random.Random, data: bytes) -> bytes:
+    return data[: rng.randrange(len(data))]
+
+
+def spliced(rng: random.Random, data: bytes) -> bytes:
+    """A piece copied over, put in, or taken out."""
+    start, length, place = rng.randrange(len(data)), 2 ** rng.randrange(1, 14), rng.randrange(len(data))
+    piece = data[start : start + length]
+    over = data[:place] + piece + data[place + length :]
+    return rng.choice([over, data[:place] + piece + data[place:], data[:start] + data[start + length :]])
+
+
+def noise(rng: random.Random, data: bytes) -> bytes:
+    return rng.randbytes(2 ** rng.randrange(1, 16))
+
+
+def _messages(message: Message, found: list[Message]) -> list[Message]:
+    """A message and all those within."""
+    found.append(message)
+    for field, value in message.ListFields():
+        if field.type == FieldDescriptor.TYPE_MESSAGE:
+            for item in value if field.is_repeated else [value]:
+                _messages(item, found)
+    return found
+
+
+def _pick(rng: random.Random, model: onnx.ModelProto) -> Message:
+    """Any kind of message is as likely as any other: there are more weights than opsets."""
+    kinds: dict[str, list[Message]] = {}
+    for message in _messages(model, []):
+        kinds.setdefault(message.DESCRIPTOR.name, []).append(message)
+    return rng.choice(kinds[rng.choice(sorted(kinds))])
+
+
+def _spoilt(rng: random.Random, field: FieldDescriptor, value: Any, model: onnx.ModelProto) -> Any:
+    if field.type in (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES):
+        names = [name for node in model.graph.node for name in (*node.output, node.op_type, node.name)]
+        text = rng.choice(["", "x", value[: len(value) // 2], rng.choice(names), "../../etc/passwd", "ä" * 999])
+        if field.type == FieldDescriptor.TYPE_STRING:
+            return text if isinstance(text, str) else "x"
+        return text if isinstance(text, bytes) else text.encode()
+    if field.type in (FieldDescriptor.TYPE_FLOAT, FieldDescriptor.TYPE_DOUBLE):
+        return rng.choice([0.0, -1.0, 1e-45, 3e38, float("nan"), float("inf"), -value, value * 1e6])
+    if field.type == FieldDescriptor.TYPE_ENUM:
+        return rng.choice(field.enum_type.values).number
+    small = [0, 1, 2, 3, 7, 16, 255, value + 1, value * 2, value - 1]
+    wide = field.type in (FieldDescriptor.TYPE_INT64, FieldDescriptor.TYPE_UINT64)
+    large = [2**31 - 1, *([2**32, 2**40, 2**63 - 1] if wide else [])]
+    negative = [] if field.type in (FieldDescriptor.TYPE_UINT64, FieldDescriptor.TYPE_UINT32) else [-1, -2, -(2**31)]
+    low, high = (0 if not negative else -(2**63)), 2 ** (63 if wide else 31) - 1
+    return max(low, min(high, rng.choice([*small, *large, *negative])))
+
+
+def field_values(rng: random.Random, model: onnx.ModelProto) -> None:
+    """Scalar fields of one to four messages."""
+    for _ in range(rng.choice([1, 1, 2, 4])):
+        message = _pick(rng, model)
+        fields = [f for f in message.DESCRIPTOR.fields if f.type != FieldDescriptor.TYPE_MESSAGE]
+        if not fields:
+            continue
+        field = rng.choice([f for f, _ in message.ListFields() if f in fields] or fields)
+        if field.is_repeated:
+            values = getattr(message, field.name)
+            if len(values):
+                place = rng.randrange(len(values))
+                values[place] = _spoilt(rng, field, values[place], model)
+            else:
+                values.append(_spoilt(rng, field, field.default_value or 1, model) if field.type != 9 else "x")
+        else:
+            setattr(message, field.name, _spoilt(rng, field, getattr(message, field.name), model))
+
+
+def parts(rng: random.Random, model: onnx.ModelProto) -> None:
+    """Fields emptied, and items of lists left out, doubled, or exchanged."""
+    for _ in range(rng.choice([1, 1, 2])):
+        message = _pick(rng, model)
+        set_fields = [field for field, _ in message.ListFields()]
+        if not set_fields:
+            continue
+        field = rng.choice(set_fields)
+        if not field.is_repeated or rng.random() < 0.2:
+            message.ClearField(field.name)
+            continue
+        values = getattr(message, field.name)
+        one, other = rng.randrange(len(values)), rng.randrange(len(values))
+        how = rng.choice(["drop", "twice", "swap"])
+        if how == "drop":
+            del values[one]
+        elif how == "twice":
+            values.append(values[one])
+        elif field.type == FieldDescriptor.TYPE_MESSAGE:
+            kept = type(values[one])()
+            kept.CopyFrom(values[one])
+            values[one].CopyFrom(values[other])
+            values[other].CopyFrom(kept)
+        else:
+            values[one], values[other] = values[other], values[one]
+
+
+def wiring(rng: random.Random, model: onnx.ModelProto) -> None:
+    """A node reads, or is called, something else."""
+    graph = model.graph
+    node = rng.choice(graph.node)
+    names = [*(n for item in graph.node for n in item.output), *(t.name for t in graph.initializer), ""]
+    how = rng.choice(["input", "input", "output", "operator", "graph output"])
+    if how == "input" and node.input:
+        node.input[rng.randrange(len(node.input))] = rng.choice(names)
+    elif how == "output" and node.output:
+        node.output[0] = rng.choice(names)
+    elif how == "operator":
+        node.op_type = rng.choice(
+            ["Conv", "Gemm", "MatMul", "BatchNormalization", "Relu", "Add", "Loop", "If", "Identity"]
+        )
+    elif graph.output:
+        graph.output[0].name = rng.choice(names)
+
+
+def weights(rng: random.Random, model: onnx.ModelProto) -> None:
+    """Values and shapes of constants."""
+    tensor = rng.choice(model.graph.initializer) if model.graph.initializer else None
+    if tensor is None:
+        return
+    value = numpy_helper.to_array(tensor).copy()
+    how = rng.choice(["values", "values", "shape", "type"])
+    if how == "values" and value.size:
+        worst: list[float] = [0, -1, 1e-30, 1e12, 3e38, float("nan"), float("inf"), -1e30]
+        with np.errstate(all="ignore"):
+            if rng.random() < 0.3:
+                value[...] = np.array(rng.choice(worst)).astype(value.dtype)
+            else:
+                value.flat[rng.randrange(value.size)] = np.array(rng.choice(worst)).astype(value.dtype)
+    elif how == "shape":
+        value = rng.choice(
+            [value.ravel(), value[:0], value[None], value[..., :1], value.T, np.zeros_like(value.ravel()[0])]
+        )
+    elif how == "type":
+        value = value.astype(rng.choice([np.float16, np.float64, np.int32, np.uint8, np.bool_]))
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(value), tensor.name))
+
+
+BYTES: dict[str, Bytes] = {"bits": flipped, "cut": truncated, "splice": spliced, "noise": noise}
+FIELDS: dict[str, Fields] = {"fields": field_values, "parts": parts, "wiring": wiring, "weights": weights}
+KINDS = (*BYTES, *["fields"] * 4, *["parts"] * 2, "wiring", "weights")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mutation.
+
+    Attributes:
+        number: All that it is made from.
+        source: The sound graph.
+        kind: How it is spoilt.
+        seed: Of the generator.
+    """
+
+    number: int
+    source: Path
+    kind: str
+    seed: str
+
+    @classmethod
+    def of(cls, number: int, sources: list[Path]) -> Case:
+        """The mutation of that number."""
+        rng = random.Random(f"case {number}")
+        small = [path for path in sources if path.stat().st_size < SMALL]
+        large = [path for path in sources if path.stat().st_size >= SMALL]
+        chosen = large if large and number % 16 == 15 else small
+        return cls(number, rng.choice(chosen), rng.choice(KINDS), f"mutation {number}")
+
+    def data(self) -> bytes:
+        """The spoilt file."""
+        rng = random.Random(self.seed)
+        data = self.source.read_bytes()
+        if self.kind in BYTES:
+            return BYTES[self.kind](rng, data)
+        model = onnx.load_from_string(data)
+        FIELDS[self.kind](rng, model)
+        return bytes(model.SerializeToString())
+
+
+def attempt(case: Case, folder: Path) -> tuple[str, str]:
+    """Take a mutation through the tool; what became of it, and in which words."""
+    rng = random.Random(f"attempt {case.number}")
+    spoilt, sound = folder / f"{case.number}.onnx", case.source
+    spoilt.write_bytes(case.data())
+    feeds = _feeds(sound)
+    try:
+        twin = load(sound)
+        if rng.random() < 0.5:
+            pruned, dense = prune(spoilt, 0.6).model, load(spoilt)
+        else:
+            pruned, dense = load(spoilt), twin
+        options = RepairOptions(method=rng.choice(METHODS), samples=SAMPLES - 2, verify_samples=2)
+        result = repair(pruned, feeds, dense=dense, options=options, execution=Execution(Runtime(threads=1)))
+        output = save(result.model, folder / "out.onnx")
+    except OnnxAsrError as error:
+        return REFUSED, f"{type(error).__name__}: {error}"
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "onnx_asr" in frame.filename]
+        where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else f"{place.filename}:{place.lineno}"
+        return FAULT, f"{where} {type(error).__name__}: {error}"
+    return _judged(output)
+
+
+def _judged(path: Path) -> tuple[str, str]:
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        if tensor.data_type in FLOAT_TYPES and np.isnan(numpy_helper.to_array(tensor).astype(np.float32)).any():
+            return FAULT, f"NaN was written: {tensor.name}"
+    return OK, ""
+
+
+def _feeds(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(0)
+    specs = input_specs(GraphIndex.of(onnx.load(path)))
+    return {
+        spec.name: rng.normal(size=(SAMPLES, *(size or 32 for size in spec.shape[1:]))).astype(spec.dtype)
+        for spec in specs
+    }
+
+
+def isolated(case: Case, folder: Path, limit: float) -> tuple[str, str]:
+    """`attempt` in a process of its own."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        sender.send(attempt(case, folder))
+
+    child = context.Process(target=work)
+    child.start()
+    sender.close()
+    try:
+        if not receiver.poll(limit):
+            return FAULT, f"hang: no end after {limit:.0f} s"
+        return receiver.recv()  # type: ignore[no-any-return]
+    except EOFError:
+        child.join()
+        return FAULT, f"crash: exit code {child.exitcode}"
+    finally:
+        child.kill()
+        child.join()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=2000, help="mutations")
+    parser.add_argument("--first", type=int, default=0, help="number of the first one")
+    parser.add_argument("--limit", type=float, default=60, help="seconds for one")
+    parser.add_argument("--keep", type=Path, help="folder for the files that did harm")
+    parser.add_argument("--verbose", action="store_true", help="every mutation, not only those that did harm")
+    arguments = parser.parse_args()
+    found = sorted([*(ROOT / "models").glob("*.onnx"), *ASSETS.glob("*/*.onnx")])
+    sources = [path for path in found if path.stat().st_size < LARGE]
+    counts: dict[str, Counter[str]] = {kind: Counter() for kind in dict.fromkeys(KINDS)}
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(arguments.first, arguments.first + arguments.count):
+            case = Case.of(number, sources)
+            outcome, words = isolated(case, Path(folder), arguments.limit)
+            counts[case.kind][outcome] += 1
+            if outcome == FAULT or arguments.verbose:
+                print(f"{number} {case.source.name} {case.kind} {outcome} {' '.join(words.split())[:300]}", flush=True)
+                if outcome == FAULT and arguments.keep is not None:
+                    arguments.keep.mkdir(parents=True, exist_ok=True)
+                    (arguments.keep / f"{number}.onnx").write_bytes(case.data())
+            for leftover in Path(folder).iterdir():
+                leftover.unlink()
+    print(f"{arguments.count} mutations of {len(sources)} graphs in {time.perf_counter() - started:.0f} s")
+    for kind, outcomes in counts.items():
+        print(f"{kind:8}" + "".join(f"{outcome:>9} {outcomes[outcome]:5}" for outcome in (OK, REFUSED, FAULT)))
+    return 1 if any(outcomes[FAULT] for outcomes in counts.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""The figures of docs/reliability.md: minutes to an hour, by what is asked for.
+
+    python tools/reliability.py memory --images 1024 --limits 4GiB none
+    python tools/reliability.py memory --images 64 --limits 100MB 1GiB --method refit
+    python tools/reliability.py repeat
+    python tools/reliability.py fuzz --count 2500
+    python tools/reliability.py kills --count 60
+
+memory   peak resident memory of a repair of ResNet-50 at 224x224 (random weights, random images) for each limit
+repeat   whether a second run of every method writes the same bytes, with one thread, two, and a memory limit
+fuzz     tools/fuzz.py: broken models by the thousand
+kills    tests/end_to_end/test_interruption.py: repairs that are stopped at random moments
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from architectures import build
+from PIL import Image
+
+from onnx_asr.options import METHODS
+from onnx_asr.pruning import prune
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = ROOT / "models"
+SIZE = 224
+
+
+def repair(*arguments: object) -> tuple[int, float]:
+    """Run the command in a process of its own; its peak resident memory in bytes, and its seconds."""
+    begun = time.perf_counter()
+    command = [sys.executable, "-m", "onnx_asr", "repair", *map(str, arguments), "--force", "-q"]
+    child = os.posix_spawn(sys.executable, command, os.environ | {"PYTHONPATH": str(ROOT)})
+    _, status, usage = os.wait4(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code not in (0, 1):  # 1: written though it is no better, which random weights may well be
+        sys.exit(f"exit code {code}: {' '.join(command)}")
+    return usage.ru_maxrss * 1024, time.perf_counter() - begun
+
+
+def memory(images: int, limits: Sequence[str], method: str) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        dense, pruned, data = folder / "dense.onnx", folder / "pruned.onnx", folder / "images"
+        model = build("resnet50", SIZE)
+        onnx.save(model, dense)
+        onnx.save(prune(model, 0.5).model, pruned)
+        del model
+        data.mkdir()
+        generator = np.random.default_rng(0)
+        held_out = 8
+        for number in range(images + held_out):
+            pixels = generator.integers(0, 256, (7, 7, 3), np.uint8)
+            Image.fromarray(pixels).resize((SIZE, SIZE)).save(data / f"{number:05}.jpg")
+        print(f"ResNet-50 at {SIZE}, {images} images, method {method}")
+        digests = set()
+        for limit in limits:
+            output = folder / "out.onnx"
+            few = ("--samples", images, "--verify-samples", held_out, "--threads", 1, "--method", method)
+            given = () if limit == "none" else ("--memory-limit", limit)
+            common = ("--dense", dense, "--data", data, "--preset", "imagenet")
+            peak, seconds = repair(pruned, "-o", output, *common, *few, *given)
+            digests.add(hashlib.sha256(output.read_bytes()).hexdigest())
+            print(f"limit {limit:>8}: peak {peak / 1e6:6.0f} MB, {seconds:5.0f} s", flush=True)
+        print("the same file with every limit" if len(digests) == 1 else "DIFFERENT files")
+
+
+def repeat() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for net in sorted(MODELS.glob("*.onnx")):
+            pruned = folder / "pruned.onnx"
+            onnx.save(prune(net, 0.8).model, pruned)
+            for method in METHODS:
+                digests = []
+                for extra in ((), (), ("--threads", 2), ("--memory-limit", "2MB")):
+                    output = folder / "out.onnx"
+                    data = ("--data", MODELS / "data" / "digits_calibration.npz", "--preset", "digits")
+                    few = ("--samples", 128, "--verify-samples", 64, "--method", method)
+                    repair(pruned, "-o", output, "--dense", net, *data, *few, *(extra or ("--threads", 1)))
+                    digests.append(hashlib.sha256(output.read_bytes()).hexdigest())
+                words = ["same" if digest == digests[0] else "DIFFERENT" for digest in digests[1:]]
+                again, threads, limit = words
+                print(f"{net.stem:17} {method:10} again: {again}, two threads: {threads}, limit: {limit}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["memory", "repeat", "fuzz", "kills"])
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--limits", nargs="+", default=["100MB", "none"])
+    parser.add_argument("--method", choices=METHODS, default="paired")
+    parser.add_argument("--count", type=int, default=60)
+    arguments = parser.parse_args()
+    if arguments.what == "memory":
+        memory(arguments.images, arguments.limits, arguments.method)
+        return 0
+    if arguments.what == "repeat":
+        repeat()
+        return 0
+    if arguments.what == "fuzz":
+        return subprocess.call([sys.executable, ROOT / "tools" / "fuzz.py", "--count", str(arguments.count)])
+    test = ROOT / "tests" / "end_to_end" / "test_interruption.py"
+    environment = os.environ | {"KILLS": str(arguments.count)}
+    return subprocess.call([sys.executable, "-m", "pytest", "-q", "-s", test], cwd=ROOT, env=environment)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
