@@ -203,20 +203,17 @@ def _examine(index: GraphIndex, position: int, level: int) -> Point | Skip | Non
         )
     if node.op_type in _OTHER_LAYERS and any(index.is_constant(name) for name in node.input if name):
         return _skip(index, position, f"{node.op_type} is not repaired; fused layers are when exported one by one")
-    inner = next((item for item in _inner_nodes(index.model, node) if is_standard(item, *get_args(Kind))), None)
+    inner = next((item for item in _inner_nodes(node) if is_standard(item, *get_args(Kind))), None)
     if inner is not None:
-        where = "a subgraph" if any(subgraphs(node)) else "a function (onnx.inliner can inline it)"
-        return _skip(index, position, f"{node.op_type} with a {inner.op_type} in {where}, which is left as it is")
+        return _skip(index, position, f"{node.op_type} with a {inner.op_type} in a subgraph, which is left as it is")
     return None
 
 
-def _inner_nodes(model: onnx.ModelProto, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
-    """Nodes in a node's subgraphs, and in the function that it calls."""
-    functions = (item for item in model.functions if (item.domain, item.name) == (node.domain, node.op_type))
-    for body in (*subgraphs(node), *functions):
-        for item in body.node:
+def _inner_nodes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+    for graph in subgraphs(node):
+        for item in graph.node:
             yield item
-            yield from _inner_nodes(model, item)
+            yield from _inner_nodes(item)
 
 
 def _skip(index: GraphIndex, position: int, reason: str) -> Skip:

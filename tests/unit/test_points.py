@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx import numpy_helper, parser
+from onnx import numpy_helper
 
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.points import Survey, rows_to_weight, survey, weight_rows
@@ -349,22 +349,6 @@ def test_convolutions_inside_subgraphs_are_reported() -> None:
     (skip,) = found.skips
     assert "If" in skip.reason
     assert "subgraph" in skip.reason
-
-
-def test_convolutions_inside_functions_are_reported() -> None:
-    model = parser.parse_model(
-        """
-        <ir_version: 8, opset_import: ["": 17, "local": 1]>
-        g (float[N,3,4,4] x) => (float[N,3,4,4] y) <float[3,3,1,1] w = {1,2,3,4,5,6,7,8,9}> { y = local.block (x, w) }
-        <domain: "local", opset_import: ["": 17, "local": 1]> block (a, v) => (c) {
-          b = local.layer (a, v)  c = Relu (b) }
-        <domain: "local", opset_import: ["": 17]> layer (a, v) => (b) { b = Conv (a, v) }
-        """
-    )
-    found = survey(index(model))
-    assert found.points == ()
-    (skip,) = found.skips
-    assert "block with a Conv in a function" in skip.reason
 
 
 def test_quantized_graphs_are_refused() -> None:
