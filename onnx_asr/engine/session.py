@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +59,7 @@ class Session:
     """
 
     def __init__(self, model: onnx.ModelProto | str, runtime: Runtime) -> None:
+        _return_freed_memory()
         source = model if isinstance(model, str) else model.SerializeToString()
         self._runtime = runtime
         try:
@@ -104,6 +107,12 @@ class Session:
             return call()
         except Exception as error:
             raise ModelError(f"onnxruntime cannot run the model: {_first_line(error)}") from error
+
+
+def _return_freed_memory() -> None:
+    """Have glibc, which keeps what earlier sessions have freed, give it back to the operating system."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def owned(value: NDArray[Any], allocate: Allocate) -> NDArray[Any]:

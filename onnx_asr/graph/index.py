@@ -121,16 +121,17 @@ class GraphIndex:
         """
         if not self.is_constant(name):
             raise KeyError(name)
-        if name not in self._values:
-            tensor = self.initializers.get(name)
-            try:
-                self._values[name] = self._evaluate(name) if tensor is None else numpy_helper.to_array(tensor)
-            except ModelError:
-                raise
-            except Exception as error:  # the evaluator raises whatever its operators do
-                raise ModelError(
-                    f"constant '{name}' cannot be read: {error}; the file is damaged, export the model again"
-                ) from error
+        try:
+            if name in self.initializers:  # not kept: that would take the model's memory a second time
+                return numpy_helper.to_array(self.initializers[name])
+            if name not in self._values:
+                self._values[name] = self._evaluate(name)
+        except ModelError:
+            raise
+        except Exception as error:  # the evaluator raises whatever its operators do
+            raise ModelError(
+                f"constant '{name}' cannot be read: {error}; the file is damaged, export the model again"
+            ) from error
         return self._values[name]
 
     def _evaluate(self, name: str) -> NDArray[Any]:
