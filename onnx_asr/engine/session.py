@@ -111,7 +111,7 @@ class Session:
 
 def _return_freed_memory() -> None:
     """Have glibc, which keeps what earlier sessions have freed, give it back to the operating system."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 

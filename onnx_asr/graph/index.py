@@ -25,7 +25,7 @@ FLOAT_TYPES = {
     onnx.TensorProto.DOUBLE,
 }
 _FOLDABLE = {"Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
-_STANDARD_DOMAINS = {"", "ai.onnx"}
+STANDARD_DOMAINS = {"", "ai.onnx"}
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class GraphIndex:
         if position is None:
             return False
         node = self.nodes[position]
-        if node.domain not in _STANDARD_DOMAINS:
+        if node.domain not in STANDARD_DOMAINS:
             return False
         if node.op_type == "Constant":
             return True
@@ -209,7 +209,7 @@ def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
 
 def is_standard(node: onnx.NodeProto, *op_types: str) -> bool:
     """Whether a node is one of these operators of the ONNX standard domain."""
-    return node.op_type in op_types and node.domain in _STANDARD_DOMAINS
+    return node.op_type in op_types and node.domain in STANDARD_DOMAINS
 
 
 def ancestors(index: GraphIndex, targets: Iterable[str], stop: Iterable[str] = ()) -> set[int]:

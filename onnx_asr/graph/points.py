@@ -239,6 +239,8 @@ def _convolution(index: GraphIndex, position: int, level: int) -> Point | Skip:
     if reason:
         return _skip(index, position, reason)
     weight = index.value(node.input[1])
+    if weight.ndim < 3:
+        return _skip(index, position, f"a weight of rank {weight.ndim} has no kernel")
     transposed = node.op_type == "ConvTranspose"
     channels = weight.shape[1] * int(attribute(node, "group", 1)) if transposed else weight.shape[0]
     tensor = node.output[0]
@@ -257,6 +259,8 @@ def _gemm(index: GraphIndex, position: int, level: int) -> Point | Skip:
     if attribute(node, "alpha", 1.0) == 0.0 or attribute(node, "beta", 1.0) == 0.0:
         return _skip(index, position, "Gemm with alpha or beta of zero ignores its weight or bias")
     weight = index.value(node.input[1])
+    if weight.ndim != 2:
+        return _skip(index, position, f"Gemm weight of rank {weight.ndim}, not 2")
     channels = weight.shape[0] if attribute(node, "transB", 0) else weight.shape[1]
     if len(node.input) > 2 and node.input[2]:
         bias = index.value(node.input[2])
