@@ -148,6 +148,8 @@ def survey(index: GraphIndex) -> Survey:
 
 def _examine(index: GraphIndex, position: int, level: int) -> Point | Skip | None:
     node = index.nodes[position]
+    if is_standard(node, "Conv", "ConvTranspose", "Gemm", "BatchNormalization") and index.is_constant(node.input[0]):
+        return _skip(index, position, "it reads no data, only constants")
     if is_standard(node, "Conv", "ConvTranspose"):
         return _convolution(index, position, level)
     if is_standard(node, "Gemm"):
@@ -213,8 +215,6 @@ def _batchnorm_obstacle(index: GraphIndex, position: int) -> str | None:
         return "BatchNormalization with training outputs: export the model in evaluation mode"
     if attribute(node, "spatial", 1) != 1:
         return "BatchNormalization with spatial=0 has no channel statistics"
-    if index.is_constant(node.input[0]):
-        return "BatchNormalization of a constant"
     for slot in (BN_SCALE, BN_BIAS, BN_MEAN, BN_VAR):
         if not index.is_constant(node.input[slot]):
             return "BatchNormalization whose parameters are computed at run time"
