@@ -79,7 +79,13 @@ def unknown_attribute(model: onnx.ModelProto) -> None:
     model.graph.node[0].attribute.append(helper.make_attribute("colour", 3))
 
 
-@pytest.mark.parametrize("spoil", [wrong_size, no_inputs, unknown_attribute], ids=lambda f: f.__name__)
+def impossible_opset(model: onnx.ModelProto) -> None:
+    model.opset_import[0].version = 2**40
+
+
+@pytest.mark.parametrize(
+    "spoil", [wrong_size, no_inputs, unknown_attribute, impossible_opset], ids=lambda f: f.__name__
+)
 def test_fields_that_contradict_each_other_are_not_valid(tmp_path: Path, spoil: Spoil) -> None:
     model = residual_net()
     spoil(model)
