@@ -76,7 +76,7 @@ def _check_valid(model: onnx.ModelProto, source: ModelSource) -> None:
             f"domain '{unknown.domain}'; export it again"
         )
     context = onnx.checker.C.CheckerContext()
-    context.ir_version = model.ir_version or onnx.IR_VERSION
+    context.ir_version = onnx.IR_VERSION
     context.opset_imports = {"": versions.get("ai.onnx", 1), "ai.onnx": versions.get("", 1), **versions}
     try:
         for tensor in model.graph.initializer:

@@ -83,9 +83,7 @@ def no_such_opset(model: onnx.ModelProto) -> None:
     model.opset_import[0].version = 2**40
 
 
-@pytest.mark.parametrize(
-    "spoil", [wrong_size, no_inputs, unknown_attribute, no_such_opset], ids=lambda f: f.__name__
-)
+@pytest.mark.parametrize("spoil", [wrong_size, no_inputs, unknown_attribute, no_such_opset], ids=lambda f: f.__name__)
 def test_fields_that_contradict_each_other_are_not_valid(tmp_path: Path, spoil: Spoil) -> None:
     model = residual_net()
     spoil(model)
