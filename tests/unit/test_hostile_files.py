@@ -103,6 +103,13 @@ def test_what_onnxruntime_runs_is_not_refused_for_its_form() -> None:
     Session(model, Runtime(threads=1))
 
 
+def test_an_impossible_ir_version_is_left_to_onnxruntime() -> None:
+    model = residual_net()
+    model.ir_version = 2**40
+    with pytest.raises(ModelError, match="onnxruntime cannot load"):
+        Session(load(model), Runtime(threads=1))
+
+
 def test_nodes_out_of_order_are_refused() -> None:
     model = residual_net()
     model.graph.node[0].input[0] = model.graph.node[1].output[0]
