@@ -154,8 +154,7 @@ def walk(networks: Networks, tracks: Sequence[Track], calibration: Calibration, 
         dense_lanes = [networks.dense_lane(twins.values(), calibration, pool, execution)] if twins else []
         if twins and not along:
             execution.progress("measuring the dense network", 0.0)
-            references = _dense_moments(networks, dense_lanes.pop(), twins)
-            pool.trim()
+            references = _dense_moments(networks, dense_lanes.pop(), twins, pool)
         lanes = [
             networks.pruned_lane([point.tensor for point in track.points], calibration, pool, execution, track.plan)
             for track in tracks
@@ -217,7 +216,9 @@ def _merged(before: Moments | PairMoments | None, found: Moments | PairMoments) 
     return found
 
 
-def _dense_moments(networks: Networks, lane: Lane, twins: Mapping[Point, str]) -> dict[Point, Moments]:
+def _dense_moments(
+    networks: Networks, lane: Lane, twins: Mapping[Point, str], pool: BufferPool
+) -> dict[Point, Moments]:
     """Moments of the dense network: a few levels at once, as what one session gives out takes memory all at once."""
     result: dict[Point, Moments] = {}
     levels = [group for _, group in by_level(list(twins))]
@@ -230,6 +231,7 @@ def _dense_moments(networks: Networks, lane: Lane, twins: Mapping[Point, str]) -
                 result[point] = result[point].merge(moments) if point in result else moments
 
         lockstep([lane], [[twins[point] for point in points]], visit)
+        pool.trim()
     return result
 
 

@@ -20,6 +20,7 @@ import multiprocessing
 import multiprocessing.connection
 import random
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -51,6 +52,7 @@ ASSETS = ROOT.parent / "shared" / "assets"
 SMALL, LARGE = 1_200_000, 20_000_000  # bytes; graphs between them get one mutation in sixteen, larger ones none
 SAMPLES = 6
 MEMORY = 8 << 30
+PATIENCE = 10
 OK, REFUSED, FAULT = "ok", "refused", "FAULT"
 
 Bytes = Callable[[random.Random, bytes], bytes]
@@ -290,25 +292,28 @@ def _feeds(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
-def isolated(case: Case, folder: Path, limit: float) -> tuple[str, str]:
-    """`attempt` in a process of its own."""
+def isolated(case: Case, folder: Path, limit: int) -> tuple[str, str]:
+    """`attempt` in a process of its own: `limit` seconds of computing, `PATIENCE` times as many by the clock."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
     def work() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
         sender.send(attempt(case, folder))
 
     child = context.Process(target=work)
     child.start()
     sender.close()
     try:
-        if not receiver.poll(limit):
-            return FAULT, f"hang: no end after {limit:.0f} s"
+        if not receiver.poll(PATIENCE * limit):
+            return FAULT, f"hang: no end after {PATIENCE * limit} s"
         return receiver.recv()  # type: ignore[no-any-return]
     except EOFError:
         child.join()
+        if child.exitcode in (-signal.SIGXCPU, -signal.SIGKILL):
+            return FAULT, f"hang: no end after {limit} s of computing"
         return FAULT, f"crash: exit code {child.exitcode}"
     finally:
         child.kill()
@@ -319,7 +324,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000, help="mutations")
     parser.add_argument("--first", type=int, default=0, help="number of the first one")
-    parser.add_argument("--limit", type=float, default=60, help="seconds for one")
+    parser.add_argument("--limit", type=int, default=60, help="seconds of computing for one")
     parser.add_argument("--keep", type=Path, help="folder for the files that did harm")
     parser.add_argument("--verbose", action="store_true", help="every mutation, not only those that did harm")
     arguments = parser.parse_args()

@@ -8,8 +8,6 @@ effect in the next segment that holds their node, so every node runs once, with 
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import mmap
 import os
 import tempfile
@@ -86,8 +84,6 @@ class BufferPool:
         for size, buffers in self._free.items():
             self._in_memory -= size * sum(not isinstance(raw, np.memmap) for raw in buffers)
         self._free.clear()
-        if self._limit is not None:
-            _return_freed_memory()
 
     def _new(self, size: int) -> NDArray[np.uint8]:
         if self._limit is not None and self._in_memory + size > self._limit:
@@ -112,12 +108,6 @@ class BufferPool:
                 "--memory-limit, lower --samples, or set TMPDIR to a folder with more space"
             ) from error
         return mapped
-
-
-def _return_freed_memory() -> None:
-    """Have glibc, which keeps what closed sessions have freed, give it back to the operating system."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Lane:

@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from onnx_asr.errors import ModelError
-from onnx_asr.graph.tensors import is_left, sparse_value, value_of
+from onnx_asr.graph.tensors import sparse_value, value_of
 
 FLOAT_TYPES = {
     onnx.TensorProto.FLOAT,
@@ -27,7 +27,7 @@ FLOAT_TYPES = {
 }
 _FOLDABLE = {"Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
 _FOLDABLE |= {"Shape", "Gather", "Slice", "Concat", "ConstantOfShape", "Add", "Sub", "Mul"}  # how exporters build pads
-_STANDARD_DOMAINS = {"", "ai.onnx"}
+STANDARD_DOMAINS = {"", "ai.onnx"}
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class GraphIndex:
         if position is None:
             return False
         node = self.nodes[position]
-        if node.domain not in _STANDARD_DOMAINS:
+        if node.domain not in STANDARD_DOMAINS:
             return False
         if node.op_type == "Constant":
             return True
@@ -126,18 +126,17 @@ class GraphIndex:
         """
         if not self.is_constant(name):
             raise KeyError(name)
-        tensor = self.initializers.get(name)
-        if tensor is not None and is_left(tensor):
-            return value_of(tensor)
-        if name not in self._values:
-            try:
-                self._values[name] = self._evaluate(name) if tensor is None else value_of(tensor)
-            except ModelError:
-                raise
-            except Exception as error:  # the evaluator raises whatever its operators do
-                raise ModelError(
-                    f"constant '{name}' cannot be read: {error}; the file is damaged, export the model again"
-                ) from error
+        try:
+            if name in self.initializers:  # not kept: that would take the model's memory a second time
+                return value_of(self.initializers[name])
+            if name not in self._values:
+                self._values[name] = self._evaluate(name)
+        except ModelError:
+            raise
+        except Exception as error:  # the evaluator raises whatever its operators do
+            raise ModelError(
+                f"constant '{name}' cannot be read: {error}; the file is damaged, export the model again"
+            ) from error
         return self._values[name]
 
     def _evaluate(self, name: str) -> NDArray[Any]:
@@ -226,7 +225,7 @@ def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
 
 def is_standard(node: onnx.NodeProto, *op_types: str) -> bool:
     """Whether a node is one of these operators of the ONNX standard domain."""
-    return node.op_type in op_types and node.domain in _STANDARD_DOMAINS
+    return node.op_type in op_types and node.domain in STANDARD_DOMAINS
 
 
 def ancestors(index: GraphIndex, targets: Iterable[str], stop: Iterable[str] = ()) -> set[int]:

@@ -177,6 +177,8 @@ def without_selected(index: GraphIndex, found: Survey) -> Survey:
 
 def _examine(index: GraphIndex, position: int, level: int) -> Point | Skip | None:
     node = index.nodes[position]
+    if is_standard(node, "Conv", "ConvTranspose", "Gemm", "BatchNormalization") and index.is_constant(node.input[0]):
+        return _skip(index, position, "it reads no data, only constants")
     if is_standard(node, "Conv", "ConvTranspose"):
         return _convolution(index, position, level)
     if is_standard(node, "Gemm"):
@@ -244,8 +246,6 @@ def _batchnorm_obstacle(index: GraphIndex, position: int) -> str | None:
         return "BatchNormalization with training outputs: export the model in evaluation mode"
     if attribute(node, "spatial", 1) != 1:
         return "BatchNormalization with spatial=0 has no channel statistics"
-    if index.is_constant(node.input[0]):
-        return "BatchNormalization of a constant"
     for slot in (BN_SCALE, BN_BIAS, BN_MEAN, BN_VAR):
         if not index.is_constant(node.input[slot]):
             return "BatchNormalization whose parameters are computed at run time"
@@ -270,6 +270,8 @@ def _convolution(index: GraphIndex, position: int, level: int) -> Point | Skip:
     if reason:
         return _skip(index, position, reason)
     weight = index.value(node.input[1])
+    if weight.ndim < 3:
+        return _skip(index, position, f"a weight of rank {weight.ndim} has no kernel")
     transposed = node.op_type == "ConvTranspose"
     channels = weight.shape[1] * int(attribute(node, "group", 1)) if transposed else weight.shape[0]
     tensor = node.output[0]
@@ -288,6 +290,8 @@ def _gemm(index: GraphIndex, position: int, level: int) -> Point | Skip:
     if attribute(node, "alpha", 1.0) == 0.0 or attribute(node, "beta", 1.0) == 0.0:
         return _skip(index, position, "Gemm with alpha or beta of zero ignores its weight or bias")
     weight = index.value(node.input[1])
+    if weight.ndim != 2:
+        return _skip(index, position, f"Gemm weight of rank {weight.ndim}, not 2")
     channels = weight.shape[0] if attribute(node, "transB", 0) else weight.shape[1]
     if len(node.input) > 2 and node.input[2]:
         bias = index.value(node.input[2])
