@@ -184,7 +184,7 @@ def test_weights_of_the_wrong_rank_are_skipped() -> None:
 
 def test_a_weight_that_is_a_vector_in_one_network_is_no_match() -> None:
     text = "g (float[N,4] x) => (float[N,K] y) { h = Gemm (x, v) y = MatMul (h, w) }"
-    with pytest.raises(StructureError, match="shape"):
+    with pytest.raises(StructureError, match="stands where the dense one has"):
         Networks.of(net(text, v=(4, 4), w=(4,)), net(text, v=(4, 4), w=(4, 4)))
 
 
