@@ -121,6 +121,13 @@ def report(path: Path | None) -> Iterator[RenderableType]:
         yield f"report: {path}"
 
 
+def view(addresses: Sequence[tuple[str, str]]) -> Iterator[RenderableType]:
+    """Where the models are shown."""
+    for model, address in addresses:
+        yield f"{model}: {address}"
+    yield "Ctrl-C ends it"
+
+
 def evaluation(fidelity: Fidelity, path: str) -> Iterator[RenderableType]:
     """The measures there are."""
     yield fidelities({os.path.basename(path): fidelity}, f"{fidelity.samples} samples")
