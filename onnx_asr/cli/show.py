@@ -157,7 +157,7 @@ def demo(result: DemoResult) -> Iterator[RenderableType]:
     yield f"pruned:   {result.pruned}"
     yield f"repaired: {result.repaired} ({result.best}: the highest top-1 here)"
     yield (
-        f"See what was done, node by node, in Netron: pip install netron; netron {result.repaired}\n"
+        f"See what was done, node by node, in Netron: onnx-resuscitate view {result.repaired}\n"
         "or open the file on https://netron.app; a node's properties tell its gains."
     )
 
