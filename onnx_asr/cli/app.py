@@ -454,6 +454,27 @@ def inspect(
     return DONE
 
 
+@_command("view")
+def view(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="One or more .onnx files.")],
+    display: Display,
+    port: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Port of the first file, the next have those after it; free ones if not given."),
+    ] = None,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the addresses in the browser.")] = True,
+) -> int:
+    """Show models in Netron until interrupted; needs the extra 'view'."""
+    from onnx_asr.viewing import serving, wait_for_the_end
+
+    terminal = Terminal(display)
+    with serving(models, port=port, browse=browser) as addresses:
+        pairs = list(zip(models, addresses, strict=True))
+        values = {"command": "view", "models": [{"model": model, "address": address} for model, address in pairs]}
+        terminal.result(values, *show.view(pairs))
+        wait_for_the_end()
+
+
 def _page(report: str, output: Path | None) -> Path:
     """Where the report goes; what is in the way shows before any work is done."""
     from onnx_asr.report import check_report

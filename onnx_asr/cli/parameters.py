@@ -342,7 +342,12 @@ class Command(TyperCommand):
     """A command whose help states what the pipelines know: their methods, presets and defaults."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Fill in the help texts, then show them; only now the options' module is imported."""
+        """Show the help, filled in."""
+        self.fill_in()
+        super().format_help(ctx, formatter)
+
+    def fill_in(self) -> None:
+        """Put names and defaults into the help texts; only now the options' module is imported."""
         from onnx_asr.data.preprocessing import PRESETS
         from onnx_asr.options import METHODS, SCORES, RepairOptions
 
@@ -356,7 +361,6 @@ class Command(TyperCommand):
                 shown.default = known[shown.name]
             for name, values in (("{methods}", METHODS), ("{presets}", PRESETS), ("{scores}", SCORES)):
                 shown.help = (shown.help or "").replace(name, ", ".join(values))
-        super().format_help(ctx, formatter)
 
 
 def _names(group: type) -> list[str]:

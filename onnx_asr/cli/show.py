@@ -121,6 +121,13 @@ def report(path: Path | None) -> Iterator[RenderableType]:
         yield f"report: {path}"
 
 
+def view(addresses: Sequence[tuple[str, str]]) -> Iterator[RenderableType]:
+    """Where the models are shown."""
+    for model, address in addresses:
+        yield f"{model}: {address}"
+    yield "Ctrl-C ends it"
+
+
 def evaluation(fidelity: Fidelity, path: str) -> Iterator[RenderableType]:
     """The measures there are."""
     yield fidelities({os.path.basename(path): fidelity}, f"{fidelity.samples} samples")
@@ -150,7 +157,7 @@ def demo(result: DemoResult) -> Iterator[RenderableType]:
     yield f"pruned:   {result.pruned}"
     yield f"repaired: {result.repaired} ({result.best}: the highest top-1 here)"
     yield (
-        f"See what was done, node by node, in Netron: pip install netron; netron {result.repaired}\n"
+        f"See what was done, node by node, in Netron: onnx-resuscitate view {result.repaired}\n"
         "or open the file on https://netron.app; a node's properties tell its gains."
     )
 

@@ -53,7 +53,7 @@ class BatchNormParameters:
 
     @property
     def moments(self) -> Moments:
-        """The stored statistics as a dense reference (method.md, fact 5), standing for one observation."""
+        """The stored statistics as a dense reference (docs/method.md, ``paired``), standing for one observation."""
         return Moments(1.0, self.mean, self.var)
 
 
