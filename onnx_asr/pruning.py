@@ -12,19 +12,22 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from onnx_asr.calibration import Calibration
 from onnx_asr.data import Dataset, Preprocessing
 from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import ModelError, OptionError
+from onnx_asr.fidelity import Fidelity
 from onnx_asr.graph.edit import EditPlan, apply, set_metadata
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import Point, Skip, rows_to_weight, survey, weight_blocks
 from onnx_asr.model_io import ModelSource, check_finite, load
 from onnx_asr.networks import Execution
 from onnx_asr.numerics.masks import keep_count, keep_largest, keep_n_of_m
-from onnx_asr.numerics.scores import erk_keep
-from onnx_asr.options import DATA_AWARE, SCORES, RepairOptions, Score
+from onnx_asr.numerics.scores import cheapest_keep, erk_keep
+from onnx_asr.options import DATA_AWARE, SCORES, SENSITIVITY_SPARSITIES, RepairOptions, Score
 from onnx_asr.repairing import RepairJob
 from onnx_asr.scoring import data_aware_scores, data_free_scores
+from onnx_asr.trials import try_masks
 from onnx_asr.version import __version__
 
 _FOLDED = (
@@ -32,7 +35,7 @@ _FOLDED = (
     "not compare: --score variance with --data, or --score row, chooses better"
 )
 
-Scope = Literal["global", "layer", "erk"]
+Scope = Literal["global", "layer", "erk", "sensitivity"]
 
 
 @dataclass(frozen=True)
@@ -221,21 +224,23 @@ def prune(
 ) -> PruneResult:
     """Zero the weights of smallest score.
 
-    Unstructured: the number of zeros is exactly ``round(sparsity n)`` over all weights together (scopes "global" and
-    "erk") or in each ("layer"), except where there are more already: existing zeros are kept. N:M: the ``n`` largest of
-    every ``m`` consecutive input channels stay; a weight with fewer than ``m`` input channels a group stays dense. Ties
-    are broken by position.
+    Unstructured: the number of zeros is exactly ``round(sparsity n)`` over all weights together (scopes "global",
+    "erk" and "sensitivity") or in each ("layer"), except where there are more already: existing zeros are kept. N:M:
+    the ``n`` largest of every ``m`` consecutive input channels stay; a weight with fewer than ``m`` input channels a
+    group stays dense. Ties are broken by position.
 
     Args:
         model: Path or ModelProto of the dense model; it is not changed.
         sparsity: Share of weights to zero, in [0, 1); not given where the pattern is N:M.
         pattern: "unstructured", or "N:M" along the input channels, as sparse tensor cores expect.
         scope: Compare scores over the whole network, or within each weight: all of one sparsity ("layer"), or
-            Erdos-Renyi-kernel sparsities, which spare small layers ("erk").
+            Erdos-Renyi-kernel sparsities, which spare small layers ("erk"); or the sparsities at which the distances
+            from the dense network's outputs add up to the least, each layer's measured alone and refitted at several
+            sparsities ("sensitivity", which needs data; see :func:`onnx_asr.sensitivity` for what that takes).
         score: See :mod:`onnx_asr.scoring`; "activation", "variance" and "gram" need data.
         include: Regular expressions on node or weight names that take part; empty for all.
         exclude: Regular expressions that do not.
-        data: Calibration samples for the scores that need them, as for :func:`onnx_asr.repair`.
+        data: Calibration samples for the scores and the scope that need them, as for :func:`onnx_asr.repair`.
         samples: How many of them to use.
         seed: Of the sample.
         preprocessing: What to do to images.
@@ -249,29 +254,40 @@ def prune(
     shape = Pattern.parse(pattern)
     check_sparsity(sparsity, shape)
     check_scope(scope, get_args(Scope))
-    if score not in SCORES:
-        raise OptionError(f"score '{score}' is unknown: give one of {', '.join(SCORES)}")
-    if (score in DATA_AWARE) != (data is not None):
-        need = "needs calibration samples: give them" if data is None else "reads no data: leave them out"
-        raise OptionError(f"score '{score}' {need} (--data)")
+    check_score(score)
+    if scope == "sensitivity" and shape.n is not None:
+        raise OptionError(f"pattern {shape} sets the sparsity of every layer: leave --scope sensitivity out")
+    readers = [f"score '{score}'"] * (score in DATA_AWARE) + [f"scope '{scope}'"] * (scope == "sensitivity")
+    if readers and data is None:
+        raise OptionError(f"{readers[0]} needs calibration samples: give them (--data)")
+    if data is not None and not readers:
+        raise OptionError(f"score '{score}' reads no data: leave them out (--data)")
     dense = load(model)
     index = GraphIndex.of(dense)
     check_finite(index, "dense")
     weights, skips = prunable_weights(index, include, exclude)
     weights, narrow = split_narrow(index, weights, shape)
     points = [weight.points[0] for weight in weights]
+    counts = None
     if data is None:
         scores = data_free_scores(index, points, score)
     else:
-        settings = RepairOptions(method="refit", samples=samples, verify_samples=0, seed=seed)
+        execution = execution or Execution()
+        held_out = RepairOptions.verify_samples if scope == "sensitivity" else 0
+        settings = RepairOptions(method="refit", samples=samples, verify_samples=held_out, seed=seed)
         job = RepairJob.of(dense, dense, data, settings, preprocessing)
         calibration = job.load_calibration()
-        scores = data_aware_scores(job.networks, points, score, calibration, execution or Execution())
+        scores = weight_scores(job, points, score, calibration, execution)
+        if scope == "sensitivity":
+            assert sparsity is not None
+            counts = _sensitivity_counts(job, weights, scores, sparsity, calibration, execution)
     if shape.n is not None:
         masks = [
             pattern_mask(index, weight, values, shape.n, shape.m)
             for weight, values in zip(weights, scores, strict=True)
         ]
+    elif counts is not None:
+        masks = _masks_of_counts(scores, counts)
     else:
         assert sparsity is not None
         masks = unstructured_masks(index, weights, scores, sparsity, scope)
@@ -288,6 +304,55 @@ def prune(
     if score == "magnitude" and scope == "global" and shape.n is None and without_batchnorm and len(points) > 1:
         return replace(result, notes=(_FOLDED,))
     return result
+
+
+def weight_scores(
+    job: RepairJob, points: Sequence[Point], score: Score, calibration: Calibration, execution: Execution
+) -> list[NDArray[np.float64]]:
+    """Scores of the points' weights, by whatever the score looks at."""
+    if score in DATA_AWARE:
+        return data_aware_scores(job.networks, points, score, calibration, execution)
+    return data_free_scores(job.networks.pruned, points, score)
+
+
+def sensitivities(
+    job: RepairJob,
+    weights: Sequence[PrunableWeight],
+    scores: Sequence[NDArray[Any]],
+    sparsities: Sequence[float],
+    calibration: Calibration,
+    execution: Execution,
+) -> list[list[Fidelity]]:
+    """Fidelity to the dense network with one weight alone at each of the sparsities, refitted."""
+    masks = [[keep_largest([score], keep_count(score.size, share))[0] for share in sparsities] for score in scores]
+    return try_masks(job, [weight.points for weight in weights], masks, calibration, execution)
+
+
+def _sensitivity_counts(
+    job: RepairJob,
+    weights: Sequence[PrunableWeight],
+    scores: Sequence[NDArray[Any]],
+    sparsity: float,
+    calibration: Calibration,
+    execution: Execution,
+) -> list[int]:
+    """Entries to keep in every weight; none is left with less than a quarter of the density asked for, or 0.05."""
+    sparsities = sorted({*SENSITIVITY_SPARSITIES, 1 - (1 - sparsity) / 4})
+    found = sensitivities(job, weights, scores, sparsities, calibration, execution)
+    sizes = [score.size for score in scores]
+    zeros = [[size - keep_count(size, share) for share in sparsities] for size in sizes]
+    costs = [[fidelity.distance for fidelity in tried] for tried in found]
+    return cheapest_keep(sizes, zeros, costs, keep_count(sum(sizes), sparsity))
+
+
+def check_score(score: str) -> None:
+    """Refuse an unknown score.
+
+    Raises:
+        OptionError: Saying which there are.
+    """
+    if score not in SCORES:
+        raise OptionError(f"score '{score}' is unknown: give one of {', '.join(SCORES)}")
 
 
 def check_scope(scope: str, known: Sequence[str]) -> None:
@@ -344,6 +409,10 @@ def unstructured_masks(
     else:
         shapes = [_kernel_shape(index, weight, score) for weight, score in zip(weights, scores, strict=True)]
         counts = erk_keep(shapes, [score.size for score in scores], total)
+    return _masks_of_counts(scores, counts)
+
+
+def _masks_of_counts(scores: Sequence[NDArray[Any]], counts: Sequence[int]) -> list[NDArray[np.bool_]]:
     return [keep_largest([score], count)[0] for score, count in zip(scores, counts, strict=True)]
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from onnx_asr.graph.points import Skip
     from onnx_asr.graph.shapes import Cost
     from onnx_asr.inspection import Inspection, Layer
+    from onnx_asr.layer_sensitivity import SensitivityResult
     from onnx_asr.pruning import LayerSparsity, PruneResult
     from onnx_asr.result import RepairResult, Verification
     from onnx_asr.shrinking import ShrinkResult
@@ -113,6 +114,25 @@ def channels(layer: Layer) -> Iterator[RenderableType]:
             values.append("collapsed" if row["collapsed"] else "")
         table.add_row(*values)
     yield table
+
+
+def sensitivity(result: SensitivityResult, verbose: bool) -> Iterator[RenderableType]:
+    """One row a layer, one column a sparsity: the distance, and for classifiers the agreement."""
+    shares = [f">{share:g}" for share in result.sparsities]
+    table = _table("layer", "operator", ">weights", *shares)
+    for layer in result.layers:
+        cells = [
+            f"{item.distance:.2g}" + ("" if item.kl is None else f" {item.agreement:.0%}") for item in layer.fidelities
+        ]
+        table.add_row(layer.name, layer.op_type, f"{layer.size:,}", *cells)
+    yield table
+    yield from _skips(result.skips, verbose)
+    for note in result.notes:
+        yield f"note: {note}"
+    yield (
+        f"{result.measure} against the dense model on {result.samples} held-out samples, each layer alone at each "
+        f"sparsity, refitted on {result.calibration_samples} others; {result.seconds:.1f} s"
+    )
 
 
 def report(path: Path | None) -> Iterator[RenderableType]:
