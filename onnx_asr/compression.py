@@ -32,10 +32,9 @@ from onnx_asr.pruning import (
     PrunableWeight,
     apply_masks,
     check_sparsity,
-    pattern_mask,
+    make_masks,
     prunable_weights,
     split_narrow,
-    unstructured_masks,
 )
 from onnx_asr.refit_repair import repair_refit
 from onnx_asr.repairing import RepairJob, finish
@@ -50,8 +49,8 @@ class CompressOptions:
     """How to compress.
 
     Attributes:
-        sparsity: Share of weights to zero, in [0, 1); None where the pattern is N:M.
-        pattern: "unstructured" or "N:M".
+        sparsity: Share of weights (or blocks) to zero, in [0, 1); None where the pattern is N:M.
+        pattern: "unstructured", "N:M", or "Nx1", as in :func:`onnx_asr.prune`.
         rounds: Mask rounds; for N:M at most ``m - n``.
         round_samples: Samples of every round but the last, as a share of all.
         include: Regular expressions on names that take part; empty for all.
@@ -149,7 +148,7 @@ def compress(
     schedule = _schedule(options, pattern)
     for number, step in enumerate(schedule):
         begun = time.perf_counter()
-        masks = _next_masks(index, weights, _scores(values, factors, masks), step)
+        masks = make_masks(index, weights, _scores(values, factors, masks), *step, "global")
         pruned = apply_masks(index, weights, masks, [*skips, *narrow], asdict(options))
         job = replace(job, pruned=pruned.model, networks=Networks.of(pruned.model, model))
         if number + 1 == len(schedule):
@@ -167,8 +166,8 @@ def compress(
     return CompressResult(replace(result, seconds=stages), pruned.layers, options, tuple(seconds), pruned.model)
 
 
-Step = float | tuple[int, int]
-"""A round's goal: a sparsity, or N and M."""
+Step = tuple[Pattern, float | None]
+"""A round's goal: a pattern, and a sparsity where the pattern leaves it open."""
 
 
 def _schedule(options: CompressOptions, pattern: Pattern) -> list[Step]:
@@ -176,17 +175,9 @@ def _schedule(options: CompressOptions, pattern: Pattern) -> list[Step]:
         assert options.sparsity is not None
         density = 1.0 - options.sparsity
         steps = [1.0 - density ** (i / options.rounds) for i in range(1, options.rounds)]
-        return [*steps, options.sparsity]
+        return [(pattern, step) for step in [*steps, options.sparsity]]
     kept = np.linspace(pattern.m, pattern.n, min(options.rounds, pattern.m - pattern.n) + 1)[1:]
-    return [(round(float(n)), pattern.m) for n in kept]
-
-
-def _next_masks(
-    index: GraphIndex, weights: Sequence[PrunableWeight], scores: Sequence[NDArray[Any]], step: Step
-) -> Masks:
-    if isinstance(step, tuple):
-        return [pattern_mask(index, weight, score, *step) for weight, score in zip(weights, scores, strict=True)]
-    return unstructured_masks(index, weights, scores, step, "global")
+    return [(replace(pattern, n=round(float(n))), None) for n in kept]
 
 
 def _factors(

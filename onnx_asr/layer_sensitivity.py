@@ -16,7 +16,7 @@ from onnx_asr.graph.points import Skip
 from onnx_asr.model_io import ModelSource, load
 from onnx_asr.networks import Execution
 from onnx_asr.options import SENSITIVITY_SPARSITIES, RepairOptions, Score
-from onnx_asr.pruning import check_score, check_share, prunable_weights, sensitivities, weight_scores
+from onnx_asr.pruning import Pattern, check_score, check_share, prunable_weights, sensitivities, weight_scores
 from onnx_asr.repairing import RepairJob
 
 
@@ -146,7 +146,7 @@ def sensitivity(
     job = RepairJob.of(model, model, data, settings, preprocessing)
     calibration = job.load_calibration()
     scores = weight_scores(job, [weight.points[0] for weight in weights], score, calibration, execution)
-    found = sensitivities(job, weights, scores, shares, calibration, execution)
+    found = sensitivities(job, weights, scores, Pattern(), shares, calibration, execution)
     execution.progress("done", 1.0)
     layers = [
         LayerSensitivity(weight.name, weight.points[0].kind, values.shape, values.size, tuple(tried))

@@ -22,7 +22,7 @@ from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import Point, Skip, rows_to_weight, survey, weight_blocks
 from onnx_asr.model_io import ModelSource, check_finite, load
 from onnx_asr.networks import Execution
-from onnx_asr.numerics.masks import keep_count, keep_largest, keep_n_of_m
+from onnx_asr.numerics.masks import block_scores, keep_count, keep_largest, keep_n_of_m, spread_blocks
 from onnx_asr.numerics.scores import cheapest_keep, erk_keep
 from onnx_asr.options import DATA_AWARE, SCORES, SENSITIVITY_SPARSITIES, RepairOptions, Score
 from onnx_asr.repairing import RepairJob
@@ -40,17 +40,24 @@ Scope = Literal["global", "layer", "erk", "sensitivity"]
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which sets of weights may survive: any (``n`` is None), or ``n`` of every ``m`` consecutive input channels."""
+    """Which sets of weights may survive.
+
+    Attributes:
+        n: Weights left of every ``m`` consecutive input channels; None where any may survive.
+        m: See ``n``.
+        height: Consecutive output channels of a group that share their zeros.
+    """
 
     n: int | None = None
     m: int = 1
+    height: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
-        """Read "unstructured" or "N:M".
+        """Read "unstructured", "N:M" or "Nx1".
 
         Raises:
-            OptionError: When it is neither.
+            OptionError: When it is none of them.
         """
         if text == "unstructured":
             return cls()
@@ -59,12 +66,20 @@ class Pattern:
                 "whole channels are removed by 'prune --pattern channel' (onnx_asr.prune_channels); 'repair' restores "
                 "the accuracy afterwards"
             )
+        block = re.fullmatch(r"(\d+)x1", text)
+        if block and int(block[1]) > 1:
+            return cls(height=int(block[1]))
         found = re.fullmatch(r"(\d+):(\d+)", text)
         if not found or not 0 < int(found[1]) < int(found[2]):
-            raise OptionError(f"pattern '{text}' is unknown: give 'unstructured', or N:M with 0 < N < M, such as 2:4")
+            raise OptionError(
+                f"pattern '{text}' is unknown: give 'unstructured', N:M with 0 < N < M, such as 2:4, or Nx1 with N "
+                "above 1, such as 4x1"
+            )
         return cls(int(found[1]), int(found[2]))
 
     def __str__(self) -> str:
+        if self.height > 1:
+            return f"{self.height}x1"
         return "unstructured" if self.n is None else f"{self.n}:{self.m}"
 
 
@@ -227,12 +242,14 @@ def prune(
     Unstructured: the number of zeros is exactly ``round(sparsity n)`` over all weights together (scopes "global",
     "erk" and "sensitivity") or in each ("layer"), except where there are more already: existing zeros are kept. N:M:
     the ``n`` largest of every ``m`` consecutive input channels stay; a weight with fewer than ``m`` input channels a
-    group stays dense. Ties are broken by position.
+    group stays dense. Blocks (Nx1): ``N`` consecutive output channels of a group share their zeros, a last block may
+    have fewer; a block's score is the mean of its members', and ``round(sparsity n)`` of the blocks go, by the same
+    scopes. Ties are broken by position.
 
     Args:
         model: Path or ModelProto of the dense model; it is not changed.
-        sparsity: Share of weights to zero, in [0, 1); not given where the pattern is N:M.
-        pattern: "unstructured", or "N:M" along the input channels, as sparse tensor cores expect.
+        sparsity: Share of weights (or blocks) to zero, in [0, 1); not given where the pattern is N:M.
+        pattern: "unstructured"; "N:M" along the input channels, as sparse tensor cores expect; or "Nx1", such as 4x1.
         scope: Compare scores over the whole network, or within each weight: all of one sparsity ("layer"), or
             Erdos-Renyi-kernel sparsities, which spare small layers ("erk"); or the sparsities at which the distances
             from the dense network's outputs add up to the least, each layer's measured alone and refitted at several
@@ -280,17 +297,8 @@ def prune(
         scores = weight_scores(job, points, score, calibration, execution)
         if scope == "sensitivity":
             assert sparsity is not None
-            counts = _sensitivity_counts(job, weights, scores, sparsity, calibration, execution)
-    if shape.n is not None:
-        masks = [
-            pattern_mask(index, weight, values, shape.n, shape.m)
-            for weight, values in zip(weights, scores, strict=True)
-        ]
-    elif counts is not None:
-        masks = _masks_of_counts(scores, counts)
-    else:
-        assert sparsity is not None
-        masks = unstructured_masks(index, weights, scores, sparsity, scope)
+            counts = _sensitivity_counts(job, weights, scores, shape, sparsity, calibration, execution)
+    masks = make_masks(index, weights, scores, shape, sparsity, scope, counts)
     options = {
         "sparsity": sparsity,
         "pattern": str(shape),
@@ -319,12 +327,17 @@ def sensitivities(
     job: RepairJob,
     weights: Sequence[PrunableWeight],
     scores: Sequence[NDArray[Any]],
+    pattern: Pattern,
     sparsities: Sequence[float],
     calibration: Calibration,
     execution: Execution,
 ) -> list[list[Fidelity]]:
     """Fidelity to the dense network with one weight alone at each of the sparsities, refitted."""
-    masks = [[keep_largest([score], keep_count(score.size, share))[0] for share in sparsities] for score in scores]
+    index = job.networks.pruned
+    masks = [
+        [make_masks(index, [weight], [values], pattern, share, "layer")[0] for share in sparsities]
+        for weight, values in zip(weights, scores, strict=True)
+    ]
     return try_masks(job, [weight.points for weight in weights], masks, calibration, execution)
 
 
@@ -332,14 +345,19 @@ def _sensitivity_counts(
     job: RepairJob,
     weights: Sequence[PrunableWeight],
     scores: Sequence[NDArray[Any]],
+    pattern: Pattern,
     sparsity: float,
     calibration: Calibration,
     execution: Execution,
 ) -> list[int]:
-    """Entries to keep in every weight; none is left with less than a quarter of the density asked for, or 0.05."""
+    """Units to keep in every weight.
+
+    The last sparsity tried leaves a quarter of the density asked for: no weight ends up with less than that, or 0.05.
+    """
     sparsities = sorted({*SENSITIVITY_SPARSITIES, 1 - (1 - sparsity) / 4})
-    found = sensitivities(job, weights, scores, sparsities, calibration, execution)
-    sizes = [score.size for score in scores]
+    found = sensitivities(job, weights, scores, pattern, sparsities, calibration, execution)
+    index = job.networks.pruned
+    sizes = [_units(index, weight, values, pattern).size for weight, values in zip(weights, scores, strict=True)]
     zeros = [[size - keep_count(size, share) for share in sparsities] for size in sizes]
     costs = [[fidelity.distance for fidelity in tried] for tried in found]
     return cheapest_keep(sizes, zeros, costs, keep_count(sum(sizes), sparsity))
@@ -386,38 +404,72 @@ def split_narrow(
     return wide, skips
 
 
-def pattern_mask(index: GraphIndex, weight: PrunableWeight, scores: NDArray[Any], n: int, m: int) -> NDArray[np.bool_]:
-    """The N:M mask of one weight, in its stored shape."""
+def make_masks(
+    index: GraphIndex,
+    weights: Sequence[PrunableWeight],
+    scores: Sequence[NDArray[Any]],
+    pattern: Pattern,
+    sparsity: float | None,
+    scope: Scope,
+    counts: Sequence[int] | None = None,
+) -> list[NDArray[np.bool_]]:
+    """Masks of what has the largest score, in the weights' stored shapes.
+
+    Args:
+        index: The graph.
+        weights: The weights.
+        scores: Of every weight's entries, in its stored shape.
+        pattern: Which sets of weights may survive.
+        sparsity: Share of units (weights, or blocks) to drop; None for N:M.
+        scope: Where scores are compared; of no account for N:M.
+        counts: Units that every weight keeps, for scope "sensitivity".
+    """
+    if pattern.n is not None:
+        n, m = pattern.n, pattern.m
+        return [_pattern_mask(index, weight, values, n, m) for weight, values in zip(weights, scores, strict=True)]
+    assert sparsity is not None
+    units = [_units(index, weight, values, pattern) for weight, values in zip(weights, scores, strict=True)]
+    total = keep_count(sum(unit.size for unit in units), sparsity)
+    if scope == "global":
+        masks = keep_largest(units, total)
+    else:
+        if scope == "layer":
+            counts = [keep_count(unit.size, sparsity) for unit in units]
+        elif scope == "erk":
+            counts = erk_keep(
+                [_kernel_shape(index, weight) for weight in weights], [unit.size for unit in units], total
+            )
+        assert counts is not None
+        masks = [keep_largest([unit], count)[0] for unit, count in zip(units, counts, strict=True)]
+    return [_spread(index, weight, mask, pattern) for weight, mask in zip(weights, masks, strict=True)]
+
+
+def _pattern_mask(index: GraphIndex, weight: PrunableWeight, scores: NDArray[Any], n: int, m: int) -> NDArray[np.bool_]:
     point = weight.points[0]
     mask = keep_n_of_m(channel_view(index, point, scores), n, m)
     return rows_to_weight(point, index.nodes[point.node], mask.reshape(len(mask), -1), scores.shape)
 
 
-def unstructured_masks(
-    index: GraphIndex,
-    weights: Sequence[PrunableWeight],
-    scores: Sequence[NDArray[Any]],
-    sparsity: float,
-    scope: Scope,
-) -> list[NDArray[np.bool_]]:
-    """Masks of the entries of largest score."""
-    total = keep_count(sum(score.size for score in scores), sparsity)
-    if scope == "global":
-        return keep_largest(scores, total)
-    if scope == "layer":
-        counts = [keep_count(score.size, sparsity) for score in scores]
-    else:
-        shapes = [_kernel_shape(index, weight, score) for weight, score in zip(weights, scores, strict=True)]
-        counts = erk_keep(shapes, [score.size for score in scores], total)
-    return _masks_of_counts(scores, counts)
+def _units(index: GraphIndex, weight: PrunableWeight, scores: NDArray[Any], pattern: Pattern) -> NDArray[Any]:
+    """Scores of what is kept or dropped as one: entries as stored, or blocks [G, ceil(O / height), I, taps]."""
+    if pattern.height == 1:
+        return scores
+    point = weight.points[0]
+    return block_scores(weight_blocks(point, index.nodes[point.node], scores), pattern.height)
 
 
-def _masks_of_counts(scores: Sequence[NDArray[Any]], counts: Sequence[int]) -> list[NDArray[np.bool_]]:
-    return [keep_largest([score], count)[0] for score, count in zip(scores, counts, strict=True)]
+def _spread(index: GraphIndex, weight: PrunableWeight, mask: NDArray[np.bool_], pattern: Pattern) -> NDArray[np.bool_]:
+    """The mask of a weight's entries, of that of its units."""
+    if pattern.height == 1:
+        return mask
+    point = weight.points[0]
+    rows = spread_blocks(mask, pattern.height, point.channels // len(mask)).reshape(point.channels, -1)
+    return rows_to_weight(point, index.nodes[point.node], rows, index.value(weight.tensor).shape)
 
 
-def _kernel_shape(index: GraphIndex, weight: PrunableWeight, value: NDArray[Any]) -> tuple[int, ...]:
+def _kernel_shape(index: GraphIndex, weight: PrunableWeight) -> tuple[int, ...]:
     """[C_out, C_in / group, *kernel]."""
+    value = index.value(weight.tensor)
     kernel = value.shape[2:] if weight.points[0].kind in ("Conv", "ConvTranspose") else ()
     return (*channel_view(index, weight.points[0], value).shape[:2], *kernel)
 

@@ -135,9 +135,10 @@ def prune(
     pattern: Annotated[
         str,
         typer.Option(
-            metavar="unstructured|N:M|channel",
-            help="N:M keeps N of every M consecutive input channels, as 2:4, and leaves --sparsity out; channel "
-            "removes a share of the channels, so that the net gets smaller and faster.",
+            metavar="unstructured|N:M|Nx1|channel",
+            help="N:M keeps N of every M consecutive input channels, as 2:4, and leaves --sparsity out; Nx1 prunes N "
+            "consecutive output channels together at each input position, as 4x1; channel removes a "
+            "share of the channels, so that the net gets smaller and faster.",
         ),
     ] = "unstructured",
     scope: Annotated[

@@ -46,8 +46,9 @@ Sparsity = Annotated[float | None, typer.Option(metavar="S", help="Share of weig
 Pattern = Annotated[
     str,
     typer.Option(
-        metavar="unstructured|N:M",
-        help="N:M keeps N of every M consecutive input channels, as 2:4, and leaves --sparsity out.",
+        metavar="unstructured|N:M|Nx1",
+        help="N:M keeps N of every M consecutive input channels, as 2:4, and leaves --sparsity out; Nx1 prunes N "
+        "consecutive output channels together at each input position, as 4x1.",
     ),
 ]
 Include = Annotated[
