@@ -23,6 +23,7 @@ from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex
+from onnx_asr.graph.shapes import Cost, cost
 from onnx_asr.model_io import ModelSource, load
 from onnx_asr.networks import Execution, Networks, silent
 from onnx_asr.options import RepairOptions
@@ -79,6 +80,8 @@ class CompressResult:
     Attributes:
         repair: The last round's repair, with the model and its verification (before: the last mask without repair).
         layers: Zeros in every weight that took part.
+        before: Size of the model that was given.
+        after: Size of the compressed one.
         options: What was asked for.
         round_seconds: Wall time of every round.
         masked: The dense weights under the last mask, without repair.
@@ -86,6 +89,8 @@ class CompressResult:
 
     repair: RepairResult
     layers: tuple[LayerSparsity, ...]
+    before: Cost
+    after: Cost
     options: CompressOptions
     round_seconds: tuple[float, ...]
     masked: onnx.ModelProto
@@ -95,10 +100,18 @@ class CompressResult:
         """The compressed model."""
         return self.repair.model
 
+    @property
+    def helps(self) -> str:
+        """What the zeros are good for."""
+        return Pattern.parse(self.options.pattern).helps
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
             "compress": asdict(self.options),
+            "before": asdict(self.before),
+            "after": asdict(self.after),
+            "helps": self.helps,
             "layers": [asdict(layer) | {"sparsity": layer.sparsity} for layer in self.layers],
             "round_seconds": list(self.round_seconds),
             **self.repair.to_dict(),
@@ -139,8 +152,8 @@ def compress(
     loaded = time.perf_counter()
     index = GraphIndex.of(model)
     pattern = Pattern.parse(options.pattern)
-    weights, skips = prunable_weights(index, options.include, options.exclude)
-    weights, narrow = split_narrow(index, weights, pattern)
+    weights, _ = prunable_weights(index, options.include, options.exclude)
+    weights, _ = split_narrow(index, weights, pattern)
     factors = _factors(job.networks, weights, calibration, execution)
     values = [index.value(weight.tensor) for weight in weights]
     masks: Masks = [np.ones(value.shape, bool) for value in values]
@@ -149,8 +162,8 @@ def compress(
     for number, step in enumerate(schedule):
         begun = time.perf_counter()
         masks = make_masks(index, weights, _scores(values, factors, masks), *step, "global")
-        pruned = apply_masks(index, weights, masks, [*skips, *narrow], asdict(options))
-        job = replace(job, pruned=pruned.model, networks=Networks.of(pruned.model, model))
+        masked, layers = apply_masks(index, weights, masks)
+        job = replace(job, pruned=masked, networks=Networks.of(masked, model))
         if number + 1 == len(schedule):
             break
         execution.progress(f"mask round {number + 1} of {len(schedule)}", number / len(schedule))
@@ -163,7 +176,15 @@ def compress(
     seconds.append(time.perf_counter() - begun)
     stages = {"load": loaded - started, "rounds": begun - loaded}
     stages.update((stage, result.seconds[stage]) for stage in ("repair", "verify"))
-    return CompressResult(replace(result, seconds=stages), pruned.layers, options, tuple(seconds), pruned.model)
+    return CompressResult(
+        repair=replace(result, seconds=stages),
+        layers=layers,
+        before=cost(index),
+        after=cost(GraphIndex.of(result.model)),
+        options=options,
+        round_seconds=tuple(seconds),
+        masked=masked,
+    )
 
 
 Step = tuple[Pattern, float | None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,6 +20,7 @@ from onnx_asr.fidelity import Fidelity
 from onnx_asr.graph.edit import EditPlan, apply, set_metadata
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import Point, Skip, rows_to_weight, survey, weight_blocks
+from onnx_asr.graph.shapes import Cost, cost
 from onnx_asr.model_io import ModelSource, check_finite, load
 from onnx_asr.networks import Execution
 from onnx_asr.numerics.masks import block_scores, keep_count, keep_largest, keep_n_of_m, spread_blocks
@@ -77,6 +78,29 @@ class Pattern:
             )
         return cls(int(found[1]), int(found[2]))
 
+    @property
+    def helps(self) -> str:
+        """What the zeros are good for."""
+        if (self.n, self.m) == (2, 4):
+            return (
+                "2:4 zeros save time on NVIDIA GPUs from Ampere on, with TensorRT; elsewhere they only make the file "
+                "compress better"
+            )
+        if self.n is not None:
+            return (
+                f"{self} zeros save time only where kernels for this very pattern are at hand; elsewhere they make the "
+                "file compress better (2:4 is what NVIDIA GPUs accelerate)"
+            )
+        if self.height > 1:
+            return (
+                "blocks of output channels save time in runtimes with sparse kernels for CPUs, as XNNPACK's for 1x1 "
+                "convolutions (heights 2 and 4); onnxruntime has none, there they only make the file compress better"
+            )
+        return (
+            "unstructured zeros make the file compress better; they save time only in runtimes with sparse kernels, "
+            "and onnxruntime has none"
+        )
+
     def __str__(self) -> str:
         if self.height > 1:
             return f"{self.height}x1"
@@ -108,6 +132,8 @@ class PruneResult:
         model: The pruned copy.
         layers: Weights that took part, in file order.
         skips: Nodes with weights that took no part, and why.
+        before: Size of the model that was given.
+        after: Size of the pruned one.
         options: What was asked for.
         notes: What else a user should know.
     """
@@ -115,19 +141,29 @@ class PruneResult:
     model: onnx.ModelProto
     layers: tuple[LayerSparsity, ...]
     skips: tuple[Skip, ...]
+    before: Cost
+    after: Cost
     options: dict[str, Any]
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
 
     @property
     def sparsity(self) -> float:
         """Share of zeros over all weights that took part."""
-        return sum(layer.zeros for layer in self.layers) / max(1, sum(layer.size for layer in self.layers))
+        return _share(self.layers)
+
+    @property
+    def helps(self) -> str:
+        """What the zeros are good for."""
+        return Pattern.parse(self.options["pattern"]).helps
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
             "sparsity": self.sparsity,
             "options": self.options,
+            "before": asdict(self.before),
+            "after": asdict(self.after),
+            "helps": self.helps,
             "layers": [asdict(layer) | {"sparsity": layer.sparsity} for layer in self.layers],
             "skipped": [asdict(skip) for skip in self.skips],
             "notes": list(self.notes),
@@ -307,11 +343,18 @@ def prune(
         "include": list(include),
         "exclude": list(exclude),
     }
-    result = apply_masks(index, weights, masks, [*skips, *narrow], options)
+    pruned, layers = apply_masks(index, weights, masks)
     without_batchnorm = not any(point.batchnorm is not None for point in points)
-    if score == "magnitude" and scope == "global" and shape.n is None and without_batchnorm and len(points) > 1:
-        return replace(result, notes=(_FOLDED,))
-    return result
+    folded = score == "magnitude" and scope == "global" and shape.n is None and without_batchnorm and len(points) > 1
+    return PruneResult(
+        model=pruned,
+        layers=layers,
+        skips=(*skips, *narrow),
+        before=cost(index),
+        after=cost(GraphIndex.of(pruned)),
+        options=options,
+        notes=(_FOLDED,) if folded else (),
+    )
 
 
 def weight_scores(
@@ -481,13 +524,9 @@ def channel_view(index: GraphIndex, point: Point, value: NDArray[Any]) -> NDArra
 
 
 def apply_masks(
-    index: GraphIndex,
-    weights: Sequence[PrunableWeight],
-    masks: Sequence[NDArray[np.bool_]],
-    skips: Sequence[Skip],
-    options: dict[str, Any],
-) -> PruneResult:
-    """Write zeros where the masks are False."""
+    index: GraphIndex, weights: Sequence[PrunableWeight], masks: Sequence[NDArray[np.bool_]]
+) -> tuple[onnx.ModelProto, tuple[LayerSparsity, ...]]:
+    """A copy of the model with zeros where the masks are False, and how many there are in each weight."""
     plan = EditPlan()
     layers = []
     for weight, mask in zip(weights, masks, strict=True):
@@ -507,7 +546,10 @@ def apply_masks(
             )
         )
     pruned = apply(index, plan)
-    result = PruneResult(pruned, tuple(layers), tuple(skips), dict(options))
     set_metadata(pruned, "onnx_asr.version", __version__)
-    set_metadata(pruned, "onnx_asr.sparsity", f"{result.sparsity:.6f}")
-    return result
+    set_metadata(pruned, "onnx_asr.sparsity", f"{_share(layers):.6f}")
+    return pruned, tuple(layers)
+
+
+def _share(layers: Sequence[LayerSparsity]) -> float:
+    return sum(layer.zeros for layer in layers) / max(1, sum(layer.size for layer in layers))

@@ -54,6 +54,11 @@ def test_prune_writes_what_it_reports(tmp_path):
     text = cli("prune", DENSE, "-o", target, "--sparsity", 0.7)
     assert text.code == 0
     assert "70.0%" in text.out
+    assert report["after"]["nonzeros"] < 0.4 * report["before"]["nonzeros"]
+    assert report["after"]["compressed"] < 0.6 * report["before"]["compressed"]
+    assert report["after"]["flops"] == report["before"]["flops"] > 0
+    assert "bytes after gzip" in text.out
+    assert report["helps"] in text.out
     assert f"written: {target}" in text.out
 
 
@@ -113,7 +118,9 @@ def test_shrink_writes_a_smaller_file_with_the_same_function(tmp_path):
     assert small.stat().st_size < 0.5 * sparse.stat().st_size
     fidelity = cli("evaluate", small, "--dense", sparse, "--data", VALIDATION, *PRESET, "--json").json
     assert fidelity["agreement"] == 1.0
-    assert "FLOPs" in cli("shrink", sparse, "-o", small).out
+    text = cli("shrink", sparse, "-o", small).out
+    assert "FLOPs" in text
+    assert report["helps"] in text
 
 
 @pytest.mark.parametrize("method", METHODS)

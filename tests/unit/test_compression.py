@@ -41,9 +41,9 @@ class Rounds:
         original = module.apply_masks
 
         def spy(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            self.models.append(result.model)
-            return result
+            model, layers = original(*args, **kwargs)
+            self.models.append(model)
+            return model, layers
 
         monkeypatch.setattr(module, "apply_masks", spy)
 
@@ -152,7 +152,11 @@ def test_the_verification_is_of_the_last_mask_before_and_after() -> None:
     assert verification.after.kl is not None
     assert verification.before.kl is not None
     assert verification.after.kl < verification.before.kl
-    assert result.to_dict()["verification"]["after"]["kl"] == verification.after.kl
+    values = result.to_dict()
+    assert values["verification"]["after"]["kl"] == verification.after.kl
+    assert values["before"]["nonzeros"] - values["after"]["nonzeros"] == pytest.approx(zeros(result.model), abs=64)
+    assert values["after"]["compressed"] < values["before"]["compressed"]
+    assert "onnxruntime" in values["helps"]
 
 
 @pytest.mark.parametrize(

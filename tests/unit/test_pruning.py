@@ -157,6 +157,28 @@ def test_nothing_but_weights_changes() -> None:
     ]
 
 
+@pytest.mark.parametrize("options", [{"sparsity": 0.9}, {"pattern": "2:4"}, {"sparsity": 0.8, "pattern": "4x1"}])
+def test_sizes_before_and_after_are_told(options: dict[str, Any]) -> None:
+    model = digits("vgg")
+    result = prune(model, **options)
+    zeros_made = zeros(prunable(result.model)) - zeros(prunable(model))
+    assert result.before.parameters == result.after.parameters
+    assert result.before.nonzeros - result.after.nonzeros == zeros_made > 0
+    assert result.before.flops == result.after.flops > 0
+    assert result.before.size == model.ByteSize()
+    assert result.after.size == result.model.ByteSize()
+    assert result.after.compressed < (1 - 0.5 * result.sparsity) * result.before.compressed
+    values = result.to_dict()
+    assert values["after"]["nonzeros"] == result.after.nonzeros
+    assert values["helps"] == Pattern.parse(result.options["pattern"]).helps
+
+
+def test_every_pattern_says_what_it_helps_with() -> None:
+    texts = [Pattern.parse(name).helps for name in ("unstructured", "2:4", "1:4", "4x1")]
+    assert len(set(texts)) == 4
+    assert "TensorRT" in texts[1]
+
+
 def test_existing_zeros_are_kept_and_count() -> None:
     model = residual_net()
     once = prune(model, 0.8).model
