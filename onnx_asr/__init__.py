@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from onnx_asr.data import Preprocessing
     from onnx_asr.evaluation import evaluate
     from onnx_asr.inspection import Inspection, inspect
+    from onnx_asr.layer_sensitivity import SensitivityResult, sensitivity
     from onnx_asr.model_io import save
     from onnx_asr.networks import Execution
     from onnx_asr.options import RepairOptions
@@ -35,6 +36,7 @@ _HOME = {
     "PruneResult": "pruning",
     "RepairOptions": "options",
     "RepairResult": "result",
+    "SensitivityResult": "layer_sensitivity",
     "ShrinkResult": "shrinking",
     "compress": "compression",
     "evaluate": "evaluation",
@@ -43,6 +45,7 @@ _HOME = {
     "prune_channels": "channel_pruning",
     "repair": "repairing",
     "save": "model_io",
+    "sensitivity": "layer_sensitivity",
     "shrink": "shrinking",
 }
 
@@ -56,6 +59,7 @@ __all__ = [
     "PruneResult",
     "RepairOptions",
     "RepairResult",
+    "SensitivityResult",
     "ShrinkResult",
     "__version__",
     "compress",
@@ -65,6 +69,7 @@ __all__ = [
     "prune_channels",
     "repair",
     "save",
+    "sensitivity",
     "shrink",
 ]
 

@@ -23,6 +23,7 @@ from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex
+from onnx_asr.graph.shapes import Cost, cost
 from onnx_asr.model_io import ModelSource, load
 from onnx_asr.networks import Execution, Networks, silent
 from onnx_asr.options import RepairOptions
@@ -32,10 +33,9 @@ from onnx_asr.pruning import (
     PrunableWeight,
     apply_masks,
     check_sparsity,
-    pattern_mask,
+    make_masks,
     prunable_weights,
     split_narrow,
-    unstructured_masks,
 )
 from onnx_asr.refit_repair import repair_refit
 from onnx_asr.repairing import RepairJob, finish
@@ -50,8 +50,8 @@ class CompressOptions:
     """How to compress.
 
     Attributes:
-        sparsity: Share of weights to zero, in [0, 1); None where the pattern is N:M.
-        pattern: "unstructured" or "N:M".
+        sparsity: Share of weights (or blocks) to zero, in [0, 1); None where the pattern is N:M.
+        pattern: "unstructured", "N:M", or "Nx1", as in :func:`onnx_asr.prune`.
         rounds: Mask rounds; for N:M at most ``m - n``.
         round_samples: Samples of every round but the last, as a share of all.
         include: Regular expressions on names that take part; empty for all.
@@ -80,6 +80,8 @@ class CompressResult:
     Attributes:
         repair: The last round's repair, with the model and its verification (before: the last mask without repair).
         layers: Zeros in every weight that took part.
+        before: Size of the model that was given.
+        after: Size of the compressed one.
         options: What was asked for.
         round_seconds: Wall time of every round.
         masked: The dense weights under the last mask, without repair.
@@ -87,6 +89,8 @@ class CompressResult:
 
     repair: RepairResult
     layers: tuple[LayerSparsity, ...]
+    before: Cost
+    after: Cost
     options: CompressOptions
     round_seconds: tuple[float, ...]
     masked: onnx.ModelProto
@@ -96,10 +100,18 @@ class CompressResult:
         """The compressed model."""
         return self.repair.model
 
+    @property
+    def helps(self) -> str:
+        """What the zeros are good for."""
+        return Pattern.parse(self.options.pattern).helps
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
             "compress": asdict(self.options),
+            "before": asdict(self.before),
+            "after": asdict(self.after),
+            "helps": self.helps,
             "layers": [asdict(layer) | {"sparsity": layer.sparsity} for layer in self.layers],
             "round_seconds": list(self.round_seconds),
             **self.repair.to_dict(),
@@ -140,8 +152,8 @@ def compress(
     loaded = time.perf_counter()
     index = GraphIndex.of(model)
     pattern = Pattern.parse(options.pattern)
-    weights, skips = prunable_weights(index, options.include, options.exclude)
-    weights, narrow = split_narrow(index, weights, pattern)
+    weights, _ = prunable_weights(index, options.include, options.exclude)
+    weights, _ = split_narrow(index, weights, pattern)
     factors = _factors(job.networks, weights, calibration, execution)
     values = [index.value(weight.tensor) for weight in weights]
     masks: Masks = [np.ones(value.shape, bool) for value in values]
@@ -149,9 +161,9 @@ def compress(
     schedule = _schedule(options, pattern)
     for number, step in enumerate(schedule):
         begun = time.perf_counter()
-        masks = _next_masks(index, weights, _scores(values, factors, masks), step)
-        pruned = apply_masks(index, weights, masks, [*skips, *narrow], asdict(options))
-        job = replace(job, pruned=pruned.model, networks=Networks.of(pruned.model, model))
+        masks = make_masks(index, weights, _scores(values, factors, masks), *step, "global")
+        masked, layers = apply_masks(index, weights, masks)
+        job = replace(job, pruned=masked, networks=Networks.of(masked, model))
         if number + 1 == len(schedule):
             break
         execution.progress(f"mask round {number + 1} of {len(schedule)}", number / len(schedule))
@@ -164,11 +176,19 @@ def compress(
     seconds.append(time.perf_counter() - begun)
     stages = {"load": loaded - started, "rounds": begun - loaded}
     stages.update((stage, result.seconds[stage]) for stage in ("repair", "verify"))
-    return CompressResult(replace(result, seconds=stages), pruned.layers, options, tuple(seconds), pruned.model)
+    return CompressResult(
+        repair=replace(result, seconds=stages),
+        layers=layers,
+        before=cost(index),
+        after=cost(GraphIndex.of(result.model)),
+        options=options,
+        round_seconds=tuple(seconds),
+        masked=masked,
+    )
 
 
-Step = float | tuple[int, int]
-"""A round's goal: a sparsity, or N and M."""
+Step = tuple[Pattern, float | None]
+"""A round's goal: a pattern, and a sparsity where the pattern leaves it open."""
 
 
 def _schedule(options: CompressOptions, pattern: Pattern) -> list[Step]:
@@ -176,17 +196,9 @@ def _schedule(options: CompressOptions, pattern: Pattern) -> list[Step]:
         assert options.sparsity is not None
         density = 1.0 - options.sparsity
         steps = [1.0 - density ** (i / options.rounds) for i in range(1, options.rounds)]
-        return [*steps, options.sparsity]
+        return [(pattern, step) for step in [*steps, options.sparsity]]
     kept = np.linspace(pattern.m, pattern.n, min(options.rounds, pattern.m - pattern.n) + 1)[1:]
-    return [(round(float(n)), pattern.m) for n in kept]
-
-
-def _next_masks(
-    index: GraphIndex, weights: Sequence[PrunableWeight], scores: Sequence[NDArray[Any]], step: Step
-) -> Masks:
-    if isinstance(step, tuple):
-        return [pattern_mask(index, weight, score, *step) for weight, score in zip(weights, scores, strict=True)]
-    return unstructured_masks(index, weights, scores, step, "global")
+    return [(replace(pattern, n=round(float(n))), None) for n in kept]
 
 
 def _factors(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import Point, Skip, survey
+from onnx_asr.graph.shapes import compressed_size
 from onnx_asr.model_io import ModelSource, check_finite, load
 from onnx_asr.networks import Execution, Networks
 from onnx_asr.numerics.masks import find_n_of_m
@@ -28,7 +28,6 @@ from onnx_asr.pruning import channel_view
 from onnx_asr.repairing import check_method
 
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
-_FAST = 1  # zlib level: enough to see what the zeros are worth
 _METADATA_PREFIX = "onnx_asr."
 
 
@@ -281,7 +280,7 @@ def describe(model: onnx.ModelProto, damage: Mapping[int, PointDamage] | None = 
         nodes=len(index.nodes),
         inputs=tuple(_input_text(spec.name, spec.dtype, spec.shape) for spec in input_specs(index)),
         file_bytes=model.ByteSize(),
-        compressed_bytes=_compressed(model),
+        compressed_bytes=compressed_size(model),
         layers=tuple(layers),
         skips=found.skips,
         methods={  # only whether there is a dense network is asked
@@ -332,13 +331,6 @@ def _methods(networks: Networks) -> dict[str, str | None]:
         except OptionError as error:
             reasons[method] = str(error)
     return reasons
-
-
-def _compressed(model: onnx.ModelProto) -> int:
-    """Size after deflate, part by part, as a model over 2 GB cannot be serialized as one."""
-    packer = zlib.compressobj(_FAST)
-    parts = (part.SerializeToString() for items in (model.graph.node, model.graph.initializer) for part in items)
-    return sum(len(packer.compress(part)) for part in parts) + len(packer.flush())
 
 
 def _input_text(name: str, dtype: np.dtype[Any], shape: Sequence[int | None]) -> str:

@@ -19,6 +19,9 @@ Score = Literal["magnitude", "row", "lamp", "activation", "variance", "gram"]
 SCORES: tuple[Score, ...] = get_args(Score)
 DATA_AWARE: tuple[Score, ...] = ("activation", "variance", "gram")
 
+SENSITIVITY_SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
+"""Sparsities that every layer is tried at."""
+
 
 @dataclass(frozen=True)
 class RefitRecipe:

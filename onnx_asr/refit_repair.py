@@ -55,7 +55,7 @@ def repair_refit(
             _sample([pruned, dense], group)
             pool.trim()
             for job in group:
-                reports[job.point.node] = _write(networks, plan, job)
+                reports[job.point.node] = write_refit(networks, plan, job)
     return reports
 
 
@@ -71,7 +71,8 @@ def _sample(lanes: list[Lane], group: Sequence[RowSampler]) -> None:
     lockstep(lanes, wanted, visit)
 
 
-def _write(networks: Networks, plan: EditPlan, job: RowSampler) -> PointReport:
+def write_refit(networks: Networks, plan: EditPlan, job: RowSampler) -> PointReport:
+    """Fit the weights of one point that are not zero in the plan, and put the result there."""
     index, point = networks.pruned, job.point
     solution, rows = job.solve(plan)
     alpha = read_alpha(index, point)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_asr.calibration import Calibration
-from onnx_asr.engine.lockstep import Chunk
-from onnx_asr.graph.context import Context
+from onnx_asr.engine.lockstep import BufferPool, Chunk, lockstep
+from onnx_asr.graph.context import Context, contexts, steps
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import attribute
 from onnx_asr.graph.points import Point
-from onnx_asr.networks import Networks, overflow, unequal
+from onnx_asr.networks import Execution, Networks, overflow, unequal
 from onnx_asr.numerics.moments import Floats
 from onnx_asr.numerics.patches import (
     ConvGeometry,
@@ -168,8 +169,16 @@ class RowSampler:
         assert self._x is not None
         return self._x[: self._filled]
 
+    def again(self) -> RowSampler:
+        """The same with a copy of the rows, for one more solution: :meth:`solve` uses the rows up."""
+        twin = copy(self)
+        twin._x = self.inputs.copy()
+        return twin
+
     def solve(self, plan: EditPlan) -> tuple[RefitSolution, Floats]:
         """Fit the surviving weights; the solution, and its weights as rows [C_out, K] in the file's order.
+
+        The rows are used up.
 
         Raises:
             ModelError: When activations are not finite.
@@ -220,6 +229,40 @@ class RowSampler:
         if self._shortcut:
             floor = floor - np.concatenate(self._shortcut)
         return np.ascontiguousarray(floor), negative
+
+
+def dense_rows(
+    networks: Networks, points: Sequence[Point], recipe: RefitRecipe, calibration: Calibration, execution: Execution
+) -> Iterator[RowSampler]:
+    """Every point's sampler with the rows that the dense network gives it, upstream first, in one walk.
+
+    Args:
+        networks: The dense model, paired with itself.
+        points: Points with weights.
+        recipe: Number of rows, and whether what is added behind a point is sampled.
+        calibration: The samples.
+        execution: Execution providers and memory limit.
+    """
+    index = networks.pruned
+    items = contexts(index, points)
+    numbers = {item.point.node: number for number, item in enumerate(items)}
+    schedule = [
+        [RowSampler(networks, item, recipe, calibration, numbers[item.point.node]) for item in group]
+        for group in steps(index, items)
+    ]
+    with BufferPool(execution.memory_limit, calibration.nbytes) as pool:
+        names = [name for group in schedule for job in group for name in (*job.pruned_targets, *job.dense_targets)]
+        lane = networks.pruned_lane(names, calibration, pool, execution, EditPlan())
+        for number in range(len(schedule)):
+            group, schedule[number] = schedule[number], []  # its rows are free once they were used
+
+            def visit(_: int, chunks: list[Chunk], group: list[RowSampler] = group) -> None:
+                for job in group:
+                    job.add(chunks[0], chunks[0])
+
+            lockstep([lane], [[name for job in group for name in (*job.pruned_targets, *job.dense_targets)]], visit)
+            pool.trim()
+            yield from group
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from onnx_asr.calibration import Calibration
 from onnx_asr.engine.lockstep import BufferPool, Chunk, lockstep
-from onnx_asr.graph.context import contexts, steps
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex, attribute
 from onnx_asr.graph.points import Point, rows_to_weight, weight_rows
@@ -20,7 +19,7 @@ from onnx_asr.numerics.patches import channel_major, tap_major
 from onnx_asr.numerics.refit import covariance
 from onnx_asr.numerics.scores import lamp, row_normalised, saliency
 from onnx_asr.options import RefitRecipe, Score
-from onnx_asr.refit_samples import RowSampler
+from onnx_asr.refit_samples import RowSampler, dense_rows
 
 _Channels = tuple[str, int]
 """A tensor and the axis of its channels."""
@@ -104,24 +103,11 @@ def input_factors(
 
 
 def _saliencies(networks: Networks, points: Sequence[Point], calibration: Calibration, execution: Execution) -> Values:
-    index, recipe = networks.pruned, RefitRecipe(block_targets=False)
-    items = contexts(index, points)
-    scores: dict[int, NDArray[np.float64]] = {}
-    schedule = [[RowSampler(networks, item, recipe, calibration, 0) for item in group] for group in steps(index, items)]
-    with BufferPool(execution.memory_limit, calibration.nbytes) as pool:
-        names = [name for group in schedule for job in group for name in (*job.pruned_targets, *job.dense_targets)]
-        lane = networks.pruned_lane(names, calibration, pool, execution, EditPlan())
-        for number in range(len(schedule)):
-            group, schedule[number] = schedule[number], []
-
-            def visit(_: int, chunks: list[Chunk], group: list[RowSampler] = group) -> None:
-                for job in group:
-                    job.add(chunks[0], chunks[0])
-
-            lockstep([lane], [[name for job in group for name in (*job.pruned_targets, *job.dense_targets)]], visit)
-            pool.trim()
-            for job in group:
-                scores[job.point.node] = _saliency(index, job, recipe.ridge)
+    recipe = RefitRecipe(block_targets=False)
+    scores = {
+        job.point.node: _saliency(networks.pruned, job, recipe.ridge)
+        for job in dense_rows(networks, points, recipe, calibration, execution)
+    }
     return [scores[point.node] for point in points]
 
 

@@ -21,7 +21,7 @@ import onnx
 from numpy.typing import NDArray
 
 from onnx_asr.calibration import Chunk, input_specs
-from onnx_asr.channel_pruning import ChannelGroup
+from onnx_asr.channel_pruning import CHANNELS_HELP, ChannelGroup
 from onnx_asr.data import InputSpec
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError
@@ -66,6 +66,7 @@ class ShrinkResult:
         return {
             "before": asdict(self.before),
             "after": asdict(self.after),
+            "helps": CHANNELS_HELP,
             "error": self.error,
             "layers": [asdict(layer) for layer in self.layers],
             "notes": list(self.notes),

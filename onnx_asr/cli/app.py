@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Protocol, cast, runtime_checkable
 
 import typer
 
@@ -32,6 +32,7 @@ from onnx_asr.cli.parameters import (
     Seed,
     Sparsity,
     Walk,
+    numbers,
     repair_options,
     spread,
 )
@@ -42,6 +43,7 @@ from onnx_asr.version import __version__
 
 if TYPE_CHECKING:
     from onnx_asr.data import Preprocessing
+    from onnx_asr.options import Score
     from onnx_asr.report.data import Run
 
 DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -133,17 +135,18 @@ def prune(
     pattern: Annotated[
         str,
         typer.Option(
-            metavar="unstructured|N:M|channel",
-            help="N:M keeps N of every M consecutive input channels, as 2:4, and leaves --sparsity out; channel "
-            "removes a share of the channels, so that the net gets smaller and faster.",
+            metavar="unstructured|N:M|Nx1|channel",
+            help="N:M keeps N of every M consecutive input channels, as 2:4, and leaves --sparsity out; Nx1 prunes N "
+            "consecutive output channels together at each input position, as 4x1; channel removes a "
+            "share of the channels, so that the net gets smaller and faster.",
         ),
     ] = "unstructured",
     scope: Annotated[
         str | None,
         typer.Option(
-            metavar="global|layer|erk",
+            metavar="global|layer|erk|sensitivity",
             help="Rank over the whole net (the default for weights), or in each layer (for channels); erk spares small "
-            "layers.",
+            "layers; sensitivity tries every layer on --data.",
         ),
     ] = None,
     score: Annotated[
@@ -154,7 +157,9 @@ def prune(
             "'variance' suit nets whose BatchNormalization was folded.",
         ),
     ] = None,
-    data: Annotated[str | None, typer.Option(metavar="PATH", help="Samples for the scores that need them.")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Samples for the scores, or the scope, that need them.")
+    ] = None,
     samples: Samples = None,
     seed: Seed = 0,
     multiple: Annotated[
@@ -335,6 +340,53 @@ def shrink(model: Model, output: Output, machine: Machine, display: Display) -> 
     save(result.model, target, external_data=is_external(model))
     values = {"command": "shrink", "model": model, "output": str(target), **result.to_dict()}
     terminal.result(values, *show.shrink(result, str(target), display.verbose))
+    return DONE
+
+
+@_command("sensitivity")
+def sensitivity(
+    model: DenseArgument,
+    data: Data,
+    calibration: Calibration,
+    images: Images,
+    walk: Walk,
+    display: Display,
+    sparsities: Annotated[
+        str | None, typer.Option(metavar="S[,S]", help="Sparsities to try every layer at: {sensitivity} if not given.")
+    ] = None,
+    score: Annotated[
+        str, typer.Option(metavar="NAME", help="What a weight is worth, as in prune: {scores}.")
+    ] = "magnitude",
+    include: Include = None,
+    exclude: Exclude = None,
+) -> int:
+    """Show how far the outputs move when one layer alone is pruned and repaired, at several sparsities."""
+    from onnx_asr.layer_sensitivity import sensitivity as run
+    from onnx_asr.options import SENSITIVITY_SPARSITIES
+
+    shares = numbers("sparsities", sparsities)
+    options, preprocessing = repair_options(calibration, Refit()), images.preprocessing()
+    terminal = Terminal(display)
+    with terminal.progress() as progress:
+        result = run(
+            model,
+            data,
+            sparsities=SENSITIVITY_SPARSITIES if shares is None else shares,
+            score=cast("Score", score),
+            include=include or (),
+            exclude=exclude or (),
+            options=options,
+            preprocessing=preprocessing,
+            execution=walk.execution(display.verbose, progress),
+        )
+    values = {
+        "command": "sensitivity",
+        "model": model,
+        "data": data,
+        "preprocessing": _plain(preprocessing),
+        **result.to_dict(),
+    }
+    terminal.result(values, *show.sensitivity(result, display.verbose))
     return DONE
 
 

@@ -46,8 +46,9 @@ Sparsity = Annotated[float | None, typer.Option(metavar="S", help="Share of weig
 Pattern = Annotated[
     str,
     typer.Option(
-        metavar="unstructured|N:M",
-        help="N:M keeps N of every M consecutive input channels, as 2:4, and leaves --sparsity out.",
+        metavar="unstructured|N:M|Nx1",
+        help="N:M keeps N of every M consecutive input channels, as 2:4, and leaves --sparsity out; Nx1 prunes N "
+        "consecutive output channels together at each input position, as 4x1.",
     ),
 ]
 Include = Annotated[
@@ -118,8 +119,8 @@ class Images:
             resize=self.resize,
             crop=self.crop,
             scale=self.scale,
-            mean=_numbers("mean", self.mean),
-            std=_numbers("std", self.std),
+            mean=numbers("mean", self.mean),
+            std=numbers("std", self.std),
             layout=self.layout,
             channel_order=self.channel_order,
         )
@@ -349,7 +350,7 @@ class Command(TyperCommand):
     def fill_in(self) -> None:
         """Put names and defaults into the help texts; only now the options' module is imported."""
         from onnx_asr.data.preprocessing import PRESETS
-        from onnx_asr.options import METHODS, SCORES, RepairOptions
+        from onnx_asr.options import METHODS, SCORES, SENSITIVITY_SPARSITIES, RepairOptions
 
         defaults = RepairOptions()
         known = {name: getattr(defaults, name) for group in (Calibration, Method) for name in _names(group)}
@@ -359,7 +360,12 @@ class Command(TyperCommand):
             shown: Any = parameter  # options and arguments both have a help text
             if shared and shown.name in known:
                 shown.default = known[shown.name]
-            for name, values in (("{methods}", METHODS), ("{presets}", PRESETS), ("{scores}", SCORES)):
+            for name, values in (
+                ("{methods}", METHODS),
+                ("{presets}", PRESETS),
+                ("{scores}", SCORES),
+                ("{sensitivity}", map(str, SENSITIVITY_SPARSITIES)),
+            ):
                 shown.help = (shown.help or "").replace(name, ", ".join(values))
 
 
@@ -405,13 +411,18 @@ def _keyword(name: str, default: Any, annotation: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _numbers(name: str, text: str | None) -> Sequence[float] | None:
+def numbers(name: str, text: str | None) -> Sequence[float] | None:
+    """The numbers of an option that takes them with commas between.
+
+    Raises:
+        OptionError: When they are none.
+    """
     if text is None:
         return None
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise OptionError(f"--{name} {text} is no list of numbers: give one, or three as 0.485,0.456,0.406") from None
+        raise OptionError(f"--{name} {text} is no list of numbers: give them as 0.485,0.456,0.406") from None
 
 
 def _number_or_name(text: str) -> float | str:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from onnx_asr.graph.points import Skip
     from onnx_asr.graph.shapes import Cost
     from onnx_asr.inspection import Inspection, Layer
+    from onnx_asr.layer_sensitivity import SensitivityResult
     from onnx_asr.pruning import LayerSparsity, PruneResult
     from onnx_asr.result import RepairResult, Verification
     from onnx_asr.shrinking import ShrinkResult
@@ -27,29 +28,37 @@ _FEW = 5  # skipped nodes of one reason that are named without -v
 
 
 def prune(result: PruneResult, path: str, verbose: bool) -> Iterator[RenderableType]:
-    """Every layer, the sum, and what took no part."""
+    """Every layer, the sum, what took no part, and the size before and after."""
     yield _layers(result.layers)
     yield from _skips(result.skips, verbose)
     for note in result.notes:
         yield f"note: {note}"
+    yield _costs(result.before, result.after)
+    yield result.helps
     yield _written(path)
 
 
 def prune_channels(result: ChannelPruneResult, path: str, verbose: bool) -> Iterator[RenderableType]:
     """Every group of channels, what took no part, and the size before and after."""
+    from onnx_asr.channel_pruning import CHANNELS_HELP
+
     yield _groups(result.groups, verbose)
     yield from _skips(result.skips, verbose)
     yield _costs(result.before, result.after)
+    yield CHANNELS_HELP
     yield _written(path)
 
 
 def shrink(result: ShrinkResult, path: str, verbose: bool) -> Iterator[RenderableType]:
     """Layers that lost channels, what had to stay, and the size before and after."""
+    from onnx_asr.channel_pruning import CHANNELS_HELP
+
     yield _groups(result.layers, verbose) if result.layers else "there is no channel to remove"
     for note in result.notes:
         yield f"note: {note}"
     yield f"outputs differ by {_number(result.error)} of their size on random input"
     yield _costs(result.before, result.after)
+    yield CHANNELS_HELP
     yield _written(path)
 
 
@@ -72,6 +81,8 @@ def compress(result: CompressResult, path: str | None, verbose: bool) -> Iterato
     yield from _rewritten(result.repair, verbose)
     if result.repair.verification is not None:
         yield from _verification(result.repair.verification, "last mask, no repair", "compressed")
+    yield _costs(result.before, result.after)
+    yield result.helps
     yield _written(path)
 
 
@@ -113,6 +124,25 @@ def channels(layer: Layer) -> Iterator[RenderableType]:
             values.append("collapsed" if row["collapsed"] else "")
         table.add_row(*values)
     yield table
+
+
+def sensitivity(result: SensitivityResult, verbose: bool) -> Iterator[RenderableType]:
+    """One row a layer, one column a sparsity: the distance, and for classifiers the agreement."""
+    shares = [f">{share:g}" for share in result.sparsities]
+    table = _table("layer", "operator", ">weights", *shares)
+    for layer in result.layers:
+        cells = [
+            f"{item.distance:.2g}" + ("" if item.kl is None else f" {item.agreement:.0%}") for item in layer.fidelities
+        ]
+        table.add_row(layer.name, layer.op_type, f"{layer.size:,}", *cells)
+    yield table
+    yield from _skips(result.skips, verbose)
+    for note in result.notes:
+        yield f"note: {note}"
+    yield (
+        f"{result.measure} against the dense model on {result.samples} held-out samples, each layer alone at each "
+        f"sparsity, refitted on {result.calibration_samples} others; {result.seconds:.1f} s"
+    )
 
 
 def report(path: Path | None) -> Iterator[RenderableType]:
@@ -188,7 +218,13 @@ def _groups(groups: Sequence[ChannelGroup], verbose: bool) -> Table:
 
 def _costs(before: Cost, after: Cost) -> Table:
     table = _table("size", ">before", ">after", ">share")
-    for label, name in (("parameters", "parameters"), ("FLOPs", "flops"), ("bytes", "size")):
+    for label, name in (
+        ("parameters", "parameters"),
+        ("of these not zero", "nonzeros"),
+        ("FLOPs, zeros included", "flops"),
+        ("bytes", "size"),
+        ("bytes after gzip", "compressed"),
+    ):
         old, new = getattr(before, name), getattr(after, name)
         table.add_row(label, f"{old:,}", f"{new:,}", _percent(new / max(1, old)))
     return table

@@ -1,10 +1,12 @@
-"""Shapes of all tensors for one typical input, and what a network costs: parameters and operations."""
+"""Shapes of all tensors for one typical input, and what a network costs: parameters, operations, bytes."""
 
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
 from onnx import numpy_helper
 
@@ -15,6 +17,7 @@ Shape = tuple[int, ...]
 
 BATCH, SIDE = 1, 224
 """Taken for a first dimension, and for any other one, that the model leaves open."""
+_FAST = 1  # zlib level: enough to see what zeros are worth
 _SMALL = 1024  # elements; larger constants are no shapes, and inference does not need their values
 
 
@@ -24,14 +27,18 @@ class Cost:
 
     Attributes:
         parameters: Elements of all floating-point constants that the network reads.
+        nonzeros: Those that are not zero.
         flops: Two a multiplication with a weight (Conv, ConvTranspose, Gemm, MatMul), for one input; 0 where the
-            shapes are not known.
+            shapes are not known. Multiplications by zero count.
         size: Bytes of the model file.
+        compressed: Bytes of it after deflate, as in gzip.
     """
 
     parameters: int
+    nonzeros: int
     flops: int
     size: int
+    compressed: int
 
 
 def typical_shape(value: onnx.ValueInfoProto) -> Shape:
@@ -70,9 +77,21 @@ def cost(index: GraphIndex) -> Cost:
     """Parameters, operations and bytes of a network."""
     shapes = typical_shapes(index)
     names = {name for node in index.nodes for name in node.input if name and index.is_constant(name)}
-    parameters = sum(index.value(name).size for name in names if index.element_type(name) in FLOAT_TYPES)
+    parameters = nonzeros = 0
+    for name in names:
+        if index.element_type(name) in FLOAT_TYPES:
+            value = index.value(name)
+            parameters += value.size
+            nonzeros += int(np.count_nonzero(value))
     flops = sum(2 * _multiplications(index, node, shapes) for node in index.nodes)
-    return Cost(parameters, flops, index.model.ByteSize())
+    return Cost(parameters, nonzeros, flops, index.model.ByteSize(), compressed_size(index.model))
+
+
+def compressed_size(model: onnx.ModelProto) -> int:
+    """Size after deflate, part by part, as a model over 2 GB cannot be serialized as one."""
+    packer = zlib.compressobj(_FAST)
+    parts = (part.SerializeToString() for items in (model.graph.node, model.graph.initializer) for part in items)
+    return sum(len(packer.compress(part)) for part in parts) + len(packer.flush())
 
 
 def _multiplications(index: GraphIndex, node: onnx.NodeProto, shapes: dict[str, Shape]) -> int:

@@ -63,6 +63,29 @@ def keep_n_of_m(scores: NDArray[Any], n: int, m: int) -> Mask:
     return np.asarray(mask.reshape(padded.shape)[:, :inputs])
 
 
+def block_scores(scores: NDArray[Any], height: int) -> NDArray[np.float64]:
+    """The mean score of every block of ``height`` consecutive output channels; a last block may have fewer.
+
+    The mean, so that a short block counts by weight as the others do.
+
+    Args:
+        scores: [G, O, I, taps]; the blocks run along O, within a group.
+        height: Output channels a block.
+
+    Returns:
+        [G, ceil(O / height), I, taps].
+    """
+    starts = np.arange(0, scores.shape[1], height)
+    sizes = np.minimum(height, scores.shape[1] - starts)
+    sums = np.add.reduceat(scores.astype(np.float64), starts, axis=1)
+    return np.asarray(sums / sizes[:, None, None])
+
+
+def spread_blocks(mask: Mask, height: int, outputs: int) -> Mask:
+    """[G, outputs, I, taps] of [G, ceil(outputs / height), I, taps]: every block's value for all its channels."""
+    return np.asarray(np.repeat(mask, height, axis=1)[:, :outputs])
+
+
 PATTERN_WIDTHS = (2, 4, 8, 16)
 _FULL_GROUPS = 0.9
 

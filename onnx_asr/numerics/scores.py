@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,3 +84,53 @@ def erk_keep(shapes: Sequence[tuple[int, ...]], sizes: Sequence[int], keep: int)
     for layer in np.argsort(counts - wanted, kind="stable")[: keep - int(counts.sum())]:
         counts[layer] += 1
     return [int(count) for count in counts]
+
+
+def cheapest_keep(
+    sizes: Sequence[int], zeros: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], keep: int
+) -> list[int]:
+    """How many entries every layer keeps, ``keep`` in all, at the smallest sum of what their zeros cost.
+
+    A layer's cost is the lower convex hull of (0, 0) and of the points (zeros, cost) that were measured, where a cost
+    counts as no smaller than those of fewer zeros. So the sum is smallest where zeros go to the segments of the hulls
+    in the order of their slopes. Where all segments together are too short, the layers give what they have beyond
+    their last finite point, in order.
+
+    Args:
+        sizes: Entries of every layer.
+        zeros: Numbers of zeros that were tried in every layer, rising.
+        costs: What they cost, at least 0; infinite ones are avoided.
+        keep: Entries to keep in all.
+    """
+    segments: list[tuple[float, int, int]] = []  # slope, layer, zeros
+    for layer, size in enumerate(sizes):
+        hull = _lower_hull(zeros[layer], costs[layer])
+        for left, right in itertools.pairwise(hull):
+            segments.append((_slope(left, right), layer, right[0] - left[0]))
+        segments.append((math.inf, layer, size - hull[-1][0]))
+    counts, rest = list(sizes), sum(sizes) - keep
+    for _, layer, width in sorted(segments, key=lambda item: item[0]):
+        taken = min(width, rest)
+        counts[layer] -= taken
+        rest -= taken
+    return counts
+
+
+def _lower_hull(zeros: Sequence[int], costs: Sequence[float]) -> list[tuple[int, float]]:
+    """The corners of the lower convex hull of (0, 0) and the finite points, made monotone."""
+    points: dict[int, float] = {}
+    highest = 0.0
+    for number, cost in zip(zeros, costs, strict=True):
+        highest = max(highest, cost)
+        if number > 0 and math.isfinite(highest):
+            points[number] = highest
+    hull = [(0, 0.0)]
+    for x, y in points.items():
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], (x, y)):
+            hull.pop()
+        hull.append((x, y))
+    return hull
+
+
+def _slope(left: tuple[int, float], right: tuple[int, float]) -> float:
+    return (right[1] - left[1]) / (right[0] - left[0])

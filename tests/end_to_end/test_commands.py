@@ -54,6 +54,11 @@ def test_prune_writes_what_it_reports(tmp_path):
     text = cli("prune", DENSE, "-o", target, "--sparsity", 0.7)
     assert text.code == 0
     assert "70.0%" in text.out
+    assert report["after"]["nonzeros"] < 0.4 * report["before"]["nonzeros"]
+    assert report["after"]["compressed"] < 0.6 * report["before"]["compressed"]
+    assert report["after"]["flops"] == report["before"]["flops"] > 0
+    assert "bytes after gzip" in text.out
+    assert report["helps"] in text.out
     assert f"written: {target}" in text.out
 
 
@@ -81,6 +86,27 @@ def test_channels_are_removed_and_the_net_repaired(tmp_path):
     assert "FLOPs" in text.out
 
 
+def test_sensitivity_tells_layers_apart_and_shares_the_zeros_out(tmp_path):
+    few = ("--data", CALIBRATION, *PRESET, "--samples", 64, "--threads", "1")
+    arguments = ("sensitivity", DENSE, *few, "--verify-samples", 32, "--sparsities", "0.9,0.5", "--exclude", "Gemm")
+    done = cli(*arguments, "--json")
+    assert (done.code, done.err) == (0, "")
+    report = done.json
+    assert report["sparsities"] == [0.5, 0.9]
+    assert (report["calibration_samples"], report["samples"]) == (64, 32)
+    assert all(len(layer["tried"]) == 2 for layer in report["layers"])
+    assert {skip["reason"] for skip in report["skipped"]} == {"excluded by a pattern"}
+    low, high = (sum(layer["tried"][place]["distance"] for layer in report["layers"]) for place in (0, 1))
+    assert 0 < low < high
+    text = cli(*arguments)
+    assert all(layer["name"] in text.out for layer in report["layers"])
+    assert "KL divergence" in text.out
+    target = tmp_path / "pruned.onnx"
+    report = cli("prune", DENSE, "-o", target, "--sparsity", 0.8, "--scope", "sensitivity", *few, "--json").json
+    assert report["sparsity"] == pytest.approx(0.8, abs=1e-4)
+    assert len({round(layer["sparsity"], 2) for layer in report["layers"]}) > 1
+
+
 def test_shrink_writes_a_smaller_file_with_the_same_function(tmp_path):
     sparse, small = tmp_path / "sparse.onnx", tmp_path / "small.onnx"
     cli("prune", DENSE, "-o", sparse, "--sparsity", 0.97)
@@ -92,7 +118,9 @@ def test_shrink_writes_a_smaller_file_with_the_same_function(tmp_path):
     assert small.stat().st_size < 0.5 * sparse.stat().st_size
     fidelity = cli("evaluate", small, "--dense", sparse, "--data", VALIDATION, *PRESET, "--json").json
     assert fidelity["agreement"] == 1.0
-    assert "FLOPs" in cli("shrink", sparse, "-o", small).out
+    text = cli("shrink", sparse, "-o", small).out
+    assert "FLOPs" in text
+    assert report["helps"] in text
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -169,6 +169,8 @@ def test_demo_refuses_too(tmp_path):
         (("prune", DENSE, "--pattern", "4:2"), "pattern '4:2'"),
         (("prune", DENSE, "--pattern", "2:4", "--sparsity", 0.5), "leave --sparsity out"),
         (("prune", DENSE, "--sparsity", 0.5, "--scope", "node"), "scope 'node'"),
+        (("prune", DENSE, "--sparsity", 0.5, "--scope", "sensitivity"), "needs calibration samples"),
+        (("prune", DENSE, "--pattern", "2:4", "--scope", "sensitivity", *DATA), "leave --scope sensitivity out"),
         (("prune", DENSE, "--sparsity", 0.5, "--include", "("), "regular expression"),
         (("prune", DENSE, "--sparsity", 0.5, "--include", "nothing_of_this_name"), "no weight"),
         (("prune", DENSE, "--sparsiti", 0.5), "--sparsiti"),
@@ -196,6 +198,21 @@ def test_demo_refuses_too(tmp_path):
 def test_bad_usage(arguments, words, output):
     assert words in cli(*arguments, "-o", output).error
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--sparsities", "0.5;0.9"), "0.5;0.9"),
+        (("--sparsities", "0.5,1"), "sparsity 1.0"),
+        (("--sparsities", "0,0.5"), "above 0"),
+        (("--score", "best"), "score 'best'"),
+        (("--verify-samples", 0), "verify-samples 0"),
+        (("--include", "nothing_of_this_name"), "no weight"),
+    ],
+)
+def test_bad_usage_of_sensitivity(options, words):
+    assert words in cli("sensitivity", DENSE, *DATA, *options).error
 
 
 def test_debug_shows_the_traceback(output):

@@ -41,9 +41,9 @@ class Rounds:
         original = module.apply_masks
 
         def spy(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
-            self.models.append(result.model)
-            return result
+            model, layers = original(*args, **kwargs)
+            self.models.append(model)
+            return model, layers
 
         monkeypatch.setattr(module, "apply_masks", spy)
 
@@ -152,7 +152,11 @@ def test_the_verification_is_of_the_last_mask_before_and_after() -> None:
     assert verification.after.kl is not None
     assert verification.before.kl is not None
     assert verification.after.kl < verification.before.kl
-    assert result.to_dict()["verification"]["after"]["kl"] == verification.after.kl
+    values = result.to_dict()
+    assert values["verification"]["after"]["kl"] == verification.after.kl
+    assert values["before"]["nonzeros"] - values["after"]["nonzeros"] == pytest.approx(zeros(result.model), abs=64)
+    assert values["after"]["compressed"] < values["before"]["compressed"]
+    assert "onnxruntime" in values["helps"]
 
 
 @pytest.mark.parametrize(
@@ -168,3 +172,24 @@ def test_the_verification_is_of_the_last_mask_before_and_after() -> None:
 def test_bad_options_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionError, match=words):
         CompressOptions(**options)
+
+
+def test_rounds_of_blocks_are_nested_and_share_their_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = Rounds(monkeypatch)
+    x = images(48, seed=0)
+    result = compress(
+        residual_net(),
+        x,
+        CompressOptions(sparsity=0.75, pattern="4x1", rounds=3),
+        repair_options=settings(48),
+    )
+    for earlier, later in zip(rounds.models, rounds.models[1:], strict=False):
+        for before, after in zip(weights_of(earlier), weights_of(later), strict=True):
+            assert not after[before == 0].any()
+    for position in positions(result.model, "Conv"):
+        weight = parameter(result.model, position, 1)
+        if weight.shape[1] == 1:
+            continue  # a depthwise convolution: one output channel a group
+        for start in range(0, len(weight), 4):
+            alive = weight[start : start + 4] != 0
+            np.testing.assert_array_equal(alive.any(axis=0), alive.all(axis=0))

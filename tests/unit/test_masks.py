@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from onnx_asr.numerics.masks import keep_count, keep_largest, keep_n_of_m
+from onnx_asr.numerics.masks import block_scores, keep_count, keep_largest, keep_n_of_m, spread_blocks
 
 small = hnp.arrays(np.float64, hnp.array_shapes(max_dims=3, max_side=4), elements=st.integers(0, 4).map(float))
 
@@ -50,3 +50,16 @@ def test_groups_run_along_the_input_channels(n: int, m: int, outputs: int, input
                 order = sorted(range(len(group)), key=lambda place: (-group[place], place))
                 kept = np.isin(np.arange(len(group)), order[:n])
                 np.testing.assert_array_equal(mask[output, start : start + m, tap], kept)
+
+
+@given(groups=st.integers(1, 2), outputs=st.integers(1, 9), height=st.integers(2, 5), seed=st.integers(0, 99))
+def test_blocks_are_means_and_spread_to_their_members(groups: int, outputs: int, height: int, seed: int) -> None:
+    scores = np.random.default_rng(seed).random((groups, outputs, 3, 2))
+    blocks = block_scores(scores, height)
+    assert blocks.shape == (groups, -(-outputs // height), 3, 2)
+    spread = spread_blocks(blocks > 0.5, height, outputs)
+    assert spread.shape == scores.shape
+    for start in range(0, outputs, height):
+        members = scores[:, start : start + height]
+        np.testing.assert_allclose(blocks[:, start // height], members.mean(axis=1))
+        assert (spread[:, start : start + height] == (blocks[:, start // height] > 0.5)[:, None]).all()

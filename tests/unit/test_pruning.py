@@ -83,6 +83,66 @@ def test_patterns_hold_along_the_input_channels(name: str, n: int, m: int) -> No
                 assert (largest <= smallest).all()
 
 
+def grouped_net() -> onnx.ModelProto:
+    """Six outputs in two groups, a transposed convolution, both kinds of Gemm: blocks of 2 and, last, of 1."""
+    return net(
+        """
+        g (float[N,4,4,4] x) => (float[N,5] z) {
+          a = Conv <group=2, pads=[1,1,1,1]> (x, a_w)
+          t = ConvTranspose <group=2> (a, t_w)
+          p = GlobalAveragePool (t)
+          f = Flatten (p)
+          h = Gemm <transB=1> (f, h_w)
+          z = MatMul (h, z_w)
+        }
+        """,
+        a_w=(6, 2, 3, 3),
+        t_w=(6, 3, 2, 2),
+        h_w=(7, 6),
+        z_w=(7, 5),
+    )
+
+
+def group_blocks(model: onnx.ModelProto, height: int) -> list[list[np.ndarray]]:
+    """The blocks of every weight, each [rows, entries]."""
+    conv, transposed, gemm, matmul = (parameter(model, position, 1) for position in (0, 1, 4, 5))
+    matrices = [
+        [conv[:3].reshape(3, -1), conv[3:].reshape(3, -1)],
+        [part.swapaxes(0, 1).reshape(3, -1) for part in np.split(transposed, 2)],
+        [gemm],
+        [matmul.T],
+    ]
+    return [
+        [rows[start : start + height] for rows in groups for start in range(0, len(rows), height)]
+        for groups in matrices
+    ]
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "erk"])
+@pytest.mark.parametrize("height", [2, 4])
+def test_blocks_share_their_zeros_and_the_weakest_go(height: int, scope: Any) -> None:
+    model = grouped_net()
+    result = prune(model, 0.6, pattern=f"{height}x1", scope=scope)
+    before, after = group_blocks(model, height), group_blocks(result.model, height)
+    kept: list[np.ndarray] = []
+    for was, now in zip(before, after, strict=True):
+        means = np.concatenate([np.abs(block).mean(axis=0) for block in was])
+        alive = np.concatenate([(block != 0).all(axis=0) for block in now])
+        np.testing.assert_array_equal(alive, np.concatenate([(block != 0).any(axis=0) for block in now]))
+        assert means[~alive].max(initial=0) <= means[alive].min(initial=np.inf)
+        if scope == "layer":
+            assert (~alive).sum() == round(0.6 * alive.size)
+        kept.append(alive)
+    everything = np.concatenate(kept)
+    if scope == "global":
+        means = np.concatenate([np.abs(block).mean(axis=0) for was in before for block in was])
+        assert means[~everything].max() <= means[everything].min()
+    if scope != "layer":
+        assert (~everything).sum() == round(0.6 * everything.size)
+    assert result.options["pattern"] == f"{height}x1"
+    onnx.checker.check_model(result.model, full_check=True)
+
+
 def test_nothing_but_weights_changes() -> None:
     model = residual_net()
     before = model.SerializeToString(deterministic=True)
@@ -95,6 +155,28 @@ def test_nothing_but_weights_changes() -> None:
     assert [node.SerializeToString() for node in model.graph.node] == [
         node.SerializeToString() for node in result.graph.node
     ]
+
+
+@pytest.mark.parametrize("options", [{"sparsity": 0.9}, {"pattern": "2:4"}, {"sparsity": 0.8, "pattern": "4x1"}])
+def test_sizes_before_and_after_are_told(options: dict[str, Any]) -> None:
+    model = digits("vgg")
+    result = prune(model, **options)
+    zeros_made = zeros(prunable(result.model)) - zeros(prunable(model))
+    assert result.before.parameters == result.after.parameters
+    assert result.before.nonzeros - result.after.nonzeros == zeros_made > 0
+    assert result.before.flops == result.after.flops > 0
+    assert result.before.size == model.ByteSize()
+    assert result.after.size == result.model.ByteSize()
+    assert result.after.compressed < (1 - 0.5 * result.sparsity) * result.before.compressed
+    values = result.to_dict()
+    assert values["after"]["nonzeros"] == result.after.nonzeros
+    assert values["helps"] == Pattern.parse(result.options["pattern"]).helps
+
+
+def test_every_pattern_says_what_it_helps_with() -> None:
+    texts = [Pattern.parse(name).helps for name in ("unstructured", "2:4", "1:4", "4x1")]
+    assert len(set(texts)) == 4
+    assert "TensorRT" in texts[1]
 
 
 def test_existing_zeros_are_kept_and_count() -> None:
@@ -144,6 +226,9 @@ def test_names_choose_who_takes_part() -> None:
         ({"pattern": "4:2"}, "unknown"),
         ({"pattern": "0:4"}, "unknown"),
         ({"pattern": "blocks", "sparsity": 0.5}, "unknown"),
+        ({"pattern": "1x1", "sparsity": 0.5}, "unknown"),
+        ({"pattern": "4x2", "sparsity": 0.5}, "unknown"),
+        ({"pattern": "4x1"}, "missing"),
         ({"pattern": "channel", "sparsity": 0.5}, "prune_channels"),
         ({"sparsity": 0.5, "scope": "world"}, "unknown"),
         ({"sparsity": 0.5, "include": ["nobody"]}, "leave no weight"),
@@ -164,6 +249,7 @@ def test_models_without_weights_are_refused() -> None:
 def test_patterns_are_read_and_written() -> None:
     assert str(Pattern.parse("2:4")) == "2:4"
     assert str(Pattern.parse("unstructured")) == "unstructured"
+    assert str(Pattern.parse("4x1")) == "4x1"
 
 
 def test_ties_are_broken_by_position() -> None:

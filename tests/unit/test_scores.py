@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from onnx_asr.errors import OptionError
-from onnx_asr.numerics.scores import erk_keep, lamp, row_normalised, saliency
+from onnx_asr.numerics.scores import cheapest_keep, erk_keep, lamp, row_normalised, saliency
 from onnx_asr.options import SCORES
 from onnx_asr.pruning import prune
 from tests.graphs import copy, dense_net, images, net, parameter, residual_net, run, set_parameter
@@ -133,14 +134,17 @@ def test_data_aware_scores_choose_what_their_definition_chooses(score: str) -> N
 
 
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("options", [{"sparsity": 0.6}, {"sparsity": 0.6, "scope": "erk"}, {"pattern": "2:4"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"sparsity": 0.6}, {"sparsity": 0.6, "scope": "erk"}, {"pattern": "2:4"}, {"pattern": "4x1", "sparsity": 0.5}],
+)
 def test_every_score_works_with_every_pattern(score: str, options: dict[str, Any]) -> None:
     model, x = dense_net(), images(24, seed=1)
     needs = {"data": x, "samples": len(x)} if score in ("activation", "variance", "gram") else {}
     result = prune(model, score=score, **options, **needs)  # type: ignore[arg-type]
     onnx.checker.check_model(result.model, full_check=True)
     total = sum(layer.size for layer in result.layers)
-    if "sparsity" in options:
+    if "pattern" not in options:
         assert sum(layer.zeros for layer in result.layers) == round(0.6 * total)
     assert result.options["score"] == score
 
@@ -176,3 +180,44 @@ def test_a_score_and_its_data_belong_together() -> None:
         prune(model, 0.5, data=images(8, seed=0))
     with pytest.raises(OptionError, match="unknown"):
         prune(model, 0.5, score="best")  # type: ignore[arg-type]
+
+
+def hull_cost(zeros: int, corners: list[tuple[int, float]]) -> float:
+    """The lower hull at a number of zeros: the lowest chord over it between any two of the points."""
+    values = [cost for x, cost in corners if x == zeros]
+    for (left, low), (right, high) in itertools.combinations(corners, 2):
+        if left < zeros < right:
+            values.append(low + (high - low) * (zeros - left) / (right - left))
+    return min(values)
+
+
+@given(
+    costs=st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3), min_size=1, max_size=3),
+    share=st.floats(0, 1),
+)
+def test_the_cheapest_allocation_is_that_of_a_search(costs: list[list[int]], share: float) -> None:
+    sizes, zeros = [5, 7, 4][: len(costs)], [[1, 3, 4], [2, 4, 6], [1, 2, 3]][: len(costs)]
+    held = [tried[-1] for tried in zeros]
+    wanted = round(share * sum(held))
+    corners = [
+        [(0, 0.0), *zip(tried, np.maximum.accumulate(cost).astype(float).tolist(), strict=True)]
+        for tried, cost in zip(zeros, costs, strict=True)
+    ]
+    choices = itertools.product(*(range(most + 1) for most in held))
+    best = min(
+        sum(hull_cost(z, points) for z, points in zip(choice, corners, strict=True))
+        for choice in choices
+        if sum(choice) == wanted
+    )
+    counts = cheapest_keep(sizes, zeros, costs, sum(sizes) - wanted)
+    got = [size - count for size, count in zip(sizes, counts, strict=True)]
+    assert sum(got) == wanted
+    assert sum(hull_cost(z, points) for z, points in zip(got, corners, strict=True)) == pytest.approx(best)
+
+
+def test_allocation_beyond_what_was_tried_is_a_last_resort() -> None:
+    zeros, costs = [[5, 8], [5, 8]], [[1.0, np.inf], [2.0, 3.0]]
+    assert cheapest_keep([10, 10], zeros, costs, 7) == [5, 2]
+    assert cheapest_keep([10, 10], zeros, costs, 5) == [3, 2]
+    assert cheapest_keep([10, 10], zeros, costs, 0) == [0, 0]
+    assert cheapest_keep([1], [[0, 1]], [[0.0, 1.0]], 1) == [1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from onnx_asr.graph.shapes import cost, typical_shapes
-from tests.graphs import index, net
+from tests.graphs import index, net, parameter, set_parameter
 
 
 def test_operations_and_parameters_are_counted() -> None:
@@ -26,10 +26,15 @@ def test_operations_and_parameters_are_counted() -> None:
         we=(7, 3),
         wy=(7, 5),
     )
+    weight = parameter(model, 0, 1).copy()
+    weight[:, 0] = 0
+    set_parameter(model, 0, 1, weight)
     found = cost(index(model))
     assert found.parameters == 6 * 2 * 9 + 6 + 6 * 3 * 4 + 21 + 35
     assert found.flops == 2 * (6 * 16 * 2 * 9 + 6 * 16 * 3 * 4 + 21 + 35)
+    assert found.nonzeros == found.parameters - 6 * 9
     assert found.size == model.ByteSize()
+    assert found.compressed < found.size
 
 
 def test_open_dimensions_are_filled_in_and_computed_shapes_followed() -> None:
