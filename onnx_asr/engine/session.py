@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +58,6 @@ class Session:
     """
 
     def __init__(self, model: onnx.ModelProto | str, runtime: Runtime) -> None:
-        _return_freed_memory()
         options = runtime.options()
         self._runtime = runtime
         try:
@@ -128,12 +125,6 @@ def _serialized(model: onnx.ModelProto, options: onnxruntime.SessionOptions) -> 
     if values:
         options.add_external_initializers(list(values), list(values.values()))
     return bytes(light.SerializeToString())
-
-
-def _return_freed_memory() -> None:
-    """Have glibc, which keeps what earlier sessions have freed, give it back to the operating system."""
-    with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def owned(value: NDArray[Any], allocate: Allocate) -> NDArray[Any]:
