@@ -30,6 +30,9 @@ METHOD, REFIT, DISPLAY = "Method", "Refit", "Display"
 _REFIT_PREFIX = "refit_"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="The model, an .onnx file.")]
+DenseArgument = Annotated[str, typer.Argument(metavar="DENSE", help="The dense model, an .onnx file.")]
+Pruned = Annotated[str, typer.Argument(metavar="PRUNED", help="The pruned model, an .onnx file.")]
 Output = Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="Where to write the result.")]
 Dense = Annotated[
     str | None, typer.Option(metavar="FILE", help="The dense model: what the pruned one is compared with.")
@@ -60,6 +63,9 @@ Exclude = Annotated[
 Report = Annotated[
     str | None,
     typer.Option("--report", metavar="FILE", help="Write an HTML report, too; needs the extra 'report'."),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Write the result even if it is further from the dense model than its input.")
 ]
 Samples = Annotated[int | None, typer.Option(metavar="N", help="Samples to draw from the data.")]
 Seed = Annotated[int, typer.Option(metavar="N", help="Seed of every random choice.")]
