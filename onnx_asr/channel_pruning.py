@@ -28,9 +28,11 @@ from onnx_asr.graph.edit import EditPlan, set_metadata
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import Point, Skip, survey
 from onnx_asr.graph.shapes import Cost, cost
+from onnx_asr.masking import prunable_weights
 from onnx_asr.model_io import ModelSource, check_finite, load
 from onnx_asr.numerics.masks import keep_count, keep_largest
-from onnx_asr.pruning import check_scope, check_share, prunable_weights
+from onnx_asr.options import check_choice
+from onnx_asr.patterns import check_share
 from onnx_asr.rewrite import read_batchnorm, read_blocks
 from onnx_asr.version import __version__
 
@@ -118,7 +120,7 @@ def prune_channels(
         ModelError: Not an ONNX model, quantized, weights not finite, or no channel that can be removed.
     """
     share = check_share(sparsity, "channels to remove")
-    check_scope(scope, get_args(Scope))
+    check_choice("scope", scope, get_args(Scope))
     if multiple < 1:
         raise OptionError(f"multiple {multiple} is out of range: give at least 1, as 8")
     index = GraphIndex.of(load(model))

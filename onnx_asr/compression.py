@@ -24,25 +24,23 @@ from onnx_asr.errors import OptionError
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.shapes import Cost, cost
-from onnx_asr.model_io import ModelSource, load
-from onnx_asr.networks import Execution, Networks, silent
-from onnx_asr.options import RepairOptions
-from onnx_asr.pruning import (
+from onnx_asr.masking import (
     LayerSparsity,
-    Pattern,
     PrunableWeight,
     apply_masks,
-    check_sparsity,
     make_masks,
     prunable_weights,
     split_narrow,
 )
+from onnx_asr.model_io import ModelSource, load
+from onnx_asr.networks import Execution, Networks, silent
+from onnx_asr.numerics.masks import Mask
+from onnx_asr.options import RepairOptions
+from onnx_asr.patterns import Pattern, check_sparsity
 from onnx_asr.refit_repair import repair_refit
 from onnx_asr.repairing import RepairJob, finish
 from onnx_asr.result import RepairResult
 from onnx_asr.scoring import input_factors
-
-Masks = list[NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,7 @@ def compress(
     weights, _ = split_narrow(index, weights, pattern)
     factors = _factors(job.networks, weights, calibration, execution)
     values = [index.value(weight.tensor) for weight in weights]
-    masks: Masks = [np.ones(value.shape, bool) for value in values]
+    masks: list[Mask] = [np.ones(value.shape, bool) for value in values]
     seconds = []
     schedule = _schedule(options, pattern)
     for number, step in enumerate(schedule):
@@ -222,7 +220,7 @@ def _factors(
 
 
 def _scores(
-    values: Sequence[NDArray[Any]], factors: Sequence[NDArray[np.float64]], masks: Masks
+    values: Sequence[NDArray[Any]], factors: Sequence[NDArray[np.float64]], masks: Sequence[Mask]
 ) -> list[NDArray[np.float64]]:
     """Scores of the weights' values, below all others where already pruned."""
     parts = zip(values, factors, masks, strict=True)

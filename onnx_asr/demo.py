@@ -25,7 +25,8 @@ from onnx_asr.graph.index import GraphIndex
 from onnx_asr.model_io import check_writable, load, save
 from onnx_asr.networks import Execution
 from onnx_asr.options import METHODS, Method, RepairOptions
-from onnx_asr.pruning import Pattern, check_sparsity, prune
+from onnx_asr.patterns import Pattern, check_sparsity
+from onnx_asr.pruning import prune
 from onnx_asr.repairing import repair
 from onnx_asr.result import RepairResult
 

@@ -17,14 +17,13 @@ from onnx_asr.data import Dataset, Preprocessing, open_data
 from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.index import GraphIndex
-from onnx_asr.graph.points import Point, Skip, survey
+from onnx_asr.graph.points import Point, Skip, channel_view, survey
 from onnx_asr.graph.shapes import compressed_size
 from onnx_asr.model_io import ModelSource, check_finite, load
 from onnx_asr.networks import Execution, Networks
 from onnx_asr.numerics.masks import find_n_of_m
 from onnx_asr.numerics.moments import Floats
 from onnx_asr.options import METHODS, RepairOptions
-from onnx_asr.pruning import channel_view
 from onnx_asr.repairing import check_method
 
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
@@ -296,8 +295,9 @@ def _layer(index: GraphIndex, point: Point, damage: PointDamage | None) -> Layer
     shape, pattern, weights = None, None, 0
     zeros, norm = np.zeros(point.channels, np.int64), np.zeros(point.channels)
     if point.weight_slot is not None:
-        value = index.value(index.nodes[point.node].input[point.weight_slot])
-        view = channel_view(index, point, value)  # [C_out, C_in / group, taps]
+        node = index.nodes[point.node]
+        value = index.value(node.input[point.weight_slot])
+        view = channel_view(point, node, value)  # [C_out, C_in / group, taps]
         kept = view != 0
         shape, weights = tuple(value.shape), view[0].size
         zeros = np.asarray(weights - kept.sum(axis=(1, 2)), np.int64)

@@ -13,11 +13,14 @@ from onnx_asr.errors import OptionError
 from onnx_asr.fidelity import Fidelity
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import Skip
+from onnx_asr.masking import prunable_weights
 from onnx_asr.model_io import ModelSource, load
 from onnx_asr.networks import Execution
-from onnx_asr.options import SENSITIVITY_SPARSITIES, RepairOptions, Score
-from onnx_asr.pruning import Pattern, check_score, check_share, prunable_weights, sensitivities, weight_scores
+from onnx_asr.options import SCORES, SENSITIVITY_SPARSITIES, RepairOptions, Score, check_choice
+from onnx_asr.patterns import Pattern, check_share
+from onnx_asr.pruning import sensitivities
 from onnx_asr.repairing import RepairJob
+from onnx_asr.scoring import weight_scores
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def sensitivity(
         DataError: Missing, broken or unfitting data.
     """
     started = time.perf_counter()
-    check_score(score)
+    check_choice("score", score, SCORES)
     shares = tuple(sorted({check_share(share, "weights to zero") for share in sparsities}))
     if not shares or shares[0] == 0:
         raise OptionError("sparsities have to be above 0: give at least one, as 0.5,0.9")
@@ -145,7 +148,7 @@ def sensitivity(
     weights, skips = prunable_weights(index, include, exclude)
     job = RepairJob.of(model, model, data, settings, preprocessing)
     calibration = job.load_calibration()
-    scores = weight_scores(job, [weight.points[0] for weight in weights], score, calibration, execution)
+    scores = weight_scores(job.networks, [weight.points[0] for weight in weights], score, calibration, execution)
     found = sensitivities(job, weights, scores, Pattern(), shares, calibration, execution)
     execution.progress("done", 1.0)
     layers = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -21,6 +22,16 @@ DATA_AWARE: tuple[Score, ...] = ("activation", "variance", "gram")
 
 SENSITIVITY_SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 """Sparsities that every layer is tried at."""
+
+
+def check_choice(what: str, value: str, known: Sequence[str]) -> None:
+    """Refuse a name that is not among the known ones.
+
+    Raises:
+        OptionError: Saying which there are.
+    """
+    if value not in known:
+        raise OptionError(f"{what} '{value}' is unknown: give one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -96,8 +107,7 @@ class RepairOptions:
     skip_bad_images: bool = False
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise OptionError(f"method '{self.method}' is unknown: give one of {', '.join(METHODS)}")
+        check_choice("method", self.method, METHODS)
         if self.bn not in get_args(BatchNormMode):
             raise OptionError(f"BatchNormalization mode '{self.bn}' is unknown: give 'exact' or 'ema'")
         if isinstance(self.prior, str) and self.prior not in ("median", "mean"):

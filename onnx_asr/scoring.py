@@ -18,13 +18,30 @@ from onnx_asr.numerics.moments import Moments
 from onnx_asr.numerics.patches import channel_major, tap_major
 from onnx_asr.numerics.refit import covariance
 from onnx_asr.numerics.scores import lamp, row_normalised, saliency
-from onnx_asr.options import RefitRecipe, Score
+from onnx_asr.options import DATA_AWARE, RefitRecipe, Score
 from onnx_asr.refit_samples import RowSampler, dense_rows
 
 _Channels = tuple[str, int]
 """A tensor and the axis of its channels."""
 
 Values = list[NDArray[np.float64]]
+
+
+def weight_scores(
+    networks: Networks, points: Sequence[Point], score: Score, calibration: Calibration, execution: Execution
+) -> Values:
+    """Scores of the points' weights, each in its stored shape, by whatever the score looks at.
+
+    Args:
+        networks: The dense model, paired with itself.
+        points: Points with weights.
+        score: Any of them; those in ``DATA_AWARE`` look at the samples.
+        calibration: The samples.
+        execution: Execution providers, memory limit, progress.
+    """
+    if score in DATA_AWARE:
+        return data_aware_scores(networks, points, score, calibration, execution)
+    return data_free_scores(networks.pruned, points, score)
 
 
 def data_free_scores(index: GraphIndex, points: Sequence[Point], score: Score) -> Values:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from onnx_asr.graph.shapes import Cost
     from onnx_asr.inspection import Inspection, Layer
     from onnx_asr.layer_sensitivity import SensitivityResult
-    from onnx_asr.pruning import LayerSparsity, PruneResult
+    from onnx_asr.masking import LayerSparsity
+    from onnx_asr.pruning import PruneResult
     from onnx_asr.result import RepairResult, Verification
     from onnx_asr.shrinking import ShrinkResult
 

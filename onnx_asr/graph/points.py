@@ -364,6 +364,12 @@ def weight_blocks(point: Point, node: onnx.NodeProto, weight: NDArray[Any]) -> N
     return weight_rows(point, node, weight).reshape(groups, point.channels // groups, -1, taps)
 
 
+def channel_view(point: Point, node: onnx.NodeProto, weight: NDArray[Any]) -> NDArray[Any]:
+    """A weight as [C_out, C_in / group, taps]."""
+    blocks = weight_blocks(point, node, weight)
+    return blocks.reshape(-1, *blocks.shape[2:])
+
+
 def rows_to_weight(point: Point, node: onnx.NodeProto, rows: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     """Inverse of :func:`weight_rows`, back to the stored shape."""
     if point.kind == "Conv":

@@ -9,7 +9,8 @@ import onnx
 import pytest
 
 from onnx_asr.errors import ModelError, OptionError
-from onnx_asr.pruning import Pattern, prune
+from onnx_asr.patterns import Pattern
+from onnx_asr.pruning import prune
 from tests.graphs import copy, dense_net, digits, first_output, images, net, parameter, positions, residual_net
 
 NETS = {"residual": residual_net, "dense": dense_net, "digits_vgg": lambda: digits("vgg")}
