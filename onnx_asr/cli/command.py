@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from onnx_asr.cli.parameters import Command, spread
+from onnx_asr.cli.binding import Command, spread
 from onnx_asr.cli.terminal import say
 from onnx_asr.ownership import DISTRIBUTION
 

@@ -25,10 +25,10 @@ from onnx_asr.cli.parameters import (
     Samples,
     Seed,
     Walk,
-    numbers,
     repair_options,
 )
 from onnx_asr.cli.terminal import Terminal
+from onnx_asr.cli.values import numbers
 
 if TYPE_CHECKING:
     from onnx_asr.options import Score
