@@ -160,7 +160,7 @@ def walk(networks: Networks, tracks: Sequence[Track], calibration: Calibration, 
             for track in tracks
         ]
         done = 0
-        for _, group in by_level(every):
+        for group in by_level(every):
             execution.progress("measuring and correcting", done / len(every))
             level = _Level(
                 networks, tracks, group, {point: twins[point] for point in group if point in twins} if along else {}
@@ -221,7 +221,7 @@ def _dense_moments(
 ) -> dict[Point, Moments]:
     """Moments of the dense network: a few levels at once, as what one session gives out takes memory all at once."""
     result: dict[Point, Moments] = {}
-    levels = [group for _, group in by_level(list(twins))]
+    levels = by_level(list(twins))
     for start in range(0, len(levels), _LEVELS_AT_ONCE):
         points = [point for group in levels[start : start + _LEVELS_AT_ONCE] for point in group]
 

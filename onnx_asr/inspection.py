@@ -17,13 +17,13 @@ from onnx_asr.data import Dataset, Preprocessing, open_data
 from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.index import GraphIndex
-from onnx_asr.graph.points import Point, Skip, channel_view, survey
+from onnx_asr.graph.points import Point, Skip, Survey, channel_view, survey, weight_of
 from onnx_asr.graph.shapes import compressed_size
 from onnx_asr.model_io import ModelSource, check_finite, load
 from onnx_asr.networks import Execution, Networks
 from onnx_asr.numerics.masks import find_n_of_m
 from onnx_asr.numerics.moments import Floats
-from onnx_asr.options import METHODS, RepairOptions
+from onnx_asr.options import METHODS
 from onnx_asr.repairing import check_method
 
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
@@ -282,10 +282,7 @@ def describe(model: onnx.ModelProto, damage: Mapping[int, PointDamage] | None = 
         compressed_bytes=compressed_size(model),
         layers=tuple(layers),
         skips=found.skips,
-        methods={  # only whether there is a dense network is asked
-            "with_dense": _methods(Networks(index, found, index, None, index, {})),
-            "without_dense": _methods(Networks(index, found, None, None, None, {})),
-        },
+        methods={"with_dense": _methods(found, dense=True), "without_dense": _methods(found, dense=False)},
         metadata={item.key: item.value for item in model.metadata_props if item.key.startswith(_METADATA_PREFIX)},
         samples=samples,
     )
@@ -295,9 +292,8 @@ def _layer(index: GraphIndex, point: Point, damage: PointDamage | None) -> Layer
     shape, pattern, weights = None, None, 0
     zeros, norm = np.zeros(point.channels, np.int64), np.zeros(point.channels)
     if point.weight_slot is not None:
-        node = index.nodes[point.node]
-        value = index.value(node.input[point.weight_slot])
-        view = channel_view(point, node, value)  # [C_out, C_in / group, taps]
+        value = weight_of(index, point)
+        view = channel_view(point, index.nodes[point.node], value)  # [C_out, C_in / group, taps]
         kept = view != 0
         shape, weights = tuple(value.shape), view[0].size
         zeros = np.asarray(weights - kept.sum(axis=(1, 2)), np.int64)
@@ -319,14 +315,14 @@ def _layer(index: GraphIndex, point: Point, damage: PointDamage | None) -> Layer
     )
 
 
-def _methods(networks: Networks) -> dict[str, str | None]:
-    """Why each method cannot do anything for the networks, or None."""
-    if not networks.survey.points:
+def _methods(found: Survey, dense: bool) -> dict[str, str | None]:
+    """Why each method cannot do anything for the model, with its dense one or without, or None."""
+    if not found.points:
         return dict.fromkeys(METHODS, "nothing in the model can be corrected")
     reasons: dict[str, str | None] = {}
     for method in METHODS:
         try:
-            check_method(networks, RepairOptions(method=method))
+            check_method(method, dense=dense, batchnorm=found.has_batchnorm)
             reasons[method] = None
         except OptionError as error:
             reasons[method] = str(error)

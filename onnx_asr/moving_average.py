@@ -48,7 +48,7 @@ def recalibrate_ema(
     with BufferPool(execution.memory_limit, calibration.nbytes) as pool:
         lane = networks.pruned_lane([point.tensor for point in points], calibration, pool, execution, plan)
         done = 0
-        for _, group in by_level(points):
+        for group in by_level(points):
             batches = _measure_batches(lane, group, per_batch)
             for point in group:
                 assert point.batchnorm is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -159,7 +159,7 @@ def unequal(point: Point) -> ModelError:
     )
 
 
-def by_level(points: Sequence[Point]) -> Iterator[tuple[int, list[Point]]]:
-    """Points grouped by level, lowest first."""
-    for level in sorted({point.level for point in points}):
-        yield level, [point for point in points if point.level == level]
+def by_level(points: Sequence[Point]) -> list[list[Point]]:
+    """Points of one level, which do not depend on each other, together; lowest level first."""
+    levels = sorted({point.level for point in points})
+    return [[point for point in points if point.level == level] for level in levels]

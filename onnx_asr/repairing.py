@@ -18,7 +18,7 @@ from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import DataError, OptionError
 from onnx_asr.fidelity import Fidelity, Outputs, collect_outputs, compare
 from onnx_asr.graph.edit import EditPlan, apply
-from onnx_asr.graph.points import Skip
+from onnx_asr.graph.points import Skip, weight_of
 from onnx_asr.model_io import ModelSource, digest, inlined_functions, load
 from onnx_asr.moving_average import recalibrate_ema
 from onnx_asr.networks import Execution, Networks, silent
@@ -149,7 +149,7 @@ class RepairJob:
     ) -> RepairJob:
         """Check that the parts fit, and divide the samples."""
         networks = Networks.of(pruned, dense)
-        check_method(networks, options)
+        check_method(options.method, dense=dense is not None, batchnorm=networks.survey.has_batchnorm)
         specs = input_specs(networks.pruned)
         if isinstance(data, Dataset):
             dataset = data
@@ -241,7 +241,7 @@ def _candidate_tracks(job: RepairJob) -> list[tuple[RepairOptions, Track]]:
         (replace(job.options, method="paired", reliability_power=power), paired_track(networks, EditPlan(), power))
         for power in (0.0, RELIABILITY_POWER)
     ]
-    if any(point.batchnorm is not None for point in networks.survey.points):
+    if networks.survey.has_batchnorm:
         found.append((replace(job.options, method="bn", bn="exact"), batchnorm_track(networks, EditPlan())))
     return found
 
@@ -268,30 +268,35 @@ def weight_sparsity(networks: Networks) -> float:
     zeros = total = 0
     for point in networks.survey.points:
         if point.weight_slot is not None:
-            value = networks.pruned.value(networks.pruned.nodes[point.node].input[point.weight_slot])
+            value = weight_of(networks.pruned, point)
             zeros += int((value == 0).sum())
             total += value.size
     return zeros / max(1, total)
 
 
-def check_method(networks: Networks, options: RepairOptions) -> None:
-    """Refuse a method that cannot do anything for the networks.
+def check_method(method: Method, *, dense: bool, batchnorm: bool) -> None:
+    """Refuse a method that can do nothing for a pruned network.
+
+    Args:
+        method: The method.
+        dense: Whether the dense network is there, too.
+        batchnorm: Whether the pruned one has a BatchNormalization that can be corrected.
 
     Raises:
         OptionError: Saying which one can.
     """
-    if options.method == "refit" and networks.dense is None:
+    if method == "refit" and not dense:
         raise OptionError("method 'refit' fits the dense model's outputs: give the dense model (--dense)")
-    if any(point.batchnorm is not None for point in networks.survey.points):
+    if batchnorm:
         return
-    if options.method == "bn":
+    if method == "bn":
         raise OptionError(
             "method 'bn' re-estimates BatchNormalization, and the model has none (it was folded into the "
             "convolutions): use --method paired with --dense"
         )
-    if networks.dense is None:
+    if not dense:
         raise OptionError(
-            f"method '{options.method}' without a dense model needs stored BatchNormalization statistics, and the "
+            f"method '{method}' without a dense model needs stored BatchNormalization statistics, and the "
             "model has no BatchNormalization: give the dense model (--dense)"
         )
 
@@ -311,7 +316,7 @@ def _correct(job: RepairJob, calibration: Calibration, execution: Execution) -> 
         gain_set = calibration if options.gain_samples is None else calibration.head(options.gain_samples)
         walk(networks, [track], gain_set, execution)
         gains = track.reports
-    if not any(point.batchnorm is not None for point in networks.survey.points):
+    if not networks.survey.has_batchnorm:
         return plan, gains
     if options.bn == "exact":
         track = batchnorm_track(networks, plan)

@@ -17,6 +17,7 @@ from onnx_asr.graph.points import (
     Point,
     rows_to_weight,
     weight_blocks,
+    weight_of,
     weight_rows,
 )
 from onnx_asr.numerics.gains import BatchNormParameters, ChannelAffine
@@ -62,9 +63,8 @@ def read_blocks(index: GraphIndex, plan: EditPlan, point: Point) -> Floats:
 def plan_rows(index: GraphIndex, plan: EditPlan, point: Point, rows: NDArray[Any]) -> None:
     """Plan a new weight given as [C_out, K]."""
     assert point.weight_slot is not None
-    node = index.nodes[point.node]
-    shape = index.value(node.input[point.weight_slot]).shape
-    plan.values[point.node, point.weight_slot] = rows_to_weight(point, node, rows, shape)
+    value = rows_to_weight(point, index.nodes[point.node], rows, weight_of(index, point).shape)
+    plan.values[point.node, point.weight_slot] = value
 
 
 def read_bias(index: GraphIndex, plan: EditPlan, point: Point) -> Floats:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +11,7 @@ from onnx_asr.calibration import Calibration
 from onnx_asr.engine.lockstep import BufferPool, Chunk, lockstep
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex, attribute
-from onnx_asr.graph.points import Point, rows_to_weight, weight_rows
+from onnx_asr.graph.points import Point, rows_to_weight, weight_of, weight_rows
 from onnx_asr.networks import Execution, Networks
 from onnx_asr.numerics.moments import Moments
 from onnx_asr.numerics.patches import channel_major, tap_major
@@ -53,7 +52,7 @@ def data_free_scores(index: GraphIndex, points: Sequence[Point], score: Score) -
     """
     scores = []
     for point in points:
-        node, value = index.nodes[point.node], _weight(index, point)
+        node, value = index.nodes[point.node], weight_of(index, point)
         if score == "lamp":
             scores.append(lamp(value))
         elif score == "row":
@@ -86,7 +85,7 @@ def data_aware_scores(
         return _saliencies(networks, points, calibration, execution)
     factors = input_factors(networks, points, score, calibration, execution)
     return [
-        np.abs(_weight(networks.pruned, point).astype(np.float64)) * factor
+        np.abs(weight_of(networks.pruned, point).astype(np.float64)) * factor
         for point, factor in zip(points, factors, strict=True)
     ]
 
@@ -130,7 +129,7 @@ def _saliencies(networks: Networks, points: Sequence[Point], calibration: Calibr
 
 def _saliency(index: GraphIndex, job: RowSampler, ridge: float) -> NDArray[np.float64]:
     point, node = job.point, index.nodes[job.point.node]
-    value = _weight(index, point)
+    value = weight_of(index, point)
     rows = tap_major(weight_rows(point, node, value), job.taps)
     score = saliency(rows, covariance(job.inputs), ridge)
     return rows_to_weight(point, node, channel_major(score, job.taps), value.shape)
@@ -138,7 +137,7 @@ def _saliency(index: GraphIndex, job: RowSampler, ridge: float) -> NDArray[np.fl
 
 def _by_input(index: GraphIndex, point: Point, inputs: NDArray[np.float64]) -> NDArray[np.float64]:
     """One value for each input channel, spread over a weight's stored shape."""
-    node, shape = index.nodes[point.node], _weight(index, point).shape
+    node, shape = index.nodes[point.node], weight_of(index, point).shape
     groups, taps = 1, 1
     if point.kind in ("Conv", "ConvTranspose"):
         taps = int(np.prod(shape[2:]))
@@ -153,8 +152,3 @@ def _inputs_of(index: GraphIndex, point: Point) -> _Channels:
     assert point.weight_slot is not None
     transposed = point.kind == "Gemm" and attribute(node, "transA", 0)
     return node.input[1 - point.weight_slot], 0 if transposed else point.channel_axis
-
-
-def _weight(index: GraphIndex, point: Point) -> NDArray[Any]:
-    assert point.weight_slot is not None
-    return index.value(index.nodes[point.node].input[point.weight_slot])

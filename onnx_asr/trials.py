@@ -9,7 +9,7 @@ import numpy as np
 from onnx_asr.calibration import Calibration
 from onnx_asr.fidelity import Fidelity
 from onnx_asr.graph.edit import EditPlan, apply
-from onnx_asr.graph.points import Point
+from onnx_asr.graph.points import Point, weight_of
 from onnx_asr.networks import Execution
 from onnx_asr.numerics.masks import Mask
 from onnx_asr.refit_repair import write_refit
@@ -64,7 +64,7 @@ def _trial(job: RepairJob, samplers: Sequence[RowSampler], mask: Mask, execution
     for sampler in samplers:
         point = sampler.point
         assert point.weight_slot is not None
-        dense = index.value(index.nodes[point.node].input[point.weight_slot])
+        dense = weight_of(index, point)
         plan.values[point.node, point.weight_slot] = np.where(mask, dense, np.zeros((), dense.dtype))
         write_refit(job.networks, plan, sampler.again())
     return job.measure(apply(index, plan), execution)

@@ -106,13 +106,9 @@ class Survey:
     skips: tuple[Skip, ...]
 
     @property
-    def depth(self) -> int:
-        """Number of levels."""
-        return max((point.level for point in self.points), default=0)
-
-    def at_level(self, level: int) -> tuple[Point, ...]:
-        """Points of one level, which do not depend on each other."""
-        return tuple(point for point in self.points if point.level == level)
+    def has_batchnorm(self) -> bool:
+        """Whether a BatchNormalization belongs to any of the points."""
+        return any(point.batchnorm is not None for point in self.points)
 
 
 def refuse_quantized(index: GraphIndex) -> None:
@@ -336,6 +332,12 @@ def is_channel_bias(bias: NDArray[Any], channels: int, axis: int) -> bool:
     if bias.ndim < -axis:
         return bias.size == 1 and axis == -1
     return bias.size in (1, channels) and bias.shape[axis] in (1, channels) and bias.size == bias.shape[axis]
+
+
+def weight_of(index: GraphIndex, point: Point) -> NDArray[Any]:
+    """The weight of a point that has one, as stored."""
+    assert point.weight_slot is not None
+    return index.value(index.nodes[point.node].input[point.weight_slot])
 
 
 def weight_rows(point: Point, node: onnx.NodeProto, weight: NDArray[Any]) -> NDArray[Any]:

@@ -17,6 +17,7 @@ from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import survey
 from onnx_asr.graph.segments import Boundary, cut
+from onnx_asr.networks import by_level
 from tests.graphs import (
     bn,
     constant,
@@ -112,8 +113,7 @@ def chunks_of(feeds: dict[str, np.ndarray], size: int) -> list[dict[str, np.ndar
 
 def stages_of(model: onnx.ModelProto) -> list[list[str]]:
     """The tensors of each level, then the outputs."""
-    found = survey(index(model))
-    levels = [[point.tensor for point in found.at_level(level)] for level in range(1, found.depth + 1)]
+    levels = [[point.tensor for point in group] for group in by_level(survey(index(model)).points)]
     return [*levels, [value.name for value in model.graph.output]]
 
 
