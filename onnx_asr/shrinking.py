@@ -25,7 +25,8 @@ from onnx_asr.channel_pruning import CHANNELS_HELP, ChannelGroup
 from onnx_asr.data import InputSpec
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError
-from onnx_asr.graph.channel_rules import pads, trace
+from onnx_asr.graph.channel_computing import pads
+from onnx_asr.graph.channel_rules import trace
 from onnx_asr.graph.channels import Channels, Flags, Read, cut
 from onnx_asr.graph.edit import EditPlan, set_metadata
 from onnx_asr.graph.index import GraphIndex

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -22,6 +22,22 @@ class Obstacle(Exception):
 
 Rule: TypeAlias = Callable[["Tracer", int, onnx.NodeProto], None]
 """Labels the outputs of a node at a position, or raises an Obstacle."""
+
+
+def passing(rule: Callable[[Tracer, int, onnx.NodeProto, Labels], Labels], axis: int | None = None) -> Rule:
+    """A rule of what hands the channels of its first input on to its first output; see :meth:`Tracer.source`."""
+
+    def follow(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
+        labels = tracer.source(node, axis)
+        if labels is not None:
+            tracer.labels[node.output[0]] = rule(tracer, position, node, labels)
+
+    return follow
+
+
+def from_the_front(axes: Sequence[int] | None, rank: int) -> list[int]:
+    """Axes as numbers from 0 up; all of them where none are given."""
+    return list(range(rank)) if axes is None else [axis % rank for axis in axes]
 
 
 class Tracer:

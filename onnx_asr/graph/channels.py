@@ -55,6 +55,11 @@ class Labels:
         return Labels(self.axis if axis is None else axis, function(self.ids), function(self.constant))
 
 
+def varying(count: int) -> Floats:
+    """``Labels.constant`` of channels that all depend on the input."""
+    return np.full(count, np.nan)
+
+
 @dataclass(frozen=True)
 class Sliced:
     """A constant input that has one entry a channel along an axis; a bias may be absent."""
