@@ -35,7 +35,7 @@ from onnx_asr.masking import (
 from onnx_asr.model_io import ModelSource, load
 from onnx_asr.networks import Execution, Networks, silent
 from onnx_asr.numerics.masks import Mask
-from onnx_asr.options import RepairOptions
+from onnx_asr.options import RepairOptions, check_at_least
 from onnx_asr.patterns import Pattern, check_sparsity
 from onnx_asr.refit_repair import repair_refit
 from onnx_asr.repairing import RepairJob, finish
@@ -65,8 +65,7 @@ class CompressOptions:
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity, Pattern.parse(self.pattern))
-        if self.rounds < 1:
-            raise OptionError(f"rounds {self.rounds} is out of range: give at least 1")
+        check_at_least("rounds", self.rounds, 1)
         if not 0 < self.round_samples <= 1:
             raise OptionError(f"round-samples {self.round_samples} is out of range: give a share, 0 < share <= 1")
 

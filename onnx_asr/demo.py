@@ -23,7 +23,7 @@ from onnx_asr.evaluation import measure
 from onnx_asr.fidelity import Fidelity, collect_outputs
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.model_io import check_writable, load, save
-from onnx_asr.networks import Execution
+from onnx_asr.networks import Execution, silent
 from onnx_asr.options import METHODS, Method, RepairOptions
 from onnx_asr.patterns import Pattern, check_sparsity
 from onnx_asr.pruning import prune
@@ -158,7 +158,7 @@ def run_demo(
         rows.append(DemoRow(name, measure(outputs, reference, validation.labels), seconds, chosen))
 
     score("pruned", pruned.model, pruning)
-    quiet = replace(execution, progress=lambda stage, fraction: None)
+    quiet = replace(execution, progress=silent)
     for number, method in enumerate(METHODS):
         execution.progress(f"repairing: {method}", number / len(METHODS))
         results[method] = repair(

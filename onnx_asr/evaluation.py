@@ -20,6 +20,7 @@ from onnx_asr.fidelity import Fidelity, Outputs, accuracy, collect_outputs, comp
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.model_io import ModelSource, load
 from onnx_asr.networks import Progress, silent
+from onnx_asr.options import check_at_least
 
 Labels = str | os.PathLike[str] | Sequence[int] | NDArray[np.integer[Any]]
 """A table of file name and class index (for a folder of images), or the class index of every sample."""
@@ -63,9 +64,9 @@ def evaluate(
         DataError: Missing, broken or unfitting data or labels.
         OptionError: Neither labels nor a dense model, or a number out of range.
     """
-    for name, value, least in (("seed", seed, 0), ("batch-size", batch_size, 1)):
-        if value is not None and value < least:
-            raise OptionError(f"{name} {value} is out of range: give at least {least}")
+    check_at_least("seed", seed, 0)
+    if batch_size is not None:
+        check_at_least("batch-size", batch_size, 1)
     runtime = runtime or Runtime()
     network = load(model)
     reference = None if dense is None else load(dense)

@@ -23,7 +23,7 @@ from onnx_asr.model_io import ModelSource, check_finite, load
 from onnx_asr.networks import Execution, Networks
 from onnx_asr.numerics.masks import find_n_of_m
 from onnx_asr.numerics.moments import Floats
-from onnx_asr.options import METHODS
+from onnx_asr.options import METHODS, check_at_least
 from onnx_asr.repairing import check_method
 
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
@@ -243,9 +243,10 @@ def inspect(
         StructureError: ``dense`` and ``model`` are not the same network.
         DataError: Missing, broken or unfitting data.
     """
-    for name, value, least in (("seed", seed, 0), ("batch-size", batch_size, 1), ("samples", samples, 1)):
-        if value is not None and value < least:
-            raise OptionError(f"{name} {value} is out of range: give at least {least}")
+    check_at_least("seed", seed, 0)
+    if batch_size is not None:
+        check_at_least("batch-size", batch_size, 1)
+    check_at_least("samples", samples, 1)
     if (dense is None) != (data is None):
         given, missing = ("dense model", "--data") if data is None else ("data", "--dense")
         raise OptionError(

@@ -34,6 +34,16 @@ def check_choice(what: str, value: str, known: Sequence[str]) -> None:
         raise OptionError(f"{what} '{value}' is unknown: give one of {', '.join(known)}")
 
 
+def check_at_least(name: str, value: int, least: int) -> None:
+    """Refuse a number below the least one.
+
+    Raises:
+        OptionError: Saying what that is.
+    """
+    if value < least:
+        raise OptionError(f"{name.replace('_', '-')} {value} is out of range: give at least {least}")
+
+
 @dataclass(frozen=True)
 class RefitRecipe:
     """The parts of the recipe; each can be switched off.
@@ -61,8 +71,7 @@ class RefitRecipe:
             value = getattr(self, name)
             if not (np.isfinite(value) and value >= 0):
                 raise OptionError(f"{name.replace('_', '-')} {value} is out of range: give a number from 0 up")
-        if self.rows < 1:
-            raise OptionError(f"refit-rows {self.rows} is out of range: give at least 1")
+        check_at_least("refit-rows", self.rows, 1)
 
 
 @dataclass(frozen=True)
@@ -129,5 +138,5 @@ class RepairOptions:
             ("ema_batch_size", 2),
         ):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise OptionError(f"{name.replace('_', '-')} {value} is out of range: give at least {least}")
+            if value is not None:
+                check_at_least(name, value, least)

@@ -532,3 +532,12 @@ def layer(name: str) -> tuple[onnx.ModelProto, np.ndarray, Point]:
     model = net(text, seed=3, **weights)
     (point,) = survey(index(model)).points
     return model, np.random.default_rng(4).normal(size=shape).astype(np.float32), point
+
+
+def kl(dense: np.ndarray, other: np.ndarray) -> float:
+    """Mean Kullback-Leibler divergence, dense || other, of the softmax of [samples, classes] scores."""
+    logs = []
+    for scores in (dense.astype(np.float64), other.astype(np.float64)):
+        top = scores - scores.max(axis=1, keepdims=True)
+        logs.append(top - np.log(np.exp(top).sum(axis=1, keepdims=True)))
+    return float((np.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=1).mean())

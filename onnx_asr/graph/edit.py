@@ -52,16 +52,6 @@ class EditPlan:
         """The planned values of one node's inputs, by slot."""
         return sorted(((key, value) for key, value in self.values.items() if key[0] == node), key=lambda item: item[0])
 
-    def update(self, other: EditPlan) -> None:
-        """Take over every edit of another plan; later ones win."""
-        self.values.update(other.values)
-        self.added_bias.update(other.added_bias)
-        self.notes.update(other.notes)
-        self.attributes.update(other.attributes)
-
-    def __len__(self) -> int:
-        return len(self.values) + len(self.added_bias) + len(self.attributes)
-
 
 def stored(index: GraphIndex, node: int, slot: int, value: NDArray[Any]) -> NDArray[Any]:
     """A new value in the type (and, where the size allows, the shape) in which the model stores that input.

@@ -16,7 +16,7 @@ import onnx_asr
 from onnx_asr.cli.app import run as command
 from onnx_asr.errors import StructureError
 from tests.end_to_end.conftest import ASSETS, CALIBRATION, PRESET
-from tests.graphs import copy, digit_images, digits, folded, pruned
+from tests.graphs import copy, digit_images, digits, folded, kl, pruned
 
 NETS = ("resnet", "vgg", "mobilenet", "densenet")
 OPTIONS = onnx_asr.RepairOptions(method="paired", samples=128, verify_samples=64)
@@ -45,15 +45,6 @@ def scores(model: onnx.ModelProto | Path, x: np.ndarray) -> np.ndarray:
     session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     (wanted,) = session.get_inputs()
     return session.run(None, {wanted.name: x})[0]
-
-
-def kl(reference: np.ndarray, other: np.ndarray) -> float:
-    def logs(values: np.ndarray) -> np.ndarray:
-        shifted = values.astype(np.float64) - values.max(axis=1, keepdims=True)
-        return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-
-    p, q = logs(reference), logs(other)
-    return float((np.exp(p) * (p - q)).sum(axis=1).mean())
 
 
 def zeros(model: onnx.ModelProto) -> int:

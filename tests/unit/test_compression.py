@@ -15,7 +15,7 @@ from onnx_asr.options import RepairOptions
 from onnx_asr.pruning import prune
 from onnx_asr.refit_samples import RefitRecipe
 from onnx_asr.repairing import repair
-from tests.graphs import digit_images, digits, folded, images, parameter, positions, residual_net, run
+from tests.graphs import digit_images, digits, folded, images, kl, parameter, positions, residual_net, run
 
 module = importlib.import_module("onnx_asr.compression")
 FAST = RefitRecipe(rows=4000, relu_steps=1)
@@ -117,14 +117,6 @@ def test_patterns_are_valid_at_the_end_and_lose_one_weight_a_round(
                 continue
             for start in range(0, dense.shape[1], 4):
                 assert (np.count_nonzero(weight[:, start : start + 4], axis=1) == kept).all()
-
-
-def kl(dense: np.ndarray, other: np.ndarray) -> float:
-    logs = []
-    for scores in (dense.astype(np.float64), other.astype(np.float64)):
-        top = scores - scores.max(axis=1, keepdims=True)
-        logs.append(top - np.log(np.exp(top).sum(axis=1, keepdims=True)))
-    return float((np.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=1).mean())
 
 
 @pytest.mark.parametrize("name", ["resnet", "vgg"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx
@@ -20,6 +20,12 @@ Case = Callable[[onnx.ModelProto], np.ndarray]
 COUNT = 12
 
 
+def scaled(model: onnx.ModelProto, nodes: Sequence[int], factor: float) -> np.ndarray:
+    for node in nodes:
+        set_parameter(model, node, 1, parameter(model, node, 1) * factor)
+    return images(COUNT, seed=3)
+
+
 def constant_inputs(model: onnx.ModelProto) -> np.ndarray:
     """Every image is the same grey."""
     return np.full((COUNT, 3, 8, 8), 0.5, np.float32)
@@ -35,15 +41,11 @@ def one_image(model: onnx.ModelProto) -> np.ndarray:
 
 def an_empty_layer(model: onnx.ModelProto) -> np.ndarray:
     """All weights of the second convolution are pruned away."""
-    node = positions(model, "Conv")[1]
-    set_parameter(model, node, 1, 0 * parameter(model, node, 1))
-    return images(COUNT, seed=3)
+    return scaled(model, positions(model, "Conv")[1:2], 0)
 
 
 def every_layer_empty(model: onnx.ModelProto) -> np.ndarray:
-    for node in positions(model, "Conv", "Gemm"):
-        set_parameter(model, node, 1, 0 * parameter(model, node, 1))
-    return images(COUNT, seed=3)
+    return scaled(model, positions(model, "Conv", "Gemm"), 0)
 
 
 def faint_channels(model: onnx.ModelProto) -> np.ndarray:
@@ -57,23 +59,17 @@ def faint_channels(model: onnx.ModelProto) -> np.ndarray:
 
 def loud_channels(model: onnx.ModelProto) -> np.ndarray:
     """A million times the dense standard deviation."""
-    node = positions(model, "Conv")[1]
-    set_parameter(model, node, 1, parameter(model, node, 1) * 1e6)
-    return images(COUNT, seed=3)
+    return scaled(model, positions(model, "Conv")[1:2], 1e6)
 
 
 def activations_overflow(model: onnx.ModelProto) -> np.ndarray:
     """Products beyond float32."""
-    for node in positions(model, "Conv")[:2]:
-        set_parameter(model, node, 1, parameter(model, node, 1) * 1e30)
-    return images(COUNT, seed=3)
+    return scaled(model, positions(model, "Conv")[:2], 1e30)
 
 
 def variances_overflow(model: onnx.ModelProto) -> np.ndarray:
     """Values within float32, their squares beyond."""
-    node = positions(model, "Conv")[0]
-    set_parameter(model, node, 1, parameter(model, node, 1) * 1e25)
-    return images(COUNT, seed=3)
+    return scaled(model, positions(model, "Conv")[:1], 1e25)
 
 
 def huge_inputs(model: onnx.ModelProto) -> np.ndarray:

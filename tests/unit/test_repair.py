@@ -28,6 +28,7 @@ from tests.graphs import (
     digits,
     folded,
     images,
+    kl,
     masked,
     net,
     parameter,
@@ -446,14 +447,6 @@ def test_methods_that_can_do_nothing_are_refused(method: str, with_dense: bool, 
 # --- verification and auto ---
 
 
-def kl_by_hand(dense: np.ndarray, other: np.ndarray) -> float:
-    logs = []
-    for scores in (dense.astype(np.float64), other.astype(np.float64)):
-        top = scores - scores.max(axis=1, keepdims=True)
-        logs.append(top - np.log(np.exp(top).sum(axis=1, keepdims=True)))
-    return float((np.exp(logs[0]) * (logs[0] - logs[1])).sum(axis=1).mean())
-
-
 class Spy:
     """Which samples were used for what."""
 
@@ -502,13 +495,13 @@ def test_auto_takes_the_smallest_divergence_on_samples_it_did_not_calibrate_on(
     divergences = []
     for item in result.candidates:
         alone = repair(damaged, x, dense=model, options=item.options).model
-        divergences.append(kl_by_hand(reference, outputs(alone, x[held_out])))
+        divergences.append(kl(reference, outputs(alone, x[held_out])))
         np.testing.assert_allclose(item.fidelity.kl, divergences[-1], rtol=1e-4, atol=1e-7)
     assert result.options == result.candidates[int(np.argmin(divergences))].options
     assert result.verification is not None
     assert result.verification.held_out
     np.testing.assert_allclose(result.verification.after.kl, min(divergences), rtol=1e-4, atol=1e-7)
-    before = kl_by_hand(reference, outputs(damaged, x[held_out]))
+    before = kl(reference, outputs(damaged, x[held_out]))
     np.testing.assert_allclose(result.verification.before.kl, before, rtol=1e-4)
     assert result.improved
 
