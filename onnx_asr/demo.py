@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 
 from onnx_asr.calibration import input_specs
-from onnx_asr.data import PRESETS, open_data
+from onnx_asr.data import PRESETS, Preprocessing, open_data
 from onnx_asr.errors import ModelError, OptionError, OutputError
 from onnx_asr.evaluation import measure
 from onnx_asr.fidelity import Fidelity, collect_outputs
@@ -150,29 +150,18 @@ def run_demo(
     started = time.perf_counter()
     pruned = prune(dense, sparsity)
     pruning = time.perf_counter() - started
-    results: dict[Method, RepairResult] = {}
-    rows = [DemoRow("dense", measure(reference, reference, validation.labels), None)]
+    results = _repaired_by_all(dense, pruned.model, calibration, preprocessing, execution)
 
-    def score(name: str, candidate: onnx.ModelProto, seconds: float, chosen: str | None = None) -> None:
+    def row(name: str, candidate: onnx.ModelProto, seconds: float, chosen: str | None = None) -> DemoRow:
         outputs = collect_outputs(candidate, validation, everything, execution.runtime)
-        rows.append(DemoRow(name, measure(outputs, reference, validation.labels), seconds, chosen))
+        return DemoRow(name, measure(outputs, reference, validation.labels), seconds, chosen)
 
-    score("pruned", pruned.model, pruning)
-    quiet = replace(execution, progress=silent)
-    for number, method in enumerate(METHODS):
-        execution.progress(f"repairing: {method}", number / len(METHODS))
-        results[method] = repair(
-            pruned.model,
-            calibration,
-            dense=dense,
-            options=RepairOptions(method=method, samples=SAMPLES, verify_samples=VERIFY_SAMPLES),
-            preprocessing=preprocessing,
-            execution=quiet,
-        )
-        result = results[method]
-        chosen = next((item.label for item in result.candidates if item.options == result.options), None)
-        score(method, result.model, sum(result.seconds.values()), chosen)
-    fidelity = {row.name: row.fidelity for row in rows}
+    rows = [
+        DemoRow("dense", measure(reference, reference, validation.labels), None),
+        row("pruned", pruned.model, pruning),
+        *(row(name, item.model, sum(item.seconds.values()), _chosen(item)) for name, item in results.items()),
+    ]
+    fidelity = {item.name: item.fidelity for item in rows}
     best = max(METHODS, key=lambda name: (fidelity[name].top1 or 0.0, -fidelity[name].distance, name != "auto"))
     save(pruned.model, pruned_path)
     save(results[best].model, repaired_path)
@@ -188,6 +177,33 @@ def run_demo(
         repaired_path,
         _notes(results),
     )
+
+
+def _repaired_by_all(
+    dense: onnx.ModelProto,
+    pruned: onnx.ModelProto,
+    calibration: Path,
+    preprocessing: Preprocessing,
+    execution: Execution,
+) -> dict[Method, RepairResult]:
+    """What every method makes of the pruned net."""
+    results: dict[Method, RepairResult] = {}
+    for number, method in enumerate(METHODS):
+        execution.progress(f"repairing: {method}", number / len(METHODS))
+        results[method] = repair(
+            pruned,
+            calibration,
+            dense=dense,
+            options=RepairOptions(method=method, samples=SAMPLES, verify_samples=VERIFY_SAMPLES),
+            preprocessing=preprocessing,
+            execution=replace(execution, progress=silent),
+        )
+    return results
+
+
+def _chosen(result: RepairResult) -> str | None:
+    """What "auto" chose."""
+    return next((item.label for item in result.candidates if item.options == result.options), None)
 
 
 def _notes(results: Mapping[Method, RepairResult]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -37,17 +37,9 @@ def read_labels(path: Path, names: Sequence[str]) -> NDArray[np.int64]:
         DataError: The file cannot be read, does not cover every image, or can be read in two ways.
     """
     rows = _read_rows(path)
-    # A row of data holds a class index, so a first row without any whole number is a header.
-    header = [] if any(map(_is_index, rows[0])) else [cell.lower() for cell in rows.pop(0)]
+    header = _header(rows)
     columns = list(zip(*rows, strict=True))
-    class_columns = [number for number, cells in enumerate(columns) if all(map(_is_index, cells))]
-    declared = [number for number in class_columns if header and header[number] in _CLASS_HEADERS]
-    class_columns = declared or class_columns
-    if not class_columns:
-        raise DataError(
-            f"{path} has no column of class indices: one column must hold a whole number from 0 up in every row"
-        )
-
+    class_columns = _class_columns(columns, header, path)
     readings: dict[tuple[int, int], NDArray[np.int64]] = {}
     problem, most_found = "it needs two columns", -1
     for form in _FORMS:
@@ -58,10 +50,7 @@ def read_labels(path: Path, names: Sequence[str]) -> NDArray[np.int64]:
         for name_column, class_column in itertools.product(range(len(columns)), class_columns):
             if name_column == class_column:
                 continue
-            table: dict[str, set[int]] = {}
-            for cell, index in zip(columns[name_column], columns[class_column], strict=True):
-                if form(cell) in wanted:
-                    table.setdefault(form(cell), set()).add(int(index))
+            table = _classes(map(form, columns[name_column]), columns[class_column], wanted)
             missing = next((name for name, key in zip(names, keys, strict=True) if key not in table), None)
             repeated = next((key for key, indices in table.items() if len(indices) > 1), None)
             if missing is None and repeated is None:
@@ -105,6 +94,30 @@ def _read_rows(path: Path) -> list[list[str]]:
                 "every row needs the same columns"
             )
     return rows
+
+
+def _header(rows: list[list[str]]) -> list[str]:
+    """Take the header off the rows, if there is one: a row of data holds a class index, so a whole number."""
+    return [] if any(map(_is_index, rows[0])) else [cell.lower() for cell in rows.pop(0)]
+
+
+def _class_columns(columns: Sequence[Sequence[str]], header: Sequence[str], path: Path) -> list[int]:
+    """Columns that can hold the class: those of whole numbers, or the ones among them whose header says so."""
+    found = [number for number, cells in enumerate(columns) if all(map(_is_index, cells))]
+    if not found:
+        raise DataError(
+            f"{path} has no column of class indices: one column must hold a whole number from 0 up in every row"
+        )
+    return [number for number in found if header and header[number] in _CLASS_HEADERS] or found
+
+
+def _classes(keys: Iterable[str], cells: Iterable[str], wanted: set[str]) -> dict[str, set[int]]:
+    """The classes that a reading gives each wanted image."""
+    table: dict[str, set[int]] = {}
+    for key, cell in zip(keys, cells, strict=True):
+        if key in wanted:
+            table.setdefault(key, set()).add(int(cell))
+    return table
 
 
 def _is_index(cell: str) -> bool:

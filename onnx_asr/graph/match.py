@@ -34,15 +34,7 @@ def match(pruned: GraphIndex, dense: GraphIndex) -> Pairing:
     Raises:
         StructureError: Naming the first difference, walking backward from the outputs.
     """
-    if len(pruned.outputs) != len(dense.outputs):
-        raise _differ(f"the pruned one has {len(pruned.outputs)} outputs, the dense one {len(dense.outputs)}")
-    if len(pruned.inputs) != len(dense.inputs):
-        raise _differ(f"the pruned one has {len(pruned.inputs)} inputs, the dense one {len(dense.inputs)}")
-    for value, other_value in zip(pruned.inputs, dense.inputs, strict=True):
-        types = [item.type.tensor_type.elem_type for item in (value, other_value)]
-        if types[0] != types[1] and not FLOAT_TYPES.issuperset(types):
-            first, second = (onnx.TensorProto.DataType.Name(item) for item in types)
-            raise _differ(f"input '{value.name}' is of type {first}, '{other_value.name}' in the dense one {second}")
+    _compare_interfaces(pruned, dense)
     pruned_inputs = {value.name: position for position, value in enumerate(pruned.inputs)}
     dense_inputs = {value.name: position for position, value in enumerate(dense.inputs)}
     shapes: dict[tuple[object, ...], int] = {}
@@ -83,6 +75,19 @@ def match(pruned: GraphIndex, dense: GraphIndex) -> Pairing:
         stack.extend(_operands(mine, form, its, partner))
         stack.extend(_captured(pruned, position, dense, counterpart))
     return Pairing(nodes, tensors)
+
+
+def _compare_interfaces(pruned: GraphIndex, dense: GraphIndex) -> None:
+    """Numbers of inputs and outputs, and types of inputs, have to agree."""
+    if len(pruned.outputs) != len(dense.outputs):
+        raise _differ(f"the pruned one has {len(pruned.outputs)} outputs, the dense one {len(dense.outputs)}")
+    if len(pruned.inputs) != len(dense.inputs):
+        raise _differ(f"the pruned one has {len(pruned.inputs)} inputs, the dense one {len(dense.inputs)}")
+    for value, other_value in zip(pruned.inputs, dense.inputs, strict=True):
+        types = [item.type.tensor_type.elem_type for item in (value, other_value)]
+        if types[0] != types[1] and not FLOAT_TYPES.issuperset(types):
+            first, second = (onnx.TensorProto.DataType.Name(item) for item in types)
+            raise _differ(f"input '{value.name}' is of type {first}, '{other_value.name}' in the dense one {second}")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from onnx_asr.networks import Execution
 from onnx_asr.point_report import PointReport
 from onnx_asr.pruning import PruneResult
 from onnx_asr.repairing import RepairJob
-from onnx_asr.result import RepairResult, Verification
+from onnx_asr.result import Candidate, RepairResult, Verification
 from onnx_asr.version import __version__
 
 Values = dict[str, Any]
@@ -131,15 +131,7 @@ def _repair(
     ) | {
         "improved": result.improved,
         "held_out": result.verification is not None and result.verification.held_out,
-        "candidates": [
-            {
-                "label": item.label,
-                "chosen": item.options == result.options,
-                "seconds": item.seconds,
-                **item.fidelity.to_dict(),
-            }
-            for item in result.candidates
-        ],
+        "candidates": [_candidate(item, chosen=item.options == result.options) for item in result.candidates],
         "calibration": {"samples": result.calibration_samples, "sha256": result.calibration_digest},
         "thumbnails": _thumbnails(job.dataset, job.chosen),
         "seconds": dict(result.seconds),
@@ -189,6 +181,10 @@ def _version(name: str, inspection: Inspection, fidelity: Fidelity | None = None
         "batchnorm": inspection.batchnorm,
         "fidelity": None if fidelity is None else fidelity.to_dict(),
     }
+
+
+def _candidate(item: Candidate, chosen: bool) -> Values:
+    return {"label": item.label, "chosen": chosen, "seconds": item.seconds, **item.fidelity.to_dict()}
 
 
 def _layer(layer: Layer, after: PointDamage | None = None, report: PointReport | None = None) -> Values:
