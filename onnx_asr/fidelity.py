@@ -88,7 +88,9 @@ def collect_outputs(
     parts: list[list[NDArray[Any]]] = [[] for _ in session.output_names]
     usable = len(indices) - len(indices) % step if fixed_batch(specs) is not None else len(indices)
     if usable == 0:
-        raise DataError(f"{len(indices)} samples do not fill one batch of {step}, which the model's input fixes")
+        raise DataError(
+            f"{len(indices)} samples do not fill one batch of {step}, which the model's input fixes: give more"
+        )
     for start in range(0, usable, step):
         batch = data.batch(indices[start : start + step])
         if len(batch) != len(specs):

@@ -83,7 +83,9 @@ def _compile(patterns: Sequence[str]) -> list[re.Pattern[str]]:
         try:
             compiled.append(re.compile(pattern))
         except re.error as error:
-            raise OptionError(f"'{pattern}' is not a regular expression: {error}") from error
+            raise OptionError(
+                f"'{pattern}' is not a regular expression: {error}; give one that Python's re takes"
+            ) from error
     return compiled
 
 
@@ -105,7 +107,9 @@ def split_narrow(
             reason = f"{inputs} input channels a group are fewer than the {pattern.m} of pattern {pattern}: stays dense"
             skips.append(Skip(point.node, weight.name, point.kind, reason))
     if not wide:
-        raise OptionError(f"no weight has the {pattern.m} input channels that pattern {pattern} needs")
+        raise OptionError(
+            f"no weight has the {pattern.m} input channels that pattern {pattern} needs: give one of smaller groups"
+        )
     return wide, skips
 
 

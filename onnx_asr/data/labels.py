@@ -84,7 +84,7 @@ def _read_rows(path: Path) -> list[list[str]]:
         delimiter = next((mark for mark in "\t,;" if lines and mark in lines[0]), " ")
         rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cannot read the labels file {path}: {error}") from error
+        raise DataError(f"cannot read the labels file {path}: {error}; give a TSV or CSV file in UTF-8") from error
     if not rows:
         raise DataError(f"the labels file {path} is empty: expected a row of file name and class index for each image")
     for number, row in enumerate(rows, 1):

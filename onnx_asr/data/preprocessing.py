@@ -274,7 +274,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         with path.open("rb") as stream:
             values: dict[str, Any] = tomllib.load(stream)
     except (OSError, ValueError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
-        raise OptionError(f"cannot read the preprocessing file {path}: {error}") from error
+        raise OptionError(f"cannot read the preprocessing file {path}: {error}; give a TOML file") from error
     keys = [field.name for field in dataclasses.fields(Preprocessing)]
     unknown = sorted(set(values) - set(keys))
     if unknown:

@@ -37,7 +37,8 @@ class Runtime:
         for provider in self.providers:
             if provider not in available:
                 raise OptionError(
-                    f"execution provider '{provider}' is not in this onnxruntime, which has {', '.join(available)}"
+                    f"execution provider '{provider}' is not in this onnxruntime: give one that is "
+                    f"({', '.join(available)}), or install a build that has it"
                 )
 
     def options(self) -> onnxruntime.SessionOptions:

@@ -92,7 +92,7 @@ class GraphIndex:
         outputs = [value.name for value in graph.output]
         missing = [name for name in outputs if name not in known]
         if missing:
-            raise ModelError(f"graph output '{missing[0]}' is produced by no node: the graph is broken")
+            raise ModelError(f"graph output '{missing[0]}' is produced by no node: the graph is broken; re-export it")
         return cls(model, nodes, producer, consumers, initializers, sparse, inputs, outputs)
 
     def is_constant(self, name: str) -> bool:

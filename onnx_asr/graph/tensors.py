@@ -67,7 +67,9 @@ def leave(tensor: onnx.TensorProto, folder: Path) -> None:
             "such file is: keep the model and its external data together"
         )
     if path.stat().st_size < (info.offset or 0) + size_of(tensor):
-        raise ModelError(f"'{path}' is too short for tensor '{tensor.name}': the external data is incomplete")
+        raise ModelError(
+            f"'{path}' is too short for tensor '{tensor.name}': the external data is incomplete, copy it again"
+        )
     tensor.external_data.add(key="basepath", value=str(folder.resolve()))
 
 
