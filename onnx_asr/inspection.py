@@ -19,12 +19,12 @@ from onnx_asr.errors import OptionError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import Point, Skip, Survey, channel_view, survey, weight_of
 from onnx_asr.graph.shapes import compressed_size
+from onnx_asr.methods import check_method
 from onnx_asr.model_io import ModelSource, check_finite, load
 from onnx_asr.networks import Execution, Networks
 from onnx_asr.numerics.masks import find_n_of_m
 from onnx_asr.numerics.moments import Floats
 from onnx_asr.options import METHODS, check_at_least
-from onnx_asr.repairing import check_method
 
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _METADATA_PREFIX = "onnx_asr."

@@ -12,19 +12,17 @@ import onnx
 from numpy.typing import NDArray
 
 from onnx_asr.calibration import Calibration, batch_size_for, fixed_batch, input_specs, load_calibration
-from onnx_asr.channel_repair import Track, batchnorm_track, gain_track, paired_track, walk
+from onnx_asr.channel_repair import Track, batchnorm_track, paired_track, walk
 from onnx_asr.data import Dataset, Preprocessing, open_data, sample_indices
 from onnx_asr.data.sources import DataSource
-from onnx_asr.errors import DataError, OptionError
 from onnx_asr.fidelity import Fidelity, Outputs, collect_outputs, compare
 from onnx_asr.graph.edit import EditPlan, apply
-from onnx_asr.graph.points import Skip, weight_of
+from onnx_asr.graph.points import weight_of
+from onnx_asr.methods import check_method, correct, untouched
 from onnx_asr.model_io import ModelSource, digest, inlined_functions, load
-from onnx_asr.moving_average import recalibrate_ema
 from onnx_asr.networks import Execution, Networks, silent
 from onnx_asr.options import Method, RepairOptions
 from onnx_asr.point_report import Reports
-from onnx_asr.refit_repair import repair_refit
 from onnx_asr.result import Candidate, RepairResult, Verification
 from onnx_asr.version import __version__
 
@@ -84,7 +82,7 @@ def finish(
     model, reports = job.correct(calibration, execution)
     repaired = time.perf_counter()
     verification = job.verify(model, execution) if job.can_verify else None
-    skips = (*job.networks.survey.skips, *_untouched(job.networks, reports, job.options))
+    skips = (*job.networks.survey.skips, *untouched(job.networks, reports, job.options))
     if candidates and verification is not None and not verification.improved:
         job.notes.append(
             "auto: nothing tried came closer to the dense model than the pruned model is, which is given back unchanged"
@@ -174,7 +172,7 @@ class RepairJob:
 
     def correct(self, calibration: Calibration, execution: Execution) -> tuple[onnx.ModelProto, Reports]:
         """The repaired copy, and what was done at each point."""
-        plan, reports = _correct(self, calibration, execution)
+        plan, reports = correct(self.networks, self.dataset, self.chosen, calibration, self.options, execution)
         return self.written(plan, reports, calibration), reports
 
     def written(self, plan: EditPlan, reports: Reports, calibration: Calibration) -> onnx.ModelProto:
@@ -272,109 +270,6 @@ def weight_sparsity(networks: Networks) -> float:
             zeros += int((value == 0).sum())
             total += value.size
     return zeros / max(1, total)
-
-
-def check_method(method: Method, *, dense: bool, batchnorm: bool) -> None:
-    """Refuse a method that can do nothing for a pruned network.
-
-    Args:
-        method: The method.
-        dense: Whether the dense network is there, too.
-        batchnorm: Whether the pruned one has a BatchNormalization that can be corrected.
-
-    Raises:
-        OptionError: Saying which one can.
-    """
-    if method == "refit" and not dense:
-        raise OptionError("method 'refit' fits the dense model's outputs: give the dense model (--dense)")
-    if batchnorm:
-        return
-    if method == "bn":
-        raise OptionError(
-            "method 'bn' re-estimates BatchNormalization, and the model has none (it was folded into the "
-            "convolutions): use --method paired with --dense"
-        )
-    if not dense:
-        raise OptionError(
-            f"method '{method}' without a dense model needs stored BatchNormalization statistics, and the "
-            "model has no BatchNormalization: give the dense model (--dense)"
-        )
-
-
-def _correct(job: RepairJob, calibration: Calibration, execution: Execution) -> tuple[EditPlan, Reports]:
-    networks, options, plan = job.networks, job.options, EditPlan()
-    if options.method == "refit":
-        return plan, repair_refit(networks, calibration, execution, plan, options.refit)
-    if options.method == "paired":
-        track = paired_track(networks, plan, options.reliability_power)
-        walk(networks, [track], calibration, execution)
-        return plan, track.reports
-    gains: Reports = {}
-    if options.method != "bn":
-        assert options.method in ("asr", "raw", "layerwise")
-        track = gain_track(networks, plan, options.method, options.prior, options.bias_correction)
-        gain_set = calibration if options.gain_samples is None else calibration.head(options.gain_samples)
-        walk(networks, [track], gain_set, execution)
-        gains = track.reports
-    if not networks.survey.has_batchnorm:
-        return plan, gains
-    if options.bn == "exact":
-        track = batchnorm_track(networks, plan)
-        walk(networks, [track], calibration, execution)
-        return plan, _joined(gains, track.reports)
-    batches = _ema_batches(job.dataset, job.chosen, calibration.batch_size, options)
-    statistics = recalibrate_ema(networks, batches, execution, plan, options.momentum, options.ema_batch_size)
-    return plan, _joined(gains, statistics)
-
-
-def _ema_batches(dataset: Dataset, chosen: NDArray[np.int64], batch_size: int, options: RepairOptions) -> Calibration:
-    """``ema_batches`` batches drawn in a seeded order, round after round where the samples do not suffice."""
-    if len(chosen) < options.ema_batch_size:
-        raise DataError(
-            f"--bn ema needs {options.ema_batch_size} samples a batch, {len(chosen)} are there: "
-            "give more images or a smaller --ema-batch-size"
-        )
-    generator = np.random.default_rng(options.seed)
-    rounds = []
-    for _ in range(-(-options.ema_batches // (len(chosen) // options.ema_batch_size))):
-        order = generator.permutation(chosen)
-        rounds.append(order[: len(order) - len(order) % options.ema_batch_size])
-    order = np.concatenate(rounds)[: options.ema_batches * options.ema_batch_size]
-    return load_calibration(dataset, order, batch_size, fixed=True)
-
-
-def _joined(gains: Reports, statistics: Reports) -> Reports:
-    """Gains of a convolution and the re-estimated statistics behind it are one report."""
-    return {
-        **statistics,
-        **{
-            position: replace(report, written="weights+batchnorm") if position in statistics else report
-            for position, report in gains.items()
-        },
-    }
-
-
-def _untouched(networks: Networks, reports: Reports, options: RepairOptions) -> list[Skip]:
-    """Points the method leaves alone, with the reason."""
-    first = networks.first_layers()
-    skips = []
-    for point in networks.survey.points:
-        if point.node in reports:
-            continue
-        if options.method == "bn":
-            reason = "no BatchNormalization belongs to it; method 'bn' changes nothing else"
-        elif networks.dense is None:
-            reason = "no BatchNormalization belongs to it, and there is no dense model to compare with"
-        elif options.method == "refit" and point.weight_slot is None:
-            reason = "what it reads is matched by the refit before it"
-        elif options.method == "refit":
-            reason = "the refit of Gemm and MatMul nodes was switched off"
-        elif point.node in first:
-            reason = f"first layer: method '{options.method}' leaves it alone"
-        else:
-            reason = f"method '{options.method}' scales convolutions only"
-        skips.append(Skip(point.node, point.name, point.kind, reason))
-    return skips
 
 
 def _notes(
