@@ -15,7 +15,6 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ Chunk = dict[str, NDArray[Any]]
 
 
 class BufferPool:
-    """Recycles chunk buffers; beyond a limit they are backed by files in a private temporary directory.
+    """Recycles chunk buffers; beyond a limit they are backed by nameless temporary files.
 
     Args:
         limit: Bytes of buffers to keep in memory; None for all.
@@ -44,8 +43,6 @@ class BufferPool:
         self._in_memory = reserved
         self._free: dict[int, list[NDArray[np.uint8]]] = {}
         self._owned: dict[int, NDArray[np.uint8]] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._files = 0
 
     def __enter__(self) -> BufferPool:
         return self
@@ -53,8 +50,6 @@ class BufferPool:
     def __exit__(self, *exc: object) -> None:
         self._owned.clear()
         self.trim()
-        if self._folder is not None:
-            self._folder.cleanup()
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """A buffer of that shape, contents undefined."""
@@ -103,22 +98,16 @@ class BufferPool:
             self._in_memory += size
             return np.empty(size, np.uint8)
         try:
-            if self._folder is None:
-                self._folder = tempfile.TemporaryDirectory(prefix="onnx-resuscitate-")
-            self._files += 1
-            path = Path(self._folder.name) / f"{self._files}.bin"
-            with path.open("wb") as file:
+            with tempfile.TemporaryFile(prefix="onnx-resuscitate-") as file:  # has no name; gone with its mapping
                 file.truncate(size)
                 if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a crash on the first write
                     os.posix_fallocate(file.fileno(), 0, size)
-            mapped = np.memmap(path, np.uint8, "r+")
-            path.unlink()  # the mapping keeps the space until it is dropped, on every way out
+                return np.memmap(file, np.uint8, "r+")
         except OSError as error:
             raise OutputError(
                 f"cannot put {size} bytes of activations into {tempfile.gettempdir()}: {error.strerror}; raise "
                 "--memory-limit, lower --samples, or set TMPDIR to a folder with more space"
             ) from error
-        return mapped
 
 
 class Lane:

@@ -81,6 +81,7 @@ def test_killed_repairs_leave_whole_files(pruned: str, tmp_path: Path, seconds: 
             assert names(folder) == ["out.onnx"]
             assert names(scratch) == []
         else:
-            assert all((scratch / name).is_dir() for name in names(scratch))  # spilled activations have no name
+            # Where a file cannot be made without a name, it may be caught between that and its removal: still empty.
+            assert all((scratch / name).stat().st_size == 0 for name in names(scratch))
     print(f"{KILLS} repairs stopped, before their end: {outcomes}; broken files: 0")
     assert all(outcomes.values())
