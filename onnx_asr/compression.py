@@ -3,7 +3,7 @@
 In round ``i`` of ``R`` the density is ``d^(i / R)`` (N:M patterns: one weight of every group of ``m`` goes a round).
 The first mask ranks the dense weights, each later one the weights that the round before it refitted; what was pruned
 stays pruned, and every round refits from the dense weights. So the next mask is chosen by what the weights are worth
-once their neighbours have taken over what was lost.
+once their neighbours have taken over what was lost. Rounds that only rank weights take one ReLU-aware step.
 """
 
 from __future__ import annotations
@@ -151,6 +151,7 @@ def compress(
     pattern = Pattern.parse(options.pattern)
     weights, _ = prunable_weights(index, options.include, options.exclude)
     weights, _ = split_narrow(index, weights, pattern)
+    ranking = replace(settings.refit, relu_steps=min(settings.refit.relu_steps, 1))
     factors = _factors(job.networks, weights, calibration, execution)
     values = [index.value(weight.tensor) for weight in weights]
     masks: list[Mask] = [np.ones(value.shape, bool) for value in values]
@@ -166,7 +167,7 @@ def compress(
         execution.progress(f"mask round {number + 1} of {len(schedule)}", number / len(schedule))
         part = calibration.head(round(options.round_samples * calibration.count))
         plan = EditPlan()
-        repair_refit(job.networks, part, replace(execution, progress=silent), plan, settings.refit)
+        repair_refit(job.networks, part, replace(execution, progress=silent), plan, ranking)
         values = _refitted(job.networks, weights, plan)
         seconds.append(time.perf_counter() - begun)
     result = finish(job, calibration, execution, begun, begun)

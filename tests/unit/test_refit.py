@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_asr.errors import OptionError
-from onnx_asr.numerics import refit
+from onnx_asr.numerics import refit, systems
 from onnx_asr.numerics.refit import RefitOptions, RefitSolution, refit_rows
+from onnx_asr.numerics.rows import Inputs
+from onnx_asr.numerics.systems import inverse_is_cheaper
 
 LEAST_SQUARES = RefitOptions(ridge=0.0, relu_steps=0, gain_power=0.0)
 
@@ -38,7 +40,7 @@ class Layer:
 
 @pytest.fixture(params=["inverse", "cg"])
 def solver(request, monkeypatch) -> str:
-    monkeypatch.setattr(refit, "_inverse_is_cheaper", lambda mask: request.param == "inverse")
+    monkeypatch.setattr(refit, "inverse_is_cheaper", lambda mask: request.param == "inverse")
     return request.param
 
 
@@ -92,7 +94,7 @@ def test_few_rows_need_no_gram_matrix(dead, monkeypatch):
     layer = Layer(groups=2, outputs=6, inputs=90, rows=40)
     layer.x[..., :dead] = 0.5
     with monkeypatch.context() as context:
-        context.setattr(refit._Samples, "gram", None)
+        context.setattr(Inputs, "gram", None)
         solution = layer.refit(replace(LEAST_SQUARES, ridge=0.1))
     assert solution.solver == "cg"
     for row in range(12):
@@ -119,7 +121,7 @@ def test_both_solvers_agree(monkeypatch):
     negative = layer.target <= 0
     solutions = []
     for cheaper in (True, False):
-        monkeypatch.setattr(refit, "_inverse_is_cheaper", lambda mask, cheaper=cheaper: cheaper)
+        monkeypatch.setattr(refit, "inverse_is_cheaper", lambda mask, cheaper=cheaper: cheaper)
         solutions.append(layer.refit(RefitOptions(relu_steps=0), dense_negative=negative))
         solutions.append(layer.refit(RefitOptions(), dense_negative=negative))
     inverse, inverse_relu, cg, cg_relu = (layer.predict(s.weight, s.bias) for s in solutions)
@@ -128,10 +130,21 @@ def test_both_solvers_agree(monkeypatch):
     assert np.linalg.norm(cg_relu - inverse_relu) <= 3e-3 * np.linalg.norm(inverse_relu)
 
 
+def test_channels_are_solved_block_by_block(solver, monkeypatch):
+    layer = Layer(groups=2, outputs=5, inputs=18)
+    negative, floor = layer.target <= 0, -np.abs(layer.target)
+    whole = layer.refit(RefitOptions(), dense_negative=negative, relu_floor=floor)
+    monkeypatch.setattr(refit, "_BLOCK_VALUES", 2 * 2 * 18)
+    blocks = layer.refit(RefitOptions(), dense_negative=negative, relu_floor=floor)
+    for name in ("weight", "bias", "gain", "residual_before", "residual_after"):
+        np.testing.assert_allclose(getattr(blocks, name), getattr(whole, name), rtol=2e-3, atol=2e-3)
+    assert blocks.solver == whole.solver == solver
+
+
 def test_choice_of_solver_follows_size():
-    assert refit._inverse_is_cheaper(np.ones((2000, 1, 9), np.bool_))
-    assert refit._inverse_is_cheaper(np.random.default_rng(0).random((1, 64, 576)) < 0.1)
-    assert not refit._inverse_is_cheaper(np.random.default_rng(0).random((1, 256, 1152)) < 0.8)
+    assert inverse_is_cheaper(np.ones((2000, 1, 9), np.bool_))
+    assert inverse_is_cheaper(np.random.default_rng(0).random((1, 64, 576)) < 0.1)
+    assert not inverse_is_cheaper(np.random.default_rng(0).random((1, 256, 1152)) < 0.8)
 
 
 def through_relu(prediction, target, floor=0.0) -> float:
@@ -216,7 +229,7 @@ def test_gain_is_one_where_the_prediction_is_rounding():
 def test_gradients_stop_at_directions_that_are_rounding():
     system = np.array([[1.0, 1.00001], [1.00001, 1.0]], np.float32)  # indefinite by rounding
     residual = np.array([[1.0, -1.0], [1.0, 1.0]], np.float32) / np.sqrt(np.float32(2.0))
-    result = refit._descend(
+    result = systems._descend(
         lambda p: p @ system, np.ones((2, 2), np.bool_), residual.copy(), np.full(2, 1e-6, np.float32)
     )
     np.testing.assert_allclose(result, [[0.0, 0.0], residual[1] / 2], atol=1e-5)
@@ -379,7 +392,7 @@ def test_always_finite_masked_and_no_worse(groups, outputs, inputs, rows, densit
     layer.x[..., np.random.default_rng(seed).random(inputs) < dead] = 0.5
     layer.x *= np.float32(scale)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(refit, "_inverse_is_cheaper", lambda mask: cheaper)
+        patch.setattr(refit, "inverse_is_cheaper", lambda mask: cheaper)
         solution = layer.refit(replace(LEAST_SQUARES, ridge=ridge))
         check_finite(solution, layer.mask)
         assert solution.residual_after <= solution.residual_before * (1 + 1e-5) + 1e-4

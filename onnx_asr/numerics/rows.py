@@ -1,0 +1,138 @@
+"""Sampled rows of one layer, read in chunks: moments of the inputs, and of targets with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Array: TypeAlias = npt.NDArray[np.float64]
+Single: TypeAlias = npt.NDArray[np.float32]
+Mask: TypeAlias = npt.NDArray[np.bool_]
+
+_CHUNK_VALUES = 2**20  # of X a product: summed in float32 within, in float64 across
+_RESIDUAL_EVERY = 4  # chunks, of which one measures the residual
+
+
+class Inputs:
+    """Input patches `X` [n, G, K] of G groups, centred in place.
+
+    Attributes:
+        centred: `X - mean(X)` [n, G, K].
+        mean: `mean(X)` [G, K]; finite exactly where all of `X` is, as a sum of float32 cannot overflow float64.
+    """
+
+    def __init__(self, x: Single) -> None:
+        groups, inputs = x.shape[1:]
+        self.centred = x
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.mean: Array = x.mean(axis=0, dtype=np.float64)
+            x -= self.mean.astype(np.float32)
+        # Some 4 MB, but enough rows for the product to cost more than adding it up in float64.
+        self._step = min(max(_CHUNK_VALUES // (groups * inputs), inputs // 2, 64), 4096)
+
+    def __len__(self) -> int:
+        return len(self.centred)
+
+    def gram(self) -> Array:
+        """`H = cov(X)` [G, K, K]."""
+        groups, inputs = self.mean.shape
+        gram = np.zeros((groups, inputs, inputs))
+        for _, chunk in self.chunks():
+            gram += chunk.transpose(1, 2, 0) @ chunk.transpose(1, 0, 2)
+        gram /= len(self)
+        return gram
+
+    def variance(self) -> Array:
+        """`diag(H)` [G, K]."""
+        return np.asarray(np.square(self.centred).mean(axis=0, dtype=np.float64))
+
+    def chunks(self, every: int = 1) -> Iterator[tuple[slice, Single]]:
+        """Yields rows and their `X - mean(X)` [c, G, K], one chunk of `every`."""
+        for begin in range(0, len(self), every * self._step):
+            rows = slice(begin, min(begin + self._step, len(self)))
+            yield rows, self.centred[rows]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What least squares needs to know of a target: `cov(T, X)` [G, M, K], `mean(T)` and `var(T)` [G, M]."""
+
+    cross: Array
+    mean: Array
+    variance: Array
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Wanted outputs of some channels of every group, M of them, beside the inputs they belong to.
+
+    Attributes:
+        inputs: The inputs.
+        target: `T` [n, G, M].
+        floor: `theta` [n, G, M]; 0 if None.
+        negative: [n, G, M], where the dense pre-activation is <= 0; None if no ReLU follows.
+    """
+
+    inputs: Inputs
+    target: Single
+    floor: Single | None
+    negative: Mask | None
+
+    def of(self, channels: slice) -> Targets:
+        """Those channels of every group alone."""
+        floor = None if self.floor is None else self.floor[..., channels]
+        negative = None if self.negative is None else self.negative[..., channels]
+        return Targets(self.inputs, self.target[..., channels], floor, negative)
+
+    def fit(self) -> Fit:
+        """The fit of the target as it was given."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            mean = self.target.mean(axis=0, dtype=np.float64)
+        return self._sum_up(((self.target[rows], chunk) for rows, chunk in self.inputs.chunks()), mean)
+
+    def visible_fit(self, weight: Array, level: Array) -> Fit:
+        """The fit of what the ReLU lets through, for the prediction `weight . (X - mean(X)) + level`."""
+        return self._sum_up(((target, chunk) for target, _, chunk in self._visible(weight, level)), level)
+
+    def error(self, weight: Array, level: Array) -> float:
+        """`sum mean(e^2)` over all channels and some chunks, `e` the error that the ReLU lets through."""
+        total = 0.0
+        count = 0
+        for target, prediction, _ in self._visible(weight, level, _RESIDUAL_EVERY):
+            total += float(np.square(target - prediction).sum(dtype=np.float64))
+            count += len(target)
+        return total / count
+
+    def _sum_up(self, pairs: Iterator[tuple[Single, Single]], shift: Array) -> Fit:
+        """Moments of targets [c, G, M] with centred inputs [c, G, K]; `shift` [G, M] is near the targets' mean."""
+        origin = shift.astype(np.float32)
+        cross, total, square = (
+            np.zeros((*shift.shape, self.inputs.centred.shape[2])),
+            np.zeros(shift.shape),
+            np.zeros(shift.shape),
+        )
+        for target, chunk in pairs:
+            target = target - origin
+            cross += target.transpose(1, 2, 0) @ chunk.transpose(1, 0, 2)
+            total += target.sum(axis=0, dtype=np.float64)
+            square += np.square(target).sum(axis=0, dtype=np.float64)
+        offset = total / len(self.inputs)
+        variance = np.maximum(square / len(self.inputs) - offset**2, 0.0)
+        return Fit(cross / len(self.inputs), origin + offset, variance)
+
+    def _visible(self, weight: Array, level: Array, every: int = 1) -> Iterator[tuple[Single, Single, Single]]:
+        """Yields target, prediction [c, G, M] and centred inputs [c, G, K], without errors that the ReLU hides."""
+        single, base = weight.transpose(0, 2, 1).astype(np.float32), level.astype(np.float32)
+        for rows, chunk in self.inputs.chunks(every):
+            target = self.target[rows]
+            prediction = np.empty(target.shape, np.float32)
+            np.matmul(chunk.transpose(1, 0, 2), single, out=prediction.transpose(1, 0, 2))
+            prediction += base
+            if self.negative is not None:
+                floor = np.float32(0) if self.floor is None else self.floor[rows]
+                target = np.where(self.negative[rows], np.minimum(prediction, floor), target)
+            yield target, prediction, chunk

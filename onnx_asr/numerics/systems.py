@@ -1,0 +1,195 @@
+"""Systems of masked ridge least squares, many right-hand sides of one matrix, and what solves them.
+
+With the unit diagonal `A = D^-1/2 (H + R I) D^-1/2` of :mod:`onnx_asr.numerics.refit`: `A_SS u_S = r_S` for every
+output channel and its support `S`. Directions in which `A` is below `NOISE` are rounding of float32 products; they are
+left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from onnx_asr.numerics.rows import Array, Mask, Single
+
+Index: TypeAlias = npt.NDArray[np.intp]
+
+NOISE = 1e-6  # eigenvalues of A (unit diagonal) below this are rounding of the float32 products
+_INVERSE_BYTES = 2**29  # of inverses kept between ReLU steps
+_BATCH_BYTES = 2**26  # of systems inverted by one call
+_BATCH_RATIO = 0.85  # supports of one batch are at least this share of its largest one
+_CG_STEPS = 400
+
+
+class GramSystem:
+    """`A` as a matrix for each group, [G, K, K]; the Gram matrix is scaled in place."""
+
+    def __init__(self, gram: Array, root: Array) -> None:
+        gram /= root  # in place: a copy would be 170 MB at K = 4608
+        gram /= root.transpose(0, 2, 1)
+        np.einsum("gkk->gk", gram)[...] = 1.0
+        self.matrix = gram
+
+    def product(self, vectors: Array) -> Array:
+        """`P A` for [G, M, K]."""
+        return np.asarray(vectors @ self.matrix)
+
+    def single(self, group: int) -> Callable[[Single], Single]:
+        """`P A` of one group, for [M, K] in float32."""
+        matrix = self.matrix[group].astype(np.float32)
+        return lambda vectors: vectors @ matrix
+
+
+class RowSystem:
+    """`P A = ((P D^-1/2) X' X / n) D^-1/2 + R P D^-1`, from the centred rows [n, G, K]."""
+
+    def __init__(self, x: Single, root: Array, pull: Array) -> None:
+        self._x = x
+        self._scale: Single = (1.0 / root).astype(np.float32)
+        self._pull = pull
+
+    def product(self, vectors: Array) -> Array:
+        """`P A` for [G, M, K]."""
+        image = np.stack([self._covered(group, part.astype(np.float32)) for group, part in enumerate(vectors)])
+        return image + self._pull * vectors
+
+    def single(self, group: int) -> Callable[[Single], Single]:
+        """`P A` of one group, for [M, K] in float32."""
+        pull: Single = self._pull[group].astype(np.float32)
+        return lambda vectors: self._covered(group, vectors) + pull * vectors
+
+    def _covered(self, group: int, vectors: Single) -> Single:
+        rows, scale = self._x[:, group], self._scale[group]
+        image: Single = ((vectors * scale) @ rows.T) @ rows
+        image *= scale / np.float32(len(rows))
+        return image
+
+
+def inverse_is_cheaper(mask: Mask) -> bool:
+    """Compares seconds, as measured on two cores (AMD Zen 5), and keeps the inverses within `_INVERSE_BYTES`."""
+    groups, outputs, inputs = mask.shape
+    size = mask.sum(axis=-1, dtype=np.float64)
+    inverse = float((6e-11 * size**3 + 1.5e-8 * size**2 + 1e-6).sum())
+    steps = 90  # in all, with three ReLU-aware steps
+    gradients = steps * groups * (1e-4 + outputs * inputs * (1e-11 * inputs + 5e-9))
+    return inverse < gradients and 8 * float((size**2).sum()) / _BATCH_RATIO**2 < _INVERSE_BYTES
+
+
+class Inverse:
+    """`u_S = A_SS^-1 r_S`, all rows with supports of similar size as one batch, padded with the identity."""
+
+    name: Literal["inverse"] = "inverse"
+
+    def __init__(self, system: Array, mask: Mask) -> None:
+        outputs, inputs = mask.shape[1:]
+        flat = mask.reshape(-1, inputs)
+        size = flat.sum(axis=-1)
+        order = np.argsort(-size, kind="stable")
+        self._batches: list[tuple[Index, Index, Array]] = []
+        begin, end = 0, int(np.count_nonzero(size))  # empty rows come last and stay out
+        while begin < end:
+            largest = int(size[order[begin]])
+            similar = int(np.count_nonzero(size >= largest * _BATCH_RATIO))
+            stop = min(similar, begin + max(1, _BATCH_BYTES // (8 * largest**2)))
+            rows = order[begin:stop, None]
+            places = np.argsort(~flat[rows[:, 0]], axis=-1, kind="stable")[:, :largest]  # the support, then padding
+            real = flat[rows, places]
+            systems = system[rows[..., None] // outputs, places[:, :, None], places[:, None, :]]
+            systems *= real[:, :, None] & real[:, None, :]
+            np.einsum("bkk->bk", systems)[...] = 1.0
+            self._batches.append((rows, places, _inverse(systems)))
+            begin = stop
+
+    def solve(self, load: Array, tolerance: float) -> Array:
+        """Solves for [G, M, K] right-hand sides that are 0 outside the mask, beyond any `tolerance`."""
+        flat = load.reshape(-1, load.shape[-1])
+        result = np.zeros_like(flat)
+        for rows, places, inverse in self._batches:
+            result[rows, places] = (inverse @ flat[rows, places][..., None])[..., 0]
+        return result.reshape(load.shape)
+
+
+def _inverse(systems: Array) -> Array:
+    """Inverts symmetric systems [B, s, s] of unit diagonal; eigenvalues below `NOISE` count as infinite.
+
+    The diagonal of an inverse holds the variance inflation factors, which tell whether that is needed.
+    """
+    try:
+        inverse = np.asarray(np.linalg.inv(systems), np.float64)
+        inflation = np.diagonal(inverse, axis1=1, axis2=2)
+        doubtful = ~((inflation > 0) & (inflation < 1 / NOISE)).all(axis=-1)
+    except np.linalg.LinAlgError:
+        inverse = np.empty_like(systems)
+        doubtful = np.ones(len(systems), np.bool_)
+    if doubtful.any():
+        values, vectors = np.linalg.eigh(systems[doubtful])
+        values[values < NOISE] = np.inf
+        inverse[doubtful] = (vectors / values[:, None, :]) @ vectors.transpose(0, 2, 1)
+    return inverse
+
+
+class ConjugateGradients:
+    """`A_SS u_S = r_S` for all rows of a group at once: one float32 product `P A` a step, started warm.
+
+    A unit diagonal makes Jacobi preconditioning the identity.
+    """
+
+    name: Literal["cg"] = "cg"
+
+    def __init__(self, system: GramSystem | RowSystem, mask: Mask) -> None:
+        self._system = system
+        self._products = [system.single(group) for group in range(len(mask))]
+        self._mask = mask
+        self._last: Array = np.zeros(mask.shape)
+
+    def solve(self, load: Array, tolerance: float) -> Array:
+        """Solves for [G, M, K] right-hand sides that are 0 outside the mask, to `|residual| <= tolerance |load|`."""
+        distance = load - np.where(self._mask, self._system.product(self._last), 0.0)
+        for group, wanted in enumerate(load):
+            solution, mask, residual = self._last[group], self._mask[group], distance[group]
+            norm, goal = np.linalg.norm(residual, axis=-1), tolerance * np.linalg.norm(wanted, axis=-1)
+            rows = np.flatnonzero(norm > goal)
+            scale = norm[rows, None]
+            share = (goal[rows] / norm[rows]).astype(np.float32)
+            step = _descend(self._products[group], mask[rows], (residual[rows] / scale).astype(np.float32), share)
+            solution[rows] += scale * step
+        return self._last
+
+
+def _descend(product: Callable[[Single], Single], mask: Mask, residual: Single, goal: Single) -> Single:
+    """Conjugate gradients from 0 for rows of residual norm 1, until each row's residual is below its `goal`.
+
+    A row stops at a direction whose curvature is below `NOISE`.
+    """
+    result = np.zeros_like(residual)
+    rows = np.arange(len(residual))  # of `result`, for the rows still carried
+    going = np.ones(len(residual), np.bool_)
+    kept = mask.astype(np.float32)
+    current = np.zeros_like(residual)
+    direction = residual.copy()
+    square = np.vecdot(residual, residual)
+    for _ in range(_CG_STEPS):
+        image = product(direction)
+        image *= kept
+        curvature = np.vecdot(direction, image)
+        going &= curvature > NOISE * np.vecdot(direction, direction)
+        length = np.divide(square, curvature, out=np.zeros_like(square), where=going)[:, None]
+        current += length * direction
+        image *= length
+        residual -= image
+        last, square = square, np.vecdot(residual, residual)
+        going &= square > goal**2
+        if np.count_nonzero(going) < 0.75 * len(rows):
+            result[rows] = current
+            rows, goal, kept, last, square = rows[going], goal[going], kept[going], last[going], square[going]
+            current, residual, direction = current[going], residual[going], direction[going]
+            going = going[going]
+        if not going.any():
+            break
+        direction *= np.divide(square, last, out=np.zeros_like(square), where=last > 0)[:, None]
+        direction += residual
+    result[rows] = current
+    return result
