@@ -217,7 +217,7 @@ def compress(
     pattern: Pattern = "unstructured",
     rounds: Annotated[int, typer.Option(metavar="N", help="Mask rounds.")] = 5,
     round_samples: Annotated[
-        float, typer.Option(metavar="SHARE", help="Samples of every round but the last, as a share of all.")
+        float, typer.Option(metavar="SHARE", help="Samples and rows of every round but the last, as a share of all.")
     ] = 0.5,
     include: Include = None,
     exclude: Exclude = None,

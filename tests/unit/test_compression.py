@@ -53,7 +53,7 @@ def settings(count: int, **rest: Any) -> RepairOptions:
 
 
 @pytest.mark.parametrize("fold", [False, True])
-def test_masks_are_nested_and_densities_geometric(fold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_are_nested_and_the_schedule_is_cubic(fold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = Rounds(monkeypatch)
     model = residual_net()
     if fold:
@@ -62,7 +62,7 @@ def test_masks_are_nested_and_densities_geometric(fold: bool, monkeypatch: pytes
     result = compress(model, images(48, seed=1), CompressOptions(0.8, rounds=4), repair_options=settings(48))
     assert model.SerializeToString(deterministic=True) == before
     total = size(model)
-    assert [zeros(item) for item in rounds.models] == [round((1 - 0.2 ** (i / 4)) * total) for i in (1, 2, 3, 4)]
+    assert [zeros(item) for item in rounds.models] == [round(share * total) for share in (0.4625, 0.7, 0.7875, 0.8)]
     for earlier, later in zip(rounds.models[:-1], rounds.models[1:], strict=True):
         for old, new in zip(weights_of(earlier), weights_of(later), strict=True):
             assert not new[old == 0].any()
@@ -95,7 +95,7 @@ def test_later_masks_rank_refitted_weights(monkeypatch: pytest.MonkeyPatch) -> N
     ]
     assert sum(int(item.sum()) for item in different) > 0.02 * size(model)
     # the first mask is the dense magnitudes'
-    first = prune(model, 1 - 0.3**0.5).model
+    first = prune(model, 0.7 * 7 / 8).model
     for old, new in zip(weights_of(first), weights_of(rounds.models[0]), strict=True):
         np.testing.assert_array_equal(old, new)
 
