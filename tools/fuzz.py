@@ -202,7 +202,7 @@ def weights(rng: random.Random, model: onnx.ModelProto) -> None:
                 value.flat[rng.randrange(value.size)] = np.array(rng.choice(worst)).astype(value.dtype)
     elif how == "shape":
         value = rng.choice(
-            [value.ravel(), value[:0], value[None], value[..., :1], value.T, np.zeros_like(value.ravel()[0])]
+            [value.ravel(), value.ravel()[:0], value[None], value.ravel()[:1], value.T, np.zeros((), value.dtype)]
         )
     elif how == "type":
         value = value.astype(rng.choice([np.float16, np.float64, np.int32, np.uint8, np.bool_]))
