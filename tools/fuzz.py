@@ -328,8 +328,8 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="folder for the files that did harm")
     parser.add_argument("--verbose", action="store_true", help="every mutation, not only those that did harm")
     arguments = parser.parse_args()
-    found = sorted([*(ROOT / "models").glob("*.onnx"), *ASSETS.glob("*/*.onnx")])
-    sources = [path for path in found if path.stat().st_size < LARGE]
+    found = [*(ROOT / "models").glob("*.onnx"), *ASSETS.glob("*/*.onnx")]
+    sources = sorted((path for path in found if path.stat().st_size < LARGE), key=lambda path: path.name)
     counts: dict[str, Counter[str]] = {kind: Counter() for kind in dict.fromkeys(KINDS)}
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
