@@ -118,7 +118,7 @@ def _spoilt(rng: random.Random, field: FieldDescriptor, value: Any, model: onnx.
     wide = field.type in (FieldDescriptor.TYPE_INT64, FieldDescriptor.TYPE_UINT64)
     large = [2**31 - 1, *([2**32, 2**40, 2**63 - 1] if wide else [])]
     negative = [] if field.type in (FieldDescriptor.TYPE_UINT64, FieldDescriptor.TYPE_UINT32) else [-1, -2, -(2**31)]
-    low, high = (0 if not negative else -(2**63)), 2 ** (63 if wide else 31) - 1
+    low, high = (-(2 ** (63 if wide else 31)) if negative else 0), 2 ** (63 if wide else 31) - 1
     return max(low, min(high, rng.choice([*small, *large, *negative])))
 
 

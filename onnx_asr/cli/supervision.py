@@ -147,4 +147,7 @@ def _death(ended_by: signal.Signals) -> str:
             f"onnxruntime ended with {ended_by.name} when it loaded or ran {_files()}: export the model again, or "
             "install another version of onnxruntime"
         )
-    return f"the work on {_files()} ended with {ended_by.name}; run again with --debug for the whole story"
+    return (
+        f"a library ended with {ended_by.name} at work on {_files()}: export the model again, or install another "
+        "version of onnx or onnxruntime; --debug shows where"
+    )

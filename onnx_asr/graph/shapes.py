@@ -45,7 +45,8 @@ class Cost:
 def typical_shape(value: onnx.ValueInfoProto) -> Shape:
     """The shape of a graph input, ``BATCH`` and ``SIDE`` where it is open."""
     dims = value.type.tensor_type.shape.dim
-    return tuple(item.dim_value or (BATCH if axis == 0 else SIDE) for axis, item in enumerate(dims))
+    open_sizes = (BATCH if axis == 0 else SIDE for axis in range(len(dims)))
+    return tuple(item.dim_value if item.dim_value > 0 else size for item, size in zip(dims, open_sizes, strict=True))
 
 
 def typical_shapes(index: GraphIndex) -> dict[str, Shape]:

@@ -85,6 +85,20 @@ def test_a_crash_is_one_error_that_names_the_files(
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [OLD]
 
 
+def test_a_model_that_crashes_shape_inference(tmp_path: Path) -> None:
+    """A padding that takes away more than there is, then a Slice of it: an assertion fails in onnx."""
+    text = "g (float[N,3,H,W] x) => (float[N,K,A,B] y) { c = Conv (x, w) z = Pad (c, p) y = Slice (z, s, e, a, t) }"
+    bounds = {name: np.array([value]) for name, value in (("s", 0), ("e", 5), ("a", 2), ("t", 2))}
+    model = tmp_path / "model.onnx"
+    onnx.save(net(text, w=(4, 3, 3, 3), p=np.array([0, 0, -5000, 0, 0, 0, 0, 0]), **bounds), model)
+    done = cli("prune", model, "-o", tmp_path / "out.onnx", "--sparsity", "0.5")
+    if done.code == 0:
+        pytest.skip("this onnx survives it")
+    assert done.code == 2
+    assert done.err.splitlines()[-1].startswith(f"error: a library ended with SIGABRT at work on '{model}'")
+    assert list(tmp_path.iterdir()) == [model]
+
+
 def test_debug_shows_where_a_crash_was(pruned: str, output: Path) -> None:
     done = with_onnxruntime("os.abort()", "repair", pruned, "-o", output, *REPAIR, "--debug")
     assert done.code == 2

@@ -167,6 +167,15 @@ def test_an_input_of_no_known_type(number: int) -> None:
         Networks.of(model, residual_net())
 
 
+def test_an_input_of_negative_size_is_one_of_open_size(tmp_path: Path) -> None:
+    """Shape inference ends the process on a Slice of it."""
+    text = "g (float[N,3,8,8] x) => (float[N,K,H,W] y) { c = Slice (x, s, e, a) y = Conv (c, w) }"
+    bounds = {name: np.array([value]) for name, value in (("s", 0), ("e", 5), ("a", 2))}
+    model = net(text, w=(4, 3, 3, 3), **bounds)
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = -(2**31)
+    prune(model, 0.5)
+
+
 def test_an_operator_of_a_domain_that_is_not_imported() -> None:
     model = residual_net()
     model.graph.node[-1].domain = "elsewhere"
