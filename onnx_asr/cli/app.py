@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from onnx_asr.ownership import DISTRIBUTION, check_owner
 from onnx_asr.version import __version__
 
 COMMANDS = (making, measuring)  # importing them registers what they offer
+BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
 def _print_version(wanted: bool) -> None:
@@ -58,6 +60,8 @@ def main() -> NoReturn:
     debug = "--debug" in arguments
 
     def work() -> int:
+        for variable in BLAS_THREADS:  # with more than one thread, products and solutions have other last bits
+            os.environ.setdefault(variable, "1")
         if debug:
             faulthandler.enable()
         code = run(arguments)
