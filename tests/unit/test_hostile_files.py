@@ -79,11 +79,16 @@ def unknown_attribute(model: onnx.ModelProto) -> None:
     model.graph.node[0].attribute.append(helper.make_attribute("colour", 3))
 
 
+def a_graph_for_a_number(model: onnx.ModelProto) -> None:
+    node = next(node for node in model.graph.node if node.op_type == "BatchNormalization")
+    node.attribute.append(helper.make_attribute("epsilon", onnx.GraphProto(name="g")))
+
+
 def no_such_opset(model: onnx.ModelProto) -> None:
     model.opset_import[0].version = 2**40
 
 
-@pytest.mark.parametrize("spoil", [wrong_size, no_inputs, unknown_attribute, no_such_opset], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("spoil", [wrong_size, no_inputs, unknown_attribute, a_graph_for_a_number, no_such_opset])
 def test_fields_that_contradict_each_other_are_not_valid(tmp_path: Path, spoil: Spoil) -> None:
     model = residual_net()
     spoil(model)
