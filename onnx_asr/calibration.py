@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from onnx_asr.data import Dataset, InputSpec
 from onnx_asr.errors import DataError, ModelError
 from onnx_asr.graph.index import GraphIndex
+from onnx_asr.graph.tensors import dtype_of
 
 Chunk = dict[str, NDArray[Any]]
 
@@ -40,14 +40,7 @@ def input_specs(index: GraphIndex) -> list[InputSpec]:
             )
         dims = tensor.shape.dim
         shape = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in dims)
-        try:
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
-        except KeyError:
-            raise ModelError(
-                f"model input '{value.name}' is of element type {tensor.elem_type}, which ONNX does not know; "
-                "export the model again"
-            ) from None
-        specs.append(InputSpec(value.name, dtype, shape))
+        specs.append(InputSpec(value.name, dtype_of(tensor.elem_type, f"model input '{value.name}'"), shape))
     return specs
 
 

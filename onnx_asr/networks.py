@@ -32,11 +32,15 @@ def silent(stage: str, fraction: float) -> None:
 
 @dataclass(frozen=True)
 class Execution:
-    """How walks run: sessions, memory for boundary tensors in bytes (None: no limit), progress."""
+    """How walks run: sessions, memory for samples and boundary tensors in bytes (None: no limit), progress."""
 
     runtime: Runtime = field(default_factory=Runtime)
     memory_limit: int | None = None
     progress: Progress = silent
+
+    def __post_init__(self) -> None:
+        if self.memory_limit is not None and not self.runtime.lean:
+            object.__setattr__(self, "runtime", replace(self.runtime, lean=True))
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,7 @@ def repair(
         load(pruned), None if dense is None else load(dense), data, options or RepairOptions(), preprocessing
     )
     execution.progress("loading data", 0.0)
-    calibration = job.load_calibration()
-    loaded = time.perf_counter()
-    return finish(job, calibration, execution, started, loaded)
+    return finish(job, job.load_calibration(), execution, started, time.perf_counter())
 
 
 def finish(
@@ -81,6 +79,8 @@ def finish(
     chosen = time.perf_counter()
     model, reports = job.correct(calibration, execution)
     repaired = time.perf_counter()
+    samples, digested = calibration.count, calibration.digest
+    del calibration  # there may be more of it in memory than of all else that is there while the result is verified
     verification = job.verify(model, execution) if job.can_verify else None
     skips = (*job.networks.survey.skips, *untouched(job.networks, reports, job.options))
     if candidates and verification is not None and not verification.improved:
@@ -103,8 +103,8 @@ def finish(
         skips=skips,
         notes=tuple(job.notes),
         verification=verification,
-        calibration_samples=calibration.count,
-        calibration_digest=calibration.digest,
+        calibration_samples=samples,
+        calibration_digest=digested,
         sparsity=weight_sparsity(job.networks),
         seconds=seconds,
     )

@@ -118,7 +118,7 @@ def _spoilt(rng: random.Random, field: FieldDescriptor, value: Any, model: onnx.
     wide = field.type in (FieldDescriptor.TYPE_INT64, FieldDescriptor.TYPE_UINT64)
     large = [2**31 - 1, *([2**32, 2**40, 2**63 - 1] if wide else [])]
     negative = [] if field.type in (FieldDescriptor.TYPE_UINT64, FieldDescriptor.TYPE_UINT32) else [-1, -2, -(2**31)]
-    low, high = (0 if not negative else -(2**63)), 2 ** (63 if wide else 31) - 1
+    low, high = (-(2 ** (63 if wide else 31)) if negative else 0), 2 ** (63 if wide else 31) - 1
     return max(low, min(high, rng.choice([*small, *large, *negative])))
 
 
@@ -202,7 +202,7 @@ def weights(rng: random.Random, model: onnx.ModelProto) -> None:
                 value.flat[rng.randrange(value.size)] = np.array(rng.choice(worst)).astype(value.dtype)
     elif how == "shape":
         value = rng.choice(
-            [value.ravel(), value[:0], value[None], value[..., :1], value.T, np.zeros_like(value.ravel()[0])]
+            [value.ravel(), value.ravel()[:0], value[None], value.ravel()[:1], value.T, np.zeros((), value.dtype)]
         )
     elif how == "type":
         value = value.astype(rng.choice([np.float16, np.float64, np.int32, np.uint8, np.bool_]))
@@ -328,8 +328,8 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="folder for the files that did harm")
     parser.add_argument("--verbose", action="store_true", help="every mutation, not only those that did harm")
     arguments = parser.parse_args()
-    found = sorted([*(ROOT / "models").glob("*.onnx"), *ASSETS.glob("*/*.onnx")])
-    sources = [path for path in found if path.stat().st_size < LARGE]
+    found = [*(ROOT / "models").glob("*.onnx"), *ASSETS.glob("*/*.onnx")]
+    sources = sorted((path for path in found if path.stat().st_size < LARGE), key=lambda path: path.name)
     counts: dict[str, Counter[str]] = {kind: Counter() for kind in dict.fromkeys(KINDS)}
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, NoReturn, Protocol, runtime_checkable
 
 import typer
 
 from onnx_asr.cli import making, measuring
 from onnx_asr.cli.command import BAD_INPUT, DONE, INTERRUPTED, app
-from onnx_asr.cli.terminal import drop_stdout, say, say_traceback
+from onnx_asr.cli.supervision import supervised
+from onnx_asr.cli.terminal import drop_stdout, leave_progress, say, say_traceback
 from onnx_asr.errors import OnnxAsrError
 from onnx_asr.ownership import DISTRIBUTION, check_owner
 from onnx_asr.version import __version__
 
 COMMANDS = (making, measuring)  # importing them registers what they offer
+BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
 def _print_version(wanted: bool) -> None:
@@ -51,37 +55,61 @@ class _UsageError(Protocol):
 
 
 def main() -> NoReturn:
-    """Run the command line and leave the process."""
-    code = run(sys.argv[1:])
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        drop_stdout()
-    sys.exit(code)
+    """Run the command line, supervised, and leave the process."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+
+    def work() -> int:
+        for variable in BLAS_THREADS:  # with more than one thread, products and solutions have other last bits
+            os.environ.setdefault(variable, "1")
+        if debug:
+            faulthandler.enable()
+        code = run(arguments)
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            drop_stdout()
+        return code
+
+    def wait() -> int:
+        try:
+            return supervised(work)
+        except BaseException:
+            leave_progress()
+            raise
+
+    sys.exit(_code_of(wait, debug))
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command line; every error becomes one line on stderr and an exit code."""
     warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of overflow: results are checked to be finite
-    try:
+
+    def work() -> int:
         check_owner()
         code = app(list(arguments) or ["--help"], prog_name=DISTRIBUTION, standalone_mode=False, obj=list(arguments))
-    except KeyboardInterrupt:
-        code = INTERRUPTED
+        if code == INTERRUPTED:  # what some versions of Typer make of an interrupt
+            raise KeyboardInterrupt
+        return int(code or DONE)
+
+    return _code_of(work, "--debug" in arguments)
+
+
+def _code_of(work: Callable[[], int], debug: bool) -> int:
+    """The exit code of some work; where it fails, that of the error, which is told."""
+    try:
+        return work()
     except (SystemExit, BrokenPipeError):  # the reader of a help text has left; SystemExit is click's word for that
         drop_stdout()
         return DONE
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if _is_interrupt(error):
-            code = INTERRUPTED
-        else:
-            if "--debug" in arguments:
-                say_traceback(error)
-            say("error", _message(error))
-            return BAD_INPUT
-    if code == INTERRUPTED:
-        say("error", "interrupted")
-    return int(code or DONE)
+            say("error", "interrupted")
+            return INTERRUPTED
+        if debug:
+            say_traceback(error)
+        say("error", _message(error))
+        return BAD_INPUT
 
 
 def _is_interrupt(error: BaseException) -> bool:
@@ -92,7 +120,7 @@ def _is_interrupt(error: BaseException) -> bool:
     return origin is not None and _is_interrupt(origin)
 
 
-def _message(error: Exception) -> str:
+def _message(error: BaseException) -> str:
     """What a user can do something with."""
     if isinstance(error, OnnxAsrError):
         return str(error)

@@ -12,17 +12,24 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 from typer.core import TyperCommand
 
 from onnx_asr.cli.parameters import shared_defaults
+from onnx_asr.cli.supervision import announce
 
 T = TypeVar("T")
 
 
 class Command(TyperCommand):
-    """A command whose help states what the pipelines know: their methods, presets and defaults."""
+    """A command that announces its models, and whose help states what the pipelines know (methods, defaults)."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Show the help, filled in."""
         self.fill_in()
         super().format_help(ctx, formatter)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; whoever supervises it is told what it works on."""
+        given = ctx.params
+        announce(given.get("session_timeout", 0.0), filter(None, (given.get("model"), given.get("dense"))))
+        return super().invoke(ctx)
 
     def fill_in(self) -> None:
         """Put names and defaults into the help texts; only now the options' module is imported."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
+from onnx_asr.cli.supervision import native_call
 from onnx_asr.cli.values import byte_count, number_or_name, numbers
 
 if TYPE_CHECKING:
@@ -122,15 +123,23 @@ class Machine:
         ),
     ] = None
     threads: Annotated[int, typer.Option(metavar="N", help="Threads within an operator; 0 for all cores.", min=0)] = 0
+    session_timeout: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=0,
+            help="What onnxruntime may take to load a model or to run a batch; 0 for any time.",
+        ),
+    ] = 300.0
 
     def runtime(self, verbose: bool) -> Runtime:
         """How sessions run."""
         from onnx_asr.engine.session import Runtime
 
+        runtime = Runtime(threads=self.threads, verbose=verbose, guard=native_call)
         if self.providers is None:
-            return Runtime(threads=self.threads, verbose=verbose)
-        names = tuple(name.strip() for name in self.providers.split(",") if name.strip())
-        return Runtime(names, self.threads, verbose)
+            return runtime
+        return replace(runtime, providers=tuple(name.strip() for name in self.providers.split(",") if name.strip()))
 
 
 @dataclass(frozen=True)

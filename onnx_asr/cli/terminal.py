@@ -61,6 +61,14 @@ class Terminal:
             yield lambda stage, fraction: bar.update(task, description=stage, completed=fraction)
 
 
+def leave_progress() -> None:
+    """On a terminal, start a new line and show the cursor, which a progress bar that was cut short left hidden."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        console.print()
+        console.show_cursor()
+
+
 def drop_stdout() -> None:
     """Let nothing more be written to a stdout that nobody reads."""
     with suppress(OSError, ValueError):

@@ -8,8 +8,6 @@ effect in the next segment that holds their node, so every node runs once, with 
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import mmap
 import os
 import tempfile
@@ -82,21 +80,16 @@ class BufferPool:
             self._in_memory -= size * sum(not isinstance(raw, np.memmap) for raw in buffers)
         self._free.clear()
 
-    def give_back(self) -> None:
-        """Where memory is limited, have glibc give back to the system what earlier sessions have freed.
-
-        Not elsewhere: what is taken again costs a fifth of a compression's time.
-        """
-        if self._limit is not None:
-            with contextlib.suppress(OSError, TypeError, AttributeError):  # another C library
-                ctypes.CDLL(None).malloc_trim(0)
-
     def _new(self, size: int) -> NDArray[np.uint8]:
-        if self._limit is not None and self._in_memory + size > self._limit:
-            self.trim()
-        if self._limit is None or self._in_memory + size <= self._limit:
-            self._in_memory += size
+        if self._limit is None:
             return np.empty(size, np.uint8)
+        if self._in_memory + size > self._limit:
+            self.trim()
+        if self._in_memory + size <= self._limit:
+            self._in_memory += size
+            return np.frombuffer(
+                mmap.mmap(-1, size), np.uint8
+            )  # leaves memory when it is let go, which the heap may not
         try:
             with tempfile.TemporaryFile(prefix="onnx-resuscitate-") as file:  # has no name; gone with its mapping
                 file.truncate(size)
@@ -230,7 +223,6 @@ class Lane:
         self._pool.release(array)
 
     def _session(self, positions: set[int], inputs: Sequence[str], outputs: Sequence[str]) -> Session:
-        self._pool.give_back()
         boundary = {name: _boundary(self._held[name]) for name in inputs}
         return Session(cut(self.index, positions, boundary, outputs, self.plan), self._runtime)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from onnx_asr.graph.index import GraphIndex, ancestors, is_standard
-from onnx_asr.graph.points import Point
+from onnx_asr.graph.points import Point, following_batchnorm
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,9 @@ def _context(index: GraphIndex, point: Point, rank: dict[int, int]) -> Context:
         assert consumer is not None
         result = index.nodes[consumer].output[0]
     batchnorm = None
-    consumer = index.sole_consumer(result)
-    if (
-        consumer is not None
-        and is_standard(index.nodes[consumer], "BatchNormalization")
-        and point.batchnorm != consumer
-        and point.channel_axis == 1  # as BatchNormalization counts channels; MatMul counts from the end
-    ):
-        batchnorm = consumer
-        result = index.nodes[consumer].output[0]
+    if point.channel_axis == 1:  # as BatchNormalization counts channels; MatMul counts from the end
+        batchnorm = following_batchnorm(index, result)
+        result = result if batchnorm is None else index.nodes[batchnorm].output[0]
     readers = index.consumers.get(result, [])
     relu = bool(readers) and result not in index.outputs and all(_is_relu(index, reader) for reader in readers)
     return Context(point, source, output, shortcut, batchnorm, relu)

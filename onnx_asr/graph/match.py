@@ -16,6 +16,7 @@ import onnx
 from onnx_asr.errors import StructureError
 from onnx_asr.graph.forms import Form, form_of
 from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex, attribute, captured, is_standard
+from onnx_asr.graph.tensors import dtype_of
 
 _TRANSPARENT = ("Identity", "Dropout")
 
@@ -86,7 +87,7 @@ def _compare_interfaces(pruned: GraphIndex, dense: GraphIndex) -> None:
     for value, other_value in zip(pruned.inputs, dense.inputs, strict=True):
         types = [item.type.tensor_type.elem_type for item in (value, other_value)]
         if types[0] != types[1] and not FLOAT_TYPES.issuperset(types):
-            first, second = (onnx.TensorProto.DataType.Name(item) for item in types)
+            first, second = (dtype_of(item, f"input '{value.name}'").name for item in types)
             raise _differ(f"input '{value.name}' is of type {first}, '{other_value.name}' in the dense one {second}")
 
 

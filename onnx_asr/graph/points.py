@@ -250,7 +250,8 @@ def _batchnorm_obstacle(index: GraphIndex, position: int) -> str | None:
     return None
 
 
-def _following_batchnorm(index: GraphIndex, tensor: str) -> int | None:
+def following_batchnorm(index: GraphIndex, tensor: str) -> int | None:
+    """Position of the BatchNormalization that alone reads a tensor, if its parameters can be read."""
     consumer = index.sole_consumer(tensor)
     if consumer is None:
         return None
@@ -269,10 +270,13 @@ def _convolution(index: GraphIndex, position: int, level: int) -> Point | Skip:
     if weight.ndim < 3:
         return _skip(index, position, f"a weight of rank {weight.ndim} has no kernel")
     transposed = node.op_type == "ConvTranspose"
-    channels = weight.shape[1] * int(attribute(node, "group", 1)) if transposed else weight.shape[0]
+    groups = int(attribute(node, "group", 1))
+    if groups < 1 or weight.shape[0] % groups:
+        return _skip(index, position, f"a weight of shape {weight.shape} does not divide into {groups} groups")
+    channels = weight.shape[1] * groups if transposed else weight.shape[0]
     tensor = node.output[0]
     kind: Kind = "ConvTranspose" if transposed else "Conv"
-    batchnorm = _following_batchnorm(index, tensor)
+    batchnorm = following_batchnorm(index, tensor)
     return Point(
         kind, position, tensor, 1, int(channels), WEIGHT_SLOT, position, 2, batchnorm, level, index.label(position)
     )
@@ -294,7 +298,7 @@ def _gemm(index: GraphIndex, position: int, level: int) -> Point | Skip:
         if bias.size not in (1, channels) or (bias.ndim == 2 and bias.shape[0] != 1):
             return _skip(index, position, f"Gemm bias of shape {bias.shape} is not one value a channel")
     tensor = node.output[0]
-    batchnorm = _following_batchnorm(index, tensor)
+    batchnorm = following_batchnorm(index, tensor)
     return Point(
         "Gemm", position, tensor, 1, int(channels), WEIGHT_SLOT, position, 2, batchnorm, level, index.label(position)
     )

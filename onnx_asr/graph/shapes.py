@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex, attribute, is_standard
 from onnx_asr.graph.segments import MIN_IR_VERSION
 
@@ -44,11 +45,16 @@ class Cost:
 def typical_shape(value: onnx.ValueInfoProto) -> Shape:
     """The shape of a graph input, ``BATCH`` and ``SIDE`` where it is open."""
     dims = value.type.tensor_type.shape.dim
-    return tuple(item.dim_value or (BATCH if axis == 0 else SIDE) for axis, item in enumerate(dims))
+    open_sizes = (BATCH if axis == 0 else SIDE for axis in range(len(dims)))
+    return tuple(item.dim_value if item.dim_value > 0 else size for item, size in zip(dims, open_sizes, strict=True))
 
 
 def typical_shapes(index: GraphIndex) -> dict[str, Shape]:
-    """Shapes of all tensors that shape inference finds for a typical input; constants are left out."""
+    """Shapes of all tensors that shape inference finds for a typical input; constants are left out.
+
+    Raises:
+        ModelError: When it fails.
+    """
     graph = onnx.GraphProto(name="shapes")
     graph.node.extend(node for node in index.nodes if not all(index.is_constant(name) for name in node.output if name))
     for name in dict.fromkeys(name for node in graph.node for name in node.input if name and index.is_constant(name)):
@@ -64,7 +70,12 @@ def typical_shapes(index: GraphIndex) -> dict[str, Shape]:
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in index.outputs)
     model = onnx.ModelProto(ir_version=max(index.model.ir_version, MIN_IR_VERSION), graph=graph)
     model.opset_import.extend(index.model.opset_import)
-    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    except onnx.shape_inference.InferenceError as error:
+        raise ModelError(
+            f"onnx cannot infer the model's shapes: {error}; the file is damaged, export it again"
+        ) from error
     shapes = {item.name: typical_shape(item) for item in index.inputs}
     for item in [*inferred.value_info, *inferred.output]:
         tensor = item.type.tensor_type

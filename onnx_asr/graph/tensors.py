@@ -26,11 +26,25 @@ LARGE = 1 << 20
 _MAPPABLE = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE}
 
 
+def dtype_of(element_type: int, what: str) -> np.dtype[Any]:
+    """The NumPy type of an ONNX element type.
+
+    Raises:
+        ModelError: When it is none.
+    """
+    try:
+        return onnx.helper.tensor_dtype_to_np_dtype(element_type)
+    except KeyError:
+        raise ModelError(
+            f"{what} is of element type {element_type}, which ONNX does not know; export the model again"
+        ) from None
+
+
 def size_of(tensor: onnx.TensorProto) -> int:
     """Bytes of a tensor's values; 0 for strings, which have no fixed size."""
     if tensor.data_type == onnx.TensorProto.STRING:
         return 0
-    return int(math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    return int(math.prod(tensor.dims) * dtype_of(tensor.data_type, f"tensor '{tensor.name}'").itemsize)
 
 
 def weights_fit(model: onnx.ModelProto) -> bool:
@@ -84,7 +98,7 @@ def value_of(tensor: onnx.TensorProto) -> NDArray[Any]:
     if not is_left(tensor):
         return numpy_helper.to_array(tensor)
     folder, place = location_of(tensor)
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    dtype = dtype_of(tensor.data_type, f"tensor '{tensor.name}'")
     return np.memmap(Path(folder, place["location"]), dtype, "r", place["offset"], tuple(tensor.dims))
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 
-from tests.end_to_end.conftest import CALIBRATION, DENSE, PRESET, cli
+from onnx_asr.pruning import prune
+from tests.end_to_end.conftest import CALIBRATION, DENSE, PRESET, cli, environment
+from tests.graphs import images, net
 
 DATA = ("--data", CALIBRATION, *PRESET, "--samples", "64", "--verify-samples", "32", "--threads", "1")
 
@@ -31,5 +35,25 @@ def test_a_second_run_writes_the_same_bytes(
         monkeypatch.setenv("PYTHONHASHSEED", seed)
         output = tmp_path / f"{seed}.onnx"
         assert cli(command, model, "-o", output, *rest, "--force", "-q").code in (0, 1)
+        written.append(output.read_bytes())
+    assert written[0] == written[1]
+
+
+def test_a_refit_does_not_depend_on_the_number_of_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer wide enough for numpy's matrix products to use all of them, which the command does not let them."""
+    dense = net("g (float[N,64,H,W] x) => (float[N,K,A,B] y) { y = Conv (x, w) }", w=(64, 64, 3, 3))
+    onnx.save(dense, tmp_path / "dense.onnx")
+    onnx.save(prune(dense, 0.8).model, tmp_path / "pruned.onnx")
+    np.savez(tmp_path / "data.npz", x=images(64, seed=1, shape=(64, 16, 16)))
+    written = []
+    for threads in ("1", None):
+        values = environment() | {"OPENBLAS_NUM_THREADS": "1"}
+        if threads is None:
+            del values["OPENBLAS_NUM_THREADS"], values["OMP_NUM_THREADS"]
+        monkeypatch.setattr("tests.end_to_end.conftest.environment", lambda values=values: values)
+        output = tmp_path / f"out-{threads}.onnx"
+        model, options = ("--dense", tmp_path / "dense.onnx"), ("--method", "refit", "--verify-samples", "0", "-q")
+        done = cli("repair", tmp_path / "pruned.onnx", "-o", output, *model, "--data", tmp_path / "data.npz", *options)
+        assert done.code == 0, done.err
         written.append(output.read_bytes())
     assert written[0] == written[1]

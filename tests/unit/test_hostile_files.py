@@ -79,11 +79,16 @@ def unknown_attribute(model: onnx.ModelProto) -> None:
     model.graph.node[0].attribute.append(helper.make_attribute("colour", 3))
 
 
+def a_graph_for_a_number(model: onnx.ModelProto) -> None:
+    node = next(node for node in model.graph.node if node.op_type == "BatchNormalization")
+    node.attribute.append(helper.make_attribute("epsilon", onnx.GraphProto(name="g")))
+
+
 def no_such_opset(model: onnx.ModelProto) -> None:
     model.opset_import[0].version = 2**40
 
 
-@pytest.mark.parametrize("spoil", [wrong_size, no_inputs, unknown_attribute, no_such_opset], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("spoil", [wrong_size, no_inputs, unknown_attribute, a_graph_for_a_number, no_such_opset])
 def test_fields_that_contradict_each_other_are_not_valid(tmp_path: Path, spoil: Spoil) -> None:
     model = residual_net()
     spoil(model)
@@ -140,6 +145,16 @@ def test_a_constant_of_unknown_type() -> None:
         index(model).value("w")
 
 
+@pytest.mark.parametrize("number", [-1, 0, 255, 2**31 - 1])
+def test_a_weight_of_no_known_type_in_a_file(tmp_path: Path, number: int) -> None:
+    model = residual_net()
+    first_initializer(model).data_type = number
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ModelError, match=f"is of element type {number}, which ONNX does not know"):
+        load(path)
+
+
 def test_a_constant_that_cannot_be_evaluated() -> None:
     model = net("g (float[N,4] x) => (float[N,4] y) { v = Reshape (w, s) y = MatMul (x, v) }", w=(4, 4), s=(3,))
     model.graph.initializer[1].CopyFrom(numpy_helper.from_array(np.array([3, 5], np.int64), "s"))
@@ -153,6 +168,41 @@ def test_an_input_of_no_known_type(number: int) -> None:
     model.graph.input[0].type.tensor_type.elem_type = number
     with pytest.raises(ModelError, match=f"element type {number}"):
         input_specs(index(model))
+    with pytest.raises(ModelError, match=f"element type {number}"):
+        Networks.of(model, residual_net())
+
+
+def test_an_input_of_negative_size_is_one_of_open_size(tmp_path: Path) -> None:
+    """Shape inference ends the process on a Slice of it."""
+    text = "g (float[N,3,8,8] x) => (float[N,K,H,W] y) { c = Slice (x, s, e, a) y = Conv (c, w) }"
+    bounds = {name: np.array([value]) for name, value in (("s", 0), ("e", 5), ("a", 2))}
+    model = net(text, w=(4, 3, 3, 3), **bounds)
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = -(2**31)
+    prune(model, 0.5)
+
+
+def test_an_operator_of_a_domain_that_is_not_imported() -> None:
+    model = residual_net()
+    model.graph.node[-1].domain = "elsewhere"
+    with pytest.raises(ModelError, match="onnx cannot infer the model's shapes"):
+        prune(model, 0.5)
+
+
+@pytest.mark.parametrize("operator", ["Conv", "ConvTranspose"])
+@pytest.mark.parametrize("groups", [-1, 0, 3])
+def test_weights_that_do_not_divide_into_their_groups_are_skipped(operator: str, groups: int) -> None:
+    text = f"g (float[N,4,8,8] x) => (float[N,K,H,W] y) {{ y = {operator} <group = {groups}> (x, w) }}"
+    assert f"does not divide into {groups} groups" in survey(index(net(text, w=(4, 4, 1, 1)))).skips[0].reason
+
+
+def test_a_batchnorm_computed_at_run_time_behind_a_residual_add() -> None:
+    text = """g (float[N,4,8,8] x) => (float[N,K,H,W] y) {
+        c = Conv (x, w)  a = Add (c, x)  p = ReduceMean <axes = [0, 2, 3], keepdims = 0> (x)
+        n = BatchNormalization (a, s, p, m, v)  r = Relu (n)  y = Conv (r, u) }"""
+    dense = net(text, w=(4, 4, 1, 1), u=(4, 4, 1, 1), s=(4,), m=(4,), v=np.ones(4, np.float32))
+    damaged = prune(dense, 0.5).model
+    options = RepairOptions("refit", samples=8, verify_samples=0)
+    repair(damaged, images(8, seed=0, shape=(4, 8, 8)), dense=dense, options=options)
 
 
 def test_an_empty_weight_is_skipped() -> None:

@@ -291,7 +291,7 @@ DIFFERENCES: dict[str, tuple[Callable[[onnx.ModelProto], onnx.ModelProto], list[
     "weight shape": (other_weight, ["Conv:c", "(12, 8, 3, 3)", "(12, 4, 3, 3)"]),
     "outputs": (other_outputs, ["outputs", "1", "2"]),
     "inputs": (other_inputs, ["inputs", "1", "2"]),
-    "input type": (other_type, ["'x'", "UINT8"]),
+    "input type": (other_type, ["'x'", "uint8"]),
     "constant operand": (constant_shortcut, ["ones"]),
     "other source": (skipped_layer, ["stem_n"]),
 }

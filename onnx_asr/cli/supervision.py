@@ -1,0 +1,153 @@
+"""Work in a process of its own, so that an error is left where onnxruntime ends that process or does not return.
+
+The process that the user started forks before anything large is imported; the child does the work, the parent waits.
+What the parent has to know is in memory that both share. Neither outlives the other. Where there is no ``os.fork``
+(Windows), the work is done unsupervised.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import select
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
+from onnx_asr.errors import OnnxAsrError
+
+_TICK = 0.2  # seconds between two looks at the child
+
+
+class _State(ctypes.Structure):
+    """What the child tells: an odd number of steps into onnxruntime and out of it means that it is in there."""
+
+    _fields_: ClassVar = [("limit", ctypes.c_double), ("steps", ctypes.c_uint64), ("files", ctypes.c_char * 1000)]
+
+
+_state = _State.from_buffer(mmap.mmap(-1, ctypes.sizeof(_State)))
+
+
+def announce(limit: float, files: Iterable[str]) -> None:
+    """Tell the seconds that one call into onnxruntime may take (0: any number), and the models worked on."""
+    _state.limit = limit
+    _state.files = " and ".join(f"'{name}'" for name in files).encode(errors="replace")[: _State.files.size - 1]
+
+
+@contextmanager
+def native_call() -> Iterator[None]:
+    """Tell that the work is in onnxruntime while this is entered."""
+    _state.steps += 1
+    try:
+        yield
+    finally:
+        _state.steps += 1
+
+
+def supervised(work: Callable[[], int]) -> int:
+    """Do the work in a child process; its exit code.
+
+    Raises:
+        OnnxAsrError: When the child was ended by a signal, or by this process because a call took longer than it may.
+        KeyboardInterrupt: When it was ended because it did not get to see an interrupt.
+    """
+    if not hasattr(os, "fork"):
+        return work()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until either process has a handler of its own
+    ours, theirs = os.pipe(), os.pipe()  # never written to: reading ends when the other process does
+    pid = os.fork()
+    unused = (ours[0], theirs[1]) if pid == 0 else (ours[1], theirs[0])
+    for descriptor in unused:
+        os.close(descriptor)
+    if pid == 0:
+        os._exit(_as_child(work, theirs[0]))
+    return _Child(pid, ours[0]).wait()
+
+
+def _as_child(work: Callable[[], int], parent: int) -> int:
+    def end_with_parent() -> None:
+        os.read(parent, 1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it too, beside the parent
+        raise KeyboardInterrupt
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, interrupt)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    return work()
+
+
+class _Child:
+    """The process that works, as the waiting one sees it."""
+
+    def __init__(self, pid: int, alive: int) -> None:
+        self._pid = pid
+        self._alive = alive
+        self._interrupts = 0
+
+    def wait(self) -> int:
+        """Wait for its end, and bring it about where a call takes longer than it may."""
+        signal.signal(signal.SIGINT, self._interrupt)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        hangs = self._hangs()
+        if hangs:
+            os.kill(self._pid, signal.SIGKILL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        if code >= 0:
+            return code
+        if self._interrupts:
+            raise KeyboardInterrupt
+        raise OnnxAsrError(_hang() if hangs else _death(signal.Signals(-code)))
+
+    def _hangs(self) -> bool:
+        """Whether a call exceeds its limit, counted in looks: there are none while both processes are suspended."""
+        looks, seen = 0, 0
+        while not select.select([self._alive], [], [], _TICK)[0]:
+            steps = _state.steps
+            looks, seen = (looks + 1 if steps == seen and _inside() else 0), steps
+            if 0 < _state.limit <= looks * _TICK:
+                return True
+        return False
+
+    def _interrupt(self, *_: object) -> None:
+        """Pass the first interrupt on; after a second one, wait no longer for the child to see it."""
+        self._interrupts += 1
+        os.kill(self._pid, signal.SIGINT if self._interrupts == 1 else signal.SIGKILL)
+
+
+def _inside() -> bool:
+    return bool(_state.steps % 2)
+
+
+def _files() -> str:
+    return _state.files.decode(errors="replace") or "the model"
+
+
+def _hang() -> str:
+    return (
+        f"onnxruntime did not return within {_state.limit:g} seconds from loading or running {_files()} once: raise "
+        "--session-timeout (0 waits for ever), lower --batch-size, or export the model again"
+    )
+
+
+def _death(ended_by: signal.Signals) -> str:
+    if ended_by == signal.SIGKILL:
+        return (
+            f"the work on {_files()} was killed (SIGKILL), most likely because memory ran out: lower --memory-limit, "
+            "--samples or --batch-size"
+        )
+    if _inside():
+        return (
+            f"onnxruntime ended with {ended_by.name} when it loaded or ran {_files()}: export the model again, or "
+            "install another version of onnxruntime"
+        )
+    return (
+        f"a library ended with {ended_by.name} at work on {_files()}: export the model again, or install another "
+        "version of onnx or onnxruntime; --debug shows where"
+    )
