@@ -12,7 +12,7 @@ import typer
 from onnx_asr.cli import making, measuring
 from onnx_asr.cli.command import BAD_INPUT, DONE, INTERRUPTED, app
 from onnx_asr.cli.terminal import drop_stdout, say, say_traceback
-from onnx_asr.errors import OnnxAsrError
+from onnx_asr.errors import OnnxAsrError, is_interrupt
 from onnx_asr.ownership import DISTRIBUTION, check_owner
 from onnx_asr.version import __version__
 
@@ -72,7 +72,7 @@ def run(arguments: Sequence[str]) -> int:
         drop_stdout()
         return DONE
     except Exception as error:
-        if _is_interrupt(error):
+        if is_interrupt(error) or type(error).__name__ == "Abort":  # click's word for it
             code = INTERRUPTED
         else:
             if "--debug" in arguments:
@@ -82,14 +82,6 @@ def run(arguments: Sequence[str]) -> int:
     if code == INTERRUPTED:
         say("error", "interrupted")
     return int(code or DONE)
-
-
-def _is_interrupt(error: BaseException) -> bool:
-    """Whether an error is click's name for an interrupt, or what a library made of one."""
-    if type(error).__name__ == "Abort" or isinstance(error, KeyboardInterrupt):
-        return True
-    origin = error.__cause__ or error.__context__
-    return origin is not None and _is_interrupt(origin)
 
 
 def _message(error: Exception) -> str:
