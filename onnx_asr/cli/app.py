@@ -9,14 +9,14 @@ from typing import Annotated, NoReturn, Protocol, runtime_checkable
 
 import typer
 
-from onnx_asr.cli import making, measuring
+from onnx_asr.cli import making, measuring, sweeping
 from onnx_asr.cli.command import BAD_INPUT, DONE, INTERRUPTED, app
 from onnx_asr.cli.terminal import drop_stdout, say, say_traceback
 from onnx_asr.errors import OnnxAsrError, is_interrupt
 from onnx_asr.ownership import DISTRIBUTION, check_owner
 from onnx_asr.version import __version__
 
-COMMANDS = (making, measuring)  # importing them registers what they offer
+COMMANDS = (making, measuring, sweeping)  # importing them registers what they offer
 
 
 def _print_version(wanted: bool) -> None:

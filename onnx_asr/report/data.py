@@ -87,7 +87,7 @@ def compress_data(run: Run, result: CompressResult, dense: ModelSource, data: st
     names = ("last mask, no repair", "compressed")
     values = _repair(run, result.repair, names, result.masked, dense, data, execution)
     seconds = {f"round {number}": value for number, value in enumerate(result.round_seconds, 1)}
-    values["options"] = _flat(asdict(result.options)) | values["options"]
+    values["options"] = flattened(asdict(result.options)) | values["options"]
     return values | {"seconds": values["seconds"] | seconds}
 
 
@@ -126,7 +126,7 @@ def _repair(
         layers=layers,
         skips=result.skips,
         damage_samples=samples,
-        options=_flat(asdict(result.options)),
+        options=flattened(asdict(result.options)),
         notes=[*result.notes, *notes],
     ) | {
         "improved": result.improved,
@@ -219,12 +219,12 @@ def _fidelities(
         return known, [f"no top-1: {error}"]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Values:
+def flattened(values: Mapping[str, Any], prefix: str = "") -> Values:
     """Nested options as one level of dotted names."""
     flat: Values = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= flattened(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return flat

@@ -8,10 +8,16 @@ from typing import Any
 
 from onnx_asr.errors import OptionError
 from onnx_asr.masking import Scope
-from onnx_asr.options import METHODS, SENSITIVITY_SPARSITIES, RepairOptions, Score, check_at_least, check_choice
+from onnx_asr.options import (
+    SENSITIVITY_SPARSITIES,
+    SWEEP_METHODS,
+    RepairOptions,
+    Score,
+    check_at_least,
+    check_choice,
+)
 from onnx_asr.patterns import Pattern, check_share
 
-SWEEP_METHODS = ("none", *METHODS, "compress")
 DEFAULT_METHODS = ("none", "paired", "refit")
 CHANNEL = "channel"
 

@@ -14,7 +14,7 @@ from onnx_asr.sweeping.grid import Cell
 from onnx_asr.sweeping.result import Outcome, SweepResult, cell_from_dict
 
 _KIND = "onnx-resuscitate sweep"
-_FEW = 3  # differences named in an error
+_FEW, _LONG = 3, 24  # differences named in an error, and characters of a value there
 
 
 class Store:
@@ -39,7 +39,10 @@ class Store:
         there, now = (dict(_flat(values)) for values in (self._found["conditions"], _plain(conditions)))
         differing = [name for name in sorted({*there, *now}) if there.get(name) != now.get(name)]
         if differing:
-            told = "; ".join(f"{name} is {there.get(name)} there, {now.get(name)} now" for name in differing[:_FEW])
+            differing.sort(key=lambda name: name.endswith("sha256"))  # what a reader can tell apart comes first
+            told = "; ".join(
+                f"{name} is {_short(there.get(name))} there, {_short(now.get(name))} now" for name in differing[:_FEW]
+            )
             more = f"; and {len(differing) - _FEW} more" if len(differing) > _FEW else ""
             raise OutputError(
                 f"'{self._path}' holds the cells of another sweep ({told}{more}): give another file with --output, or "
@@ -77,6 +80,11 @@ def _read(path: Path) -> dict[str, Any]:
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values as they come back from a file."""
     return dict(json.loads(json.dumps(values)))
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _LONG else f"{text[:_LONG]}..."
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
