@@ -52,7 +52,7 @@ def _curves(values: Mapping[str, Any]) -> list[dict[str, str]]:
     return [
         _figure(
             draw_svg([panel], measure["name"], values["dense"][measure["name"]]),
-            f"{measure['label']}, {panel['title']}".capitalize(),
+            f"{panel['title']}: {measure['label']}",
         )
         for panel in values["panels"]
     ]

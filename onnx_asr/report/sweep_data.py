@@ -14,6 +14,8 @@ from onnx_asr.version import __version__
 
 MEASURES = {"top1": "top-1", "agreement": "agreement with the dense model", "snr_db": "output SNR, dB"}
 
+PATTERNS = "N:M patterns"
+
 
 def sweep_data(run: Run, result: SweepResult) -> Values:
     """The report of a sweep."""
@@ -27,6 +29,7 @@ def sweep_data(run: Run, result: SweepResult) -> Values:
         "measure": {"name": result.measure, "label": MEASURES[result.measure]},
         "dense": result.dense.to_dict(),
         "goals": [str(goal) for goal in result.goals],
+        "weights_gone": [_gone(result, goal) for goal in result.goals],
         "rows": [{"method": method, "cells": _row(result, method)} for method in result.methods],
         "panels": panels(result),
         "failures": [
@@ -53,7 +56,6 @@ def _row(result: SweepResult, method: str) -> list[Values | None]:
         if outcome is None
         else {
             "fidelity": None if outcome.fidelity is None else outcome.fidelity.to_dict(),
-            "weights_gone": outcome.sparsity,
             "seconds": outcome.seconds,
             "chosen": outcome.chosen,
             "error": outcome.error,
@@ -61,6 +63,12 @@ def _row(result: SweepResult, method: str) -> list[Values | None]:
         }
         for goal, outcome in zip(result.goals, found, strict=True)
     ]
+
+
+def _gone(result: SweepResult, goal: Goal) -> float | None:
+    """The same for all methods, up to the rounding of mask rounds."""
+    shares = [outcome.sparsity for cell, outcome in result.cells.items() if cell.goal == goal]
+    return next((share for share in shares if share is not None), None)
 
 
 def _best(result: SweepResult, goal: Goal) -> float | None:
@@ -82,7 +90,7 @@ def panels(result: SweepResult) -> list[Values]:
     fixed = [goal for goal in result.goals if goal.sparsity is None]
     if fixed:
         places = [float(number) for number in range(len(fixed))]
-        found.append(_panel(result, "N:M", fixed, places, [goal.pattern for goal in fixed]))
+        found.append(_panel(result, PATTERNS, fixed, places, [goal.pattern for goal in fixed]))
     return found
 
 

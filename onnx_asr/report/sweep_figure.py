@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 
 from onnx_asr.model_io import write_bytes
 from onnx_asr.report.figures import RESOLUTION, SMALL, TEXT, svg
-from onnx_asr.report.sweep_data import MEASURES, panels
+from onnx_asr.report.sweep_data import MEASURES, PATTERNS, panels
 from onnx_asr.sweeping.result import SweepResult
 
 _WIDTH, _NARROW, _HEIGHT = 4.6, 2.2, 3.7  # inches, of a panel
@@ -29,6 +29,7 @@ _STYLES = {
     "compress": ("#15803d", "P", "compress"),
 }
 _DENSE = "0.35"
+_APART = 0.08  # between the methods at one N:M pattern
 
 
 def write_plot(result: SweepResult, path: Path) -> Path:
@@ -52,7 +53,7 @@ def draw_svg(shown: Sequence[Mapping[str, Any]], measure: str, dense: float | No
 
 def _draw(shown: Sequence[Mapping[str, Any]], measure: str, dense: float | None) -> Figure:
     """Panels side by side, on one scale."""
-    widths = [_WIDTH if panel["title"] != "N:M" else _NARROW for panel in shown]
+    widths = [_NARROW if panel["title"] == PATTERNS and len(shown) > 1 else _WIDTH for panel in shown]
     figure = Figure(figsize=(sum(widths), _HEIGHT), layout="constrained")
     axes = figure.subplots(1, len(shown), sharey=True, squeeze=False, width_ratios=widths)[0]
     for axis, panel in zip(axes, shown, strict=True):
@@ -69,23 +70,25 @@ def _draw(shown: Sequence[Mapping[str, Any]], measure: str, dense: float | None)
 
 def _panel(axis: Axes, panel: Mapping[str, Any], measure: str, dense: float | None, titled: bool) -> None:
     scale = 1.0 if measure == "snr_db" else 100.0
-    fixed = panel["title"] == "N:M"
+    fixed = panel["title"] == PATTERNS
     if measure == "top1" and dense is not None:
         axis.axhline(scale * dense, color=_DENSE, linestyle="--", linewidth=1.2)
-    for method, values in panel["curves"].items():
-        known = [(x, scale * y) for x, y in zip(panel["x"], values, strict=True) if y is not None]
+    line, step = ("none", _APART) if fixed else ("-", 0.0)
+    middle = (len(panel["curves"]) - 1) / 2
+    for number, (method, values) in enumerate(panel["curves"].items()):
+        shift = step * (number - middle)
+        known = [(x + shift, scale * y) for x, y in zip(panel["x"], values, strict=True) if y is not None]
         colour, marker, _ = _STYLES[method]
-        line = "none" if fixed else "-"
         axis.plot(*zip(*known, strict=True), color=colour, marker=marker, markersize=5, linewidth=1.6, linestyle=line)
     axis.set_xticks(panel["x"], panel["labels"])
-    axis.set_xlabel("pattern" if fixed else "pruned (by halvings of what is left)", fontsize=TEXT)
+    axis.set_xlabel("pattern" if fixed else "pruned (log scale of what is left)", fontsize=TEXT)
     if fixed:
         axis.set_xlim(-0.6, len(panel["x"]) - 0.4)
     if measure != "snr_db":
         axis.set_ylim(0, 104)
         axis.yaxis.set_major_formatter("{x:.0f}%")
     if titled and not fixed:
-        axis.set_title("single weights" if panel["title"] == "unstructured" else panel["title"], fontsize=TEXT)
+        axis.set_title(panel["title"], fontsize=TEXT)
     axis.grid(axis="y", color="0.9", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.tick_params(labelsize=SMALL, length=2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -59,7 +60,7 @@ def on_workers(
     share = 1 if cluster is not None else max(1, CPU_COUNT // count)
     threads = execution.runtime.threads or share
     theirs = Execution(replace(execution.runtime, threads=threads), execution.memory_limit, silent)
-    plugin = _BenchPlugin(_sendable(setup, bench), theirs, bench.conditions)
+    plugin = _BenchPlugin(_sendable(setup, bench), theirs, bench.conditions, ours=cluster is None)
     execution.progress("starting the workers", 0.0)
     with _local(count, threads) if cluster is None else _remote(cluster) as client, _registered(client, plugin):
         pruned = {goal: _submit(client, _pruned, plugin.name, goal) for goal in {cell.goal for cell in cells}}
@@ -95,6 +96,7 @@ def _local(count: int, threads: int) -> Iterator[Client]:
     """Processes of this machine, which end with the context; onnxruntime and BLAS use the same number of threads."""
     environment = {f"distributed.nanny.pre-spawn-environ.{name}": threads for name in _BLAS_THREADS}
     with ExitStack() as stack:
+        stack.enter_context(_environment_kept())
         folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         stack.enter_context(dask.config.set({**environment, "temporary-directory": folder}))
         cluster = LocalCluster(
@@ -105,6 +107,17 @@ def _local(count: int, threads: int) -> Iterator[Client]:
             local_directory=folder,
         )
         yield stack.enter_context(Client(stack.enter_context(cluster)))
+
+
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Take out what Dask puts into the environment for its workers: the next ones may be given something else."""
+    names = set(os.environ)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - names:
+            del os.environ[name]
 
 
 @contextmanager
@@ -139,14 +152,17 @@ def _registered(client: Client, plugin: _BenchPlugin) -> Iterator[None]:
 class _BenchPlugin(WorkerPlugin):
     """Makes a worker's bench when the first cell asks for it, so that what goes wrong is told like any other error."""
 
-    def __init__(self, setup: Setup, execution: Execution, conditions: Mapping[str, Any]) -> None:
+    def __init__(self, setup: Setup, execution: Execution, conditions: Mapping[str, Any], ours: bool) -> None:
         self.name = f"onnx-resuscitate-sweep-{uuid4().hex}"
         self.execution = execution
         self._setup = setup
         self._conditions = conditions
+        self._ours = ours
 
     def setup(self, worker: Worker) -> None:
-        """Prepare for tasks in several threads."""
+        """Prepare for tasks in several threads; processes of ours leave an interrupt to the one that started them."""
+        if self._ours:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._lock = threading.Lock()
         self._bench: Bench | None = None
 
