@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from onnx_asr.data import Preprocessing
 from onnx_asr.fidelity import Fidelity
 from onnx_asr.report.data import Run, Values, flattened
 from onnx_asr.sweeping.grid import Cell, Goal
@@ -13,19 +12,17 @@ from onnx_asr.sweeping.result import SweepResult
 from onnx_asr.version import __version__
 
 MEASURES = {"top1": "top-1", "agreement": "agreement with the dense model", "snr_db": "output SNR, dB"}
-
 PATTERNS = "N:M patterns"
 
 
 def sweep_data(run: Run, result: SweepResult) -> Values:
     """The report of a sweep."""
-    preprocessing: Preprocessing | None = run.preprocessing
     return {
         "command": run.command,
         "command_line": run.line,
         "version": __version__,
         "files": run.files,
-        "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
+        "preprocessing": None if run.preprocessing is None else run.preprocessing.to_dict(),
         "measure": {"name": result.measure, "label": MEASURES[result.measure]},
         "dense": result.dense.to_dict(),
         "goals": [str(goal) for goal in result.goals],

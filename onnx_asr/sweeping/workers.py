@@ -12,7 +12,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -71,9 +71,12 @@ def on_workers(
         pruned.clear()
         try:
             for future in as_completed(futures):
+                if future.cancelled():
+                    raise OnnxAsrError("the workers are lost: the scheduler has ended, or somebody cancelled the cells")
                 yield futures[future], outcome_of(partial(_result, future))
         finally:
-            client.cancel(list(futures), force=True)
+            with suppress(OSError):  # the scheduler has ended
+                client.cancel(list(futures), force=True)
 
 
 def _submit(client: Client, function: Any, *arguments: Any) -> Future[Any]:
@@ -130,7 +133,7 @@ def _remote(address: str) -> Iterator[Client]:
             f"no Dask scheduler answers at {address} ({error}): start one (dask scheduler), and give its address, as "
             "tcp://host:8786"
         ) from error
-    with client:
+    with _silenced(), client:
         try:
             client.wait_for_workers(1, timeout=_PATIENCE)
         except TimeoutError:
@@ -141,12 +144,25 @@ def _remote(address: str) -> Iterator[Client]:
 
 
 @contextmanager
+def _silenced() -> Iterator[None]:
+    """Keep Dask from logging the loss of the scheduler, which an error tells."""
+    logger = logging.getLogger("distributed.client")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
 def _registered(client: Client, plugin: _BenchPlugin) -> Iterator[None]:
     client.register_plugin(plugin, name=plugin.name)
     try:
         yield
     finally:
-        client.unregister_worker_plugin(plugin.name)
+        with suppress(OSError):
+            client.unregister_worker_plugin(plugin.name)
 
 
 class _BenchPlugin(WorkerPlugin):
