@@ -13,14 +13,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+import onnx_asr
+from onnx_asr.data import PRESETS
+from onnx_asr.errors import OnnxAsrError
+from onnx_asr.sweeping import SweepGrid, sweep
 from tests.end_to_end.conftest import CALIBRATION, DENSE, FOLDER, PRESET, VALIDATION, cli, command, environment
 
 GRID = ("--sparsities", "0.8,0.9", "--methods", "none,bn,paired,refit,compress", "--rounds", 2)
 FEW = ("--samples", 64, "--refit-rows", 1000, "--relu-steps", 1, "--threads", 1)
 SWEEP = ("sweep", DENSE, "--data", FOLDER, *PRESET, "--test", VALIDATION, *GRID, *FEW)
 CELLS = 10
+DIGITS = PRESETS["digits"]
 PATIENCE = 120  # seconds
 
 
@@ -68,8 +74,8 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
-    """A Dask scheduler and two worker processes on loopback: its address, and the workers."""
-    pytest.importorskip("distributed")
+    """A Dask scheduler and two worker processes on loopback: its address, and the three processes."""
+    distributed = pytest.importorskip("distributed")
     processes: list[subprocess.Popen[bytes]] = []
 
     def run(module: str, *arguments: object) -> None:
@@ -90,7 +96,9 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]
         address = json.loads(told.read_text())["address"]
         for _ in range(2):
             run("dask_worker", address, "--nthreads", 1, "--no-nanny", "--no-dashboard", "--local-directory", tmp_path)
-        yield address, processes[1:]
+        with distributed.Client(address) as client:
+            client.wait_for_workers(2, timeout=PATIENCE)
+        yield address, processes
     finally:
         for process in reversed(processes):
             process.kill()
@@ -100,7 +108,7 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]
 def test_a_killed_worker_changes_nothing(
     alone: dict[Any, Any], cluster: tuple[str, list[subprocess.Popen[bytes]]], tmp_path: Path
 ) -> None:
-    address, workers = cluster
+    address, (_, *workers) = cluster
     path = tmp_path / "results.json"
     process = start(*SWEEP, "-o", path, "--cluster", address)
     wait_for(lambda: len(cells(path)) >= 2, process)
@@ -112,6 +120,42 @@ def test_a_killed_worker_changes_nothing(
     assert workers[0].wait() == -signal.SIGKILL
     assert workers[1].poll() is None
     assert cells(path) == alone
+
+
+def test_a_lost_scheduler_is_told(
+    cluster: tuple[str, list[subprocess.Popen[bytes]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, (scheduler, *_) = cluster
+    monkeypatch.setattr("onnx_asr.sweeping.workers._PATIENCE", 2)
+
+    def progress(stage: str, fraction: float) -> None:
+        if "cells done" in stage:
+            scheduler.kill()
+
+    path, grid = tmp_path / "results.json", SweepGrid((0.5, 0.7, 0.9))
+    execution = onnx_asr.Execution(progress=progress)
+    with pytest.raises(OnnxAsrError, match="the workers are lost"):
+        sweep(DENSE, CALIBRATION, grid, preprocessing=DIGITS, results=path, cluster=address, execution=execution)
+    assert 1 <= len(cells(path)) < len(grid.cells)
+
+
+def test_workers_that_find_other_files_refuse(
+    cluster: tuple[str, list[subprocess.Popen[bytes]]], tmp_path: Path
+) -> None:
+    """The data change between the start of the sweep and the worker's look at them."""
+    data = tmp_path / "data.npz"
+    arrays = dict(np.load(CALIBRATION))
+    np.savez(data, **arrays)
+
+    def progress(stage: str, fraction: float) -> None:
+        if "starting the workers" in stage:
+            np.savez(data, images=arrays["images"][::-1], labels=arrays["labels"])
+
+    grid = SweepGrid((0.5,), methods=("none",))
+    execution = onnx_asr.Execution(progress=progress)
+    result = sweep(DENSE, str(data), grid, preprocessing=DIGITS, cluster=cluster[0], execution=execution)
+    (reason,) = result.failures
+    assert "finds other calibration than the sweep was started with" in reason
 
 
 def test_an_interrupt_keeps_what_is_finished_and_ends_the_workers(alone: dict[Any, Any], tmp_path: Path) -> None:
