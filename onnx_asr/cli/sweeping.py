@@ -19,7 +19,6 @@ from onnx_asr.cli.parameters import (
     LabelOffset,
     Labels,
     MethodSettings,
-    Output,
     Refit,
     Report,
     Rounds,
@@ -41,7 +40,12 @@ if TYPE_CHECKING:
 def sweep(
     context: typer.Context,
     model: DenseArgument,
-    output: Output,
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="A JSON file for the cells; finished ones that it holds are kept."
+        ),
+    ],
     data: Data,
     settings: MethodSettings,
     refit: Refit,

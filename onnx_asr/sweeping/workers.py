@@ -22,6 +22,7 @@ import dask
 import onnx
 from dask.system import CPU_COUNT
 from distributed import Client, Future, LocalCluster, Worker, WorkerPlugin, as_completed, get_worker
+from distributed import TimeoutError as DaskTimeout
 from distributed.scheduler import KilledWorker
 
 from onnx_asr.data import Dataset
@@ -136,7 +137,7 @@ def _remote(address: str) -> Iterator[Client]:
     with _silenced(), client:
         try:
             client.wait_for_workers(1, timeout=_PATIENCE)
-        except TimeoutError:
+        except DaskTimeout:
             raise OptionError(
                 f"the scheduler at {address} has no workers: start some (dask worker {address})"
             ) from None

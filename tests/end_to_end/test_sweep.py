@@ -18,7 +18,7 @@ import pytest
 
 import onnx_asr
 from onnx_asr.data import PRESETS
-from onnx_asr.errors import OnnxAsrError
+from onnx_asr.errors import OnnxAsrError, OptionError
 from onnx_asr.sweeping import SweepGrid, sweep
 from tests.end_to_end.conftest import CALIBRATION, DENSE, FOLDER, PRESET, VALIDATION, cli, command, environment
 
@@ -140,9 +140,10 @@ def test_a_lost_scheduler_is_told(
 
 
 def test_workers_that_find_other_files_refuse(
-    cluster: tuple[str, list[subprocess.Popen[bytes]]], tmp_path: Path
+    cluster: tuple[str, list[subprocess.Popen[bytes]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The data change between the start of the sweep and the worker's look at them."""
+    """The data change between the start of the sweep and the worker's look at them; then there is no worker at all."""
+    address, (_, *workers) = cluster
     data = tmp_path / "data.npz"
     arrays = dict(np.load(CALIBRATION))
     np.savez(data, **arrays)
@@ -153,9 +154,14 @@ def test_workers_that_find_other_files_refuse(
 
     grid = SweepGrid((0.5,), methods=("none",))
     execution = onnx_asr.Execution(progress=progress)
-    result = sweep(DENSE, str(data), grid, preprocessing=DIGITS, cluster=cluster[0], execution=execution)
+    result = sweep(DENSE, str(data), grid, preprocessing=DIGITS, cluster=address, execution=execution)
     (reason,) = result.failures
     assert "finds other calibration than the sweep was started with" in reason
+    for worker in workers:
+        worker.kill()
+    monkeypatch.setattr("onnx_asr.sweeping.workers._PATIENCE", 2)
+    with pytest.raises(OptionError, match="has no workers: start some"):
+        sweep(DENSE, CALIBRATION, grid, preprocessing=DIGITS, cluster=address)
 
 
 def test_an_interrupt_keeps_what_is_finished_and_ends_the_workers(alone: dict[Any, Any], tmp_path: Path) -> None:
