@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from onnx_asr.model_io import write_bytes
-from onnx_asr.report.figures import RESOLUTION, SMALL, TEXT, svg
+from onnx_asr.report.figures import RESOLUTION, SMALL, TEXT, WIDTH, svg
 from onnx_asr.report.sweep_data import MEASURES, PATTERNS, panels
 from onnx_asr.sweeping.result import SweepResult
 
-_WIDTH, _NARROW, _HEIGHT = 4.6, 2.2, 3.7  # inches, of a panel
+_NARROW, _HEIGHT = 2.2, 3.7  # inches, of a panel
 _STYLES = {
     "none": ("#c2410c", "o", "no repair"),
     "bn": ("#a16207", "v", "bn"),
@@ -53,7 +53,7 @@ def draw_svg(shown: Sequence[Mapping[str, Any]], measure: str, dense: float | No
 
 def _draw(shown: Sequence[Mapping[str, Any]], measure: str, dense: float | None) -> Figure:
     """Panels side by side, on one scale."""
-    widths = [_NARROW if panel["title"] == PATTERNS and len(shown) > 1 else _WIDTH for panel in shown]
+    widths = [_NARROW if panel["title"] == PATTERNS and len(shown) > 1 else WIDTH for panel in shown]
     figure = Figure(figsize=(sum(widths), _HEIGHT), layout="constrained")
     axes = figure.subplots(1, len(shown), sharey=True, squeeze=False, width_ratios=widths)[0]
     for axis, panel in zip(axes, shown, strict=True):
