@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from onnx_asr.repairing import repair
     from onnx_asr.result import RepairResult
     from onnx_asr.shrinking import ShrinkResult, shrink
+    from onnx_asr.sweeping import SweepGrid, SweepResult, SweepSettings, sweep
 
 _HOME = {
     "ChannelPruneResult": "channel_pruning",
@@ -38,6 +39,9 @@ _HOME = {
     "RepairResult": "result",
     "SensitivityResult": "layer_sensitivity",
     "ShrinkResult": "shrinking",
+    "SweepGrid": "sweeping",
+    "SweepResult": "sweeping",
+    "SweepSettings": "sweeping",
     "compress": "compression",
     "evaluate": "evaluation",
     "inspect": "inspection",
@@ -47,6 +51,7 @@ _HOME = {
     "save": "model_io",
     "sensitivity": "layer_sensitivity",
     "shrink": "shrinking",
+    "sweep": "sweeping",
 }
 
 __all__ = [
@@ -61,6 +66,9 @@ __all__ = [
     "RepairResult",
     "SensitivityResult",
     "ShrinkResult",
+    "SweepGrid",
+    "SweepResult",
+    "SweepSettings",
     "__version__",
     "compress",
     "evaluate",
@@ -71,6 +79,7 @@ __all__ = [
     "save",
     "sensitivity",
     "shrink",
+    "sweep",
 ]
 
 

@@ -1,15 +1,14 @@
 """Pruning and repair in one: mask rounds.
 
-In round ``i`` of ``R`` the sparsity is ``s (1 - (1 - i / R)^3)``, many weights at first and few at the end (the schedule
-of gradual pruning, arXiv 1710.01878); N:M patterns lose one weight of every group of ``m`` a round. The first mask ranks
-the dense weights, each later one the weights that the round before it refitted; what was pruned stays pruned, and every
-round refits from the dense weights. So the next mask is chosen by what the weights are worth once their neighbours have
-taken over what was lost. Rounds that only rank weights take one ReLU-aware step, and a share of the images and rows.
+In round ``i`` of ``R`` the sparsity is ``s (1 - (1 - i / R)^3)``: many weights go at first and few at the end (the
+schedule of gradual pruning, arXiv 1710.01878). N:M patterns lose one weight of every group of ``m`` a round. The first
+mask ranks the dense weights, each later one the weights that the round before it refitted; what was pruned stays
+pruned, and every round refits from the dense weights. So the next mask is chosen by what the weights are worth once
+their neighbours have taken over what was lost. Rounds that only rank weights take one ReLU-aware step.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -53,7 +52,7 @@ class CompressOptions:
         sparsity: Share of weights (or blocks) to zero, in [0, 1); None where the pattern is N:M.
         pattern: "unstructured", "N:M", or "Nx1", as in :func:`onnx_asr.prune`.
         rounds: Mask rounds; for N:M at most ``m - n``.
-        round_samples: Samples of every round but the last, and rows a layer is fitted to there, as a share of all.
+        round_samples: Samples of every round but the last, as a share of all.
         include: Regular expressions on names that take part; empty for all.
         exclude: Regular expressions that do not.
     """
@@ -153,11 +152,7 @@ def compress(
     pattern = Pattern.parse(options.pattern)
     weights, _ = prunable_weights(index, options.include, options.exclude)
     weights, _ = split_narrow(index, weights, pattern)
-    ranking = replace(
-        settings.refit,
-        rows=math.ceil(options.round_samples * settings.refit.rows),
-        relu_steps=min(settings.refit.relu_steps, 1),
-    )
+    ranking = replace(settings.refit, relu_steps=min(settings.refit.relu_steps, 1))
     factors = _factors(job.networks, weights, calibration, execution)
     values = [index.value(weight.tensor) for weight in weights]
     masks: list[Mask] = [np.ones(value.shape, bool) for value in values]

@@ -25,3 +25,11 @@ class OptionError(OnnxAsrError):
 
 class OutputError(OnnxAsrError):
     """A result that cannot be written where it was asked for."""
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether an error is an interrupt, or what a library made of one."""
+    if isinstance(error, KeyboardInterrupt):
+        return True
+    origin = error.__cause__ or error.__context__
+    return origin is not None and is_interrupt(origin)

@@ -79,7 +79,7 @@ def evaluate(
         )
     indices = np.arange(len(dataset)) if samples is None else sample_indices(len(dataset), samples, seed)
     both = [specs] if reference is None else [specs, input_specs(GraphIndex.of(reference))]
-    indices = _whole_batches(indices, both)
+    indices = whole_batches(indices, both)
     progress("running the model", 0.0)
     outputs = collect_outputs(network, dataset, indices, runtime, batch_size)
     dense_outputs = None
@@ -142,7 +142,7 @@ def _open(
     return dataset, given.astype(np.int64)
 
 
-def _whole_batches(indices: NDArray[np.int64], inputs: Sequence[Sequence[InputSpec]]) -> NDArray[np.int64]:
+def whole_batches(indices: NDArray[np.int64], inputs: Sequence[Sequence[InputSpec]]) -> NDArray[np.int64]:
     """Drop what would not fill a batch of every model that fixes one, so that all see the same samples."""
     step = math.lcm(*(fixed_batch(specs) or 1 for specs in inputs))
     usable = len(indices) - len(indices) % step

@@ -56,11 +56,8 @@ class Fidelity:
         return 1.0 - self.agreement
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON: an infinite SNR becomes None, as JSON has no infinity."""
-        values = asdict(self)
-        if self.snr_db is not None and math.isinf(self.snr_db):
-            values["snr_db"] = None
-        return values
+        """Plain values, for JSON: what is not finite becomes None, as JSON has neither infinity nor NaN."""
+        return {name: value if value is None or math.isfinite(value) else None for name, value in asdict(self).items()}
 
 
 Outputs = list[NDArray[Any]]

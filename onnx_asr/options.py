@@ -15,6 +15,8 @@ FEW_ROWS, FEW_ROWS_RIDGE = 5000, 0.1
 
 Method = Literal["auto", "refit", "paired", "asr", "layerwise", "raw", "bn"]
 METHODS: tuple[Method, ...] = get_args(Method)
+SWEEP_METHODS = ("none", *reversed(METHODS), "compress")
+"""What the cells of a sweep are made by: no repair, one of the methods, or pruning and repair in rounds."""
 BatchNormMode = Literal["exact", "ema"]
 Score = Literal["magnitude", "row", "lamp", "activation", "variance", "gram"]
 SCORES: tuple[Score, ...] = get_args(Score)

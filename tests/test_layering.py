@@ -25,6 +25,10 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "onnx_asr.data": ({"numpy", "PIL", "tomli"}, {"onnx_asr.data", "onnx_asr.errors"}),
     "onnx_asr.report": ({"numpy", "onnx", "jinja2", "matplotlib"}, {"onnx_asr"}),
     "onnx_asr.cli": ({"typer", "rich", "click"}, {"onnx_asr"}),
+    "onnx_asr.sweeping.workers": (
+        {"onnx", "dask", "distributed"},
+        {"onnx_asr.sweeping", "onnx_asr.data", "onnx_asr.graph.tensors", "onnx_asr.networks", "onnx_asr.errors"},
+    ),
     "onnx_asr.viewing": ({"netron"}, {"onnx_asr.model_io", "onnx_asr.ownership", "onnx_asr.errors"}),
     "onnx_asr.__main__": (set(), {"onnx_asr.cli"}),
     "onnx_asr": ({"numpy", "onnx", "google"}, {"onnx_asr"}),  # the pipelines, with NEVER

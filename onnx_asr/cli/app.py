@@ -11,15 +11,15 @@ from typing import Annotated, NoReturn, Protocol, runtime_checkable
 
 import typer
 
-from onnx_asr.cli import making, measuring
+from onnx_asr.cli import making, measuring, sweeping
 from onnx_asr.cli.command import BAD_INPUT, DONE, INTERRUPTED, app
 from onnx_asr.cli.supervision import supervised
 from onnx_asr.cli.terminal import drop_stdout, leave_progress, say, say_traceback
-from onnx_asr.errors import OnnxAsrError
+from onnx_asr.errors import OnnxAsrError, is_interrupt
 from onnx_asr.ownership import DISTRIBUTION, check_owner
 from onnx_asr.version import __version__
 
-COMMANDS = (making, measuring)  # importing them registers what they offer
+COMMANDS = (making, measuring, sweeping)  # importing them registers what they offer
 BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
@@ -103,21 +103,13 @@ def _code_of(work: Callable[[], int], debug: bool) -> int:
         drop_stdout()
         return DONE
     except (Exception, KeyboardInterrupt) as error:
-        if _is_interrupt(error):
+        if is_interrupt(error) or type(error).__name__ == "Abort":  # click's word for it
             say("error", "interrupted")
             return INTERRUPTED
         if debug:
             say_traceback(error)
         say("error", _message(error))
         return BAD_INPUT
-
-
-def _is_interrupt(error: BaseException) -> bool:
-    """Whether an error is click's name for an interrupt, or what a library made of one."""
-    if type(error).__name__ == "Abort" or isinstance(error, KeyboardInterrupt):
-        return True
-    origin = error.__cause__ or error.__context__
-    return origin is not None and _is_interrupt(origin)
 
 
 def _message(error: BaseException) -> str:

@@ -20,13 +20,17 @@ from onnx_asr.cli.parameters import (
     Include,
     Machine,
     Method,
+    MethodSettings,
     Model,
     Output,
     Pattern,
     Pruned,
     Refit,
     Report,
+    Rounds,
     Samples,
+    Scope,
+    Score,
     Seed,
     Sparsity,
     Walk,
@@ -81,22 +85,8 @@ def prune(
             "share of the channels, so that the net gets smaller and faster.",
         ),
     ] = "unstructured",
-    scope: Annotated[
-        str | None,
-        typer.Option(
-            metavar="global|layer|erk|sensitivity",
-            help="Rank over the whole net (the default for weights), or in each layer (for channels); erk spares small "
-            "layers; sensitivity tries every layer on --data.",
-        ),
-    ] = None,
-    score: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="What a weight is worth: {scores}; magnitude if not given. The last three look at --data; 'row' and "
-            "'variance' suit nets whose BatchNormalization was folded.",
-        ),
-    ] = None,
+    scope: Scope = None,
+    score: Score = None,
     data: Annotated[
         str | None, typer.Option(metavar="PATH", help="Samples for the scores, or the scope, that need them.")
     ] = None,
@@ -161,12 +151,13 @@ def repair(
     model: Pruned,
     output: Output,
     data: Data,
-    method: Method,
+    settings: MethodSettings,
     refit: Refit,
     calibration: Calibration,
     images: Images,
     walk: Walk,
     display: Display,
+    method: Method = None,
     dense: Dense = None,
     force: Force = False,
     report: Report = None,
@@ -178,7 +169,7 @@ def repair(
 
     target = check_writable(output)
     page = Page.of(context, report, target)
-    options, preprocessing = repair_options(calibration, refit, method), images.preprocessing()
+    options, preprocessing = repair_options(calibration, refit, settings, method), images.preprocessing()
     terminal = Terminal(display)
     with terminal.progress() as progress:
         execution = walk.execution(display.verbose, progress)
@@ -215,9 +206,9 @@ def compress(
     display: Display,
     sparsity: Sparsity = None,
     pattern: Pattern = "unstructured",
-    rounds: Annotated[int, typer.Option(metavar="N", help="Mask rounds.")] = 5,
+    rounds: Rounds = 5,
     round_samples: Annotated[
-        float, typer.Option(metavar="SHARE", help="Samples and rows of every round but the last, as a share of all.")
+        float, typer.Option(metavar="SHARE", help="Samples of every round but the last, as a share of all.")
     ] = 0.5,
     include: Include = None,
     exclude: Exclude = None,

@@ -18,6 +18,8 @@ from onnx_asr.cli.parameters import (
     Exclude,
     Images,
     Include,
+    LabelOffset,
+    Labels,
     Machine,
     Model,
     Refit,
@@ -89,17 +91,8 @@ def evaluate(
     machine: Machine,
     display: Display,
     dense: Dense = None,
-    labels: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TABLE",
-            help="For a folder of images: a TSV or CSV of file name and class index; else its sub-folders are classes.",
-        ),
-    ] = None,
-    label_offset: Annotated[
-        int,
-        typer.Option(metavar="N", help="Added to a label to give the model's class: 1 where class 0 is background."),
-    ] = 0,
+    labels: Labels = None,
+    label_offset: LabelOffset = 0,
     samples: Samples = None,
     batch_size: BatchSize = None,
     seed: Seed = 0,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 from onnx_asr.cli.supervision import native_call
-from onnx_asr.cli.values import byte_count, number_or_name, numbers
+from onnx_asr.cli.values import byte_count, names, number_or_name, numbers
 
 if TYPE_CHECKING:
     from onnx_asr.data import Preprocessing
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from onnx_asr.options import RepairOptions
 
 _REFIT_PREFIX = "refit_"
+METHOD_PANEL = "Method"
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="The model, an .onnx file.")]
 DenseArgument = Annotated[str, typer.Argument(metavar="DENSE", help="The dense model, an .onnx file.")]
@@ -45,6 +46,41 @@ Pattern = Annotated[
         help="N:M keeps N of every M consecutive input channels, as 2:4, and leaves --sparsity out; Nx1 prunes N "
         "consecutive output channels together at each input position, as 4x1.",
     ),
+]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="One of {methods}; auto tries several and keeps the one closest to the dense model.",
+        rich_help_panel=METHOD_PANEL,
+    ),
+]
+Scope = Annotated[
+    str | None,
+    typer.Option(
+        metavar="global|layer|erk|sensitivity",
+        help="Rank over the whole net (the default for weights), or in each layer (for channels); erk spares small "
+        "layers; sensitivity tries every layer on --data.",
+    ),
+]
+Score = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="What a weight is worth: {scores}; magnitude if not given. The last three look at --data; 'row' and "
+        "'variance' suit nets whose BatchNormalization was folded.",
+    ),
+]
+Rounds = Annotated[int, typer.Option(metavar="N", help="Mask rounds of compress.")]
+Labels = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TABLE",
+        help="For a folder of images: a TSV or CSV of file name and class index; else its sub-folders are classes.",
+    ),
+]
+LabelOffset = Annotated[
+    int, typer.Option(metavar="N", help="Added to a label to give the model's class: 1 where class 0 is background.")
 ]
 Include = Annotated[
     list[str] | None, typer.Option(metavar="RE", help="Prune only nodes or weights whose name this finds; repeatable.")
@@ -139,7 +175,7 @@ class Machine:
         runtime = Runtime(threads=self.threads, verbose=verbose, guard=native_call)
         if self.providers is None:
             return runtime
-        return replace(runtime, providers=tuple(name.strip() for name in self.providers.split(",") if name.strip()))
+        return replace(runtime, providers=names(self.providers))
 
 
 @dataclass(frozen=True)
@@ -206,17 +242,11 @@ class Refit:
 
 
 @dataclass(frozen=True)
-class Method:
-    """How to repair; the fields are those of ``RepairOptions``."""
+class MethodSettings:
+    """What the methods can be asked to do; the fields are those of ``RepairOptions``."""
 
-    panel: ClassVar[str] = "Method"
+    panel: ClassVar[str] = METHOD_PANEL
 
-    method: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="One of {methods}; auto tries several and keeps the one closest to the dense model."
-        ),
-    ] = None
     time_budget: Annotated[
         float | None, typer.Option(metavar="SECONDS", min=0, help="auto: what trying may take; no limit if not given.")
     ] = None
@@ -262,11 +292,15 @@ class Display:
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False
 
 
-def repair_options(calibration: Calibration, refit: Refit, method: Method | None = None) -> RepairOptions:
+def repair_options(
+    calibration: Calibration, refit: Refit, settings: MethodSettings | None = None, method: str | None = None
+) -> RepairOptions:
     """What was given, the rest by default; the seed is that of the refit's positions too."""
     from onnx_asr.options import RepairOptions
 
-    given = _given(calibration) | ({} if method is None else _given(method))
+    given = _given(calibration) | ({} if settings is None else _given(settings))
+    if method is not None:
+        given["method"] = method
     if "prior" in given:
         given["prior"] = number_or_name(given["prior"])
     recipe = {name.removeprefix(_REFIT_PREFIX): value for name, value in _given(refit).items()}
@@ -279,7 +313,10 @@ def shared_defaults() -> dict[str, Any]:
     from onnx_asr.options import RepairOptions
 
     defaults = RepairOptions()
-    found = {field.name: getattr(defaults, field.name) for group in (Calibration, Method) for field in fields(group)}
+    found = {
+        field.name: getattr(defaults, field.name) for group in (Calibration, MethodSettings) for field in fields(group)
+    }
+    found["method"] = defaults.method
     for field in fields(Refit):
         found[field.name] = getattr(defaults.refit, field.name.removeprefix(_REFIT_PREFIX))
     return found

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import RenderableType
+from rich.console import JustifyMethod, RenderableType
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from onnx_asr.pruning import PruneResult
     from onnx_asr.result import RepairResult, Verification
     from onnx_asr.shrinking import ShrinkResult
+    from onnx_asr.sweeping.result import SweepResult
 
 _FEW = 5  # skipped nodes of one reason that are named without -v
 
@@ -144,6 +145,42 @@ def sensitivity(result: SensitivityResult, verbose: bool) -> Iterator[Renderable
         f"{result.measure} against the dense model on {result.samples} held-out samples, each layer alone at each "
         f"sparsity, refitted on {result.calibration_samples} others; {result.seconds:.1f} s"
     )
+
+
+def sweep(result: SweepResult, path: str, plot: Path | None) -> Iterator[RenderableType]:
+    """One row a method, one column a goal; what failed, and why."""
+    from onnx_asr.sweeping.grid import Cell
+
+    label, text = {
+        "top1": ("top-1", _percent),
+        "agreement": ("agreement", _percent),
+        "snr_db": ("output SNR", _decibel),
+    }[result.measure]
+    kl = result.dense.kl is not None
+    table = _table(f"{label} (KL)" if kl else label, *(f">{goal}" for goal in result.goals))
+    for method in result.methods:
+        row = []
+        for goal in result.goals:
+            outcome = result.cells.get(Cell(goal, method))
+            if outcome is None:
+                row.append("")
+            elif outcome.fidelity is None:
+                row.append("failed")
+            else:
+                value = text(getattr(outcome.fidelity, result.measure))
+                row.append(f"{value} ({outcome.fidelity.kl:.2g})" if outcome.fidelity.kl is not None else value)
+        table.add_row(method, *row)
+    yield table
+    scored, calibration = (result.conditions[name]["samples"] for name in ("scored", "calibration"))
+    dense = f"dense model: {_percent(result.dense.top1)}; " if result.dense.top1 is not None else ""
+    yield f"{dense}scored on {scored} samples, calibrated on {calibration} others"
+    for note in result.notes:
+        yield f"note: {note}"
+    for reason, cells in result.failures.items():
+        yield f"failed: {', '.join(map(str, cells))}: {reason}"
+    yield f"cells: {path}"
+    if plot is not None:
+        yield f"plot: {plot}"
 
 
 def report(path: Path | None) -> Iterator[RenderableType]:
@@ -353,7 +390,8 @@ def _table(*columns: str) -> Table:
     """A table; a ">" in front of a column's name aligns it to the right."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
-        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+        justify: JustifyMethod = "right" if column.startswith(">") else "left"
+        table.add_column(column.removeprefix(">"), justify=justify, overflow="fold")  # names are there to be copied
     return table
 
 

@@ -23,6 +23,11 @@ def numbers(name: str, text: str | None) -> Sequence[float] | None:
         raise OptionError(f"--{name} {text} is no list of numbers: give them as 0.485,0.456,0.406") from None
 
 
+def names(text: str) -> tuple[str, ...]:
+    """The names of an option that takes them with commas between."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def number_or_name(text: str) -> float | str:
     """A number where the text is one, else the text."""
     try:

@@ -31,6 +31,8 @@ from onnx_asr.version import __version__
 Values = dict[str, Any]
 
 _THUMBNAILS, _THUMBNAIL_SIDE = 8, 96
+_WORST, _UNHURT = 3, 0.05  # layers named as hurt most; decades by which the variances of others may be off
+_DEAD_RATIO = 1e-4  # what a dead channel counts as
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def compress_data(run: Run, result: CompressResult, dense: ModelSource, data: st
     names = ("last mask, no repair", "compressed")
     values = _repair(run, result.repair, names, result.masked, dense, data, execution)
     seconds = {f"round {number}": value for number, value in enumerate(result.round_seconds, 1)}
-    values["options"] = _flat(asdict(result.options)) | values["options"]
+    values["options"] = flattened(asdict(result.options)) | values["options"]
     return values | {"seconds": values["seconds"] | seconds}
 
 
@@ -126,7 +128,7 @@ def _repair(
         layers=layers,
         skips=result.skips,
         damage_samples=samples,
-        options=_flat(asdict(result.options)),
+        options=flattened(asdict(result.options)),
         notes=[*result.notes, *notes],
     ) | {
         "improved": result.improved,
@@ -157,6 +159,7 @@ def _report(
         "preprocessing": None if run.preprocessing is None else run.preprocessing.to_dict(),
         "versions": versions,
         "layers": [{"number": number, **layer} for number, layer in enumerate(layers, 1)],
+        "hurt_most": _hurt_most(layers),
         "skipped": [asdict(skip) for skip in skips],
         "damage_samples": damage_samples,
         "collapsed_ratio": COLLAPSED_RATIO,
@@ -169,6 +172,18 @@ def _report(
         "thumbnails": [],
         "seconds": {},
     }
+
+
+def _hurt_most(layers: Sequence[Values]) -> list[int]:
+    """Numbers of the few layers whose variances pruning has moved furthest, the worst first."""
+    found = []
+    for number, layer in enumerate(layers, 1):
+        ratios = [] if layer["before"] is None else [ratio for ratio in layer["before"]["ratios"] if ratio is not None]
+        if ratios:
+            levels = np.log10(np.maximum(ratios, _DEAD_RATIO))
+            found.append((float(np.sqrt(np.square(levels).mean())), number))
+    worst = sorted((error, number) for error, number in found if error > _UNHURT)[::-1]
+    return [number for _, number in worst[:_WORST]]
 
 
 def _version(name: str, inspection: Inspection, fidelity: Fidelity | None = None) -> Values:
@@ -219,12 +234,12 @@ def _fidelities(
         return known, [f"no top-1: {error}"]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Values:
+def flattened(values: Mapping[str, Any], prefix: str = "") -> Values:
     """Nested options as one level of dotted names."""
     flat: Values = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= flattened(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return flat

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from onnx_asr.model_io import size_text, write_text
 from onnx_asr.report.figures import heat_map, strip
+from onnx_asr.report.sweep_figure import draw_svg
 
 _FOLDER = Path(__file__).parent
 
@@ -41,11 +42,24 @@ def render(values: Mapping[str, Any]) -> str:
         "size": size_text,
         "text": _text,
     }
-    return environment.get_template("report.html.j2").render(values, figures=_figures(values))
+    template, figures = ("sweep", _curves) if values["command"] == "sweep" else ("report", _channels)
+    return environment.get_template(f"{template}.html.j2").render(values, figures=figures(values))
 
 
-def _figures(values: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The figures that the measured layers give, as data URIs."""
+def _curves(values: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The figures of a sweep: one a panel, so that each fits a phone."""
+    measure = values["measure"]
+    return [
+        _figure(
+            draw_svg([panel], measure["name"], values["dense"][measure["name"]]),
+            f"{panel['title']}: {measure['label']}",
+        )
+        for panel in values["panels"]
+    ]
+
+
+def _channels(values: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The figures that the measured layers give."""
     layers = values["layers"]
     measured = [key for key in ("before", "after") if any(layer[key] is not None for layer in layers)]
     if not measured:
@@ -65,10 +79,12 @@ def _figures(values: Mapping[str, Any]) -> list[dict[str, str]]:
             "layer does not vary at all. The channels of a layer are sorted.",
         ),
     ]
-    return [
-        {"source": f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}", "caption": caption}
-        for svg, caption in drawn
-    ]
+    return [_figure(svg, caption) for svg, caption in drawn]
+
+
+def _figure(svg: str, caption: str) -> dict[str, str]:
+    """A figure as a data URI."""
+    return {"source": f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}", "caption": caption}
 
 
 def _text(value: Any) -> str:

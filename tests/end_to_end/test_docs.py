@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -13,12 +14,14 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from PIL import Image
 
 from tests.end_to_end.conftest import PRESET, ROOT, VALIDATION, cli, command, environment
+from tests.graphs import net
 
 DOCS = ROOT / "docs"
 SECTIONS = re.findall(r"^## (.*)\n((?:(?!^## ).*\n)*)", (DOCS / "howto.md").read_text(), re.MULTILINE)
-QUANTIZE, OPENVINO, TENSORRT = (title for title, _ in SECTIONS)
+QUANTIZE, OPENVINO, TENSORRT = (text for _, text in SECTIONS)
 
 
 @pytest.fixture
@@ -32,10 +35,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(title: str, folder: Path) -> str:
-    """Run the blocks of a section in order; what they print."""
+def run(text: str, folder: Path) -> str:
+    """Run the blocks of a text in order; what they print."""
     printed = ""
-    for language, code in re.findall(r"```(\w+)\n(.*?)```", dict(SECTIONS)[title], re.DOTALL):
+    for language, code in re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL):
         if language == "text":
             continue
         line = {"sh": ["sh", "-e", "-c", code], "python": [sys.executable, "-c", code]}[language]
@@ -73,6 +76,43 @@ def test_the_pattern_for_tensorrt(folder: Path) -> None:
     assert first["pattern"] == "dense"
     assert {layer["pattern"] for layer in others} == {"2:4"}
     assert agreement(folder / "repaired.onnx", "digits_resnet.onnx") > 0.97
+
+
+def photographs(folder: Path, count: int, seed: int) -> None:
+    """Smooth random images."""
+    folder.mkdir()
+    generator = np.random.default_rng(seed)
+    for number in range(count):
+        coarse = Image.fromarray(generator.integers(0, 256, (6, 7, 3), np.uint8))
+        coarse.resize((280, 240), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg")
+
+
+def test_the_tutorial(folder: Path) -> None:
+    """With a small net in the place of the exported one, and few images."""
+    model = net(
+        """
+        g (float[N,3,224,224] images) => (float[N,10] scores) {
+          a = Conv <strides=[8,8]> (images, w1, b1)  b = Relu (a)
+          c = Conv <strides=[2,2]> (b, w2, b2)  d = Relu (c)
+          e = Conv (d, w3, b3)  f = Relu (e)
+          h = GlobalAveragePool (f)  i = Flatten (h)  scores = Gemm <transB=1> (i, w4, b4)
+        }
+        """,
+        **{"w1": (16, 3, 8, 8), "w2": (24, 16, 3, 3), "w3": (32, 24, 3, 3), "w4": (10, 32)},
+        **{"b1": (16,), "b2": (24,), "b3": (32,), "b4": (10,)},
+    )
+    onnx.save(model, folder / "resnet18.onnx")
+    photographs(folder / "images", 40, seed=0)
+    photographs(folder / "validation", 10, seed=1)
+    (folder / "labels.tsv").write_text("".join(f"{number}.jpg\t{number}\n" for number in range(10)))
+    text = (DOCS / "tutorial.md").read_text()
+    (export,) = re.findall(r"```python\n.*?```\n", text, re.DOTALL)
+    printed = run(text.replace(export, ""), folder)
+    for words in ("BatchNormalization: none", "agreement (KL)", "collapsed", "auto tried", "top-1", "mask rounds"):
+        assert words in printed, words
+    assert len(json.loads((folder / "sweep.json").read_text())["cells"]) == 9
+    for name in ("sweep.svg", "repaired.onnx", "report.html", "small.onnx"):
+        assert (folder / name).stat().st_size > 0
 
 
 def test_the_options_are_those_of_the_code() -> None:

@@ -21,11 +21,15 @@ import pytest
 import onnx_asr
 from onnx_asr.data import Preprocessing
 from onnx_asr.errors import OptionError, OutputError
+from onnx_asr.fidelity import Fidelity
 from onnx_asr.networks import Execution
 from onnx_asr.options import RefitRecipe, RepairOptions
 from onnx_asr.report import check_report
 from onnx_asr.report.data import Run, compress_data, inspect_data, prune_data, repair_data
 from onnx_asr.report.html import render, write_report
+from onnx_asr.report.sweep_data import sweep_data
+from onnx_asr.sweeping.grid import Cell, Goal
+from onnx_asr.sweeping.result import Outcome, SweepResult
 from tests.graphs import MODELS, copy, digits, images, residual_net
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "report.json"
@@ -127,6 +131,23 @@ def test_what_a_repair_report_says() -> None:
         assert words in page, words
 
 
+def test_the_layers_that_were_hurt_most_are_named() -> None:
+    values = auto()
+    errors = {}
+    for layer in values["layers"]:
+        ratios = np.array([ratio for ratio in layer["before"]["ratios"] if ratio is not None])
+        errors[layer["number"]] = np.sqrt(np.mean(np.log10(np.clip(ratios, 1e-4, None)) ** 2))
+    assert values["hurt_most"] == sorted(errors, key=errors.__getitem__)[:-4:-1]
+    worst = values["layers"][values["hurt_most"][0] - 1]["name"]
+    assert re.search(rf"Hurt most by pruning: layer \d+, {re.escape(worst)} \(.* after the repair", render(values))
+    dense = digits("resnet")
+    unhurt = inspect_data(
+        Run("inspect", "l", {"model": "m"}), onnx_asr.inspect(dense, dense=dense, data=FOLDER, preprocessing=DIGITS)
+    )
+    assert unhurt["hurt_most"] == []
+    assert "Hurt most" not in render(unhurt)
+
+
 def test_shrinkage_of_the_methods_that_have_it() -> None:
     model, dense = zeroed(digits("resnet"), 0.9), digits("resnet")
     for given, shrinks in (
@@ -213,7 +234,7 @@ def nasty() -> str:
 
 def test_names_are_escaped() -> None:
     page = nasty()
-    assert "<script" not in page
+    assert "<script" not in page + of_a_sweep()
     assert page.count(html.escape(NASTY, quote=False).split("&lt;/")[0].replace("'", "&#39;")) > 15
 
 
@@ -256,7 +277,25 @@ def chromium() -> str:
     pytest.skip("no chromium to look at the page with")
 
 
-@pytest.mark.parametrize("page", [nasty, lambda: render(auto())], ids=["long-names", "repair"])
+def of_a_sweep() -> str:
+    """A page about many cells, one of which failed for a long reason."""
+    goals = [Goal(pattern, share) for pattern in ("unstructured", "4x1") for share in (0.5, 0.7, 0.8, 0.9, 0.95)]
+    score = Outcome(Fidelity(600, top1=0.5, top5=0.9, agreement=0.5, kl=1.0, snr_db=3.0), 0.5, 1.0, "refit")
+    cells = {Cell(goal, method): score for goal in goals for method in ("none", "auto", "compress")}
+    cells[Cell(goals[0], "none")] = Outcome(error=9 * NASTY)
+    conditions = {
+        "dense_sha256": 64 * "0",
+        "providers": ["CPUExecutionProvider"],
+        "calibration": {"samples": 512, "sha256": 64 * "0"},
+        "scored": {"samples": 600, "sha256": 64 * "0", "labels_sha256": None},
+        "settings": {"scope": "global", "repair": {"samples": 512}},
+    }
+    assert score.fidelity is not None
+    result = SweepResult(conditions, score.fidelity, cells, (NASTY,))
+    return render(sweep_data(Run("sweep", 9 * NASTY, {"model": 9 * NASTY}), result))
+
+
+@pytest.mark.parametrize("page", [nasty, lambda: render(auto()), of_a_sweep], ids=["long-names", "repair", "sweep"])
 def test_no_sideways_scrolling_on_a_phone(page: Any, tmp_path: Path) -> None:
     browser = chromium()
     widths = "[innerWidth, document.documentElement.scrollWidth].join()"

@@ -1,0 +1,225 @@
+"""The place where cells are made and scored: the dense model, the samples and the dense outputs, once a process."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnx_asr.calibration import input_specs
+from onnx_asr.channel_pruning import prune_channels
+from onnx_asr.compression import CompressOptions, compress
+from onnx_asr.data import Dataset, Preprocessing, open_data
+from onnx_asr.data.sources import DataSource
+from onnx_asr.errors import OptionError
+from onnx_asr.evaluation import measure, whole_batches
+from onnx_asr.fidelity import Fidelity, Outputs, collect_outputs, is_classifier
+from onnx_asr.graph.index import GraphIndex
+from onnx_asr.graph.points import survey, weight_of
+from onnx_asr.model_io import ModelSource, digest, load
+from onnx_asr.networks import Execution
+from onnx_asr.options import DATA_AWARE, Method, RepairOptions
+from onnx_asr.pruning import prune
+from onnx_asr.repairing import RepairJob, repair
+from onnx_asr.result import RepairResult
+from onnx_asr.sweeping.grid import CHANNEL, Cell, Goal, SweepSettings
+from onnx_asr.sweeping.result import Outcome
+from onnx_asr.version import __version__
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a process needs to know before it can work on cells.
+
+    Attributes:
+        dense: Path or ModelProto of the dense model.
+        data: Calibration samples.
+        test: Samples to score on; None for the held-out ones of ``data``.
+        labels: A table of labels for the samples that are scored, where they are a folder of images.
+        preprocessing: What to do to images.
+        settings: What all cells have in common.
+    """
+
+    dense: ModelSource
+    data: DataSource | Dataset
+    test: DataSource | Dataset | None
+    labels: str | None
+    preprocessing: Preprocessing | None
+    settings: SweepSettings
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every cell of a process uses.
+
+    Attributes:
+        dense: The dense model.
+        calibration: The samples to calibrate on.
+        options: Of all repairs; with these, ``calibration`` is divided as for ``auto``.
+        chosen: How many of them are calibrated on.
+        scored: The samples to score on.
+        indices: Which of them.
+        labels: Their classes, where known.
+        reference: The dense model's outputs on them.
+        settings: What all cells have in common.
+        notes: What a user should know about the samples.
+        conditions: Digests of the above: two benches give the same scores where these are equal.
+    """
+
+    dense: onnx.ModelProto
+    calibration: Dataset
+    options: RepairOptions
+    chosen: int
+    scored: Dataset
+    indices: NDArray[np.int64]
+    labels: NDArray[np.int64] | None
+    reference: Outputs
+    settings: SweepSettings
+    notes: tuple[str, ...]
+    conditions: dict[str, Any]
+
+    @classmethod
+    def of(cls, setup: Setup, execution: Execution) -> Bench:
+        """Read models and samples, and run the dense model.
+
+        Raises:
+            ModelError: A model that cannot be repaired or run.
+            DataError: Missing, broken or unfitting data or labels.
+            OptionError: Nothing to score on.
+        """
+        settings, dense = setup.settings, load(setup.dense)
+        options = settings.repair
+        if setup.test is None and options.verify_samples == 0:
+            raise OptionError("verify-samples 0 leaves nothing to score on: give at least 1, or samples of their own")
+        data = _opened(setup, dense, setup.data, setup.labels if setup.test is None else None)
+        job = RepairJob.of(dense, dense, data, options, None)
+        scored, indices = data, job.held_out
+        if setup.test is not None:
+            scored = _opened(setup, dense, setup.test, setup.labels)
+            indices = np.arange(len(scored))
+        indices = whole_batches(indices, [input_specs(GraphIndex.of(dense))])
+        execution.progress("running the dense model", 0.0)
+        reference = collect_outputs(dense, scored, indices, execution.runtime, options.batch_size)
+        labels = None
+        if scored.labels is not None and (setup.labels is not None or is_classifier(reference)):
+            labels = scored.labels[indices]
+        common = asdict(settings)
+        common["repair"].pop("method")
+        conditions = {
+            "version": __version__,
+            "dense_sha256": digest(dense),
+            "calibration": {"samples": len(job.chosen), "sha256": data.digest(job.chosen)},
+            "scored": {
+                "samples": len(indices),
+                "sha256": scored.digest(indices),
+                "labels_sha256": None if labels is None else hashlib.sha256(labels.tobytes()).hexdigest(),
+            },
+            "providers": list(execution.runtime.providers),
+            "settings": common,
+        }
+        notes = tuple(job.notes)
+        return cls(
+            dense, data, options, len(job.chosen), scored, indices, labels, reference, settings, notes, conditions
+        )
+
+    def dense_score(self) -> Fidelity:
+        """The dense model beside itself: its top-1 where there are labels."""
+        return self._measured(self.reference)
+
+    def pruned(self, goal: Goal, execution: Execution) -> onnx.ModelProto:
+        """The dense model, pruned.
+
+        Raises:
+            OnnxAsrError: When it cannot be pruned so.
+        """
+        include, exclude = self.settings.include, self.settings.exclude
+        if goal.pattern == CHANNEL:
+            return prune_channels(self.dense, goal.sparsity, include=include, exclude=exclude).model
+        scope, score = self.settings.scope, self.settings.score
+        return prune(
+            self.dense,
+            goal.sparsity,
+            pattern=goal.pattern,
+            scope=scope,
+            score=score,
+            include=include,
+            exclude=exclude,
+            data=self.calibration if score in DATA_AWARE or scope == "sensitivity" else None,
+            samples=self.chosen,
+            seed=self.options.seed,
+            execution=execution,
+        ).model
+
+    def score(self, cell: Cell, pruned: onnx.ModelProto | None, execution: Execution) -> Outcome:
+        """Repair the pruned model, which "compress" has no use for, as the cell says, and measure the result.
+
+        Raises:
+            OnnxAsrError: When it cannot be repaired so.
+        """
+        result: RepairResult | None = None
+        if pruned is None:
+            result = self._compressed(cell.goal, execution)
+        elif cell.method != "none":
+            result = self._repaired(cast(Method, cell.method), pruned, execution)
+        model = result.model if result is not None else pruned
+        assert model is not None
+        execution.progress("scoring", 1.0)
+        outputs = collect_outputs(model, self.scored, self.indices, execution.runtime, self.options.batch_size)
+        seconds, chosen = 0.0, None
+        if result is not None:
+            seconds = sum(value for stage, value in result.seconds.items() if stage not in ("load", "verify"))
+            chosen = next((item.label for item in result.candidates if item.options == result.options), None)
+        gone = 1 - _survivors(model) / _survivors(self.dense, zeros=True)
+        return Outcome(self._measured(outputs), gone, seconds, chosen)
+
+    def _repaired(self, method: Method, pruned: onnx.ModelProto, execution: Execution) -> RepairResult:
+        """Only "auto" looks at samples that are held out; the others would verify what is scored anyway."""
+        options = self.options if method == "auto" else self._unverified
+        options = replace(options, method=method)
+        return repair(pruned, self.calibration, dense=self.dense, options=options, execution=execution)
+
+    def _compressed(self, goal: Goal, execution: Execution) -> RepairResult:
+        if goal.pattern == CHANNEL:
+            raise OptionError("'compress' zeros weights, it removes no channels: 'refit' repairs what is left of them")
+        options = CompressOptions(
+            goal.sparsity,
+            goal.pattern,
+            self.settings.rounds,
+            include=self.settings.include,
+            exclude=self.settings.exclude,
+        )
+        return compress(
+            self.dense, self.calibration, options, repair_options=self._unverified, execution=execution
+        ).repair
+
+    @property
+    def _unverified(self) -> RepairOptions:
+        """The same calibration samples, and none held out."""
+        return replace(self.options, samples=self.chosen, verify_samples=0)
+
+    def _measured(self, outputs: Outputs) -> Fidelity:
+        fidelity = measure(outputs, self.reference, self.labels, self.settings.label_offset)
+        return replace(fidelity, samples=len(self.indices))
+
+
+def _opened(setup: Setup, dense: onnx.ModelProto, data: DataSource | Dataset, labels: str | None) -> Dataset:
+    if isinstance(data, Dataset):
+        return data
+    return open_data(
+        data,
+        input_specs(GraphIndex.of(dense)),
+        preprocessing=setup.preprocessing,
+        labels=labels,
+        skip_bad_images=setup.settings.repair.skip_bad_images,
+    )
+
+
+def _survivors(model: onnx.ModelProto, zeros: bool = False) -> int:
+    """Weights of a model that are not zero, or all of them."""
+    index = GraphIndex.of(model)
+    values = [weight_of(index, point) for point in survey(index).points if point.weight_slot is not None]
+    return sum(value.size if zeros else int(np.count_nonzero(value)) for value in values)

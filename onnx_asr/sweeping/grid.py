@@ -1,0 +1,146 @@
+"""What a sweep tries: goals of pruning, and the methods that every goal is repaired with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from onnx_asr.errors import OptionError
+from onnx_asr.masking import Scope
+from onnx_asr.options import (
+    SENSITIVITY_SPARSITIES,
+    SWEEP_METHODS,
+    RepairOptions,
+    Score,
+    check_at_least,
+    check_choice,
+)
+from onnx_asr.patterns import Pattern, check_share
+
+DEFAULT_METHODS = ("none", "paired", "refit")
+CHANNEL = "channel"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is pruned, once for all methods.
+
+    Attributes:
+        pattern: "unstructured", "N:M", "Nx1" or "channel".
+        sparsity: Share of weights, blocks or channels; None where the pattern sets it.
+    """
+
+    pattern: str
+    sparsity: float | None
+
+    @property
+    def share(self) -> float:
+        """Share of what is pruned, where it is not asked for that of the pattern."""
+        if self.sparsity is not None:
+            return self.sparsity
+        shape = Pattern.parse(self.pattern)
+        assert shape.n is not None
+        return 1 - shape.n / shape.m
+
+    def __str__(self) -> str:
+        if self.sparsity is None:
+            return self.pattern
+        share = f"{100 * self.sparsity:g}%"
+        return share if self.pattern == "unstructured" else f"{self.pattern} {share}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model of a sweep: a goal, and what repairs it."""
+
+    goal: Goal
+    method: str
+
+    def __str__(self) -> str:
+        return f"{self.method} at {self.goal}"
+
+
+@dataclass(frozen=True)
+class SweepGrid:
+    """What to try.
+
+    Attributes:
+        sparsities: Shares to prune, each in [0, 1); None takes 0.5, 0.7, 0.8, 0.9 and 0.95. N:M patterns, which set
+            their own, do not use them.
+        patterns: "unstructured", "N:M" or "Nx1", as in :func:`onnx_asr.prune`; "channel" removes whole channels, as
+            :func:`onnx_asr.prune_channels` does.
+        methods: "none" leaves the pruned model as it is; any method of :func:`onnx_asr.repair`; "compress" prunes and
+            repairs by :func:`onnx_asr.compress`.
+    """
+
+    sparsities: tuple[float, ...] | None = None
+    patterns: tuple[str, ...] = ("unstructured",)
+    methods: tuple[str, ...] = DEFAULT_METHODS
+
+    def __post_init__(self) -> None:
+        for name in ("patterns", "methods"):
+            if not getattr(self, name):
+                raise OptionError(f"a sweep without {name} has no cells: give at least one")
+        for method in self.methods:
+            check_choice("method", method, SWEEP_METHODS)
+        free = [pattern for pattern in self.patterns if not _sets_sparsity(pattern)]
+        if self.sparsities is not None:
+            if not free:
+                raise OptionError(f"pattern {self.patterns[0]} sets the sparsity itself: leave --sparsities out")
+            if not self.sparsities:
+                raise OptionError("a sweep without sparsities has no cells: give at least one, as 0.5,0.9")
+            for share in self.sparsities:
+                check_share(share, "weights to zero")
+
+    @property
+    def cells(self) -> list[Cell]:
+        """All cells, each once, in the order of a table."""
+        shares = SENSITIVITY_SPARSITIES if self.sparsities is None else self.sparsities
+        goals = [
+            Goal(pattern, share)
+            for pattern in self.patterns
+            for share in ((None,) if _sets_sparsity(pattern) else shares)
+        ]
+        return in_order(Cell(goal, method) for goal in goals for method in self.methods)
+
+
+def in_order(cells: Iterable[Cell]) -> list[Cell]:
+    """Each cell once: by pattern, then by sparsity, then by method."""
+    return sorted(dict.fromkeys(cells), key=_place)
+
+
+def _place(cell: Cell) -> tuple[Any, ...]:
+    goal = cell.goal
+    kind = ("unstructured", CHANNEL).index(goal.pattern) if goal.pattern in ("unstructured", CHANNEL) else 2
+    return goal.sparsity is None, kind, goal.pattern, goal.share, SWEEP_METHODS.index(cell.method)
+
+
+def _sets_sparsity(pattern: str) -> bool:
+    return pattern != CHANNEL and Pattern.parse(pattern).n is not None
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """What all cells of a sweep have in common.
+
+    Attributes:
+        scope: How ``prune`` shares the zeros out.
+        score: What ``prune`` ranks weights by.
+        include: Regular expressions on names that take part in the pruning; empty for all.
+        exclude: Regular expressions that do not.
+        rounds: Mask rounds of ``compress``.
+        repair: Samples, seed, and what the methods can be asked to do; the method itself is that of the cell.
+        label_offset: Added to a label to give the model's class.
+    """
+
+    scope: Scope = "global"
+    score: Score = "magnitude"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    rounds: int = 5
+    repair: RepairOptions = field(default_factory=RepairOptions)
+    label_offset: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least("rounds", self.rounds, 1)

@@ -1,0 +1,146 @@
+"""The sweep pipeline: the cells that are not finished yet, here or on workers, kept as they come."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from importlib.util import find_spec
+
+import onnx
+
+from onnx_asr.data import Dataset, Preprocessing
+from onnx_asr.data.sources import DataSource
+from onnx_asr.errors import OptionError
+from onnx_asr.model_io import ModelSource
+from onnx_asr.networks import Execution, Progress
+from onnx_asr.options import check_at_least
+from onnx_asr.ownership import DISTRIBUTION
+from onnx_asr.sweeping.bench import Bench, Setup
+from onnx_asr.sweeping.grid import Cell, Goal, SweepGrid, SweepSettings, in_order
+from onnx_asr.sweeping.result import Outcome, SweepResult, outcome_of
+from onnx_asr.sweeping.store import Store
+
+Finished = Generator[tuple[Cell, Outcome], None, None]
+
+
+def sweep(
+    dense: ModelSource,
+    data: DataSource | Dataset,
+    grid: SweepGrid | None = None,
+    *,
+    settings: SweepSettings | None = None,
+    test: DataSource | Dataset | None = None,
+    labels: str | os.PathLike[str] | None = None,
+    preprocessing: Preprocessing | None = None,
+    results: str | os.PathLike[str] | None = None,
+    workers: int | None = 1,
+    cluster: str | None = None,
+    execution: Execution | None = None,
+) -> SweepResult:
+    """Prune at every sparsity and pattern, repair with every method, score on samples that were held out.
+
+    A model is pruned once for all methods. A cell that cannot be made, such as ``bn`` where BatchNormalization was
+    folded, is told with the reason and ends nothing.
+
+    Args:
+        dense: Path or ModelProto; it is not changed.
+        data: Calibration samples, no labels needed, as for :func:`onnx_asr.repair`.
+        grid: What to try.
+        settings: What all cells have in common; the defaults are those of the pipelines.
+        test: Samples to score on, all of them; None for those that the repair options hold out of ``data``, by which
+            "auto" (and scope "sensitivity") has chosen.
+        labels: A table of labels for the samples that are scored, where they are a folder of images.
+        preprocessing: What to do to images.
+        results: A JSON file that is rewritten after every cell. One that is there already is gone on with: its finished
+            cells are kept, those of another grid too, and failed ones are tried again.
+        workers: Processes to run cells in; 1 for this process, None for one a core, at most 8. More than one needs
+            the extra "distributed", and in a script a guard ``if __name__ == "__main__"``.
+        cluster: Address of a Dask scheduler to run cells on instead, as "tcp://host:8786". Its workers, and local ones,
+            open models and data that are given as paths themselves, so that the paths have to lead to the same files
+            everywhere; they refuse to work where they do not. What is given as objects is sent to them.
+        execution: Execution providers, memory limit (of each worker), progress. Threads 0 stands for all cores in this
+            process, for an equal share of them in each local worker, and for one on a cluster.
+
+    Raises:
+        OptionError: Options out of range, or the extra is missing.
+        ModelError: A dense model that cannot be repaired or run.
+        DataError: Missing, broken or unfitting data or labels.
+        OutputError: A results file of another sweep, or one that cannot be written.
+    """
+    execution = execution or Execution()
+    grid, settings = grid or SweepGrid(), settings or SweepSettings()
+    _check_workers(workers, cluster)
+    store = None if results is None else Store(results)
+    setup = Setup(dense, data, test, None if labels is None else os.fspath(labels), preprocessing, settings)
+    execution.progress("reading the samples", 0.0)
+    bench = Bench.of(setup, execution)
+    cells = {} if store is None else store.finished(bench.conditions)
+    wanted = [cell for cell in grid.cells if cell not in cells]
+    progress = _Progress(execution.progress, len(wanted))
+    with closing(_run(setup, bench, wanted, workers, cluster, replace(execution, progress=progress))) as finished:
+        for cell, outcome in finished:
+            cells[cell] = outcome
+            progress.finish(cell)
+            if store is not None:
+                store.write(_result(bench, cells))
+    execution.progress("done", 1.0)
+    return _result(bench, cells)
+
+
+def _check_workers(workers: int | None, cluster: str | None) -> None:
+    if workers is not None:
+        check_at_least("workers", workers, 1)
+    if (cluster is not None or (workers or 1) > 1) and find_spec("distributed") is None:
+        raise OptionError(f"workers need Dask, which is not installed: pip install '{DISTRIBUTION}[distributed]'")
+
+
+def _run(
+    setup: Setup, bench: Bench, cells: Sequence[Cell], workers: int | None, cluster: str | None, execution: Execution
+) -> Finished:
+    if workers is None and find_spec("distributed") is None:
+        workers = 1
+    if not cells or (cluster is None and (workers == 1 or len(cells) == 1)):
+        return _in_process(bench, cells, execution)
+    from onnx_asr.sweeping.workers import on_workers
+
+    return on_workers(setup, bench, cells, workers, cluster, execution)
+
+
+def _in_process(bench: Bench, cells: Sequence[Cell], execution: Execution) -> Finished:
+    """One cell after the other."""
+
+    @lru_cache(maxsize=1)
+    def pruned(goal: Goal) -> onnx.ModelProto:
+        return bench.pruned(goal, execution)
+
+    def scored(cell: Cell) -> Outcome:
+        return bench.score(cell, None if cell.method == "compress" else pruned(cell.goal), execution)
+
+    for cell in cells:
+        execution.progress(str(cell), 0.0)
+        yield cell, outcome_of(partial(scored, cell))
+
+
+def _result(bench: Bench, cells: dict[Cell, Outcome]) -> SweepResult:
+    ordered = {cell: cells[cell] for cell in in_order(cells)}
+    return SweepResult(bench.conditions, bench.dense_score(), ordered, bench.notes)
+
+
+@dataclass
+class _Progress:
+    """The progress of a cell as part of that of all."""
+
+    tell: Progress
+    total: int
+    done: int = 0
+
+    def __call__(self, stage: str, fraction: float) -> None:
+        self.tell(f"cell {self.done + 1} of {self.total}: {stage}", (self.done + fraction) / self.total)
+
+    def finish(self, cell: Cell) -> None:
+        """Count one more."""
+        self.done += 1
+        self.tell(f"{self.done} of {self.total} cells done, the last {cell}", self.done / self.total)

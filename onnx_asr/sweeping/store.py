@@ -1,0 +1,95 @@
+"""The results file: finished cells under the conditions that their scores depend on, rewritten whole after each."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from onnx_asr.errors import OutputError
+from onnx_asr.model_io import check_writable, write_text
+from onnx_asr.sweeping.grid import Cell
+from onnx_asr.sweeping.result import Outcome, SweepResult, cell_from_dict
+
+_KIND = "onnx-resuscitate sweep"
+_FEW, _LONG = 3, 24  # differences named in an error, and characters of a value there
+
+
+class Store:
+    """A results file.
+
+    Raises:
+        OutputError: When a file that is there already is not one, or no file can be made there.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = check_writable(path)
+        self._found = _read(self._path) if self._path.exists() else None
+
+    def finished(self, conditions: Mapping[str, Any]) -> dict[Cell, Outcome]:
+        """The cells that an earlier run finished under the same conditions, whatever its grid; none that failed.
+
+        Raises:
+            OutputError: When it ran under others.
+        """
+        if self._found is None:
+            return {}
+        there, now = (dict(_flat(values)) for values in (self._found["conditions"], _plain(conditions)))
+        differing = [name for name in sorted({*there, *now}) if there.get(name) != now.get(name)]
+        if differing:
+            differing.sort(key=lambda name: name.endswith("sha256"))  # what a reader can tell apart comes first
+            told = "; ".join(
+                f"{name} is {_short(there.get(name))} there, {_short(now.get(name))} now" for name in differing[:_FEW]
+            )
+            more = f"; and {len(differing) - _FEW} more" if len(differing) > _FEW else ""
+            raise OutputError(
+                f"'{self._path}' holds the cells of another sweep ({told}{more}): give another file with --output, or "
+                "remove this one"
+            )
+        cells = dict(map(cell_from_dict, self._found["cells"]))
+        return {cell: outcome for cell, outcome in cells.items() if outcome.error is None}
+
+    def write(self, result: SweepResult) -> None:
+        """Replace the file.
+
+        Raises:
+            OutputError: When it cannot be written; it is then as it was.
+        """
+        write_text(json.dumps({"kind": _KIND, **result.to_dict()}, indent=1, allow_nan=False) + "\n", self._path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["kind"] != _KIND or not isinstance(values["conditions"], dict):
+            raise ValueError("it is of another kind")
+        for item in values["cells"]:
+            cell_from_dict(item)
+    except OSError as error:
+        raise OutputError(f"cannot read '{path}': {error.strerror}; give another file with --output") from error
+    except (ValueError, KeyError, TypeError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise OutputError(
+            f"'{path}' is there already and is not the result of a sweep, so it is left alone: give another file with "
+            "--output"
+        ) from error
+    return dict(values)
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as they come back from a file."""
+    return dict(json.loads(json.dumps(values)))
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _LONG else f"{text[:_LONG]}..."
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

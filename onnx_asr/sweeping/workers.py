@@ -1,0 +1,233 @@
+"""Cells on Dask workers: processes of this machine, or those of a cluster that is there already.
+
+Each worker reads the models and the samples once, by a plugin, which Dask gives to workers that come later, too: those
+that take the place of killed ones. A pruned model is a task of its own, whose result the cells of its goal share.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+from uuid import uuid4
+
+import dask
+import onnx
+from dask.system import CPU_COUNT
+from distributed import Client, Future, LocalCluster, Worker, WorkerPlugin, as_completed, get_worker
+from distributed import TimeoutError as DaskTimeout
+from distributed.scheduler import KilledWorker
+
+from onnx_asr.data import Dataset
+from onnx_asr.errors import DataError, OnnxAsrError, OptionError
+from onnx_asr.graph.tensors import is_self_contained
+from onnx_asr.networks import Execution, silent
+from onnx_asr.sweeping.bench import Bench, Setup
+from onnx_asr.sweeping.grid import Cell, Goal
+from onnx_asr.sweeping.result import Outcome, outcome_of
+
+_MOST = 8  # local workers, where their number is not given: each holds samples and activations of its own
+_PATIENCE = 30  # seconds for a scheduler to answer, and for a first worker to be there
+_BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+
+def on_workers(
+    setup: Setup, bench: Bench, cells: Sequence[Cell], workers: int | None, cluster: str | None, execution: Execution
+) -> Generator[tuple[Cell, Outcome], None, None]:
+    """Cells as they are finished, in whatever order.
+
+    Args:
+        setup: What every worker reads.
+        bench: What this process has made of it, which the workers have to find, too.
+        cells: The cells.
+        workers: Local processes; None for one a core.
+        cluster: Address of a scheduler whose workers take the place of local ones.
+        execution: Execution providers, threads, memory limit of each worker, progress.
+
+    Raises:
+        OptionError: A model that cannot be sent, or a cluster that cannot be reached.
+        OnnxAsrError: When the cluster is lost on the way.
+    """
+    if not is_self_contained(bench.dense):
+        raise OptionError("a model over 2 GB cannot be handed from worker to worker: give --workers 1")
+    count = min(workers or min(CPU_COUNT, _MOST), len(cells))
+    share = 1 if cluster is not None else max(1, CPU_COUNT // count)
+    threads = execution.runtime.threads or share
+    theirs = Execution(replace(execution.runtime, threads=threads), execution.memory_limit, silent)
+    plugin = _BenchPlugin(_sendable(setup, bench), theirs, bench.conditions, ours=cluster is None)
+    execution.progress("starting the workers", 0.0)
+    with _local(count, threads) if cluster is None else _remote(cluster) as client, _registered(client, plugin):
+        pruned = {goal: _submit(client, _pruned, plugin.name, goal) for goal in {cell.goal for cell in cells}}
+        futures = {
+            _submit(client, _scored, plugin.name, cell, None if cell.method == "compress" else pruned[cell.goal]): cell
+            for cell in cells
+        }
+        pruned.clear()
+        try:
+            for future in as_completed(futures):
+                if future.cancelled():
+                    raise OnnxAsrError("the workers are lost: the scheduler has ended, or somebody cancelled the cells")
+                yield futures[future], outcome_of(partial(_result, future))
+        finally:
+            with suppress(OSError):  # the scheduler has ended
+                client.cancel(list(futures), force=True)
+
+
+def _submit(client: Client, function: Any, *arguments: Any) -> Future[Any]:
+    return client.submit(function, *arguments, pure=False)
+
+
+def _result(future: Future[Any]) -> Outcome:
+    try:
+        outcome: Outcome = future.result()
+    except KilledWorker as error:
+        raise OnnxAsrError(
+            f"its worker died {error.allowed_failures + 1} times; where memory is short, fewer --workers or a "
+            "--memory-limit help"
+        ) from error
+    return outcome
+
+
+@contextmanager
+def _local(count: int, threads: int) -> Iterator[Client]:
+    """Processes of this machine, which end with the context; onnxruntime and BLAS use the same number of threads."""
+    environment = {f"distributed.nanny.pre-spawn-environ.{name}": threads for name in _BLAS_THREADS}
+    with ExitStack() as stack:
+        stack.enter_context(_environment_kept())
+        folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        stack.enter_context(dask.config.set({**environment, "temporary-directory": folder}))
+        cluster = LocalCluster(
+            n_workers=count,
+            threads_per_worker=1,
+            dashboard_address=None,
+            silence_logs=logging.CRITICAL,
+            local_directory=folder,
+        )
+        yield stack.enter_context(Client(stack.enter_context(cluster)))
+
+
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Take out what Dask puts into the environment for its workers: the next ones may be given something else."""
+    names = set(os.environ)
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - names:
+            del os.environ[name]
+
+
+@contextmanager
+def _remote(address: str) -> Iterator[Client]:
+    """A cluster that is there and stays there."""
+    try:
+        client = Client(address, timeout=_PATIENCE)
+    except (OSError, ValueError) as error:
+        raise OptionError(
+            f"no Dask scheduler answers at {address} ({error}): start one (dask scheduler), and give its address, as "
+            "tcp://host:8786"
+        ) from error
+    with _silenced(), client:
+        try:
+            client.wait_for_workers(1, timeout=_PATIENCE)
+        except DaskTimeout:
+            raise OptionError(
+                f"the scheduler at {address} has no workers: start some (dask worker {address})"
+            ) from None
+        yield client
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Keep Dask from logging the loss of the scheduler, which an error tells."""
+    logger = logging.getLogger("distributed.client")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _registered(client: Client, plugin: _BenchPlugin) -> Iterator[None]:
+    client.register_plugin(plugin, name=plugin.name)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            client.unregister_worker_plugin(plugin.name)
+
+
+class _BenchPlugin(WorkerPlugin):
+    """Makes a worker's bench when the first cell asks for it, so that what goes wrong is told like any other error."""
+
+    def __init__(self, setup: Setup, execution: Execution, conditions: Mapping[str, Any], ours: bool) -> None:
+        self.name = f"onnx-resuscitate-sweep-{uuid4().hex}"
+        self.execution = execution
+        self._setup = setup
+        self._conditions = conditions
+        self._ours = ours
+
+    def setup(self, worker: Worker) -> None:
+        """Prepare for tasks in several threads; processes of ours leave an interrupt to the one that started them."""
+        if self._ours:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self._lock = threading.Lock()
+        self._bench: Bench | None = None
+
+    def bench(self) -> Bench:
+        """The worker's bench.
+
+        Raises:
+            DataError: When it is not the one that the sweep was started with.
+        """
+        with self._lock:
+            if self._bench is None:
+                bench = Bench.of(self._setup, self.execution)
+                for name, value in self._conditions.items():
+                    if bench.conditions[name] != value:
+                        raise DataError(
+                            f"worker {get_worker().address} finds other {name} than the sweep was started with "
+                            f"({bench.conditions[name]}, not {value}): give paths that lead to the same files "
+                            "everywhere, and install one version"
+                        )
+                self._bench = bench
+            return self._bench
+
+
+def _pruned(plugin: str, goal: Goal) -> onnx.ModelProto:
+    """A task: the pruned model of a goal."""
+    here = _here(plugin)
+    return here.bench().pruned(goal, here.execution)
+
+
+def _scored(plugin: str, cell: Cell, pruned: onnx.ModelProto | None) -> Outcome:
+    """A task: what becomes of a cell."""
+    here = _here(plugin)
+    return here.bench().score(cell, pruned, here.execution)
+
+
+def _here(plugin: str) -> _BenchPlugin:
+    return cast(_BenchPlugin, get_worker().plugins[plugin])
+
+
+def _sendable(setup: Setup, bench: Bench) -> Setup:
+    """With absolute paths, and opened what is no path: a reader can be read only once."""
+    dense = bench.dense if isinstance(setup.dense, onnx.ModelProto) else os.path.abspath(setup.dense)
+    data, test = _path_or(setup.data, bench.calibration), _path_or(setup.test, bench.scored)
+    labels = None if setup.labels is None else os.path.abspath(setup.labels)
+    return replace(setup, dense=dense, data=data, test=test, labels=labels)
+
+
+def _path_or(source: Any, opened: Dataset) -> Any:
+    if source is None:
+        return None
+    return os.path.abspath(source) if isinstance(source, (str, os.PathLike)) else opened
