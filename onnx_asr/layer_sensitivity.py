@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from onnx_asr.allocation import sensitivities
 from onnx_asr.data import Dataset, Preprocessing
 from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
@@ -18,7 +19,6 @@ from onnx_asr.model_io import ModelSource, load
 from onnx_asr.networks import Execution
 from onnx_asr.options import SCORES, SENSITIVITY_SPARSITIES, RepairOptions, Score, check_choice
 from onnx_asr.patterns import Pattern, check_share
-from onnx_asr.pruning import sensitivities
 from onnx_asr.repairing import RepairJob
 from onnx_asr.scoring import weight_scores
 
