@@ -67,12 +67,18 @@ class SensitivityResult:
     seconds: float
 
     @property
-    def measure(self) -> str:
+    def distance_name(self) -> str:
         """What the distances are."""
         first = self.layers[0].fidelities[0]
         if first.kl is not None:
-            return "KL divergence and agreement"
+            return "KL divergence"
         return "share of unequal outputs" if first.snr_db is None else "relative output error"
+
+    @property
+    def measure(self) -> str:
+        """What was measured."""
+        classifier = self.layers[0].fidelities[0].kl is not None
+        return f"{self.distance_name} and agreement" if classifier else self.distance_name
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

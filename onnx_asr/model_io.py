@@ -250,10 +250,19 @@ def write_text(text: str, path: str | os.PathLike[str]) -> Path:
     Raises:
         OutputError: When it cannot be written.
     """
+    return write_bytes(text.encode(), path)
+
+
+def write_bytes(content: bytes, path: str | os.PathLike[str]) -> Path:
+    """Write a file atomically.
+
+    Raises:
+        OutputError: When it cannot be written.
+    """
     target = check_writable(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         temporary.replace(target)
     except OSError as error:
         raise OutputError(f"cannot write '{target}': {error.strerror}") from error

@@ -157,6 +157,12 @@ def report(path: Path | None) -> Iterator[RenderableType]:
         yield f"report: {path}"
 
 
+def plot(path: Path | None) -> Iterator[RenderableType]:
+    """Where the drawing is, if there is one."""
+    if path is not None:
+        yield f"plot: {path}"
+
+
 def view(addresses: Sequence[tuple[str, str]]) -> Iterator[RenderableType]:
     """Where the models are shown."""
     for model, address in addresses:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from onnx_asr.errors import OptionError
 from onnx_asr.model_io import check_writable
 from onnx_asr.ownership import DISTRIBUTION
 
-_NEEDED = ("jinja2", "matplotlib")
+_NEEDED = {"--report": ("jinja2", "matplotlib"), "--plot": ("matplotlib",)}
+_PLOTS = (".svg", ".png")
 
 
 def check_report(path: str | os.PathLike[str], output: Path | None) -> Path:
@@ -20,13 +22,30 @@ def check_report(path: str | os.PathLike[str], output: Path | None) -> Path:
         OptionError: When a library is missing, or the report would replace the result.
         OutputError: When no file can be written there.
     """
-    missing = [name for name in _NEEDED if find_spec(name) is None]
+    return _checked("--report", path, {"--output": output})
+
+
+def check_plot(path: str | os.PathLike[str], output: Path | None = None, report: Path | None = None) -> Path:
+    """Where a plot goes, checked in the same way.
+
+    Raises:
+        OptionError: When a library is missing, the format is unknown, or the plot would replace another result.
+        OutputError: When no file can be written there.
+    """
+    if Path(path).suffix not in _PLOTS:
+        raise OptionError(f"--plot '{path}' is of no known format: give a name that ends in {' or '.join(_PLOTS)}")
+    return _checked("--plot", path, {"--output": output, "--report": report})
+
+
+def _checked(option: str, path: str | os.PathLike[str], others: Mapping[str, Path | None]) -> Path:
+    missing = [name for name in _NEEDED[option] if find_spec(name) is None]
     if missing:
         raise OptionError(
-            f"--report needs {' and '.join(missing)}, which this environment does not have: "
+            f"{option} needs {' and '.join(missing)}, which this environment does not have: "
             f"pip install {DISTRIBUTION}[report]"
         )
     target = check_writable(path)
-    if output is not None and target.resolve() == output.resolve():
-        raise OptionError(f"--report and --output both name '{target}': give the report a file of its own")
+    for other, taken in others.items():
+        if taken is not None and target.resolve() == taken.resolve():
+            raise OptionError(f"{option} and {other} both name '{target}': give each a file of its own")
     return target

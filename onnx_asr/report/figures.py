@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 _LOWEST, _HIGHEST = -4.0, 1.5  # log10 of the variance ratios shown; what is beyond stands at the edge
-_WIDTH, _ROW, _ROWS, _MARGIN = 4.6, 0.19, 8.0, 1.05  # inches: narrow enough for a phone, all rows on a printed page
+WIDTH, _ROW, _ROWS, _MARGIN = 4.6, 0.19, 8.0, 1.05  # inches: narrow enough for a phone, all rows on a printed page
 _COLUMNS = 64  # of the heat map: channels sorted by ratio, whatever their number
 _COLOURS = {"before": "#c2410c", "after": "#1d4ed8"}
-_RESOLUTION = 140
-_TEXT, _SMALL = 10, 8.5  # points
+RESOLUTION = 140
+TEXT, SMALL = 10, 8.5  # points
 _LAYERS_LABELLED = 42
 
 
@@ -43,11 +43,11 @@ def strip(layers: Sequence[Mapping[str, Any]], names: Mapping[str, str], collaps
     axis.set_xlim(_LOWEST - 0.1, _HIGHEST + 0.1)
     ticks = np.arange(np.ceil(_LOWEST), _HIGHEST + 0.1)
     axis.set_xticks(ticks, ["≤ 0.0001", *(f"{10.0**tick:g}" for tick in ticks[1:])])
-    axis.set_xlabel("variance / dense variance", fontsize=_TEXT)
+    axis.set_xlabel("variance / dense variance", fontsize=TEXT)
     axis.grid(axis="x", color="0.9", linewidth=0.5)
     axis.set_axisbelow(True)
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, markerscale=3, fontsize=_TEXT)
-    return _svg(figure)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, markerscale=3, fontsize=TEXT)
+    return svg(figure)
 
 
 def heat_map(layers: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
@@ -59,29 +59,29 @@ def heat_map(layers: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> s
         rows = [np.full(_COLUMNS, np.nan) if layer[key] is None else _resampled(layer[key]) for layer in layers]
         scale = TwoSlopeNorm(0.0, -2.0, 2.0)
         image = axis.imshow(np.stack(rows), cmap=colours, norm=scale, aspect="auto", interpolation="nearest")
-        axis.set_title(name, fontsize=_TEXT)
+        axis.set_title(name, fontsize=TEXT)
         axis.set_xticks([])
-        axis.set_xlabel("channels, sorted", fontsize=_TEXT)
+        axis.set_xlabel("channels, sorted", fontsize=TEXT)
     assert image is not None
     bar = figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02)
     bar.set_ticks([-2, -1, 0, 1, 2], labels=["≤ 0.01", "0.1", "1", "10", "≥ 100"])
-    bar.ax.tick_params(labelsize=_SMALL)
-    return _svg(figure)
+    bar.ax.tick_params(labelsize=SMALL)
+    return svg(figure)
 
 
 def _figure(layers: int, panels: int) -> tuple[Figure, list[Axes]]:
     """Panels side by side, one row a layer, the first on top."""
-    figure = Figure(figsize=(_WIDTH, _MARGIN + min(_ROW * max(4, layers), _ROWS)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, _MARGIN + min(_ROW * max(4, layers), _ROWS)), layout="constrained")
     axes = [figure.add_subplot(1, panels, number + 1) for number in range(panels)]
     step = max(1, -(-layers // _LAYERS_LABELLED))
     for number, axis in enumerate(axes):
         ticks = range(0, layers, step)
         axis.set_yticks(list(ticks), [str(tick + 1) for tick in ticks] if number == 0 else [])
         axis.set_ylim(layers - 0.4, -0.6)
-        axis.tick_params(labelsize=_SMALL, length=2)
+        axis.tick_params(labelsize=SMALL, length=2)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
-    axes[0].set_ylabel("layer", fontsize=_TEXT)
+    axes[0].set_ylabel("layer", fontsize=TEXT)
     return figure, axes
 
 
@@ -98,9 +98,9 @@ def _resampled(damage: Mapping[str, Any]) -> NDArray[np.float64]:
     return np.asarray(levels[np.arange(_COLUMNS) * len(levels) // _COLUMNS])
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     """SVG with text as text; the same figure gives the same bytes."""
     settings = matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "onnx-resuscitate"})
     with settings, io.StringIO() as buffer:
-        figure.savefig(buffer, format="svg", dpi=_RESOLUTION, metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", dpi=RESOLUTION, metadata={"Date": None, "Creator": None})
         return buffer.getvalue()
