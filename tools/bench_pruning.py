@@ -7,12 +7,12 @@
     python tools/bench_pruning.py patterns [--nets resnet20 resnet56 resnet18] [--goals 2:4] [--scores magnitude]
 
 "channels": shares of the channels are removed, or as many as leave a share of the FLOPs (flops:0.5); of ResNet-20 the
-inner ones of its blocks (those between the two convolutions of a block, which no residual Add couples), of ResNet-18 all
-but the classes, the residual stages included. "scopes": single weights are zeroed, as many as the goals say, by scope
-and, behind a colon, score (magnitude if there is none), then repaired with "refit". "patterns": N:M zeros, by score.
-All repair from the first calibration images, and give top-1 in percent and the KL divergence dense || repaired of the
-scored images. "latency": channels of ResNet-18 are removed within a budget, and the dense and the cut net are run in
-turns, one image a run. "ok" and "MISSED" compare with the goals in this file.
+inner ones of its blocks (those between the two convolutions of a block, which no residual Add couples), of ResNet-18
+all but the classes, the residual stages included. "scopes": single weights are zeroed, as many as the goals say, by
+scope and, behind a colon, score (magnitude if there is none), then repaired with "refit". "patterns": N:M zeros, by
+score. All repair from the first calibration images, and give top-1 in percent and the KL divergence dense || repaired
+of the scored images. "latency": channels of ResNet-18 are removed within a budget, and the dense and the cut net are
+run in turns, one image a run. "ok" and "MISSED" compare with the goals in this file.
 """
 
 from __future__ import annotations
