@@ -57,7 +57,7 @@ class Budget:
             ModelError: When what that costs is not known.
         """
         if not dense:
-            raise ModelError(f"the model's {self.measure} are not known, as shapes of its tensors are not")
+            raise ModelError("the model's FLOPs are not known, as shapes of its tensors are not")
         limit = self.limit if self.limit >= 1 else self.limit * dense
         if limit >= dense:
             raise OptionError(

@@ -44,7 +44,7 @@ from onnx_asr.version import __version__
 Scope = Literal["layer", "global"]
 
 _GLANCE = 0.7  # seconds a model is timed in a search
-_STEP, _MOST = 0.01, 0.999  # of the sparsity
+_STEP = 0.01  # of the sparsity
 
 CHANNELS_HELP = "fewer channels take less time and memory in every runtime, on any hardware"
 """What the removal of channels is good for."""
@@ -244,9 +244,16 @@ def _within_latency(budget: Budget, cutter: _Cutter, stopwatch: Stopwatch, progr
         latency = stopwatch.time(cutter.cut(share))
         if latency.ratio <= budget.limit:
             return share, latency
-        if share >= _MOST:
+        share = _more(cutter, share)
+        if share >= 1:
             raise unreachable(budget, latency.ratio)
-        share = min(_MOST, share + _STEP)
+
+
+def _more(cutter: _Cutter, share: float) -> float:
+    """A sparsity a hundredth higher, or what it takes until something more goes; 1 where nothing more does."""
+    here = cutter.drop(share)
+    further = np.arange(share + _STEP, 1, _STEP).tolist()
+    return next((higher for higher in further if not np.array_equal(cutter.drop(higher), here)), 1.0)
 
 
 def channel_scores(index: GraphIndex, channels: Channels, points: Sequence[Point]) -> Floats:
