@@ -157,9 +157,8 @@ def prune(
             if budget is not None and budget.measure == "flops":
                 costs = replace(costs, prices=unit_flops(index, weights, costs.sizes, input_shapes))
     allocation = Allocation(index, weights, scores, shape, scope, costs)
-    if budget is not None:
-        sparsity = _within(budget, allocation, before, input_shapes, execution.progress)
-    pruned, layers = allocation.pruned(sparsity)
+    share = sparsity if budget is None else _within(budget, allocation, before, input_shapes, execution.progress)
+    pruned, layers = allocation.pruned(share)
     options = {
         "sparsity": sparsity,
         "budget": None if budget is None else asdict(budget),
