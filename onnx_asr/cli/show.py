@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from onnx_asr.shrinking import ShrinkResult
 
 _FEW = 5  # skipped nodes of one reason that are named without -v
+_WIDE = 0.2  # spread of latency ratios that is worth a remark
 
 
 def prune(result: PruneResult, path: str, verbose: bool, latency: Latency | None) -> Iterator[RenderableType]:
@@ -250,6 +251,8 @@ def _costs(before: Cost, after: Cost, latency: Latency | None) -> Iterator[Rende
             f"timed in onnxruntime on {fed}, {latency.pairs} pairs of runs in turns; the middle half of their ratios "
             f"lies between {_percent(latency.low)} and {_percent(latency.high)}"
         )
+        if latency.high - latency.low > _WIDE:
+            yield "note: that is a wide spread: other work kept the machine busy; measure again when it is idle"
 
 
 def _layers(layers: Sequence[LayerSparsity]) -> Table:
