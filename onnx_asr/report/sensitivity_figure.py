@@ -39,7 +39,8 @@ def draw(result: SensitivityResult) -> Figure:
     distances = np.array([[item.distance for item in layer.fidelities] for layer in result.layers])
     rows, columns = distances.shape
     finite = np.maximum(np.where(np.isfinite(distances), distances, np.nan), _LEAST)
-    scale = LogNorm(np.nanmin(finite, initial=1.0), max(np.nanmax(finite, initial=_LEAST), 10 * _LEAST))
+    lowest = np.nanmin(finite, initial=1.0)
+    scale = LogNorm(lowest, max(np.nanmax(finite, initial=lowest), 10 * lowest))
     size = _MARGINS[0] + _CELL_WIDTH * columns, _MARGINS[1] + _CELL_HEIGHT * rows
     figure = Figure(figsize=size, layout="constrained")
     axis = figure.add_subplot()
