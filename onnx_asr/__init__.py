@@ -12,11 +12,14 @@ from onnx_asr.ownership import check_owner
 from onnx_asr.version import __version__
 
 if TYPE_CHECKING:
+    from onnx_asr.budget import Budget
     from onnx_asr.channel_pruning import ChannelPruneResult, prune_channels
     from onnx_asr.compression import CompressOptions, CompressResult, compress
     from onnx_asr.data import Preprocessing
+    from onnx_asr.engine.latency import Latency
     from onnx_asr.evaluation import evaluate
     from onnx_asr.inspection import Inspection, inspect
+    from onnx_asr.latency import measure_latency
     from onnx_asr.layer_sensitivity import SensitivityResult, sensitivity
     from onnx_asr.model_io import save
     from onnx_asr.networks import Execution
@@ -28,11 +31,13 @@ if TYPE_CHECKING:
     from onnx_asr.sweeping import SweepGrid, SweepResult, SweepSettings, sweep
 
 _HOME = {
+    "Budget": "budget",
     "ChannelPruneResult": "channel_pruning",
     "CompressOptions": "compression",
     "CompressResult": "compression",
     "Execution": "networks",
     "Inspection": "inspection",
+    "Latency": "engine.latency",
     "Preprocessing": "data",
     "PruneResult": "pruning",
     "RepairOptions": "options",
@@ -45,6 +50,7 @@ _HOME = {
     "compress": "compression",
     "evaluate": "evaluation",
     "inspect": "inspection",
+    "measure_latency": "latency",
     "prune": "pruning",
     "prune_channels": "channel_pruning",
     "repair": "repairing",
@@ -55,11 +61,13 @@ _HOME = {
 }
 
 __all__ = [
+    "Budget",
     "ChannelPruneResult",
     "CompressOptions",
     "CompressResult",
     "Execution",
     "Inspection",
+    "Latency",
     "Preprocessing",
     "PruneResult",
     "RepairOptions",
@@ -73,6 +81,7 @@ __all__ = [
     "compress",
     "evaluate",
     "inspect",
+    "measure_latency",
     "prune",
     "prune_channels",
     "repair",

@@ -24,7 +24,7 @@ from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex
-from onnx_asr.graph.shapes import Cost, cost
+from onnx_asr.graph.shapes import Cost, InputShapes, cost
 from onnx_asr.masking import (
     LayerSparsity,
     PrunableWeight,
@@ -123,6 +123,7 @@ def compress(
     *,
     repair_options: RepairOptions | None = None,
     preprocessing: Preprocessing | None = None,
+    input_shapes: InputShapes | None = None,
     execution: Execution | None = None,
 ) -> CompressResult:
     """Prune and repair jointly, by mask rounds.
@@ -133,6 +134,8 @@ def compress(
         options: Sparsity or pattern, rounds.
         repair_options: Samples, seed and refit recipe; the method is always ``refit``.
         preprocessing: What to do to images.
+        input_shapes: Shapes of inputs that leave sizes open, for FLOPs; else their batch is 1 and their other open
+            sizes are 224.
         execution: Execution providers, memory limit, progress.
 
     Raises:
@@ -149,6 +152,7 @@ def compress(
     calibration = job.load_calibration()
     loaded = time.perf_counter()
     index = GraphIndex.of(model)
+    before = cost(index, input_shapes)
     pattern = Pattern.parse(options.pattern)
     weights, _ = prunable_weights(index, options.include, options.exclude)
     weights, _ = split_narrow(index, weights, pattern)
@@ -178,8 +182,8 @@ def compress(
     return CompressResult(
         repair=replace(result, seconds=stages),
         layers=layers,
-        before=cost(index),
-        after=cost(GraphIndex.of(result.model)),
+        before=before,
+        after=cost(GraphIndex.of(result.model), input_shapes),
         options=options,
         round_seconds=tuple(seconds),
         masked=masked,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from onnx_asr.allocation import sensitivities
 from onnx_asr.data import Dataset, Preprocessing
 from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
@@ -18,7 +19,6 @@ from onnx_asr.model_io import ModelSource, load
 from onnx_asr.networks import Execution
 from onnx_asr.options import SCORES, SENSITIVITY_SPARSITIES, RepairOptions, Score, check_choice
 from onnx_asr.patterns import Pattern, check_share
-from onnx_asr.pruning import sensitivities
 from onnx_asr.repairing import RepairJob
 from onnx_asr.scoring import weight_scores
 
@@ -67,12 +67,18 @@ class SensitivityResult:
     seconds: float
 
     @property
-    def measure(self) -> str:
+    def distance_name(self) -> str:
         """What the distances are."""
         first = self.layers[0].fidelities[0]
         if first.kl is not None:
-            return "KL divergence and agreement"
+            return "KL divergence"
         return "share of unequal outputs" if first.snr_db is None else "relative output error"
+
+    @property
+    def measure(self) -> str:
+        """What was measured."""
+        classifier = self.layers[0].fidelities[0].kl is not None
+        return f"{self.distance_name} and agreement" if classifier else self.distance_name
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

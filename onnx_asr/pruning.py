@@ -3,40 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 import onnx
-from numpy.typing import NDArray
 
-from onnx_asr.calibration import Calibration
+from onnx_asr.allocation import Allocation, layer_costs, sensitivities, unit_flops
+from onnx_asr.budget import Budget, smallest_share
 from onnx_asr.data import Dataset, Preprocessing
 from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
-from onnx_asr.fidelity import Fidelity
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import Skip
-from onnx_asr.graph.shapes import Cost, cost
-from onnx_asr.masking import (
-    LayerSparsity,
-    PrunableWeight,
-    Scope,
-    apply_masks,
-    make_masks,
-    prunable_weights,
-    share_of_zeros,
-    split_narrow,
-    units_of,
-)
+from onnx_asr.graph.shapes import Cost, InputShapes, compressed_size, cost, flops
+from onnx_asr.masking import LayerSparsity, Scope, prunable_weights, share_of_zeros, split_narrow
 from onnx_asr.model_io import ModelSource, check_finite, load
-from onnx_asr.networks import Execution
-from onnx_asr.numerics.masks import keep_count
-from onnx_asr.numerics.scores import cheapest_keep
+from onnx_asr.networks import Execution, Progress
 from onnx_asr.options import DATA_AWARE, SCORES, SENSITIVITY_SPARSITIES, RepairOptions, Score, check_choice
 from onnx_asr.patterns import Pattern, check_sparsity
 from onnx_asr.repairing import RepairJob
 from onnx_asr.scoring import data_free_scores, weight_scores
-from onnx_asr.trials import try_masks
 
 _FOLDED = (
     "no BatchNormalization follows these layers; where it was folded into them, magnitudes of different channels do "
@@ -94,6 +80,7 @@ def prune(
     model: ModelSource,
     sparsity: float | None = None,
     *,
+    budget: Budget | None = None,
     pattern: str = "unstructured",
     scope: Scope = "global",
     score: Score = "magnitude",
@@ -103,6 +90,7 @@ def prune(
     samples: int = RepairOptions.samples,
     seed: int = 0,
     preprocessing: Preprocessing | None = None,
+    input_shapes: InputShapes | None = None,
     execution: Execution | None = None,
 ) -> PruneResult:
     """Zero the weights of smallest score.
@@ -112,11 +100,13 @@ def prune(
     the ``n`` largest of every ``m`` consecutive input channels stay; a weight with fewer than ``m`` input channels a
     group stays dense. Blocks (Nx1): ``N`` consecutive output channels of a group share their zeros, a last block may
     have fewer; a block's score is the mean of its members', and ``round(sparsity n)`` of the blocks go, by the same
-    scopes. Ties are broken by position.
+    scopes. Ties are broken by position. With a budget, it is the smallest sparsity that keeps within it.
 
     Args:
         model: Path or ModelProto of the dense model; it is not changed.
-        sparsity: Share of weights (or blocks) to zero, in [0, 1); not given where the pattern is N:M.
+        sparsity: Share of weights (or blocks) to zero, in [0, 1); not given where the pattern is N:M, or with a budget.
+        budget: What the pruned model may cost in bytes after gzip, or in operations with a weight other than zero;
+            scope "sensitivity" then shares out these operations, instead of the weights.
         pattern: "unstructured"; "N:M" along the input channels, as sparse tensor cores expect; or "Nx1", such as 4x1.
         scope: Compare scores over the whole network, or within each weight: all of one sparsity ("layer"), or
             Erdos-Renyi-kernel sparsities, which spare small layers ("erk"); or the sparsities at which the distances
@@ -129,57 +119,110 @@ def prune(
         samples: How many of them to use.
         seed: Of the sample.
         preprocessing: What to do to images.
+        input_shapes: Shapes of inputs that leave sizes open, for FLOPs; else their batch is 1 and their other open
+            sizes are 224.
         execution: Execution providers, memory limit, progress.
 
     Raises:
-        OptionError: Sparsity out of range, a bad pattern, an unknown score, or nothing left to prune.
+        OptionError: Sparsity out of range, a bad pattern, an unknown score, a budget that cannot be reached, or nothing
+            left to prune.
         ModelError: Not an ONNX model, quantized, weights not finite, or without weights.
         DataError: Missing, broken or unfitting data.
     """
     shape = Pattern.parse(pattern)
-    check_sparsity(sparsity, shape)
+    _check_goal(shape, sparsity, budget)
     check_choice("scope", scope, get_args(Scope))
     check_choice("score", score, SCORES)
     _check_combination(shape, scope, score, data is not None)
-    dense = load(model)
+    dense, execution = load(model), execution or Execution()
     index = GraphIndex.of(dense)
     check_finite(index, "dense")
+    before = cost(index, input_shapes)
     weights, skips = prunable_weights(index, include, exclude)
     weights, narrow = split_narrow(index, weights, shape)
     points = [weight.points[0] for weight in weights]
-    counts = None
+    costs = None
     if data is None:
         scores = data_free_scores(index, points, score)
     else:
         held_out = RepairOptions.verify_samples if scope == "sensitivity" else 0
         settings = RepairOptions(method="refit", samples=samples, verify_samples=held_out, seed=seed)
-        job, execution = RepairJob.of(dense, dense, data, settings, preprocessing), execution or Execution()
+        job = RepairJob.of(dense, dense, data, settings, preprocessing)
         calibration = job.load_calibration()
         scores = weight_scores(job.networks, points, score, calibration, execution)
         if scope == "sensitivity":
-            assert sparsity is not None
-            counts = _sensitivity_counts(job, weights, scores, shape, sparsity, calibration, execution)
-    masks = make_masks(index, weights, scores, shape, sparsity, scope, counts)
+            tried = _tried(sparsity, budget, before)
+            found = sensitivities(job, weights, scores, shape, tried, calibration, execution)
+            costs = layer_costs(index, weights, scores, shape, tried, found)
+            if budget is not None and budget.measure == "flops":
+                costs = replace(costs, prices=unit_flops(index, weights, costs.sizes, input_shapes))
+    allocation = Allocation(index, weights, scores, shape, scope, costs)
+    share = sparsity if budget is None else _within(budget, allocation, before, input_shapes, execution.progress)
+    pruned, layers = allocation.pruned(share)
     options = {
         "sparsity": sparsity,
+        "budget": None if budget is None else asdict(budget),
         "pattern": str(shape),
         "scope": scope,
         "score": score,
         "include": list(include),
         "exclude": list(exclude),
     }
-    pruned, layers = apply_masks(index, weights, masks)
     without_batchnorm = not any(point.batchnorm is not None for point in points)
     folded = score == "magnitude" and scope == "global" and shape.n is None and without_batchnorm and len(points) > 1
     return PruneResult(
         model=pruned,
         layers=layers,
         skips=(*skips, *narrow),
-        before=cost(index),
-        after=cost(GraphIndex.of(pruned)),
+        before=before,
+        after=cost(GraphIndex.of(pruned), input_shapes),
         options=options,
         notes=(_FOLDED,) if folded else (),
     )
+
+
+def _check_goal(pattern: Pattern, sparsity: float | None, budget: Budget | None) -> None:
+    """Refuse what does not say once, and in terms that apply to zeros, how much to prune."""
+    if budget is None:
+        check_sparsity(sparsity, pattern)
+        return
+    if budget.measure == "latency":
+        raise OptionError("zeros make no model faster in onnxruntime: give target-latency with --pattern channel")
+    if pattern.n is not None:
+        raise OptionError(f"pattern {pattern} sets the sparsity itself: leave target-{budget.measure} out")
+    budget.check_alone(sparsity)
+
+
+def _tried(sparsity: float | None, budget: Budget | None, dense: Cost) -> list[float]:
+    """Sparsities to try every weight at.
+
+    The last one leaves a quarter of the density asked for: no weight ends up with less than that, or 0.05. A budget's
+    share is about the density that it comes to.
+    """
+    if budget is not None:
+        whole = _cost(budget, dense)
+        sparsity = 1 - budget.of(whole) / whole
+    assert sparsity is not None
+    return sorted({*SENSITIVITY_SPARSITIES, 1 - (1 - sparsity) / 4})
+
+
+def _cost(budget: Budget, cost: Cost) -> int:
+    """What the budget limits: of zeros only those count that compression, or a sparse kernel, makes use of."""
+    return cost.compressed if budget.measure == "size" else cost.nonzero_flops
+
+
+def _within(
+    budget: Budget, allocation: Allocation, dense: Cost, input_shapes: InputShapes | None, progress: Progress
+) -> float:
+    """The smallest sparsity that keeps within a budget."""
+
+    def cost_at(sparsity: float) -> int:
+        pruned, _ = allocation.pruned(sparsity)
+        if budget.measure == "size":
+            return compressed_size(pruned)
+        return flops(GraphIndex.of(pruned), input_shapes)[1]
+
+    return smallest_share(budget, _cost(budget, dense), cost_at, progress)
 
 
 def _check_combination(pattern: Pattern, scope: Scope, score: Score, data_given: bool) -> None:
@@ -191,43 +234,3 @@ def _check_combination(pattern: Pattern, scope: Scope, score: Score, data_given:
         raise OptionError(f"{readers[0]} needs calibration samples: give them (--data)")
     if data_given and not readers:
         raise OptionError(f"score '{score}' reads no data: leave them out (--data)")
-
-
-def sensitivities(
-    job: RepairJob,
-    weights: Sequence[PrunableWeight],
-    scores: Sequence[NDArray[Any]],
-    pattern: Pattern,
-    sparsities: Sequence[float],
-    calibration: Calibration,
-    execution: Execution,
-) -> list[list[Fidelity]]:
-    """Fidelity to the dense network with one weight alone at each of the sparsities, refitted."""
-    index = job.networks.pruned
-    masks = [
-        [make_masks(index, [weight], [values], pattern, share, "layer")[0] for share in sparsities]
-        for weight, values in zip(weights, scores, strict=True)
-    ]
-    return try_masks(job, [weight.points for weight in weights], masks, calibration, execution)
-
-
-def _sensitivity_counts(
-    job: RepairJob,
-    weights: Sequence[PrunableWeight],
-    scores: Sequence[NDArray[Any]],
-    pattern: Pattern,
-    sparsity: float,
-    calibration: Calibration,
-    execution: Execution,
-) -> list[int]:
-    """Units to keep in every weight.
-
-    The last sparsity tried leaves a quarter of the density asked for: no weight ends up with less than that, or 0.05.
-    """
-    sparsities = sorted({*SENSITIVITY_SPARSITIES, 1 - (1 - sparsity) / 4})
-    found = sensitivities(job, weights, scores, pattern, sparsities, calibration, execution)
-    index = job.networks.pruned
-    sizes = [units_of(index, weight, values, pattern).size for weight, values in zip(weights, scores, strict=True)]
-    zeros = [[size - keep_count(size, share) for share in sparsities] for size in sizes]
-    costs = [[fidelity.distance for fidelity in tried] for tried in found]
-    return cheapest_keep(sizes, zeros, costs, keep_count(sum(sizes), sparsity))

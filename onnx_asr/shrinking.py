@@ -12,7 +12,6 @@ transposed one, too. Rows can become zero when what they read is removed, so thi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,9 +19,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnx_asr.calibration import Chunk, input_specs
+from onnx_asr.calibration import Chunk
 from onnx_asr.channel_pruning import CHANNELS_HELP, ChannelGroup
-from onnx_asr.data import InputSpec
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.channel_computing import pads
@@ -31,7 +29,8 @@ from onnx_asr.graph.channels import Channels, Flags, Read, cut
 from onnx_asr.graph.edit import EditPlan, set_metadata
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import Point, survey
-from onnx_asr.graph.shapes import BATCH, SIDE, Cost, cost
+from onnx_asr.graph.shapes import Cost, InputShapes, cost
+from onnx_asr.latency import random_feeds
 from onnx_asr.model_io import ModelSource, check_finite, load
 from onnx_asr.networks import Progress, silent
 from onnx_asr.numerics.gains import ChannelAffine
@@ -74,23 +73,32 @@ class ShrinkResult:
         }
 
 
-def shrink(model: ModelSource, *, runtime: Runtime | None = None, progress: Progress = silent) -> ShrinkResult:
+def shrink(
+    model: ModelSource,
+    *,
+    input_shapes: InputShapes | None = None,
+    runtime: Runtime | None = None,
+    progress: Progress = silent,
+) -> ShrinkResult:
     """Remove channels that are constant or that nobody reads.
 
     Args:
         model: Path or ModelProto; it is not changed.
+        input_shapes: Shapes of inputs that leave sizes open, for FLOPs and the comparison; else their batch is 1 and
+            their other open sizes are 224.
         runtime: How to run the models that are compared in the end.
         progress: Told what is being done.
 
     Raises:
         ModelError: Not an ONNX model, quantized, weights not finite; or the smaller model computes something else.
+        OptionError: When a shape does not fit the model.
     """
     original = load(model)
     index = GraphIndex.of(original)
     check_finite(index, "given")
     points = survey(index).points
     widths = {point.name: (point.tensor, point.channels) for point in points if point.weight_slot is not None}
-    before = cost(index)
+    before = cost(index, input_shapes)
     progress("removing channels", 0.0)
     while True:
         channels = trace(index)
@@ -113,7 +121,7 @@ def shrink(model: ModelSource, *, runtime: Runtime | None = None, progress: Prog
             "it is no constant at the borders"
         )
     progress("comparing", 0.5)
-    error = _difference(original, smaller, runtime or Runtime())
+    error = _difference(original, smaller, random_feeds(GraphIndex.of(original), input_shapes), runtime or Runtime())
     half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in original.graph.initializer)
     limit = MAX_HALF_ERROR if half else MAX_ERROR
     if not error <= limit:
@@ -124,7 +132,7 @@ def shrink(model: ModelSource, *, runtime: Runtime | None = None, progress: Prog
     if layers:
         set_metadata(smaller, "onnx_asr.version", __version__)
     progress("done", 1.0)
-    return ShrinkResult(smaller, tuple(layers), tuple(notes), error, before, cost(index))
+    return ShrinkResult(smaller, tuple(layers), tuple(notes), error, before, cost(index, input_shapes))
 
 
 def _idle(index: GraphIndex, channels: Channels) -> tuple[Flags, int]:
@@ -177,9 +185,8 @@ def _fold_constants(index: GraphIndex, channels: Channels, drop: Flags, plan: Ed
             plan_affine(index, plan, point, ChannelAffine(np.ones(point.channels), shift.reshape(-1)))
 
 
-def _difference(model: onnx.ModelProto, other: onnx.ModelProto, runtime: Runtime) -> float:
-    """Largest ``|y - y'| / |y|`` of an output on random input; of integers the share of unequal ones."""
-    feeds = _random_feeds(input_specs(GraphIndex.of(model)))
+def _difference(model: onnx.ModelProto, other: onnx.ModelProto, feeds: Chunk, runtime: Runtime) -> float:
+    """Largest ``|y - y'| / |y|`` of an output; of integers the share of unequal ones."""
     results = zip(Session(model, runtime).run(feeds).values(), Session(other, runtime).run(feeds).values(), strict=True)
     return max(_distance(first, second) for first, second in results)
 
@@ -192,15 +199,3 @@ def _distance(first: NDArray[Any], second: NDArray[Any]) -> float:
     exact = first.astype(np.float64)
     size = float(np.linalg.norm(exact)) or 1.0
     return float(np.linalg.norm(exact - second)) / size
-
-
-def _random_feeds(specs: Sequence[InputSpec]) -> Chunk:
-    generator = np.random.default_rng(0)
-    feeds = {}
-    for spec in specs:
-        shape = [size or (BATCH if axis == 0 else SIDE) for axis, size in enumerate(spec.shape)]
-        if np.issubdtype(spec.dtype, np.floating):
-            feeds[spec.name] = generator.standard_normal(shape).astype(spec.dtype)
-        else:
-            feeds[spec.name] = generator.integers(0, 2, shape).astype(spec.dtype)
-    return feeds

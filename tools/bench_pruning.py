@@ -1,170 +1,210 @@
 """What pruning does, on the nets and images of ../shared/assets (see MANIFEST.md there).
 
-    python tools/bench_pruning.py accuracy [--graph folded] [--shares 0.3 0.5] [--methods none paired refit]
-    python tools/bench_pruning.py latency [--flops 0.5] [--repeats 30]
-    python tools/bench_pruning.py scopes [--graph folded] [--shares 0.8 0.9] [--scopes global:variance sensitivity]
+    python tools/bench_pruning.py channels [--graph folded] [--goals 0.3 0.5] [--methods none paired refit]
+    python tools/bench_pruning.py channels --net resnet18 --goals 0.2 0.3 0.5 flops:0.5
+    python tools/bench_pruning.py latency [--goals flops:0.5 latency:0.6] [--multiple 16]
+    python tools/bench_pruning.py scopes [--graph folded] [--goals 0.8 0.9] [--scopes global:variance sensitivity]
+    python tools/bench_pruning.py patterns [--nets resnet20 resnet56 resnet18] [--goals 2:4] [--scores magnitude]
 
-"scopes": single weights of ResNet-20 are zeroed, as many as the shares say, by scope and, behind a colon, score
-(magnitude if there is none), then the net is repaired with "refit". "accuracy": shares of the inner channels of
-ResNet-20's blocks are removed (those between the two convolutions of a block, which no residual Add couples), then
-repaired. Both repair from the first calibration images, and give top-1 in percent and the KL divergence dense ||
-repaired of the scored images. "latency": ResNet-18 is cut in all groups of channels alike, to multiples of 16 channels
-and a share of its operations; A is onnxruntime on the dense net with one image a run, B on the cut one; they are run
-A B A B, and the ratio is that of the medians. "ok" and "MISSED" compare with the goals in this file.
+"channels": shares of the channels are removed, or as many as leave a share of the FLOPs (flops:0.5); of ResNet-20 the
+inner ones of its blocks (those between the two convolutions of a block, which no residual Add couples), of ResNet-18
+all but the classes, the residual stages included. "scopes": single weights are zeroed, as many as the goals say, by
+scope and, behind a colon, score (magnitude if there is none), then repaired with "refit". "patterns": N:M zeros, by
+score. All repair from the first calibration images, and give top-1 in percent and the KL divergence dense || repaired
+of the scored images. "latency": channels of ResNet-18 are removed within a budget, and the dense and the cut net are
+run in turns, one image a run. "ok" and "MISSED" compare with the goals in this file.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-from bench_accuracy import ASSETS, NETS, cifar10, method_options
+from bench_accuracy import ASSETS, NETS, cifar10, imagenet, method_options
 
 import onnx_asr
 from onnx_asr.calibration import input_specs
 from onnx_asr.data import open_data
-from onnx_asr.engine.session import Runtime, Session
+from onnx_asr.engine.session import Runtime
 from onnx_asr.fidelity import Outputs, accuracy, collect_outputs, compare
 from onnx_asr.graph.index import GraphIndex
-from onnx_asr.graph.shapes import typical_shape
 from onnx_asr.networks import Execution
 from onnx_asr.options import DATA_AWARE
 
-INNER = r"layer\d.*conv1"
-TOP1_GOALS = {(0.3, "refit"): 90.0, (0.5, "refit"): 82.5}
-LATENCY_GOAL = 0.65
-MULTIPLE = 16
+INNER = {"resnet20": [r"layer\d.*conv1"]}
+"""Layers of a net whose channels are removed; all that can be, where none are named."""
+TOP1_GOALS = {("resnet20", "0.3", "refit"): 90.0, ("resnet20", "0.5", "refit"): 82.5}
+MOST_LOST = {"resnet20": 1.0, "resnet56": 1.0, "resnet18": 4.0}
+"""Points that 2:4 may cost after a refit."""
+LATENCY_GOALS = {"flops:0.5": 0.65}
+DEFAULT_GOALS = {"channels": ["0.3", "0.5"], "latency": ["flops:0.5"], "scopes": ["0.8", "0.9"], "patterns": ["2:4"]}
 
 
 def verdict(good: bool) -> str:
     return "ok" if good else "MISSED"
 
 
-def measure_accuracy(arguments: argparse.Namespace) -> None:
-    net, images = NETS["resnet20"], cifar10(arguments.assets)
-    dense = onnx.load(arguments.assets / net.graphs[arguments.graph])
-    runtime = Runtime(threads=arguments.threads)
-    calibration = {"images": images.calibration[: arguments.images]}
+def goal(text: str) -> dict[str, Any]:
+    """A sparsity, or a budget such as flops:0.5, as the pruning functions take it."""
+    measure, colon, limit = text.partition(":")
+    return {"budget": onnx_asr.Budget(measure, float(limit))} if colon else {"sparsity": float(text)}  # type: ignore[arg-type]
 
-    def outputs(model: onnx.ModelProto) -> Outputs:
-        data = open_data({"images": images.scored}, input_specs(GraphIndex.of(model)), preprocessing=net.preprocessing)
-        return collect_outputs(model, data, range(len(images.scored)), runtime)
 
-    reference = outputs(dense)
-    top1 = 100 * accuracy(reference, images.labels)[0]
-    print(f"ResNet-20 ({arguments.graph}, dense {top1:.1f}), inner channels, {arguments.images} calibration images\n")
-    print("| removed | parameters | FLOPs | method | top-1 | KL | goal |\n|---|---|---|---|---|---|---|")
-    for share in arguments.shares:
-        cut = onnx_asr.prune_channels(dense, share, include=[INNER])
-        left = [f"{100 * getattr(cut.after, n) / getattr(cut.before, n):.0f}%" for n in ("parameters", "flops")]
+class Bench:
+    """One net with its images: repairs from some, scores on others."""
+
+    def __init__(self, name: str, graph: str, arguments: argparse.Namespace) -> None:
+        net = NETS[name]
+        self.name = name
+        self.dense = onnx.load(arguments.assets / net.graphs[graph])
+        self._images = (cifar10 if net.data == "cifar10" else imagenet)(arguments.assets)
+        self.calibration = {"images": self._images.calibration[: arguments.images]}
+        self.count = len(self.calibration["images"])
+        self.shared: dict[str, Any] = {
+            "preprocessing": net.preprocessing,
+            "execution": Execution(Runtime(threads=arguments.threads)),
+        }
+        self._label_offset = net.label_offset
+        self._reference = self._outputs(self.dense)
+        self.dense_top1 = self.score(self.dense)[0]
+        print(f"{name} ({graph}, dense {self.dense_top1:.1f}), {self.count} calibration images\n")
+
+    def _outputs(self, model: onnx.ModelProto) -> Outputs:
+        images, specs = self._images.scored, input_specs(GraphIndex.of(model))
+        data = open_data({"images": images}, specs, preprocessing=self.shared["preprocessing"])
+        return collect_outputs(model, data, range(len(images)), self.shared["execution"].runtime)
+
+    def score(self, model: onnx.ModelProto) -> tuple[float, float]:
+        """Top-1 in percent, to a decimal; KL divergence from the dense net."""
+        got = self._outputs(model)
+        kl = compare(self._reference, got).kl
+        assert kl is not None
+        return round(100 * accuracy(got, self._images.labels, self._label_offset)[0], 1), kl
+
+    def repaired(self, pruned: onnx.ModelProto, method: str) -> onnx.ModelProto:
+        """The model after a repair; itself where the method is none."""
+        if method == "none":
+            return pruned
+        options = method_options(method, samples=self.count, verify_samples=0)
+        return onnx_asr.repair(pruned, self.calibration, dense=self.dense, options=options, **self.shared).model
+
+    def looks(self, score: str, scope: str = "global") -> dict[str, Any]:
+        """Data, where a score or a scope needs them."""
+        return {"data": self.calibration} if scope == "sensitivity" or score in DATA_AWARE else {}
+
+
+def share_text(result: onnx_asr.ChannelPruneResult, name: str) -> str:
+    return f"{100 * getattr(result.after, name) / getattr(result.before, name):.0f}%"
+
+
+def measure_channels(arguments: argparse.Namespace) -> None:
+    bench = Bench(arguments.net, arguments.graph, arguments)
+    print("| removed | parameters | FLOPs | method | top-1 | KL | seconds | goal |\n|---|---|---|---|---|---|---|---|")
+    for text in arguments.goals:
+        options = {"include": INNER.get(bench.name, ()), "multiple": arguments.multiple}
+        cut = onnx_asr.prune_channels(bench.dense, **goal(text), **options)
+        left = " | ".join(share_text(cut, name) for name in ("parameters", "flops"))
         for method in arguments.methods:
-            model = cut.model
-            if method != "none":
-                options = method_options(method, samples=arguments.images, verify_samples=0)
-                model = onnx_asr.repair(
-                    cut.model,
-                    calibration,
-                    dense=dense,
-                    options=options,
-                    preprocessing=net.preprocessing,
-                    execution=Execution(runtime),
-                ).model
-            got = outputs(model)
-            top1 = 100 * accuracy(got, images.labels)[0]
-            goal = TOP1_GOALS.get((share, method)) if arguments.graph == "bn" else None
-            bar = "" if goal is None else f">= {goal:g}: {verdict(round(top1, 1) >= goal)}"
-            kl = compare(reference, got).kl
-            print(f"| {100 * share:g}% | {' | '.join(left)} | `{method}` | {top1:.1f} | {kl:.3f} | {bar} |", flush=True)
+            started = time.perf_counter()
+            model = bench.repaired(cut.model, method)
+            seconds = time.perf_counter() - started
+            top1, kl = bench.score(model)
+            least = TOP1_GOALS.get((bench.name, text, method)) if arguments.graph == "bn" else None
+            bar = "" if least is None else f">= {least:g}: {verdict(top1 >= least)}"
+            removed = f"{100 * cut.options['sparsity']:.0f}%"
+            print(f"| {removed} | {left} | `{method}` | {top1:.1f} | {kl:.3f} | {seconds:.0f} | {bar} |", flush=True)
 
 
 def measure_scopes(arguments: argparse.Namespace) -> None:
-    net, images = NETS["resnet20"], cifar10(arguments.assets)
-    dense = onnx.load(arguments.assets / net.graphs[arguments.graph])
-    execution = Execution(Runtime(threads=arguments.threads))
-    calibration = {"images": images.calibration[: arguments.images]}
-
-    def outputs(model: onnx.ModelProto) -> Outputs:
-        data = open_data({"images": images.scored}, input_specs(GraphIndex.of(model)), preprocessing=net.preprocessing)
-        return collect_outputs(model, data, range(len(images.scored)), execution.runtime)
-
-    reference = outputs(dense)
-    print(f"ResNet-20 ({arguments.graph}), refit, {arguments.images} calibration images\n")
-    print("| zeros | scope | top-1, pruned | refitted | KL, refitted | seconds to prune |\n|---|---|---|---|---|---|")
-    options = method_options("refit", samples=arguments.images, verify_samples=0)
-    shared: dict[str, Any] = {"preprocessing": net.preprocessing, "execution": execution}
-    for share in arguments.shares:
+    bench = Bench(arguments.net, arguments.graph, arguments)
+    print("| goal | scope | top-1, pruned | refitted | KL, refitted | seconds to prune |\n|---|---|---|---|---|---|")
+    for text in arguments.goals:
         for name in arguments.scopes:
             scope, _, score = name.partition(":")
             score = score or "magnitude"
-            looks = scope == "sensitivity" or score in DATA_AWARE
             started = time.perf_counter()
-            data = {"data": calibration} if looks else {}
-            pruned = onnx_asr.prune(dense, share, scope=scope, score=score, **data, **shared).model
+            options = {"scope": scope, "score": score, **bench.looks(score, scope), **bench.shared}
+            pruned = onnx_asr.prune(bench.dense, **goal(text), **options).model
             seconds = time.perf_counter() - started
-            model = onnx_asr.repair(pruned, calibration, dense=dense, options=options, **shared).model
-            before, after = outputs(pruned), outputs(model)
-            top1 = " | ".join(f"{100 * accuracy(got, images.labels)[0]:.1f}" for got in (before, after))
-            kl = compare(reference, after).kl
-            print(f"| {100 * share:g}% | {name} | {top1} | {kl:.3f} | {seconds:.0f} |", flush=True)
+            before, _ = bench.score(pruned)
+            after, kl = bench.score(bench.repaired(pruned, "refit"))
+            print(f"| {text} | {name} | {before:.1f} | {after:.1f} | {kl:.3f} | {seconds:.0f} |", flush=True)
 
 
-def cut_to_flops(dense: onnx.ModelProto, share: float) -> onnx_asr.ChannelPruneResult:
-    """The smallest cut of all groups alike, to a percent, that leaves at most a share of the operations."""
-    for percent in range(100):
-        result = onnx_asr.prune_channels(dense, percent / 100, multiple=MULTIPLE)
-        if result.after.flops <= share * result.before.flops:
-            return result
-    raise SystemExit(f"no cut leaves only {share} of the operations")
+def measure_patterns(arguments: argparse.Namespace) -> None:
+    for name in arguments.nets:
+        bench = Bench(name, arguments.graph, arguments)
+        print("| pattern | score | stays dense | method | top-1 | KL | goal |\n|---|---|---|---|---|---|---|")
+        for pattern in arguments.goals:
+            for score in arguments.scores:
+                found = onnx_asr.prune(bench.dense, pattern=pattern, score=score, **bench.looks(score), **bench.shared)
+                narrow = ", ".join(skip.name for skip in found.skips) or "none"
+                for method in arguments.methods:
+                    top1, kl = bench.score(bench.repaired(found.model, method))
+                    least = bench.dense_top1 - MOST_LOST[name]
+                    goes_for = (pattern, method, arguments.graph) == ("2:4", "refit", "bn")
+                    bar = f">= {least:.1f}: {verdict(top1 >= round(least, 1))}" if goes_for else ""
+                    row = f"| {pattern} | {score} | {narrow} | `{method}` | {top1:.1f} | {kl:.3f} | {bar} |"
+                    print(row, flush=True)
+        print()
 
 
 def measure_latency(arguments: argparse.Namespace) -> None:
-    dense = onnx.load(arguments.assets / NETS["resnet18"].graphs["bn"])
-    cut = cut_to_flops(dense, arguments.flops)
-    (value,) = GraphIndex.of(dense).inputs
-    feeds = {value.name: np.random.default_rng(0).standard_normal(typical_shape(value), np.float32)}
+    dense = onnx.load(arguments.assets / NETS[arguments.net].graphs[arguments.graph])
     runtime = Runtime(threads=arguments.threads)
-    sessions = [Session(model, runtime) for model in (dense, cut.model)]
-    runs: list[Callable[[], object]] = [lambda session=session: session.run(feeds) for session in sessions]  # type: ignore[misc]
-    seconds: list[list[float]] = [[], []]
-    for number in range(arguments.repeats + 2):
-        for run, kept in zip(runs, seconds, strict=True):
-            started = time.perf_counter()
-            run()
-            if number >= 2:
-                kept.append(time.perf_counter() - started)
-    before, after = map(statistics.median, seconds)
-    ratio = after / before
-    flops, parameters = (getattr(cut.after, name) / getattr(cut.before, name) for name in ("flops", "parameters"))
-    print(
-        f"ResNet-18, {100 * cut.options['sparsity']:.0f}% of all channels removed, to multiples of {MULTIPLE}: "
-        f"{flops:.3f} of the FLOPs, {parameters:.3f} of the parameters; batch 1: {1e3 * before:.1f} -> "
-        f"{1e3 * after:.1f} ms, ratio {ratio:.3f} (<= {LATENCY_GOAL}: {verdict(ratio <= LATENCY_GOAL)})"
-    )
+    print(f"{arguments.net} ({arguments.graph}), batch 1, to multiples of {arguments.multiple} channels\n")
+    print("| goal | removed | parameters | FLOPs | ms, dense | cut | ratio (middle half) | pairs | goal |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for text in arguments.goals:
+        cut = onnx_asr.prune_channels(dense, **goal(text), multiple=arguments.multiple, runtime=runtime)
+        took = cut.latency or onnx_asr.measure_latency(dense, cut.model, runtime=runtime, seconds=arguments.seconds)
+        most = LATENCY_GOALS.get(text)
+        bar = "" if most is None else f"<= {most:g}: {verdict(took.ratio <= most)}"
+        left = " | ".join(share_text(cut, name) for name in ("parameters", "flops"))
+        print(
+            f"| {text} | {100 * cut.options['sparsity']:.1f}% | {left} | {1e3 * took.seconds_before:.1f} "
+            f"| {1e3 * took.seconds_after:.1f} | {took.ratio:.3f} ({took.low:.3f} to {took.high:.3f}) | {took.pairs} "
+            f"| {bar} |",
+            flush=True,
+        )
+
+
+COMMANDS = {
+    "channels": measure_channels,
+    "latency": measure_latency,
+    "scopes": measure_scopes,
+    "patterns": measure_patterns,
+}
+
+
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=COMMANDS)
+    parser.add_argument("--net", choices=NETS, help="default: resnet20; latency: resnet18")
+    parser.add_argument("--nets", nargs="+", choices=MOST_LOST, default=list(MOST_LOST), help="of patterns")
+    parser.add_argument("--goals", nargs="+", help="sparsities; budgets, as flops:0.5; or patterns, as 2:4")
+    parser.add_argument("--scopes", nargs="+", default=["global", "erk", "sensitivity"], help="SCOPE or SCOPE:SCORE")
+    parser.add_argument("--scores", nargs="+", default=["magnitude"], help="of patterns")
+    parser.add_argument("--graph", default="bn", choices=["bn", "folded"], help="BatchNormalization kept or folded")
+    parser.add_argument("--methods", nargs="+", default=["none", "bn", "paired", "refit"], help="none, or as in repair")
+    parser.add_argument("--images", type=int, default=1024, help="calibration images, at most")
+    parser.add_argument("--multiple", type=int, default=1, help="leave multiples of so many channels")
+    parser.add_argument("--seconds", type=float, default=10.0, help="that a model is timed")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--assets", type=Path, default=ASSETS)
+    found = parser.parse_args(arguments)
+    found.goals = found.goals or DEFAULT_GOALS[found.what]
+    found.net = found.net or ("resnet18" if found.what == "latency" else "resnet20")
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["accuracy", "latency", "scopes"])
-    parser.add_argument("--shares", nargs="+", type=float, help="of channels, or weights, to remove")
-    parser.add_argument("--scopes", nargs="+", default=["global", "erk", "sensitivity"], help="SCOPE or SCOPE:SCORE")
-    parser.add_argument("--graph", default="bn", choices=["bn", "folded"], help="BatchNormalization kept or folded")
-    parser.add_argument("--methods", nargs="+", default=["none", "bn", "paired", "refit"], help="none, or as in repair")
-    parser.add_argument("--images", type=int, default=1024, help="calibration images")
-    parser.add_argument("--flops", type=float, default=0.5, help="share of the operations to leave")
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--assets", type=Path, default=ASSETS)
-    arguments = parser.parse_args()
-    if arguments.shares is None:
-        arguments.shares = [0.8, 0.9] if arguments.what == "scopes" else [0.3, 0.5]
-    commands = {"accuracy": measure_accuracy, "latency": measure_latency, "scopes": measure_scopes}
-    commands[arguments.what](arguments)
+    arguments = parsed()
+    COMMANDS[arguments.what](arguments)
 
 
 if __name__ == "__main__":

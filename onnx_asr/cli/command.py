@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from onnx_asr.ownership import DISTRIBUTION
 
 if TYPE_CHECKING:
     from onnx_asr.data import Preprocessing
+    from onnx_asr.engine.latency import Latency
     from onnx_asr.report.data import Run, Values
 
 DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -82,6 +83,11 @@ def verdict(improved: bool, what: str, before: str, target: Path, force: bool) -
     kept = f"'{target}' was written because of --force" if force else f"'{target}' was not written (--force does)"
     say("warning", f"the {what} is further from the dense model than {before}; {kept}")
     return CHECK_FAILED
+
+
+def timed(latency: Latency | None) -> dict[str, Any]:
+    """Latency as JSON has it: null where it was not measured."""
+    return {"latency": None if latency is None else asdict(latency)}
 
 
 def plain(preprocessing: Preprocessing | None) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from onnx_asr.cli import show
-from onnx_asr.cli.command import DONE, Page, command, plain, verdict
+from onnx_asr.cli.command import DONE, Page, command, plain, timed, verdict
 from onnx_asr.cli.parameters import (
     Calibration,
     Data,
@@ -16,6 +16,7 @@ from onnx_asr.cli.parameters import (
     Display,
     Exclude,
     Force,
+    Goal,
     Images,
     Include,
     Machine,
@@ -33,6 +34,7 @@ from onnx_asr.cli.parameters import (
     Score,
     Seed,
     Sparsity,
+    Timing,
     Walk,
     repair_options,
 )
@@ -72,10 +74,11 @@ def prune(
     context: typer.Context,
     model: DenseArgument,
     output: Output,
+    goal: Goal,
+    timing: Timing,
     images: Images,
     walk: Walk,
     display: Display,
-    sparsity: Sparsity = None,
     pattern: Annotated[
         str,
         typer.Option(
@@ -103,7 +106,10 @@ def prune(
     report: Report = None,
 ) -> int:
     """Zero the weights of smallest score, or remove the weakest channels."""
+    from onnx_asr.channel_pruning import prune_channels
     from onnx_asr.model_io import check_writable, is_external, save
+    from onnx_asr.pruning import prune as run
+    from onnx_asr.report.data import prune_data
 
     target = check_writable(output)
     if multiple is not None and pattern != "channel":
@@ -116,32 +122,26 @@ def prune(
     given = {"scope": scope, "multiple": multiple, "include": include, "exclude": exclude}
     given |= {"score": score, "data": data, "samples": samples}
     choice: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    choice |= {"budget": goal.budget(), "input_shapes": timing.shapes()}
     paths = {"model": model, "data": data, "output": str(target)}
-    terminal = Terminal(display)
-    if pattern == "channel":
-        from onnx_asr.channel_pruning import prune_channels
-
-        cut = prune_channels(model, sparsity, **choice)
-        save(cut.model, target, external_data=is_external(model))
-        values, shown = cut.to_dict(), show.prune_channels(cut, str(target), display.verbose)
-    else:
-        from onnx_asr.pruning import prune as run
-        from onnx_asr.report.data import prune_data
-
-        with terminal.progress() as progress:
-            result = run(
-                model,
-                sparsity,
-                pattern=pattern,
-                seed=seed,
-                preprocessing=images.preprocessing(),
-                execution=walk.execution(display.verbose, progress),
-                **choice,
-            )
-        save(result.model, target, external_data=is_external(model))
-        page.write(lambda run: prune_data(run, result, model), paths)
-        values, shown = result.to_dict(), show.prune(result, str(target), display.verbose)
-    terminal.result({"command": "prune", **paths, "report": page.name, **values}, *shown, *show.report(page.path))
+    runtime, terminal = walk.runtime(display.verbose), Terminal(display)
+    stopwatch = timing.stopwatch(model, runtime)
+    with terminal.progress() as progress:
+        if pattern == "channel":
+            cut = prune_channels(model, goal.sparsity, runtime=runtime, progress=progress, **choice)
+            latency = cut.latency or (stopwatch.time(cut.model) if stopwatch else None)
+            save(cut.model, target, external_data=is_external(model))
+            values, shown = cut.to_dict(), show.prune_channels(cut, str(target), display.verbose, latency)
+        else:
+            execution, preprocessing = walk.execution(display.verbose, progress), images.preprocessing()
+            choice |= {"pattern": pattern, "seed": seed, "preprocessing": preprocessing, "execution": execution}
+            result = run(model, goal.sparsity, **choice)
+            latency = stopwatch.time(result.model) if stopwatch else None
+            save(result.model, target, external_data=is_external(model))
+            page.write(lambda run: prune_data(run, result, model), paths)
+            values, shown = result.to_dict(), show.prune(result, str(target), display.verbose, latency)
+    values = {"command": "prune", **paths, "report": page.name, **values, **timed(latency)}
+    terminal.result(values, *shown, *show.report(page.path))
     return DONE
 
 
@@ -201,6 +201,7 @@ def compress(
     data: Data,
     refit: Refit,
     calibration: Calibration,
+    timing: Timing,
     images: Images,
     walk: Walk,
     display: Display,
@@ -225,10 +226,20 @@ def compress(
     page = Page.of(context, report, target)
     options = CompressOptions(sparsity, pattern, rounds, round_samples, tuple(include or ()), tuple(exclude or ()))
     repairing, preprocessing = repair_options(calibration, refit), images.preprocessing()
+    stopwatch = timing.stopwatch(model, walk.runtime(display.verbose))
     terminal = Terminal(display)
     with terminal.progress() as progress:
         execution = walk.execution(display.verbose, progress)
-        result = run(model, data, options, repair_options=repairing, preprocessing=preprocessing, execution=execution)
+        result = run(
+            model,
+            data,
+            options,
+            repair_options=repairing,
+            preprocessing=preprocessing,
+            input_shapes=timing.shapes(),
+            execution=execution,
+        )
+        latency = stopwatch.time(result.model) if stopwatch else None
         improved = result.repair.improved
         written = str(target) if improved or force else None
         if written is not None:
@@ -243,22 +254,25 @@ def compress(
         "output": written,
         "report": page.name,
         **result.to_dict(),
+        **timed(latency),
     }
-    terminal.result(values, *show.compress(result, written, display.verbose), *show.report(page.path))
+    terminal.result(values, *show.compress(result, written, display.verbose, latency), *show.report(page.path))
     return verdict(improved, "compressed model", "its last mask without repair", target, force)
 
 
 @command("shrink")
-def shrink(model: Model, output: Output, machine: Machine, display: Display) -> int:
+def shrink(model: Model, output: Output, timing: Timing, machine: Machine, display: Display) -> int:
     """Remove channels that are dead or that nobody reads; the model computes what it did, in less time."""
     from onnx_asr.model_io import check_writable, is_external, save
     from onnx_asr.shrinking import shrink as run
 
     target = check_writable(output)
-    terminal = Terminal(display)
+    runtime, terminal = machine.runtime(display.verbose), Terminal(display)
+    stopwatch = timing.stopwatch(model, runtime)
     with terminal.progress() as progress:
-        result = run(model, runtime=machine.runtime(display.verbose), progress=progress)
+        result = run(model, input_shapes=timing.shapes(), runtime=runtime, progress=progress)
+        latency = stopwatch.time(result.model) if stopwatch else None
     save(result.model, target, external_data=is_external(model))
-    values = {"command": "shrink", "model": model, "output": str(target), **result.to_dict()}
-    terminal.result(values, *show.shrink(result, str(target), display.verbose))
+    values = {"command": "shrink", "model": model, "output": str(target), **result.to_dict(), **timed(latency)}
+    terminal.result(values, *show.shrink(result, str(target), display.verbose, latency))
     return DONE

@@ -52,11 +52,16 @@ def sensitivity(
     ] = "magnitude",
     include: Include = None,
     exclude: Exclude = None,
+    plot: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Draw the table, too: .svg or .png; needs the extra 'report'.")
+    ] = None,
 ) -> int:
     """Show how far the outputs move when one layer alone is pruned and repaired, at several sparsities."""
     from onnx_asr.layer_sensitivity import sensitivity as run
     from onnx_asr.options import SENSITIVITY_SPARSITIES
+    from onnx_asr.report import check_plot
 
+    drawing = None if plot is None else check_plot(plot)
     shares = numbers("sparsities", sparsities)
     options, preprocessing = repair_options(calibration, Refit()), images.preprocessing()
     terminal = Terminal(display)
@@ -72,14 +77,19 @@ def sensitivity(
             preprocessing=preprocessing,
             execution=walk.execution(display.verbose, progress),
         )
+    if drawing is not None:
+        from onnx_asr.report.sensitivity_figure import write_sensitivity
+
+        write_sensitivity(result, drawing)
     values = {
         "command": "sensitivity",
         "model": model,
         "data": data,
+        "plot": None if drawing is None else str(drawing),
         "preprocessing": plain(preprocessing),
         **result.to_dict(),
     }
-    terminal.result(values, *show.sensitivity(result, display.verbose))
+    terminal.result(values, *show.sensitivity(result, display.verbose), *show.plot(drawing))
     return DONE
 
 

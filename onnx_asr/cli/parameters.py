@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 from onnx_asr.cli.supervision import native_call
-from onnx_asr.cli.values import byte_count, names, number_or_name, numbers
+from onnx_asr.cli.values import byte_count, input_shapes, names, number_or_name, numbers, share_or_bytes
+from onnx_asr.errors import OptionError
 
 if TYPE_CHECKING:
+    from onnx_asr.budget import Budget, Measure
     from onnx_asr.data import Preprocessing
     from onnx_asr.engine.session import Runtime
+    from onnx_asr.latency import Stopwatch
     from onnx_asr.networks import Execution, Progress
     from onnx_asr.options import RepairOptions
 
@@ -276,6 +279,89 @@ class MethodSettings:
     gain_samples: Annotated[
         int | None, typer.Option(metavar="N", help="asr, raw, layerwise: samples for the gains; all if not given.")
     ] = None
+
+
+@dataclass(frozen=True)
+class Goal:
+    """How much to prune."""
+
+    panel: ClassVar[str] = "Goal (one of them)"
+
+    sparsity: Sparsity = None
+    target_latency: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="--pattern channel: prune until a run in onnxruntime takes this share of the dense model's time; "
+            "measured.",
+        ),
+    ] = None
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE|SIZE",
+            help="Prune until the file has this share of the dense model's bytes, or so many, as 500kB; with a pattern "
+            "of zeros, bytes after gzip.",
+        ),
+    ] = None
+    target_flops: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Prune until this share of the dense model's FLOPs is left; with a pattern of zeros, of those with a "
+            "weight other than zero.",
+        ),
+    ] = None
+
+    def budget(self) -> Budget | None:
+        """The budget asked for, if any.
+
+        Raises:
+            OptionError: When there are several, or one out of range.
+        """
+        from onnx_asr.budget import Budget
+
+        size = share_or_bytes("target-size", self.target_size)
+        limits: dict[Measure, float | None] = {"latency": self.target_latency, "size": size, "flops": self.target_flops}
+        given = [Budget(measure, limit) for measure, limit in limits.items() if limit is not None]
+        if len(given) > 1:
+            names = " and ".join(f"--target-{budget.measure}" for budget in given)
+            raise OptionError(f"{names} each say how much to prune: give one of them")
+        return given[0] if given else None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Whether latency is measured, and on what."""
+
+    panel: ClassVar[str] = "Latency"
+
+    measure_latency: Annotated[
+        bool,
+        typer.Option("--measure-latency", help="Time the result against the given model in onnxruntime, run in turns."),
+    ] = False
+    input_shapes: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME:N,N,N,N",
+            help="Shape of an input that leaves sizes open, as image:1,3,640,640, for runs and FLOPs; repeatable. "
+            "Batch 1 and sides of 224 if not given.",
+        ),
+    ] = None
+
+    def shapes(self) -> dict[str, list[int]]:
+        """The shapes asked for."""
+        return input_shapes(self.input_shapes)
+
+    def stopwatch(self, model: str, runtime: Runtime) -> Stopwatch | None:
+        """What times results against a model, where that was asked for; what is in the way shows before any work."""
+        if not self.measure_latency:
+            return None
+        from onnx_asr.graph.index import GraphIndex
+        from onnx_asr.latency import Stopwatch
+        from onnx_asr.model_io import load
+
+        return Stopwatch(GraphIndex.of(load(model)), runtime, self.shapes())
 
 
 @dataclass(frozen=True)

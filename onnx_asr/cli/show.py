@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from onnx_asr.channel_pruning import ChannelGroup, ChannelPruneResult
     from onnx_asr.compression import CompressResult
     from onnx_asr.demo import DemoResult
+    from onnx_asr.engine.latency import Latency
     from onnx_asr.fidelity import Fidelity
     from onnx_asr.graph.points import Skip
     from onnx_asr.graph.shapes import Cost
@@ -27,31 +28,34 @@ if TYPE_CHECKING:
     from onnx_asr.sweeping.result import SweepResult
 
 _FEW = 5  # skipped nodes of one reason that are named without -v
+_WIDE = 0.2  # spread of latency ratios that is worth a remark
 
 
-def prune(result: PruneResult, path: str, verbose: bool) -> Iterator[RenderableType]:
+def prune(result: PruneResult, path: str, verbose: bool, latency: Latency | None) -> Iterator[RenderableType]:
     """Every layer, the sum, what took no part, and the size before and after."""
     yield _layers(result.layers)
     yield from _skips(result.skips, verbose)
     for note in result.notes:
         yield f"note: {note}"
-    yield _costs(result.before, result.after)
+    yield from _costs(result.before, result.after, latency)
     yield result.helps
     yield _written(path)
 
 
-def prune_channels(result: ChannelPruneResult, path: str, verbose: bool) -> Iterator[RenderableType]:
+def prune_channels(
+    result: ChannelPruneResult, path: str, verbose: bool, latency: Latency | None
+) -> Iterator[RenderableType]:
     """Every group of channels, what took no part, and the size before and after."""
     from onnx_asr.channel_pruning import CHANNELS_HELP
 
     yield _groups(result.groups, verbose)
     yield from _skips(result.skips, verbose)
-    yield _costs(result.before, result.after)
+    yield from _costs(result.before, result.after, latency)
     yield CHANNELS_HELP
     yield _written(path)
 
 
-def shrink(result: ShrinkResult, path: str, verbose: bool) -> Iterator[RenderableType]:
+def shrink(result: ShrinkResult, path: str, verbose: bool, latency: Latency | None) -> Iterator[RenderableType]:
     """Layers that lost channels, what had to stay, and the size before and after."""
     from onnx_asr.channel_pruning import CHANNELS_HELP
 
@@ -59,7 +63,7 @@ def shrink(result: ShrinkResult, path: str, verbose: bool) -> Iterator[Renderabl
     for note in result.notes:
         yield f"note: {note}"
     yield f"outputs differ by {_number(result.error)} of their size on random input"
-    yield _costs(result.before, result.after)
+    yield from _costs(result.before, result.after, latency)
     yield CHANNELS_HELP
     yield _written(path)
 
@@ -74,7 +78,9 @@ def repair(result: RepairResult, path: str | None, verbose: bool) -> Iterator[Re
     yield _written(path)
 
 
-def compress(result: CompressResult, path: str | None, verbose: bool) -> Iterator[RenderableType]:
+def compress(
+    result: CompressResult, path: str | None, verbose: bool, latency: Latency | None
+) -> Iterator[RenderableType]:
     """Where the zeros are, and how close to the dense model what is left came."""
     yield _layers(result.layers)
     seconds = ", ".join(f"{value:.1f}" for value in result.round_seconds)
@@ -83,7 +89,7 @@ def compress(result: CompressResult, path: str | None, verbose: bool) -> Iterato
     yield from _rewritten(result.repair, verbose)
     if result.repair.verification is not None:
         yield from _verification(result.repair.verification, "last mask, no repair", "compressed")
-    yield _costs(result.before, result.after)
+    yield from _costs(result.before, result.after, latency)
     yield result.helps
     yield _written(path)
 
@@ -189,6 +195,12 @@ def report(path: Path | None) -> Iterator[RenderableType]:
         yield f"report: {path}"
 
 
+def plot(path: Path | None) -> Iterator[RenderableType]:
+    """Where the drawing is, if there is one."""
+    if path is not None:
+        yield f"plot: {path}"
+
+
 def view(addresses: Sequence[tuple[str, str]]) -> Iterator[RenderableType]:
     """Where the models are shown."""
     for model, address in addresses:
@@ -254,18 +266,30 @@ def _groups(groups: Sequence[ChannelGroup], verbose: bool) -> Table:
     return table
 
 
-def _costs(before: Cost, after: Cost) -> Table:
-    table = _table("size", ">before", ">after", ">share")
+def _costs(before: Cost, after: Cost, latency: Latency | None) -> Iterator[RenderableType]:
+    table = _table("cost", ">before", ">after", ">share")
     for label, name in (
         ("parameters", "parameters"),
         ("of these not zero", "nonzeros"),
         ("FLOPs, zeros included", "flops"),
+        ("FLOPs, zeros left out", "nonzero_flops"),
         ("bytes", "size"),
         ("bytes after gzip", "compressed"),
     ):
         old, new = getattr(before, name), getattr(after, name)
         table.add_row(label, f"{old:,}", f"{new:,}", _percent(new / max(1, old)))
-    return table
+    if latency is not None:
+        old_ms, new_ms = (f"{1000 * seconds:.3g}" for seconds in (latency.seconds_before, latency.seconds_after))
+        table.add_row("milliseconds a run", old_ms, new_ms, _percent(latency.ratio))
+    yield table
+    if latency is not None:
+        fed = " ".join(f"{name}:{','.join(map(str, shape))}" for name, shape in latency.shapes.items())
+        yield (
+            f"timed in onnxruntime on {fed}, {latency.pairs} pairs of runs in turns; the middle half of their ratios "
+            f"lies between {_percent(latency.low)} and {_percent(latency.high)}"
+        )
+        if latency.high - latency.low > _WIDE:
+            yield "note: that is a wide spread: other work kept the machine busy; measure again when it is idle"
 
 
 def _layers(layers: Sequence[LayerSparsity]) -> Table:

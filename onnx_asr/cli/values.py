@@ -53,3 +53,34 @@ def byte_count(name: str, text: str | None) -> int | None:
     except (ValueError, KeyError):
         raise OptionError(f"--{name} {text} is no size: give a number above 0 with a unit, as 4GiB") from None
     return int(size)
+
+
+def share_or_bytes(name: str, text: str | None) -> float | None:
+    """A number without a unit up to 1, which is a share, or bytes as :func:`byte_count` reads them.
+
+    Raises:
+        OptionError: When it is neither.
+    """
+    if text is None:
+        return None
+    number = number_or_name(text)
+    return number if isinstance(number, float) and number <= 1 else byte_count(name, text)
+
+
+def input_shapes(texts: Sequence[str] | None) -> dict[str, list[int]]:
+    """Shapes from ``name:1,3,224,224``; a name may have colons of its own.
+
+    Raises:
+        OptionError: When one is not of this form, or a name comes twice.
+    """
+    shapes: dict[str, list[int]] = {}
+    for text in texts or ():
+        name, colon, sizes = text.rpartition(":")
+        try:
+            shape = [int(size) for size in sizes.split(",")]
+        except ValueError:
+            colon = ""
+        if not (colon and name) or name in shapes:
+            raise OptionError(f"--input-shapes {text} is no shape of an input: give each once, as name:1,3,224,224")
+        shapes[name] = shape
+    return shapes

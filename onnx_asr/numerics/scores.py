@@ -87,32 +87,38 @@ def erk_keep(shapes: Sequence[tuple[int, ...]], sizes: Sequence[int], keep: int)
 
 
 def cheapest_keep(
-    sizes: Sequence[int], zeros: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], keep: int
+    sizes: Sequence[int],
+    zeros: Sequence[Sequence[int]],
+    costs: Sequence[Sequence[float]],
+    keep: float,
+    prices: Sequence[float] | None = None,
 ) -> list[int]:
-    """How many entries every layer keeps, ``keep`` in all, at the smallest sum of what their zeros cost.
+    """How many entries every layer keeps, worth ``keep`` in all, at the smallest sum of what their zeros cost.
 
     A layer's cost is the lower convex hull of (0, 0) and of the points (zeros, cost) that were measured, where a cost
     counts as no smaller than those of fewer zeros. So the sum is smallest where zeros go to the segments of the hulls
-    in the order of their slopes. Where all segments together are too short, the layers give what they have beyond
-    their last finite point, in order.
+    in the order of their slopes, each divided by the price that a zero saves. Where all segments together are too
+    short, the layers give what they have beyond their last finite point, in order.
 
     Args:
         sizes: Entries of every layer.
         zeros: Numbers of zeros that were tried in every layer, rising.
         costs: What they cost, at least 0; infinite ones are avoided.
-        keep: Entries to keep in all.
+        keep: Price of all entries that are kept, at most.
+        prices: Of an entry of every layer, above 0; 1 if not given, so that ``keep`` is their number.
     """
-    segments: list[tuple[float, int, int]] = []  # slope, layer, zeros
+    price = [1.0] * len(sizes) if prices is None else prices
+    segments: list[tuple[float, int, int]] = []  # slope by price, layer, zeros
     for layer, size in enumerate(sizes):
         hull = _lower_hull(zeros[layer], costs[layer])
         for left, right in itertools.pairwise(hull):
-            segments.append((_slope(left, right), layer, right[0] - left[0]))
+            segments.append((_slope(left, right) / price[layer], layer, right[0] - left[0]))
         segments.append((math.inf, layer, size - hull[-1][0]))
-    counts, rest = list(sizes), sum(sizes) - keep
+    counts, rest = list(sizes), sum(size * each for size, each in zip(sizes, price, strict=True)) - keep
     for _, layer, width in sorted(segments, key=lambda item: item[0]):
-        taken = min(width, rest)
+        taken = min(width, max(0, math.ceil(rest / price[layer])))
         counts[layer] -= taken
-        rest -= taken
+        rest -= taken * price[layer]
     return counts
 
 

@@ -25,7 +25,7 @@ def check_report(path: str | os.PathLike[str], output: Path | None) -> Path:
     return _checked("--report", path, {"--output": output})
 
 
-def check_plot(path: str | os.PathLike[str], output: Path, report: Path | None) -> Path:
+def check_plot(path: str | os.PathLike[str], output: Path | None = None, report: Path | None = None) -> Path:
     """Where a plot goes, checked in the same way.
 
     Raises:

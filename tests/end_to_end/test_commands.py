@@ -86,6 +86,37 @@ def test_channels_are_removed_and_the_net_repaired(tmp_path):
     assert "FLOPs" in text.out
 
 
+def test_prune_keeps_within_a_budget(tmp_path):
+    small, sparse = tmp_path / "small.onnx", tmp_path / "sparse.onnx"
+    channel = ("prune", DENSE, "-o", small, "--pattern", "channel")
+    report = cli(*channel, "--target-size", "200kB", "--json").json
+    assert 180_000 < small.stat().st_size == report["after"]["size"] <= 200_000
+    assert report["options"]["budget"] == {"measure": "size", "limit": 200_000}
+    assert report["latency"] is None
+    report = cli("prune", DENSE, "-o", sparse, "--target-flops", 0.3, "--json").json
+    assert 0.29 < report["after"]["nonzero_flops"] / report["before"]["nonzero_flops"] <= 0.3
+    assert report["after"]["flops"] == report["before"]["flops"]
+    batch = ("--input-shapes", "input:64,1,8,8", "--threads", 1)
+    report = cli(*channel, "--target-latency", 0.75, *batch, "--json").json
+    assert 0 < report["latency"]["ratio"] <= 0.75
+    assert report["latency"]["low"] <= report["latency"]["ratio"] <= report["latency"]["high"]
+    assert report["latency"]["shapes"] == {"input": [64, 1, 8, 8]}
+    assert report["after"]["flops"] < report["before"]["flops"]
+
+
+@pytest.mark.parametrize("command", ["prune", "compress", "shrink"])
+def test_latency_is_measured_where_that_is_asked_for(command, tmp_path):
+    arguments = {
+        "prune": ("--sparsity", 0.5),
+        "compress": ("--data", CALIBRATION, *PRESET, *FEW, "--refit-rows", 1000, "--rounds", 1, "--sparsity", 0.5),
+        "shrink": (),
+    }[command]
+    done = cli(command, DENSE, "-o", tmp_path / "out.onnx", *arguments, "--measure-latency", "--threads", 1)
+    assert (done.code, done.err) == (0, "")
+    assert "milliseconds a run" in done.out
+    assert "timed in onnxruntime on input:1,1,8,8" in done.out
+
+
 def test_sensitivity_tells_layers_apart_and_shares_the_zeros_out(tmp_path):
     few = ("--data", CALIBRATION, *PRESET, "--samples", 64, "--threads", "1")
     arguments = ("sensitivity", DENSE, *few, "--verify-samples", 32, "--sparsities", "0.9,0.5", "--exclude", "Gemm")
@@ -98,9 +129,12 @@ def test_sensitivity_tells_layers_apart_and_shares_the_zeros_out(tmp_path):
     assert {skip["reason"] for skip in report["skipped"]} == {"excluded by a pattern"}
     low, high = (sum(layer["tried"][place]["distance"] for layer in report["layers"]) for place in (0, 1))
     assert 0 < low < high
-    text = cli(*arguments)
+    drawing = tmp_path / "sensitivity.svg"
+    text = cli(*arguments, "--plot", drawing)
     assert all(layer["name"] in text.out for layer in report["layers"])
     assert "KL divergence" in text.out
+    assert f"plot: {drawing}" in text.out
+    assert all(layer["name"] in drawing.read_text() for layer in report["layers"])
     target = tmp_path / "pruned.onnx"
     report = cli("prune", DENSE, "-o", target, "--sparsity", 0.8, "--scope", "sensitivity", *few, "--json").json
     assert report["sparsity"] == pytest.approx(0.8, abs=1e-4)

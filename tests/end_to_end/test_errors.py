@@ -162,6 +162,9 @@ def test_demo_refuses_too(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+CHANNEL = ("--pattern", "channel")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -178,6 +181,18 @@ def test_demo_refuses_too(tmp_path):
         (("prune",), "--help"),
         (("prune", DENSE, "--sparsity", 0.5, "--multiple", 8), "--pattern channel"),
         (("prune", DENSE, "--pattern", "channel"), "share of channels"),
+        (("prune", DENSE, "--target-latency", 0.6), "--pattern channel"),
+        (("prune", DENSE, *CHANNEL, "--target-latency", 0.6, "--sparsity", 0.5), "give one of them"),
+        (("prune", DENSE, *CHANNEL, "--target-latency", 0.6, "--target-flops", 0.5), "give one of them"),
+        (("prune", DENSE, *CHANNEL, "--target-latency", 1.5), "target-latency 1.5"),
+        (("prune", DENSE, *CHANNEL, "--target-size", "1kB"), "target-size 1000 cannot be reached"),
+        (("prune", DENSE, "--target-size", "3MB"), "3,000,000"),
+        (("prune", DENSE, "--target-size", "lots"), "--target-size lots"),
+        (("prune", DENSE, "--pattern", "2:4", "--target-flops", 0.5), "leave target-flops out"),
+        (("prune", DENSE, "--sparsity", 0.5, "--input-shapes", "1,1,8,8"), "name:1,3,224,224"),
+        (("prune", DENSE, "--sparsity", 0.5, "--input-shapes", "image:1,1,8,8"), "its inputs are input"),
+        (("prune", DENSE, "--sparsity", 0.5, "--measure-latency", "--input-shapes", "input:1,1,9,8"), "?,1,8,8"),
+        (("shrink", DENSE, "--measure-latency", "--input-shapes", "input:1,1,8"), "?,1,8,8"),
         (("compress", DENSE, *DATA, "--pattern", "channel", "--sparsity", 0.5), "prune --pattern channel"),
         (("shrink",), "--help"),
         (("widen",), "widen"),
@@ -209,6 +224,8 @@ def test_bad_usage(arguments, words, output):
         (("--score", "best"), "score 'best'"),
         (("--verify-samples", 0), "verify-samples 0"),
         (("--include", "nothing_of_this_name"), "no weight"),
+        (("--plot", "sensitivity.pdf"), ".svg or .png"),
+        (("--plot", "missing/sensitivity.svg"), "missing"),
     ],
 )
 def test_bad_usage_of_sensitivity(options, words):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from onnx_asr.graph.channel_rules import trace
 from onnx_asr.graph.channels import Channels, Flags, cut, read_kept, units_left_out
 from onnx_asr.graph.points import survey
 from onnx_asr.graph.shapes import cost
+from onnx_asr.latency import random_feeds
 from onnx_asr.options import RepairOptions
 from tests.graphs import (
     bn,
@@ -297,6 +299,28 @@ def test_trained_nets_can_be_cut(name: str) -> None:
         return
     assert [node.op_type for node in smaller.graph.node] == [node.op_type for node in model.graph.node]
     assert [t.name for t in smaller.graph.initializer] == [t.name for t in model.graph.initializer]
+
+
+ASSETS = Path(__file__).parents[3] / "shared" / "assets"
+REAL = (
+    "cifar10/resnet20_bn",
+    "cifar10/resnet20_folded",
+    "cifar10/resnet56_bn3_l1sparse_bn",
+    "cifar10/resnet8_mlperftiny_tf2onnx_bn",
+    "imagenet/resnet18_ktb_bn",
+    "imagenet/mobilenetv2_1.0_224_tfqat_folded",
+    "graphs/ultraface_rfb320",
+    "graphs/yolox_nano_coco",
+    "graphs/ppocr_mobile_v2_det_paddle2onnx",
+    "graphs/deeplabv3_mnv2_dm05_tf2onnx",
+)
+
+
+@pytest.mark.skipif(not ASSETS.exists(), reason="needs ../shared/assets")
+@pytest.mark.parametrize("name", REAL)
+def test_real_nets_can_be_cut(name: str) -> None:
+    model = onnx.load(ASSETS / f"{name}.onnx")
+    assert_cut_equals_mask(model, random_feeds(index(model)))
 
 
 @pytest.mark.parametrize("make", [residual_net, dense_net])

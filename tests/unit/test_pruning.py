@@ -53,7 +53,7 @@ def test_layer_sparsity_is_exact_in_every_layer() -> None:
     assert [layer.zeros for layer in result.layers] == [round(0.37 * layer.size) for layer in result.layers]
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 2)])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (1, 2)])
 @pytest.mark.parametrize("name", NETS)
 def test_patterns_hold_along_the_input_channels(name: str, n: int, m: int) -> None:
     model = NETS[name]()

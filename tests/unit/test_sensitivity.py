@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,9 +13,12 @@ import pytest
 
 import onnx_asr
 from onnx_asr.errors import OptionError
+from onnx_asr.fidelity import Fidelity
+from onnx_asr.layer_sensitivity import LayerSensitivity, SensitivityResult
 from onnx_asr.options import RefitRecipe, RepairOptions
 from onnx_asr.pruning import prune
 from onnx_asr.repairing import RepairJob
+from onnx_asr.report.sensitivity_figure import write_sensitivity
 from tests.graphs import copy, dense_net, first_output, folded, images, net, parameter, positions, residual_net
 
 FEW = RepairOptions(samples=32, verify_samples=16)
@@ -125,3 +130,15 @@ def test_wrong_options() -> None:
         prune(model, 0.5, scope="sensitivity")
     with pytest.raises(OptionError, match="leave --scope sensitivity out"):
         prune(model, pattern="2:4", scope="sensitivity", data=x)
+
+
+@pytest.mark.parametrize("highest", [0.5, math.inf, math.nan])
+def test_the_table_is_drawn_whatever_the_distances(highest: float, tmp_path: Path) -> None:
+    name = "$x_{" + 50 * "y" + "/a$b"
+    tried = tuple(Fidelity(samples=1, kl=kl, agreement=1.0) for kl in (0.0, highest))
+    layers = tuple(LayerSensitivity(name, "Conv", (4, 4), 16, tried) for _ in range(2))
+    result = SensitivityResult(layers, (), (0.5, 0.9), "magnitude", 1, 1, (), 0.0)
+    drawing = write_sensitivity(result, tmp_path / "s.svg").read_text()
+    assert "/a$b" in drawing
+    assert "KL divergence" in drawing
+    assert write_sensitivity(result, tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
