@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from onnx_asr.channel_pruning import ChannelPruneResult, prune_channels
     from onnx_asr.compression import CompressOptions, CompressResult, compress
     from onnx_asr.data import Preprocessing
+    from onnx_asr.engine.session import Runtime
     from onnx_asr.evaluation import evaluate
     from onnx_asr.inspection import Inspection, inspect
     from onnx_asr.layer_sensitivity import SensitivityResult, sensitivity
@@ -36,6 +37,7 @@ _HOME = {
     "PruneResult": "pruning",
     "RepairOptions": "options",
     "RepairResult": "result",
+    "Runtime": "engine.session",
     "SensitivityResult": "layer_sensitivity",
     "ShrinkResult": "shrinking",
     "compress": "compression",
@@ -59,6 +61,7 @@ __all__ = [
     "PruneResult",
     "RepairOptions",
     "RepairResult",
+    "Runtime",
     "SensitivityResult",
     "ShrinkResult",
     "__version__",
