@@ -75,7 +75,7 @@ def test_a_cell_is_what_the_public_api_gives(finished: Path) -> None:
         expected = onnx_asr.evaluate(model, data, labels=labels, preprocessing=preprocessing).top1
         assert json.loads(path.read_text())["top1"] == expected, name
     top1 = {name: json.loads(cell(finished, name).read_text())["top1"] for name in CELLS - {"damage"}}
-    assert top1["none"] < 0.5 < top1["bn:exact"] < top1["refit"]
+    assert top1["none"] < 0.5 < min(top1["bn:exact"], top1["refit"])
     assert top1["asr:exact"] == pytest.approx(top1["bn:exact"], abs=0.01)  # the gains cancel
     options = json.loads(cell(finished, "asr:20,mean,no shift").read_text())["settings"]["options"]
     expected = {"method": "asr", "bn": "ema", "ema_batches": 20, "samples": 2560, "gain_samples": 64, "prior": "mean"}
