@@ -219,6 +219,7 @@ def train(
     name: str, images: NDArray[np.uint8], labels: NDArray[np.int64], normalize: Normalization, recipe: Recipe
 ) -> nn.Module:
     """Train by SGD with a one-cycle schedule; the net comes back on the CPU, in evaluation mode."""
+    torch.backends.cudnn.benchmark = True  # all batches have one shape
     generator = torch.Generator().manual_seed(recipe.seed)
     margin = (CROP_MARGIN, CROP_MARGIN)
     padded = torch.from_numpy(np.pad(images, ((0, 0), margin, margin, (0, 0)))).to(recipe.device)

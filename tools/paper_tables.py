@@ -55,6 +55,7 @@ PAPER_ABLATION = {
     "asr:20": 55.59,
 }
 OTHER_ABLATION = ("layerwise:20,no shift", "raw:20,no shift", "asr:20,fixed", "asr:20,mean,no shift")
+SEVERITY_GAINS = (("asr:20", "bn:20"), ("paired", "bn:exact"), ("refit", "bn:exact"))
 GAIN_METHODS = ("bn", "layerwise", "raw", "asr")
 OWN_METHODS = ("paired", "refit", "auto")
 MISSING = "–"
@@ -113,6 +114,13 @@ def at(method: str) -> str:
     return f"{method}:{MAIN_BATCHES}" if method in GAIN_METHODS else method
 
 
+def label(name: str) -> str:
+    """A cell's name as a reader knows it."""
+    method, _, batches = name.partition(":")
+    end = "" if not batches else ", exact" if batches == "exact" else f", b = {batches}"
+    return f"`{method}`{end}"
+
+
 def sparsities(data: Data) -> list[str]:
     """All that were measured, patterns last."""
     found = {sparsity for net in data["cells"].values() for sparsity in net} - {"0"}
@@ -156,11 +164,12 @@ def nets(data: Data) -> str:
                 f"{100 * record['top1']:.1f}",
                 text(value(data, net, "0", "dense")),
                 text(PAPER_DENSE.get(net), ".2f"),
+                f"{record['running_variance']:.2g}",
             ]
         )
     images = f"{data['score_images']:,}"
     head = ["net", "width", "parameters", "epochs", "top-1, 10,000 images", f"of these {images}", "the paper's"]
-    return rows(head, body)
+    return rows([*head, "median running variance"], body)
 
 
 def main(data: Data) -> str:
@@ -199,7 +208,7 @@ def retention(data: Data) -> str:
             here = max(of_paper, default=None)
             names = [text(left.get(method)) for method in ("refit", "auto")]
             body.append([title(net), share(sparsity), text(target), text(here), *names, verdict])
-    head = ["net", "sparsity", "the paper's best", "its methods here", "`refit`", "`auto`", "above the paper's best"]
+    head = ["net", "sparsity", "the paper's best", "its methods here, b = 20", "`refit`", "`auto`", "above the paper's best"]
     return rows(head, body)
 
 
@@ -230,6 +239,16 @@ def curve(data: Data) -> str:
     return rows(["net, 90%", "method", *(f"b = {name}" for name in names[:-1]), "exact"], body)
 
 
+def unpruned(data: Data) -> str:
+    """What the re-estimation alone does to a net from which nothing was pruned."""
+    names = [*map(str, batches(data)), "exact"]
+    body = [
+        [title(net), *(text(value(data, net, "0", name)) for name in ("dense", *(f"bn:{name}" for name in names)))]
+        for net in data["nets"]
+    ]
+    return rows(["`bn` on the dense net", "before", *(f"b = {name}" for name in names[:-1]), "exact"], body)
+
+
 def gap(data: Data) -> str:
     """What the gains are worth by the number of batches."""
     names = [*map(str, batches(data)), "exact"]
@@ -258,12 +277,10 @@ def severity(data: Data) -> str:
     for number, net, sparsity in severities(data):
         cells = [f"{number:.2f}"]
         cells += [text(value(data, net, sparsity, "damage", key), ".2f") for key in ("collapsed", "correlation")]
-        cells += [
-            text(difference(data, net, sparsity, at(better), at("bn")), "+.1f") for better in ("asr", "paired", "refit")
-        ]
+        cells += [text(difference(data, net, sparsity, *pair), "+.1f") for pair in SEVERITY_GAINS]
         body.append([title(net), share(sparsity), *cells])
-    head = ["net", "sparsity", "severity", "collapsed", "correlation", "`asr` - `bn`", "`paired` - `bn`"]
-    return rows([*head, "`refit` - `bn`"], body)
+    gains = [f"{label(better)} - {label(worse)}" for better, worse in SEVERITY_GAINS]
+    return rows(["net", "sparsity", "severity", "collapsed", "correlation", *gains], body)
 
 
 def ranks(values: Sequence[float]) -> np.ndarray[Any, Any]:
@@ -276,12 +293,12 @@ def ranks(values: Sequence[float]) -> np.ndarray[Any, Any]:
 def correlations(data: Data) -> str:
     """Spearman's rank correlation of severity with gains."""
     body = []
-    for method in ("asr", "layerwise", "raw", "paired", "refit"):
-        pairs = [(number, difference(data, n, s, at(method), at("bn"))) for number, n, s in severities(data)]
+    for better, worse in SEVERITY_GAINS:
+        pairs = [(number, difference(data, net, s, better, worse)) for number, net, s in severities(data)]
         known = [(number, gain) for number, gain in pairs if gain is not None]
         varies = len(known) > 2 and all(len(set(column)) > 1 for column in zip(*known, strict=True))
         rho = np.corrcoef(*map(ranks, zip(*known, strict=True)))[0, 1] if varies else None
-        body.append([f"`{method}` - `bn`", f"{len(known)}", text(rho, "+.2f")])
+        body.append([f"{label(better)} - {label(worse)}", f"{len(known)}", text(rho, "+.2f")])
     return rows(["gain", "pruned nets", "Spearman's rho with severity"], body)
 
 
@@ -312,12 +329,10 @@ def summary(data: Data) -> str:
     for better, worse in (("asr", "bn"), ("layerwise", "bn"), ("asr", "layerwise")):
         gains = [difference(data, *cell, at(better), at(worse)) for cell in cells]
         printed = [PAPER_MAIN[n][better][i] - PAPER_MAIN[n][worse][i] for n in PAPER_MAIN for i in range(len(COLUMNS))]
-        count(f"`{better}` above `{worse}`, b = {MAIN_BATCHES}", gains, printed)
-    for method in ("layerwise", "raw", "asr"):
-        count(f"`{method}` above `bn`, exact", [difference(data, *c, f"{method}:exact", "bn:exact") for c in cells], [])
-    for better, worse in (("paired", "bn:exact"), ("paired", "asr:20"), ("refit", "paired"), ("refit", "asr:20")):
-        gains = [difference(data, *cell, better, worse) for cell in cells]
-        count(f"`{better}` above `{worse.replace(':', '`, ').replace('20', 'b = 20').rstrip('`')}", gains, [])
+        count(f"{label(at(better))} above {label(at(worse))}", gains, printed)
+    own = [("bn:exact", "asr:20"), ("paired", "bn:exact"), ("refit", "paired"), ("refit", "asr:20"), ("auto", "refit")]
+    for better, worse in [*((f"{method}:exact", "bn:exact") for method in ("layerwise", "raw", "asr")), *own]:
+        count(f"{label(better)} above {label(worse)}", [difference(data, *cell, better, worse) for cell in cells], [])
     return rows(["70%, 90% and 2:4 of all nets", "here: cells ahead, points", "paper"], body)
 
 
@@ -332,6 +347,7 @@ TABLES: dict[str, Callable[[Data], str]] = {
     "main": main,
     "retention": retention,
     "order": order,
+    "unpruned": unpruned,
     "curve": curve,
     "gap": gap,
     "severity": severity,

@@ -13,7 +13,7 @@
     paired, refit, auto                  what this tool does instead
     asr with other priors, no shift      the paper's ablation: its net, its sparsity, b = 20
 
-and scores the outcome on test images. On a CPU, at reduced width:
+and scores the outcome on test images; `bn` goes over the unpruned net, too. On a CPU, at reduced width:
 
     python tools/reproduce_paper.py train  --work W --device cpu --width 0.25 --epochs 3 --batch 128
     python tools/reproduce_paper.py repair --work W --images 1024 --score-images 1000
@@ -56,6 +56,7 @@ BATCHES = (10, 20, 30, 50)
 BATCH, GAIN_SAMPLES, HELD_OUT = 128, 64, 256
 PAPER_METHODS = ("bn", "layerwise", "raw", "asr")
 OWN_METHODS = ("paired", "refit", "auto")
+METHODS = ("none", *PAPER_METHODS, *OWN_METHODS)
 DAMAGE_SAMPLES = 512
 FIXED_PRIOR = 1.0
 
@@ -346,27 +347,38 @@ def repair(arguments: argparse.Namespace) -> None:
         bench = Bench(work, name, calibration, scored, arguments.threads)
         bench.finish("0", "dense", {"score_images": arguments.score_images}, lambda b=bench: {"top1": b.top1(b.dense)})
         for sparsity in arguments.sparsities:
-            grid(bench, sparsity, arguments)
+            pruned = prune(bench.dense, sparsity)
+            bench.finish(
+                sparsity, "damage", {"samples": DAMAGE_SAMPLES}, lambda b=bench, pruned=pruned: b.damage(pruned)
+            )
+            fill(bench, sparsity, pruned, arguments.methods, arguments)
+        fill(bench, "0", bench.dense, ["bn"], arguments)  # what re-estimation does to a net that needs none
 
 
-def grid(bench: Bench, sparsity: str, arguments: argparse.Namespace) -> None:
-    """All cells of one net at one sparsity."""
-    pruned = prune(bench.dense, sparsity)
-    bench.finish(sparsity, "damage", {"samples": DAMAGE_SAMPLES}, lambda: bench.damage(pruned))
+def fill(
+    bench: Bench, sparsity: str, pruned: onnx.ModelProto, wanted: Sequence[str], arguments: argparse.Namespace
+) -> None:
+    """All repairs of one net at one sparsity."""
     for name, options in methods(bench.name, sparsity, arguments.batches, arguments.images).items():
-        if arguments.methods and name.split(":")[0] not in arguments.methods:
-            continue
-        settings = {
-            "score_images": arguments.score_images,
-            "options": None if options is None else asdict(options),
-        }
-        bench.finish(sparsity, name, settings, lambda options=options: bench.repaired(pruned, options))
+        if name.split(":")[0] in wanted:
+            settings = {
+                "score_images": arguments.score_images,
+                "options": None if options is None else asdict(options),
+            }
+            bench.finish(sparsity, name, settings, lambda options=options: bench.repaired(pruned, options))
 
 
 def cells(work: Work) -> Iterator[dict[str, Any]]:
     """All finished cells."""
     for path in sorted(work.folder.glob("cells/*/*.json")):
         yield read_json(path)
+
+
+def running_variance(model: onnx.ModelProto) -> float:
+    """Median over all channels of what the BatchNormalization nodes hold; the moving average begins at 1."""
+    values = {item.name: onnx.numpy_helper.to_array(item) for item in model.graph.initializer}
+    variances = [values[node.input[4]] for node in model.graph.node if node.op_type == "BatchNormalization"]
+    return float(np.median(np.concatenate(variances)))
 
 
 def collected(work: Work) -> dict[str, Any]:
@@ -383,7 +395,12 @@ def collected(work: Work) -> dict[str, Any]:
             f"the cells of {work.folder} were calibrated on {sorted(images)} and scored on {sorted(scored)} images: "
             "for one table run `repair` with one --images and one --score-images"
         )
-    nets = {name: read_json(work.record(name)) for name in work.nets()}
+    begun = {cell["net"] for cell in found if cell["name"] == "dense"}
+    nets = {
+        name: read_json(work.record(name)) | {"running_variance": running_variance(onnx.load(work.net(name)))}
+        for name in work.nets()
+        if name in begun
+    }
     result: dict[str, Any] = {"images": images.pop(), "score_images": scored.pop(), "nets": nets, "cells": {}}
     for cell in found:
         values = {key: cell[key] for key in cell if key not in ("net", "sparsity", "name", "settings")}
@@ -420,7 +437,7 @@ def main(command: Sequence[str] | None = None) -> None:
     training.set_defaults(run=train)
     repairing.add_argument("--nets", nargs="+", help="default: all that were trained")
     repairing.add_argument("--sparsities", nargs="+", default=SPARSITIES, help="shares of zeros, or N:M")
-    repairing.add_argument("--methods", nargs="+", choices=("none", *PAPER_METHODS, *OWN_METHODS), help="default: all")
+    repairing.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     repairing.add_argument("--batches", nargs="+", type=int, default=BATCHES, help="of the moving average")
     repairing.add_argument("--images", type=int, default=2048, help="calibration images where no batches are counted")
     repairing.add_argument("--score-images", type=int, default=10_000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import shutil
@@ -22,6 +23,7 @@ NET = "resnet50"  # the one that the paper's ablation is about; what stands in f
 SPARSITY, IMAGES, SCORED = "0.9", 256, 200
 METHODS = ("none", "bn", "asr", "refit")
 CELLS = {"damage", "none", "bn:20", "bn:exact", "asr:20", "asr:exact", "refit"}
+UNPRUNED = {"0 dense", "0 bn:20", "0 bn:exact"}
 ABLATION = {f"asr:20{rest}" for rest in (",mean", ",fixed", ",no shift", ",mean,no shift", ",fixed,no shift")}
 PAGE = ROOT / "docs" / "paper.md"
 
@@ -32,10 +34,11 @@ def script(*arguments: str | Path, check: bool = True) -> subprocess.CompletedPr
 
 
 def repair(work: Path, methods: tuple[str, ...] = METHODS, images: int = IMAGES) -> list[str]:
-    """Names of the cells that a run computed."""
+    """Names of the cells that a run computed; those of the net without pruning start with 0."""
     grid = ("--sparsities", SPARSITY, "--methods", *methods, "--batches", "20", "--threads", "1")
     done = script("repair", "--work", work, *grid, "--images", str(images), "--score-images", str(SCORED))
-    return [line.split(": ")[0].split(" ", 2)[2] for line in done.stdout.splitlines()]
+    found = [line.split(": ")[0].removeprefix(f"{NET} ") for line in done.stdout.splitlines()]
+    return [name.removeprefix(f"{SPARSITY} ") for name in found]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with np.load(ROOT / "models" / "data" / f"digits_{name}.npz") as arrays:
             repeated = {key: np.concatenate([arrays[key]] * times) for key in ("images", "labels")}
             np.savez(work / f"{part}.npz", **repeated)
-    assert set(repair(work)) == {"dense"} | CELLS | ABLATION
+    assert set(repair(work)) == UNPRUNED | CELLS | ABLATION
     return work
 
 
@@ -89,9 +92,9 @@ def test_only_what_is_missing_or_other_is_computed(work: Path) -> None:
     (cell(work, "none").parent / f"{SPARSITY} none.json.1.part").write_text('{"top1"')  # a run was killed
     assert repair(work) == ["none"]
     assert json.loads(cell(work, "none").read_text())["top1"] == json.loads(first)["top1"]
-    assert repair(work, ("none", "refit"), images=128) == ["refit"]
+    assert repair(work, ("none", "refit"), images=128) == ["refit", "0 bn:exact"]
     shutil.copy(ROOT / "models" / "digits_vgg.onnx", work / f"{NET}.onnx")
-    assert repair(work, ("none",)) == ["dense", "damage", "none"]
+    assert repair(work, ("none",)) == ["0 dense", "damage", "none", "0 bn:20", "0 bn:exact"]
 
 
 def test_json_and_tables_say_what_the_cells_say(work: Path, tmp_path: Path) -> None:
@@ -140,6 +143,20 @@ def test_what_cannot_be_done_is_said(work: Path, arguments: tuple[str, ...], mes
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_only_training_needs_torch_and_only_public_names_are_used() -> None:
+    tree = ast.parse((ROOT / "tools" / "reproduce_paper.py").read_text(encoding="utf-8"))
+    used = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "onnx_asr":
+            used.add(node.attr)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("onnx_asr"):
+            assert node.module == "onnx_asr"
+            used |= {item.name for item in node.names}
+        elif isinstance(node, ast.Import):
+            assert not [item.name for item in node.names if item.name.startswith(("torch", "onnx_asr."))]
+    assert {"prune", "repair", "evaluate", "inspect", "RepairOptions"} <= used <= set(onnx_asr.__all__)
 
 
 def archive(path: Path, classes: tuple[str, ...], count: int) -> None:
