@@ -11,11 +11,19 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from paper_grid import (
+    ABLATION_NET,
+    ABLATION_SPARSITY,
+    BATCH,
+    GAIN_SAMPLES,
+    HELD_OUT,
+    MAIN_BATCHES,
+    METHODS,
+    PAPER_METHODS,
+)
 
 Data = dict[str, Any]
 
-MAIN_BATCHES = 20
-ABLATION = ("resnet50", "0.9")
 COLUMNS = ("0.7", "0.9", "2:4")
 TITLES = {"resnet18": "ResNet-18", "resnet50": "ResNet-50", "densenet121": "DenseNet-121", "vgg16": "VGG-16-BN"}
 PAPER_DENSE = {"resnet18": 92.77, "resnet50": 93.33, "densenet121": 92.75, "vgg16": 87.35}
@@ -56,8 +64,6 @@ PAPER_ABLATION = {
 }
 OTHER_ABLATION = ("layerwise:20,no shift", "raw:20,no shift", "asr:20,fixed", "asr:20,mean,no shift")
 SEVERITY_GAINS = (("asr:20", "bn:20"), ("paired", "bn:exact"), ("refit", "bn:exact"))
-GAIN_METHODS = ("bn", "layerwise", "raw", "asr")
-OWN_METHODS = ("paired", "refit", "auto")
 MISSING = "–"
 
 
@@ -111,7 +117,7 @@ def title(net: str) -> str:
 
 def at(method: str) -> str:
     """The cell of the main table for a method."""
-    return f"{method}:{MAIN_BATCHES}" if method in GAIN_METHODS else method
+    return f"{method}:{MAIN_BATCHES}" if method in PAPER_METHODS else method
 
 
 def label(name: str) -> str:
@@ -138,13 +144,13 @@ def protocol(data: Data) -> str:
     scored, counts = data["score_images"], ", ".join(map(str, batches(data)))
     error = 100 * np.sqrt(0.25 / scored)
     body = [
-        ["gains of `layerwise`, `raw`, `asr`", "64 images"],
+        ["gains of `layerwise`, `raw`, `asr`", f"{GAIN_SAMPLES} images"],
         [
             "moving average",
-            f"b = {counts} batches of 128 images, momentum 0.1, after a reset",
+            f"b = {counts} batches of {BATCH} images, momentum 0.1, after a reset",
         ],
         ["`exact`, `paired`, `refit`, `auto`", f"{data['images']:,} images, without labels"],
-        ["`auto` chooses by", "256 more"],
+        ["`auto` chooses by", f"{HELD_OUT} more"],
         ["top-1", f"{scored:,} test images, standard error at most {error:.1f} points"],
     ]
     return rows(["", ""], body)
@@ -179,7 +185,7 @@ def main(data: Data) -> str:
     for net in data["nets"]:
         dense = f"{text(value(data, net, '0', 'dense'))} ({text(PAPER_DENSE.get(net), '.2f')})"
         body.append([f"**{title(net)}**, dense {dense}", *[""] * len(known)])
-        for method in ("none", *GAIN_METHODS, *OWN_METHODS):
+        for method in METHODS:
             printed = dict(zip(COLUMNS, PAPER_MAIN.get(net, {}).get(method, ()), strict=False))
             cells = []
             for sparsity in known:
@@ -196,7 +202,7 @@ def retention(data: Data) -> str:
         dense = value(data, net, "0", "dense")
         assert dense is not None
         for column, sparsity in enumerate(COLUMNS):
-            kept = {m: value(data, net, sparsity, at(m)) for m in ("none", *GAIN_METHODS, *OWN_METHODS)}
+            kept = {m: value(data, net, sparsity, at(m)) for m in METHODS}
             left = {method: 100 * number / dense for method, number in kept.items() if number is not None}
             of_paper = [left[method] for method in ("none", "bn", "layerwise", "asr") if method in left]
             printed = [figures[column] for figures in PAPER_MAIN.get(net, {}).values()]
@@ -208,7 +214,15 @@ def retention(data: Data) -> str:
             here = max(of_paper, default=None)
             names = [text(left.get(method)) for method in ("refit", "auto")]
             body.append([title(net), share(sparsity), text(target), text(here), *names, verdict])
-    head = ["net", "sparsity", "the paper's best", "its methods here, b = 20", "`refit`", "`auto`", "above the paper's best"]
+    head = [
+        "net",
+        "sparsity",
+        "the paper's best",
+        "its methods here, b = 20",
+        "`refit`",
+        "`auto`",
+        "above the paper's best",
+    ]
     return rows(head, body)
 
 
@@ -234,7 +248,7 @@ def curve(data: Data) -> str:
     body = [
         [title(net), f"`{method}`", *(text(value(data, net, "0.9", f"{method}:{name}")) for name in names)]
         for net in data["nets"]
-        for method in GAIN_METHODS
+        for method in PAPER_METHODS
     ]
     return rows(["net, 90%", "method", *(f"b = {name}" for name in names[:-1]), "exact"], body)
 
@@ -304,7 +318,7 @@ def correlations(data: Data) -> str:
 
 def ablation(data: Data) -> str:
     """Table 2 of the paper: ResNet-50 at 90%, 20 batches."""
-    net, sparsity = ABLATION
+    net, sparsity = ABLATION_NET, ABLATION_SPARSITY
     body = []
     for name in (*PAPER_ABLATION, *OTHER_ABLATION):
         method, *others = name.replace(":20", "").split(",")
