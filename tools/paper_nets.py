@@ -12,16 +12,13 @@ on one uint8 tensor that holds all images. Mixed precision is bfloat16, which ne
 
 from __future__ import annotations
 
-import io
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -29,7 +26,6 @@ from torch.nn import functional as F
 
 CLASSES = 10
 SIZE, CROP_MARGIN = 32, 4
-OPSET = 17
 LEARNING_RATE, REFERENCE_BATCH = 0.1, 128
 MOMENTUM, WEIGHT_DECAY, LABEL_SMOOTHING = 0.9, 5e-4, 0.1
 SCORE_BATCH = 500
@@ -244,34 +240,6 @@ def train(
         seconds = time.perf_counter() - started
         print(f"{name}: epoch {epoch + 1} of {recipe.epochs}, loss {mean:.3f}, {seconds:.0f} s", flush=True)
     return net.to("cpu", memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload,no-any-return]
-
-
-def exported(net: nn.Module) -> onnx.ModelProto:
-    """A net in evaluation mode as ONNX, checked: any batch, every BatchNormalization kept.
-
-    `TrainingMode.EVAL` would fold them into the convolutions; `PRESERVE` on a net in evaluation mode does not.
-    """
-    content = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the TorchScript exporter announces its deprecation
-        torch.onnx.export(
-            net,
-            (torch.zeros(2, 3, SIZE, SIZE),),
-            content,
-            opset_version=OPSET,
-            dynamo=False,
-            training=torch.onnx.TrainingMode.PRESERVE,
-            input_names=["input"],
-            output_names=["logits"],
-            dynamic_axes={"input": {0: "N"}, "logits": {0: "N"}},
-        )
-    model = onnx.load_from_string(content.getvalue())
-    onnx.checker.check_model(model, full_check=True)
-    kept = sum(node.op_type == "BatchNormalization" for node in model.graph.node)
-    wanted = sum(isinstance(module, nn.BatchNorm2d) for module in net.modules())
-    if kept != wanted:
-        raise SystemExit(f"the exporter kept {kept} of {wanted} BatchNormalization nodes: use another torch")
-    return model
 
 
 def top1(net: nn.Module, images: NDArray[np.uint8], labels: NDArray[np.int64], normalize: Normalization) -> float:

@@ -44,7 +44,8 @@ PRESET = "cifar10"
 
 def train(arguments: argparse.Namespace) -> None:
     """Train and export the nets that are not there yet."""
-    import paper_nets  # needs torch
+    import exporting  # both need torch
+    import paper_nets
 
     work = Work(arguments.work)
     recipe = paper_nets.Recipe(
@@ -65,7 +66,7 @@ def train(arguments: argparse.Namespace) -> None:
         seconds = time.perf_counter() - started
         top1 = paper_nets.top1(net, test.pixels, test.labels, normalize)
         work.record(name).unlink(missing_ok=True)  # the net that is there, if any, is about to go
-        write(work.net(name), paper_nets.exported(net).SerializeToString())
+        write(work.net(name), exporting.exported(net, (3, paper_nets.SIZE, paper_nets.SIZE)))
         record = {
             "settings": settings,
             "preset": PRESET,
