@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -33,23 +33,48 @@ ABLATION: dict[str, dict[str, Any]] = {
     f"asr:{MAIN_BATCHES},fixed,no shift": {"prior": FIXED_PRIOR, "bias_correction": False},
 }
 """Priors and bias correction of the paper's Table 2, but for those that the grid has anyway."""
+SCALE, SCALED_SPARSITY = 4, "0.9"
 DAMAGE_SAMPLES = 512
 
 
-def repairs(net: str, sparsity: str, batches: Sequence[int], images: int) -> dict[str, RepairOptions | None]:
-    """The repairs of one pruned net by name, METHOD or METHOD:BATCHES or METHOD:exact; None for no repair."""
-    found: dict[str, RepairOptions | None] = {"none": None}
+@dataclass(frozen=True)
+class Repair:
+    """What one cell is about.
+
+    Attributes:
+        options: The repair; None for none.
+        scale: Factor on what all convolutions of both nets put out, which changes neither's function; see `scaled`.
+    """
+
+    options: RepairOptions | None
+    scale: int = 1
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For the cell's record."""
+        options = None if self.options is None else asdict(self.options)
+        return {"options": options} if self.scale == 1 else {"options": options, "scale": self.scale}
+
+
+def repairs(net: str, sparsity: str, batches: Sequence[int], images: int) -> dict[str, Repair]:
+    """The repairs of one pruned net by name: METHOD, METHOD:BATCHES or METHOD:exact, and variants of these."""
+    found = {"none": Repair(None)}
     for method in OWN_METHODS:  # auto holds images out of those that it is given
         held_out = HELD_OUT if method == "auto" else 0
-        found[method] = RepairOptions(method=method, samples=images, verify_samples=held_out)
+        found[method] = Repair(RepairOptions(method=method, samples=images, verify_samples=held_out))
     for method in PAPER_METHODS:
-        found |= {f"{method}:{count}": moving_average(method, count) for count in batches}
-        found[f"{method}:exact"] = RepairOptions(
-            method=method, samples=images, gain_samples=GAIN_SAMPLES, verify_samples=0
+        found |= {f"{method}:{count}": Repair(moving_average(method, count)) for count in batches}
+        found[f"{method}:exact"] = Repair(
+            RepairOptions(method=method, samples=images, gain_samples=GAIN_SAMPLES, verify_samples=0)
         )
-    if (net, sparsity) == (ABLATION_NET, ABLATION_SPARSITY) and MAIN_BATCHES in batches:
+    if MAIN_BATCHES not in batches:
+        return found
+    if sparsity == SCALED_SPARSITY:
+        for method in PAPER_METHODS:
+            found[f"{method}:{MAIN_BATCHES},scaled"] = Repair(moving_average(method, MAIN_BATCHES), SCALE)
+    if (net, sparsity) == (ABLATION_NET, ABLATION_SPARSITY):
         for name, others in ABLATION.items():
-            found[name] = moving_average(name.split(":")[0], MAIN_BATCHES, **others)
+            found[name] = Repair(moving_average(name.split(":")[0], MAIN_BATCHES, **others))
     return found
 
 
@@ -73,6 +98,28 @@ def prune(dense: onnx.ModelProto, sparsity: str) -> onnx.ModelProto:
     if ":" in sparsity:
         return onnx_asr.prune(dense, pattern=sparsity).model
     return onnx_asr.prune(dense, float(sparsity)).model
+
+
+def scaled(model: onnx.ModelProto, factor: int) -> onnx.ModelProto:
+    """The same function (up to epsilon) with everything that convolutions put out multiplied by a factor.
+
+    All weights of Conv nodes are multiplied, and the statistics of all BatchNormalization nodes with them: the mean by
+    the factor, the variance by its square. In the nets of this grid every BatchNormalization reads Conv outputs alone,
+    directly or through a Concat or a pooling.
+    """
+    factors = {}
+    for node in model.graph.node:
+        if node.op_type == "Conv":
+            factors |= dict.fromkeys(node.input[1:], factor)
+        elif node.op_type == "BatchNormalization":
+            factors |= {node.input[3]: factor, node.input[4]: factor**2}
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    for item in result.graph.initializer:
+        value = onnx.numpy_helper.to_array(item)
+        if item.name in factors:
+            item.CopyFrom(onnx.numpy_helper.from_array(value * np.asarray(factors[item.name], value.dtype), item.name))
+    return result
 
 
 @dataclass(frozen=True)
@@ -129,13 +176,12 @@ class Bench:
         self._repair(self.dense, "0", ["bn"], repairs(self.name, "0", batches, images))
 
     def _repair(
-        self, pruned: onnx.ModelProto, sparsity: str, methods: Sequence[str], known: dict[str, RepairOptions | None]
+        self, pruned: onnx.ModelProto, sparsity: str, methods: Sequence[str], known: Mapping[str, Repair]
     ) -> None:
-        for name, options in known.items():
+        for name, repair in known.items():
             if name.split(":")[0] in methods:
-                settings = self.settings | {"options": None if options is None else asdict(options)}
-                compute = partial(self.repaired, pruned, options)
-                self.work.finish(self.name, sparsity, name, settings, compute)
+                compute = partial(self.repaired, pruned, repair)
+                self.work.finish(self.name, sparsity, name, self.settings | repair.settings, compute)
 
     def top1(self, model: onnx.ModelProto) -> float:
         """Share of the scored images that a model classifies rightly."""
@@ -149,14 +195,15 @@ class Bench:
         assert measured.top1 is not None
         return measured.top1
 
-    def repaired(self, pruned: onnx.ModelProto, options: RepairOptions | None) -> dict[str, Any]:
+    def repaired(self, pruned: onnx.ModelProto, repair: Repair) -> dict[str, Any]:
         """Top-1 after a repair, and the method where `auto` chose it."""
+        options = repair.options
         if options is None:
             return {"top1": self.top1(pruned)}
         result = onnx_asr.repair(
-            pruned,
+            scaled(pruned, repair.scale),
             {"images": self.calibration[: options.samples + options.verify_samples]},
-            dense=self.dense,
+            dense=scaled(self.dense, repair.scale),
             options=options,
             preprocessing=self.preprocessing,
             execution=self.execution,

@@ -20,6 +20,8 @@ from paper_grid import (
     MAIN_BATCHES,
     METHODS,
     PAPER_METHODS,
+    SCALE,
+    SCALED_SPARSITY,
 )
 
 Data = dict[str, Any]
@@ -263,6 +265,16 @@ def unpruned(data: Data) -> str:
     return rows(["`bn` on the dense net", "before", *(f"b = {name}" for name in names[:-1]), "exact"], body)
 
 
+def scaled(data: Data) -> str:
+    """The same networks with larger numbers in front of BatchNormalization."""
+    body = []
+    for net in data["nets"]:
+        for method in PAPER_METHODS:
+            names = (at(method), f"{at(method)},scaled", f"{method}:exact")
+            body.append([title(net), f"`{method}`", *(text(value(data, net, SCALED_SPARSITY, name)) for name in names)])
+    return rows([f"net, {share(SCALED_SPARSITY)}", "method", "as it is", f"times {SCALE}", "exact"], body)
+
+
 def gap(data: Data) -> str:
     """What the gains are worth by the number of batches."""
     names = [*map(str, batches(data)), "exact"]
@@ -364,6 +376,7 @@ TABLES: dict[str, Callable[[Data], str]] = {
     "unpruned": unpruned,
     "curve": curve,
     "gap": gap,
+    "scaled": scaled,
     "severity": severity,
     "correlations": correlations,
     "ablation": ablation,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import io
 import json
 import shutil
@@ -23,6 +24,7 @@ NET = "resnet50"  # the one that the paper's ablation is about; what stands in f
 SPARSITY, IMAGES, SCORED = "0.9", 256, 200
 METHODS = ("none", "bn", "asr", "refit")
 CELLS = {"damage", "none", "bn:20", "bn:exact", "asr:20", "asr:exact", "refit"}
+SCALED = {"bn:20,scaled", "asr:20,scaled"}
 UNPRUNED = {"0 dense", "0 bn:20", "0 bn:exact"}
 ABLATION = {f"asr:20{rest}" for rest in (",mean", ",fixed", ",no shift", ",mean,no shift", ",fixed,no shift")}
 PAGE = ROOT / "docs" / "paper.md"
@@ -52,7 +54,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with np.load(ROOT / "models" / "data" / f"digits_{name}.npz") as arrays:
             repeated = {key: np.concatenate([arrays[key]] * times) for key in ("images", "labels")}
             np.savez(work / f"{part}.npz", **repeated)
-    assert set(repair(work)) == UNPRUNED | CELLS | ABLATION
+    assert set(repair(work)) == UNPRUNED | CELLS | SCALED | ABLATION
     return work
 
 
@@ -85,6 +87,23 @@ def test_a_cell_is_what_the_public_api_gives(finished: Path) -> None:
     assert options.items() >= (expected | {"bias_correction": False, "momentum": 0.1, "ema_batch_size": 128}).items()
 
 
+@pytest.mark.parametrize("net", ["resnet", "vgg", "densenet"])
+def test_a_scaled_net_is_the_same_function(net: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    scaled = importlib.import_module("paper_grid").scaled
+    model = onnx.load(ROOT / "models" / f"digits_{net}.onnx")
+    with np.load(ROOT / "models" / "data" / "digits_validation.npz") as arrays:
+        data, labels = {"images": arrays["images"][:64]}, arrays["labels"][:64]
+    preprocessing = onnx_asr.Preprocessing.from_options(preset="digits")
+    before = [onnx.numpy_helper.to_array(item).copy() for item in model.graph.initializer]
+    larger = scaled(model, 4)
+    measured = onnx_asr.evaluate(larger, data, dense=model, labels=labels, preprocessing=preprocessing)
+    assert measured.agreement == 1
+    assert measured.kl == pytest.approx(0, abs=1e-6)
+    after = [onnx.numpy_helper.to_array(item) for item in larger.graph.initializer]
+    assert any(np.array_equal(new, 4 * old) and old.ndim == 4 for new, old in zip(after, before, strict=True))
+
+
 def test_only_what_is_missing_or_other_is_computed(work: Path) -> None:
     assert repair(work) == []
     first = cell(work, "none").read_text()
@@ -103,7 +122,7 @@ def test_json_and_tables_say_what_the_cells_say(work: Path, tmp_path: Path) -> N
     script("table", "--work", work, "--data", data, "--page", page)
     collected = json.loads(data.read_text())
     assert (collected["images"], collected["score_images"]) == (IMAGES, SCORED)
-    assert set(collected["cells"][NET][SPARSITY]) == CELLS | ABLATION
+    assert set(collected["cells"][NET][SPARSITY]) == CELLS | SCALED | ABLATION
     text = page.read_text(encoding="utf-8")
     for name in ("none", "refit"):
         top1 = json.loads(cell(work, name).read_text())["top1"]
