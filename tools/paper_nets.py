@@ -179,10 +179,18 @@ NETS: dict[str, Callable[[float], nn.Module]] = {
 }
 
 
-def use_threads(count: int) -> None:
-    """Limit the threads of an operator; 0 leaves that to torch."""
-    if count:
-        torch.set_num_threads(count)
+def prepare(device: str, threads: int) -> None:
+    """Check that the device is there; limit the threads of an operator, which 0 leaves to torch.
+
+    Raises:
+        SystemExit: When it is not.
+    """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(
+            f"torch sees no GPU for --device {device}: give --device cpu, and a width such as --width 0.25"
+        )
+    if threads:
+        torch.set_num_threads(threads)
 
 
 def build(name: str, recipe: Recipe) -> nn.Module:

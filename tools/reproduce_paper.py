@@ -47,13 +47,15 @@ def train(arguments: argparse.Namespace) -> None:
     import exporting  # both need torch
     import paper_nets
 
+    if arguments.images < arguments.batch:
+        raise SystemExit(f"{arguments.images} images do not fill a batch of {arguments.batch}: give more, or a --batch")
     work = Work(arguments.work)
     recipe = paper_nets.Recipe(
         arguments.width, arguments.epochs, arguments.batch, arguments.seed, arguments.device, arguments.bf16
     )
     preprocessing = onnx_asr.Preprocessing.from_options(preset=PRESET)
     normalize = paper_nets.Normalization(preprocessing.mean, preprocessing.std)
-    paper_nets.use_threads(arguments.threads)
+    paper_nets.prepare(arguments.device, arguments.threads)
     for name in arguments.nets:
         settings = {"images": arguments.images, **asdict(recipe)}
         if done_before(work.record(name), settings):
