@@ -21,7 +21,7 @@ BATCH, GAIN_SAMPLES, HELD_OUT = 128, 64, 256
 PAPER_METHODS = ("bn", "layerwise", "raw", "asr")
 OWN_METHODS = ("paired", "refit", "auto")
 METHODS = ("none", *PAPER_METHODS, *OWN_METHODS)
-ABLATION_NET, ABLATION_SPARSITY = "resnet50", "0.9"
+ABLATION_SPARSITY = "0.9"
 FIXED_PRIOR = 1.0
 ABLATION: dict[str, dict[str, Any]] = {
     f"layerwise:{MAIN_BATCHES},no shift": {"bias_correction": False},
@@ -33,7 +33,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     f"asr:{MAIN_BATCHES},fixed,no shift": {"prior": FIXED_PRIOR, "bias_correction": False},
 }
 """Priors and bias correction of the paper's Table 2, but for those that the grid has anyway."""
-SCALE, SCALED_SPARSITY = 4, "0.9"
+SCALE = 4
 DAMAGE_SAMPLES = 512
 
 
@@ -56,7 +56,7 @@ class Repair:
         return {"options": options} if self.scale == 1 else {"options": options, "scale": self.scale}
 
 
-def repairs(net: str, sparsity: str, batches: Sequence[int], images: int) -> dict[str, Repair]:
+def repairs(sparsity: str, batches: Sequence[int], images: int) -> dict[str, Repair]:
     """The repairs of one pruned net by name: METHOD, METHOD:BATCHES or METHOD:exact, and variants of these."""
     found = {"none": Repair(None)}
     for method in OWN_METHODS:  # auto holds images out of those that it is given
@@ -67,12 +67,9 @@ def repairs(net: str, sparsity: str, batches: Sequence[int], images: int) -> dic
         found[f"{method}:exact"] = Repair(
             RepairOptions(method=method, samples=images, gain_samples=GAIN_SAMPLES, verify_samples=0)
         )
-    if MAIN_BATCHES not in batches:
-        return found
-    if sparsity == SCALED_SPARSITY:
+    if sparsity == ABLATION_SPARSITY and MAIN_BATCHES in batches:
         for method in PAPER_METHODS:
             found[f"{method}:{MAIN_BATCHES},scaled"] = Repair(moving_average(method, MAIN_BATCHES), SCALE)
-    if (net, sparsity) == (ABLATION_NET, ABLATION_SPARSITY):
         for name, others in ABLATION.items():
             found[name] = Repair(moving_average(name.split(":")[0], MAIN_BATCHES, **others))
     return found
@@ -172,8 +169,8 @@ class Bench:
             pruned = prune(self.dense, sparsity)
             about = {"dense": self.digest, "samples": DAMAGE_SAMPLES}
             self.work.finish(self.name, sparsity, "damage", about, partial(self.damage, pruned))
-            self._repair(pruned, sparsity, methods, repairs(self.name, sparsity, batches, images))
-        self._repair(self.dense, "0", ["bn"], repairs(self.name, "0", batches, images))
+            self._repair(pruned, sparsity, methods, repairs(sparsity, batches, images))
+        self._repair(self.dense, "0", ["bn"], repairs("0", batches, images))
 
     def _repair(
         self, pruned: onnx.ModelProto, sparsity: str, methods: Sequence[str], known: Mapping[str, Repair]

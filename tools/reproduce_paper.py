@@ -11,7 +11,8 @@
     bn, layerwise, raw, asr              gains from 64 images; BatchNormalization re-estimated by a moving average
                                          (momentum 0.1) of b batches of 128 images, and exactly
     paired, refit, auto                  what this tool does instead
-    asr with other priors, no shift      the paper's ablation: its net, its sparsity, b = 20
+    asr with other priors, no shift      the paper's ablation, at 90% and b = 20
+    the same on scaled nets              the functions as they were, 4 times as much in front of BatchNormalization
 
 and scores the outcome on test images; `bn` goes over the unpruned net, too. On a CPU, at reduced width:
 
