@@ -128,14 +128,14 @@ class Bench:
         name: Of the net.
         calibration: Images without labels.
         scored: Images that top-1 is measured on.
-        threads: Of onnxruntime.
+        execution: How networks run.
     """
 
     work: Work
     name: str
     calibration: NDArray[np.uint8]
     scored: Images
-    threads: int
+    execution: onnx_asr.Execution
 
     @cached_property
     def dense(self) -> onnx.ModelProto:
@@ -156,11 +156,6 @@ class Bench:
     def preprocessing(self) -> onnx_asr.Preprocessing:
         """What the net was trained with."""
         return onnx_asr.Preprocessing.from_options(preset=read_json(self.work.record(self.name))["preset"])
-
-    @cached_property
-    def execution(self) -> onnx_asr.Execution:
-        """How networks run."""
-        return onnx_asr.Execution(onnx_asr.Runtime(threads=self.threads))
 
     def fill(self, sparsities: Iterable[str], methods: Sequence[str], batches: Sequence[int], images: int) -> None:
         """Compute the cells that are not there yet; `bn` goes over the net without pruning, too."""

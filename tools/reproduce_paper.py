@@ -93,8 +93,10 @@ def repair(arguments: argparse.Namespace) -> None:
     needed = max(arguments.images + paper_grid.HELD_OUT, paper_grid.BATCH * max(arguments.batches))
     if needed > len(calibration):
         raise SystemExit(f"{needed} calibration images are needed, and there are {len(calibration)}: ask for fewer")
+    limit = None if arguments.memory_limit is None else round(arguments.memory_limit * 2**30)
+    execution = onnx_asr.Execution(onnx_asr.Runtime(threads=arguments.threads), limit)
     for name in names:
-        bench = paper_grid.Bench(work, name, calibration, scored, arguments.threads)
+        bench = paper_grid.Bench(work, name, calibration, scored, execution)
         bench.fill(arguments.sparsities, arguments.methods, arguments.batches, arguments.images)
 
 
@@ -131,6 +133,7 @@ def main(command: Sequence[str] | None = None) -> None:
     repairing.add_argument("--batches", nargs="+", type=int, default=paper_grid.BATCHES, help="of the moving average")
     repairing.add_argument("--images", type=int, default=2048, help="calibration images where no batches are counted")
     repairing.add_argument("--score-images", type=int, default=10_000)
+    repairing.add_argument("--memory-limit", type=float, metavar="GIB", help="for activations; default: none")
     repairing.set_defaults(run=repair)
     tabling.add_argument("--work", type=Path, help="default: write the page from the JSON that is there")
     tabling.add_argument("--data", type=Path, default=ROOT / "docs" / "data" / "paper.json")
