@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from onnx_asr.compression import CompressOptions, CompressResult, compress
     from onnx_asr.data import Preprocessing
     from onnx_asr.engine.latency import Latency
+    from onnx_asr.engine.session import Runtime
     from onnx_asr.evaluation import evaluate
     from onnx_asr.inspection import Inspection, inspect
     from onnx_asr.latency import measure_latency
@@ -42,6 +43,7 @@ _HOME = {
     "PruneResult": "pruning",
     "RepairOptions": "options",
     "RepairResult": "result",
+    "Runtime": "engine.session",
     "SensitivityResult": "layer_sensitivity",
     "ShrinkResult": "shrinking",
     "SweepGrid": "sweeping",
@@ -72,6 +74,7 @@ __all__ = [
     "PruneResult",
     "RepairOptions",
     "RepairResult",
+    "Runtime",
     "SensitivityResult",
     "ShrinkResult",
     "SweepGrid",

@@ -186,7 +186,7 @@ def test_control_c_on_a_terminal(pruned: str, output: Path, tmp_path: Path) -> N
     if pid == 0:
         os.execve(line[0], line, environment() | {"TERM": "xterm"})
     shown = b""
-    while b"measuring" not in shown:
+    while b"\x1b[?25l" not in shown:  # the progress bar is there, and the cursor is not
         shown += os.read(terminal, 4096)
     os.write(terminal, b"\x03")
     with suppress(OSError):  # the other side is closed

@@ -1,0 +1,259 @@
+"""The grid of tools/reproduce_paper.py: nets pruned, repaired and measured, by public names of the package alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from paper_work import Images, Work, read_json
+
+import onnx_asr
+from onnx_asr import RepairOptions
+
+SPARSITIES = ("0.5", "0.7", "0.9", "2:4")
+BATCHES, MAIN_BATCHES = (10, 20, 30, 50), 20
+BATCH, GAIN_SAMPLES, HELD_OUT = 128, 64, 256
+PAPER_METHODS = ("bn", "layerwise", "raw", "asr")
+OWN_METHODS = ("paired", "refit", "auto")
+METHODS = ("none", *PAPER_METHODS, *OWN_METHODS)
+ABLATION_SPARSITY = "0.9"
+FIXED_PRIOR = 1.0
+ABLATION: dict[str, dict[str, Any]] = {
+    f"layerwise:{MAIN_BATCHES},no shift": {"bias_correction": False},
+    f"raw:{MAIN_BATCHES},no shift": {"bias_correction": False},
+    f"asr:{MAIN_BATCHES},no shift": {"bias_correction": False},
+    f"asr:{MAIN_BATCHES},mean": {"prior": "mean"},
+    f"asr:{MAIN_BATCHES},mean,no shift": {"prior": "mean", "bias_correction": False},
+    f"asr:{MAIN_BATCHES},fixed": {"prior": FIXED_PRIOR},
+    f"asr:{MAIN_BATCHES},fixed,no shift": {"prior": FIXED_PRIOR, "bias_correction": False},
+}
+"""Priors and bias correction of the paper's Table 2, but for those that the grid has anyway."""
+SCALE = 4
+DAMAGE_SAMPLES = 512
+
+
+@dataclass(frozen=True)
+class Repair:
+    """What one cell is about.
+
+    Attributes:
+        options: The repair; None for none.
+        scale: Factor on what all convolutions of both nets put out, which changes neither's function; see `scaled`.
+    """
+
+    options: RepairOptions | None
+    scale: int = 1
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For the cell's record."""
+        options = None if self.options is None else asdict(self.options)
+        return {"options": options} if self.scale == 1 else {"options": options, "scale": self.scale}
+
+
+def repairs(sparsity: str, batches: Sequence[int], images: int) -> dict[str, Repair]:
+    """The repairs of one pruned net by name: METHOD, METHOD:BATCHES or METHOD:exact, and variants of these."""
+    found = {"none": Repair(None)}
+    for method in OWN_METHODS:  # auto holds images out of those that it is given
+        held_out = HELD_OUT if method == "auto" else 0
+        found[method] = Repair(RepairOptions(method=method, samples=images, verify_samples=held_out))
+    for method in PAPER_METHODS:
+        found |= {f"{method}:{count}": Repair(moving_average(method, count)) for count in batches}
+        found[f"{method}:exact"] = Repair(
+            RepairOptions(method=method, samples=images, gain_samples=GAIN_SAMPLES, verify_samples=0)
+        )
+    if sparsity == ABLATION_SPARSITY and MAIN_BATCHES in batches:
+        for method in PAPER_METHODS:
+            found[f"{method}:{MAIN_BATCHES},scaled"] = Repair(moving_average(method, MAIN_BATCHES), SCALE)
+        for name, others in ABLATION.items():
+            found[name] = Repair(moving_average(name.split(":")[0], MAIN_BATCHES, **others))
+    return found
+
+
+def moving_average(method: Any, batches: int, **others: Any) -> RepairOptions:
+    """The paper's protocol."""
+    return RepairOptions(
+        method=method,
+        bn="ema",
+        momentum=0.1,
+        ema_batches=batches,
+        ema_batch_size=BATCH,
+        samples=batches * BATCH,
+        gain_samples=GAIN_SAMPLES,
+        verify_samples=0,
+        **others,
+    )
+
+
+def prune(dense: onnx.ModelProto, sparsity: str) -> onnx.ModelProto:
+    """Global magnitude pruning to a share of zeros, or N:M."""
+    if ":" in sparsity:
+        return onnx_asr.prune(dense, pattern=sparsity).model
+    return onnx_asr.prune(dense, float(sparsity)).model
+
+
+def scaled(model: onnx.ModelProto, factor: int) -> onnx.ModelProto:
+    """The same function (up to epsilon) with everything that convolutions put out multiplied by a factor.
+
+    All weights of Conv nodes are multiplied, and the statistics of all BatchNormalization nodes with them: the mean by
+    the factor, the variance by its square. In the nets of this grid every BatchNormalization reads Conv outputs alone,
+    directly or through a Concat or a pooling.
+    """
+    factors = {}
+    for node in model.graph.node:
+        if node.op_type == "Conv":
+            factors |= dict.fromkeys(node.input[1:], factor)
+        elif node.op_type == "BatchNormalization":
+            factors |= {node.input[3]: factor, node.input[4]: factor**2}
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    for item in result.graph.initializer:
+        value = onnx.numpy_helper.to_array(item)
+        if item.name in factors:
+            item.CopyFrom(onnx.numpy_helper.from_array(value * np.asarray(factors[item.name], value.dtype), item.name))
+    return result
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One net with all that its cells need.
+
+    Attributes:
+        work: Where cells are kept.
+        name: Of the net.
+        calibration: Images without labels.
+        scored: Images that top-1 is measured on.
+        execution: How networks run.
+    """
+
+    work: Work
+    name: str
+    calibration: NDArray[np.uint8]
+    scored: Images
+    execution: onnx_asr.Execution
+
+    @cached_property
+    def dense(self) -> onnx.ModelProto:
+        """The net."""
+        return onnx.load(self.work.net(self.name))
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the net's file."""
+        return self.work.digest(self.name)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What every scored cell depends on."""
+        return {"dense": self.digest, "score_images": len(self.scored.labels)}
+
+    @cached_property
+    def preprocessing(self) -> onnx_asr.Preprocessing:
+        """What the net was trained with."""
+        return onnx_asr.Preprocessing.from_options(preset=read_json(self.work.record(self.name))["preset"])
+
+    def fill(self, sparsities: Iterable[str], methods: Sequence[str], batches: Sequence[int], images: int) -> None:
+        """Compute the cells that are not there yet; `bn` goes over the net without pruning, too."""
+        self.work.finish(self.name, "0", "dense", self.settings, lambda: {"top1": self.top1(self.dense)})
+        for sparsity in sparsities:
+            pruned = prune(self.dense, sparsity)
+            about = {"dense": self.digest, "samples": DAMAGE_SAMPLES}
+            self.work.finish(self.name, sparsity, "damage", about, partial(self.damage, pruned))
+            self._repair(pruned, sparsity, methods, repairs(sparsity, batches, images))
+        self._repair(self.dense, "0", ["bn"], repairs("0", batches, images))
+
+    def _repair(
+        self, pruned: onnx.ModelProto, sparsity: str, methods: Sequence[str], known: Mapping[str, Repair]
+    ) -> None:
+        for name, repair in known.items():
+            if name.split(":")[0] in methods:
+                compute = partial(self.repaired, pruned, repair)
+                self.work.finish(self.name, sparsity, name, self.settings | repair.settings, compute)
+
+    def top1(self, model: onnx.ModelProto) -> float:
+        """Share of the scored images that a model classifies rightly."""
+        measured = onnx_asr.evaluate(
+            model,
+            {"images": self.scored.pixels},
+            labels=self.scored.labels,
+            preprocessing=self.preprocessing,
+            runtime=self.execution.runtime,
+        )
+        assert measured.top1 is not None
+        return measured.top1
+
+    def repaired(self, pruned: onnx.ModelProto, repair: Repair) -> dict[str, Any]:
+        """Top-1 after a repair, and the method where `auto` chose it."""
+        options = repair.options
+        if options is None:
+            return {"top1": self.top1(pruned)}
+        result = onnx_asr.repair(
+            scaled(pruned, repair.scale),
+            {"images": self.calibration[: options.samples + options.verify_samples]},
+            dense=scaled(self.dense, repair.scale),
+            options=options,
+            preprocessing=self.preprocessing,
+            execution=self.execution,
+        )
+        chosen = {"chosen": result.options.method} if options.method == "auto" else {}
+        return {"top1": self.top1(result.model), **chosen}
+
+    def damage(self, pruned: onnx.ModelProto) -> dict[str, float]:
+        """What pruning did to the channels of all convolutions but the first, on average over the channels.
+
+        `severity` is the share of the dense network's variance that is missing, 1 - min(1, v_p / v_d); `collapsed` of
+        the channels have less than a hundredth of it; `correlation` is with the dense channels.
+        """
+        found = onnx_asr.inspect(
+            pruned,
+            dense=self.dense,
+            data={"images": self.calibration[:DAMAGE_SAMPLES]},
+            preprocessing=self.preprocessing,
+            samples=DAMAGE_SAMPLES,
+            execution=self.execution,
+        )
+        layers = [layer.damage for layer in found.layers if layer.op_type == "Conv" and layer.damage is not None][1:]
+        ratios = np.concatenate([layer.ratio for layer in layers])
+        known = ~np.isnan(ratios)  # NaN where the dense channel is constant
+        return {
+            "severity": float((1 - np.minimum(1, ratios[known])).mean()),
+            "collapsed": float(np.concatenate([layer.collapsed for layer in layers])[known].mean()),
+            "correlation": float(np.concatenate([layer.correlation for layer in layers])[known].mean()),
+        }
+
+
+def collected(work: Work) -> dict[str, Any]:
+    """Nets and cells in one object.
+
+    Raises:
+        SystemExit: When there are none, or they were not made with the same numbers of images.
+    """
+    found = list(work.cells())
+    scored = {cell["settings"]["score_images"] for cell in found if "top1" in cell}
+    images = {cell["settings"]["options"]["samples"] for cell in found if cell["name"] in OWN_METHODS}
+    if {len(scored), len(images)} != {1}:
+        raise SystemExit(
+            f"the cells of {work.folder} were calibrated on {sorted(images)} and scored on {sorted(scored)} images: "
+            "for one table run `repair` with one --images and one --score-images"
+        )
+    result: dict[str, Any] = {"images": images.pop(), "score_images": scored.pop(), "nets": {}, "cells": {}}
+    for cell in found:
+        name = cell["net"]
+        if name not in result["nets"]:
+            variance = running_variance(onnx.load(work.net(name)))
+            result["nets"][name] = {**read_json(work.record(name)), "running_variance": variance}
+        values = {key: cell[key] for key in cell if key not in ("net", "sparsity", "name", "settings")}
+        result["cells"].setdefault(name, {}).setdefault(cell["sparsity"], {})[cell["name"]] = values
+    return result
+
+
+def running_variance(model: onnx.ModelProto) -> float:
+    """Median over all channels of what the BatchNormalization nodes hold; the moving average begins at 1."""
+    values = {item.name: onnx.numpy_helper.to_array(item) for item in model.graph.initializer}
+    variances = [values[node.input[4]] for node in model.graph.node if node.op_type == "BatchNormalization"]
+    return float(np.median(np.concatenate(variances)))

@@ -1,0 +1,138 @@
+"""The folder in which tools/reproduce_paper.py keeps its images, its nets and the finished cells of its grid."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+NETS = ("resnet18", "resnet50", "densenet121", "vgg16")
+
+
+@dataclass(frozen=True)
+class Images:
+    """uint8 pixels [N, H, W, C] and classes [N], in an order that mixes the classes."""
+
+    pixels: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+    def head(self, count: int) -> Images:
+        """The first ones.
+
+        Raises:
+            SystemExit: When there are not as many.
+        """
+        if count > len(self.labels):
+            raise SystemExit(f"{count} images were asked for, and there are {len(self.labels)}: ask for fewer")
+        return Images(self.pixels[:count], self.labels[:count])
+
+
+@dataclass(frozen=True)
+class Work:
+    """The folder.
+
+    Every file is written beside and renamed, so that it is there whole or not at all.
+    """
+
+    folder: Path
+
+    def net(self, name: str) -> Path:
+        """A trained net."""
+        return self.folder / f"{name}.onnx"
+
+    def record(self, name: str) -> Path:
+        """How it was trained, and to what accuracy."""
+        return self.folder / f"{name}.json"
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of a trained net: cells of one that was trained anew are not those of the old one."""
+        return hashlib.sha256(self.net(name).read_bytes()).hexdigest()
+
+    def nets(self) -> list[str]:
+        """The nets that are there, the paper's in its order."""
+        found = {path.stem for path in self.folder.glob("*.onnx")} & {path.stem for path in self.folder.glob("*.json")}
+        return [name for name in NETS if name in found] + sorted(found - set(NETS))
+
+    def images(self, part: str, archive: Path) -> Images:
+        """One part of the images ("train", "test"); the archive is read the first time only."""
+        path = self.folder / f"{part}.npz"
+        if not path.exists():
+            images = unpack(archive, part)
+            content = io.BytesIO()
+            np.savez(content, images=images.pixels, labels=images.labels)
+            write(path, content.getvalue())
+        with np.load(path) as arrays:
+            return Images(arrays["images"], arrays["labels"])
+
+    def finish(
+        self, net: str, sparsity: str, name: str, settings: Mapping[str, Any], compute: Callable[[], dict[str, Any]]
+    ) -> None:
+        """Compute a cell and keep it, unless that was done with the same settings."""
+        path = self.folder / "cells" / net / f"{sparsity} {name}.json".replace(":", "-")
+        if done_before(path, settings):
+            return
+        started = time.perf_counter()
+        values = compute()
+        seconds = round(time.perf_counter() - started, 2)
+        key = {"net": net, "sparsity": sparsity, "name": name}
+        write_json(path, {**key, **values, "seconds": seconds, "settings": settings})
+        print(f"{net} {sparsity} {name}: {values} {seconds:.0f} s", flush=True)
+
+    def cells(self) -> Iterator[dict[str, Any]]:
+        """The finished cells of the nets that are there."""
+        for name in self.nets():
+            digest = self.digest(name)
+            for path in sorted(self.folder.glob(f"cells/{name}/*.json")):
+                cell = read_json(path)
+                if cell["settings"]["dense"] == digest:
+                    yield cell
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    beside.write_bytes(content)
+    beside.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def done_before(path: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether a record is there that was made with these settings."""
+    return path.exists() and read_json(path)["settings"] == json.loads(json.dumps(settings))
+
+
+def unpack(archive: Path, part: str) -> Images:
+    """One part of an archive PART/CLASS/*.jpg, shuffled; classes are numbered by name."""
+    if not archive.exists():
+        raise SystemExit(f"{archive} is missing: name an archive of CIFAR-10 (PART/CLASS/*.jpg) with --archive")
+    found: dict[tuple[str, str], NDArray[np.uint8]] = {}
+    with tarfile.open(archive) as files:
+        for member in files:
+            name = Path(member.name)
+            content = files.extractfile(member)
+            if content is not None and name.parts[0] == part:
+                found[name.parent.name, name.name] = np.asarray(Image.open(io.BytesIO(content.read())).convert("RGB"))
+    names = sorted(found)
+    classes = sorted({label for label, _ in names})
+    order = np.random.default_rng(0).permutation(len(names))
+    pixels = np.stack([found[name] for name in names])
+    return Images(pixels[order], np.array([classes.index(label) for label, _ in names])[order])

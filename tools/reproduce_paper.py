@@ -1,0 +1,147 @@
+"""The experiment of the ASR paper with this tool: its four architectures, its grid on CIFAR-10, its tables.
+
+    python tools/reproduce_paper.py train  --work W     # needs torch: pip install -r tools/requirements-paper.txt
+    python tools/reproduce_paper.py repair --work W     # the package's public API alone, no torch
+    python tools/reproduce_paper.py table  --work W     # docs/data/paper.json, and the tables of docs/paper.md from it
+
+`train` is at full size and on a GPU unless told otherwise: 30 epochs in mixed precision, each net a step of its own
+(`--nets resnet50`). `repair` prunes every net of W to 50, 70, 90% and 2:4, and repairs each with
+
+    none                                 pruning alone
+    bn, layerwise, raw, asr              gains from 64 images; BatchNormalization re-estimated by a moving average
+                                         (momentum 0.1) of b batches of 128 images, and exactly
+    paired, refit, auto                  what this tool does instead
+    asr with other priors, no shift      the paper's ablation, at 90% and b = 20
+    the same on scaled nets              the functions as they were, 4 times as much in front of BatchNormalization
+
+and scores the outcome on test images; `bn` goes over the unpruned net, too. On a CPU, at reduced width:
+
+    python tools/reproduce_paper.py train  --work W --device cpu --width 0.25 --epochs 3 --batch 128
+    python tools/reproduce_paper.py repair --work W --images 1024 --score-images 1000
+
+W keeps everything: the images as arrays, a trained net as NET.onnx with NET.json (which also say all that `repair` asks
+of a net from elsewhere), a finished cell of the grid as cells/NET/CELL.json. Files are written beside and renamed, so a
+run may be killed at any moment; started again it does what is missing or was made with other settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import paper_grid
+import paper_tables
+from paper_work import NETS, Work, done_before, read_json, write, write_json
+
+import onnx_asr
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHIVE = ROOT.parent / "shared" / "assets" / "data" / "cifar10_jpeg.tar.xz"
+PRESET = "cifar10"
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Train and export the nets that are not there yet."""
+    import exporting  # both need torch
+    import paper_nets
+
+    if arguments.images < arguments.batch:
+        raise SystemExit(f"{arguments.images} images do not fill a batch of {arguments.batch}: give more, or a --batch")
+    work = Work(arguments.work)
+    recipe = paper_nets.Recipe(
+        arguments.width, arguments.epochs, arguments.batch, arguments.seed, arguments.device, arguments.bf16
+    )
+    preprocessing = onnx_asr.Preprocessing.from_options(preset=PRESET)
+    normalize = paper_nets.Normalization(preprocessing.mean, preprocessing.std)
+    paper_nets.prepare(arguments.device, arguments.threads)
+    for name in arguments.nets:
+        settings = {"images": arguments.images, **asdict(recipe)}
+        if done_before(work.record(name), settings):
+            print(f"{name}: trained before", flush=True)
+            continue
+        images = work.images("train", arguments.archive).head(arguments.images)
+        test = work.images("test", arguments.archive)
+        started = time.perf_counter()
+        net = paper_nets.train(name, images.pixels, images.labels, normalize, recipe)
+        seconds = time.perf_counter() - started
+        top1 = paper_nets.top1(net, test.pixels, test.labels, normalize)
+        work.record(name).unlink(missing_ok=True)  # the net that is there, if any, is about to go
+        write(work.net(name), exporting.exported(net, (3, paper_nets.SIZE, paper_nets.SIZE)))
+        record = {
+            "settings": settings,
+            "preset": PRESET,
+            "parameters": sum(value.numel() for value in net.parameters()),
+            "top1": top1,
+            "test_images": len(test.labels),
+            "seconds": round(seconds, 1),
+        }
+        write_json(work.record(name), record)
+        print(f"{name}: {record['parameters']} parameters, top-1 {top1:.4f}, {seconds:.0f} s", flush=True)
+
+
+def repair(arguments: argparse.Namespace) -> None:
+    """Compute the cells that are not there yet."""
+    work = Work(arguments.work)
+    names = arguments.nets or work.nets() or NETS
+    if missing := [name for name in names if name not in work.nets()]:
+        raise SystemExit(f"{work.net(missing[0])} with its .json is missing: train it first")
+    calibration = work.images("train", arguments.archive).pixels
+    scored = work.images("test", arguments.archive).head(arguments.score_images)
+    needed = max(arguments.images + paper_grid.HELD_OUT, paper_grid.BATCH * max(arguments.batches))
+    if needed > len(calibration):
+        raise SystemExit(f"{needed} calibration images are needed, and there are {len(calibration)}: ask for fewer")
+    limit = None if arguments.memory_limit is None else round(arguments.memory_limit * 2**30)
+    execution = onnx_asr.Execution(onnx_asr.Runtime(threads=arguments.threads), limit)
+    for name in names:
+        bench = paper_grid.Bench(work, name, calibration, scored, execution)
+        bench.fill(arguments.sparsities, arguments.methods, arguments.batches, arguments.images)
+
+
+def table(arguments: argparse.Namespace) -> None:
+    """Write the JSON from the cells, and the tables of the page from the JSON."""
+    page = arguments.page.read_text(encoding="utf-8")
+    if arguments.work is not None:
+        write_json(arguments.data, paper_grid.collected(Work(arguments.work)))
+    write(arguments.page, paper_tables.filled(page, read_json(arguments.data)).encode())
+
+
+def main(command: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    training = commands.add_parser("train", help="train and export the nets that are missing")
+    repairing = commands.add_parser("repair", help="prune, repair and score: the cells that are missing")
+    tabling = commands.add_parser("table", help="write the JSON and the page's tables")
+    for part in (training, repairing):
+        part.add_argument("--work", type=Path, required=True, help="folder that keeps what is done")
+        part.add_argument("--archive", type=Path, default=ARCHIVE, help="CIFAR-10 as PART/CLASS/*.jpg")
+        part.add_argument("--threads", type=int, default=0, help="0: as many as there are cores")
+    training.add_argument("--nets", nargs="+", default=NETS, choices=NETS)
+    training.add_argument("--width", type=float, default=1.0, help="scales all numbers of channels")
+    training.add_argument("--epochs", type=int, default=30)
+    training.add_argument("--batch", type=int, default=512)
+    training.add_argument("--images", type=int, default=50_000, help="training images")
+    training.add_argument("--seed", type=int, default=0)
+    training.add_argument("--device", default="cuda")
+    training.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="mixed precision")
+    training.set_defaults(run=train)
+    repairing.add_argument("--nets", nargs="+", help="default: all that were trained")
+    repairing.add_argument("--sparsities", nargs="+", default=paper_grid.SPARSITIES, help="shares of zeros, or N:M")
+    repairing.add_argument("--methods", nargs="+", default=paper_grid.METHODS, choices=paper_grid.METHODS)
+    repairing.add_argument("--batches", nargs="+", type=int, default=paper_grid.BATCHES, help="of the moving average")
+    repairing.add_argument("--images", type=int, default=2048, help="calibration images where no batches are counted")
+    repairing.add_argument("--score-images", type=int, default=10_000)
+    repairing.add_argument("--memory-limit", type=float, metavar="GIB", help="for activations; default: none")
+    repairing.set_defaults(run=repair)
+    tabling.add_argument("--work", type=Path, help="default: write the page from the JSON that is there")
+    tabling.add_argument("--data", type=Path, default=ROOT / "docs" / "data" / "paper.json")
+    tabling.add_argument("--page", type=Path, default=ROOT / "docs" / "paper.md")
+    tabling.set_defaults(run=table)
+    arguments = parser.parse_args(command)
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()
