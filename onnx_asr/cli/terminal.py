@@ -56,9 +56,13 @@ class Terminal:
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-        with Progress(*columns, console=self._err, transient=True) as bar:
+        bar = Progress(*columns, console=self._err, transient=True)
+        try:  # an interrupt while it starts would leave `with bar` without its end, and the cursor hidden
+            bar.start()
             task = bar.add_task("starting", total=1.0)
             yield lambda stage, fraction: bar.update(task, description=stage, completed=fraction)
+        finally:
+            bar.stop()
 
 
 def leave_progress() -> None:
