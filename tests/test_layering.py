@@ -27,7 +27,14 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
     "onnx_asr.cli": ({"typer", "rich", "click"}, {"onnx_asr"}),
     "onnx_asr.sweeping.workers": (
         {"onnx", "dask", "distributed"},
-        {"onnx_asr.sweeping", "onnx_asr.data", "onnx_asr.graph.tensors", "onnx_asr.networks", "onnx_asr.errors"},
+        {
+            "onnx_asr.sweeping",
+            "onnx_asr.blas",
+            "onnx_asr.data",
+            "onnx_asr.graph.tensors",
+            "onnx_asr.networks",
+            "onnx_asr.errors",
+        },
     ),
     "onnx_asr.viewing": ({"netron"}, {"onnx_asr.model_io", "onnx_asr.ownership", "onnx_asr.errors"}),
     "onnx_asr.__main__": (set(), {"onnx_asr.cli"}),

@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn, Protocol, runtime_checkable
 
 import typer
 
+from onnx_asr.blas import BLAS_THREADS
 from onnx_asr.cli import making, measuring, sweeping
 from onnx_asr.cli.command import BAD_INPUT, DONE, INTERRUPTED, app
 from onnx_asr.cli.supervision import supervised
@@ -20,7 +21,6 @@ from onnx_asr.ownership import DISTRIBUTION, check_owner
 from onnx_asr.version import __version__
 
 COMMANDS = (making, measuring, sweeping)  # importing them registers what they offer
-BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
 def _print_version(wanted: bool) -> None:

@@ -22,6 +22,7 @@ from onnx_asr.graph.points import Skip
 from onnx_asr.inspection import Inspection, Layer, describe
 from onnx_asr.model_io import ModelSource, load
 from onnx_asr.networks import Execution
+from onnx_asr.options import flattened
 from onnx_asr.point_report import PointReport
 from onnx_asr.pruning import PruneResult
 from onnx_asr.repairing import RepairJob
@@ -50,6 +51,16 @@ class Run:
     line: str
     files: dict[str, str | None]
     preprocessing: Preprocessing | None = None
+
+    def to_dict(self) -> Values:
+        """Plain values: what every report begins and ends with."""
+        return {
+            "command": self.command,
+            "command_line": self.line,
+            "version": __version__,
+            "files": self.files,
+            "preprocessing": None if self.preprocessing is None else self.preprocessing.to_dict(),
+        }
 
 
 def inspect_data(run: Run, inspection: Inspection) -> Values:
@@ -152,11 +163,7 @@ def _report(
 ) -> Values:
     """The parts that every report has, and empty ones of those that only some have."""
     return {
-        "command": run.command,
-        "command_line": run.line,
-        "version": __version__,
-        "files": run.files,
-        "preprocessing": None if run.preprocessing is None else run.preprocessing.to_dict(),
+        **run.to_dict(),
         "versions": versions,
         "layers": [{"number": number, **layer} for number, layer in enumerate(layers, 1)],
         "hurt_most": _hurt_most(layers),
@@ -232,17 +239,6 @@ def _fidelities(
         return {name: measure(value, outputs["dense"], labels) for name, value in outputs.items()}, []
     except DataError as error:
         return known, [f"no top-1: {error}"]
-
-
-def flattened(values: Mapping[str, Any], prefix: str = "") -> Values:
-    """Nested options as one level of dotted names."""
-    flat: Values = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flattened(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def _thumbnails(dataset: Dataset, chosen: np.ndarray[Any, np.dtype[np.int64]]) -> list[Values]:

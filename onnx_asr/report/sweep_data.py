@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 from onnx_asr.fidelity import Fidelity
-from onnx_asr.report.data import Run, Values, flattened
+from onnx_asr.options import flattened
+from onnx_asr.report.data import Run, Values
 from onnx_asr.sweeping.grid import Cell, Goal
 from onnx_asr.sweeping.result import SweepResult
-from onnx_asr.version import __version__
 
 MEASURES = {"top1": "top-1", "agreement": "agreement with the dense model", "snr_db": "output SNR, dB"}
 PATTERNS = "N:M patterns"
@@ -18,11 +18,7 @@ PATTERNS = "N:M patterns"
 def sweep_data(run: Run, result: SweepResult) -> Values:
     """The report of a sweep."""
     return {
-        "command": run.command,
-        "command_line": run.line,
-        "version": __version__,
-        "files": run.files,
-        "preprocessing": None if run.preprocessing is None else run.preprocessing.to_dict(),
+        **run.to_dict(),
         "measure": {"name": result.measure, "label": MEASURES[result.measure]},
         "dense": result.dense.to_dict(),
         "goals": [str(goal) for goal in result.goals],

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from onnx_asr.errors import OutputError
 from onnx_asr.model_io import check_writable, write_text
+from onnx_asr.options import flattened
 from onnx_asr.sweeping.grid import Cell
 from onnx_asr.sweeping.result import Outcome, SweepResult, cell_from_dict
 
@@ -36,7 +37,7 @@ class Store:
         """
         if self._found is None:
             return {}
-        there, now = (dict(_flat(values)) for values in (self._found["conditions"], _plain(conditions)))
+        there, now = (flattened(values) for values in (self._found["conditions"], _plain(conditions)))
         differing = [name for name in sorted({*there, *now}) if there.get(name) != now.get(name)]
         if differing:
             differing.sort(key=lambda name: name.endswith("sha256"))  # what a reader can tell apart comes first
@@ -85,11 +86,3 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= _LONG else f"{text[:_LONG]}..."
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

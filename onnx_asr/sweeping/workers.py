@@ -25,6 +25,7 @@ from distributed import Client, Future, LocalCluster, Worker, WorkerPlugin, as_c
 from distributed import TimeoutError as DaskTimeout
 from distributed.scheduler import KilledWorker
 
+from onnx_asr.blas import BLAS_THREADS
 from onnx_asr.data import Dataset
 from onnx_asr.errors import DataError, OnnxAsrError, OptionError
 from onnx_asr.graph.tensors import is_self_contained
@@ -35,7 +36,6 @@ from onnx_asr.sweeping.result import Outcome, outcome_of
 
 _MOST = 8  # local workers, where their number is not given: each holds samples and activations of its own
 _PATIENCE = 30  # seconds for a scheduler to answer, and for a first worker to be there
-_BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
 
 def on_workers(
@@ -98,7 +98,9 @@ def _result(future: Future[Any]) -> Outcome:
 @contextmanager
 def _local(count: int, threads: int) -> Iterator[Client]:
     """Processes of this machine, which end with the context; onnxruntime and BLAS use the same number of threads."""
-    environment = {f"distributed.nanny.pre-spawn-environ.{name}": threads for name in _BLAS_THREADS}
+    environment = {
+        f"distributed.nanny.pre-spawn-environ.{name}": threads for name in ("OMP_NUM_THREADS", *BLAS_THREADS)
+    }
     with ExitStack() as stack:
         stack.enter_context(_environment_kept())
         folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
