@@ -299,8 +299,8 @@ def _notes(
         notes.append("too few samples to hold any out: the verification used calibration samples")
     if options.method in ("asr", "raw", "layerwise") and options.bn == "exact":
         notes.append(
-            f"before an exactly re-estimated BatchNormalization the gains of '{options.method}' cancel: there it "
-            "equals 'bn' (use --bn ema for the paper's protocol)"
+            f"before an exactly re-estimated BatchNormalization the gains of '{options.method}' cancel: what is "
+            "left is 'bn' (use --bn ema for the paper's protocol)"
         )
     return notes
 
