@@ -68,6 +68,7 @@ class RefitRecipe:
         gain_power: Exponent of the final gain; 0 switches it off.
         block_targets: Match the sum at residual Adds.
         classifier: Refit Gemm and MatMul nodes, too.
+        class_steps: Steps that bring the classes' probabilities closer to the dense network's; 0 switches them off.
         seed: Of the positions.
     """
 
@@ -77,10 +78,11 @@ class RefitRecipe:
     gain_power: float = 0.5
     block_targets: bool = True
     classifier: bool = True
+    class_steps: int = 20
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("ridge", "gain_power", "relu_steps", "seed"):
+        for name in ("ridge", "gain_power", "relu_steps", "class_steps", "seed"):
             value = getattr(self, name)
             if not (np.isfinite(value) and value >= 0):
                 raise OptionError(f"{name.replace('_', '-')} {value} is out of range: give a number from 0 up")

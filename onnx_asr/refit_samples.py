@@ -192,9 +192,13 @@ class RowSampler:
         prior = tap_major(self._dense_rows(), self.taps).reshape(shape)
         floor, negative = self._hidden_by_relu()
         ridge = max(self._recipe.ridge, FEW_ROWS_RIDGE) if len(x) < FEW_ROWS else self._recipe.ridge
-        options = RefitOptions(ridge, self._recipe.relu_steps, self._recipe.gain_power)
+        recipe = self._recipe
+        options = RefitOptions(ridge, recipe.relu_steps, recipe.gain_power, class_steps=recipe.class_steps)
+        classes = self.context.classes and groups == 1 and len(x) == self._calibration.count
         try:
-            solution = refit_rows(x, target, prior, mask, options, relu_floor=floor, dense_negative=negative)
+            solution = refit_rows(
+                x, target, prior, mask, options, relu_floor=floor, dense_negative=negative, classes=classes
+            )
         except NotFiniteError as error:
             raise overflow(self.point) from error
         return solution, channel_major(solution.weight.reshape(self.point.channels, -1), self.taps)

@@ -242,6 +242,10 @@ class Refit:
     classifier: Annotated[
         bool | None, typer.Option("--classifier/--no-classifier", help="Refit Gemm and MatMul too.")
     ] = None
+    class_steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, help="Steps on the KL divergence of a classifier's outputs; 0 for none."),
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from onnx_asr.graph.index import GraphIndex, ancestors, is_standard
 from onnx_asr.graph.points import Point, following_batchnorm
 
+_CLASS_SHAPING = ("Softmax", "LogSoftmax", "Identity", "Flatten", "Reshape", "Squeeze", "Dropout")
+
 
 @dataclass(frozen=True)
 class Context:
@@ -20,6 +22,8 @@ class Context:
         shortcut: The other operand of the residual Add that ``output`` alone feeds, if it is to be corrected here.
         batchnorm: Position of a BatchNormalization between the Add (or the output) and the ReLU, if there is one.
         relu: Whether a ReLU is all that reads the result.
+        classes: Whether the result is the graph's first output, a matrix, or becomes it by nothing but a Softmax and
+            changes of shape: where it is one row a sample, it holds logits of classes.
     """
 
     point: Point
@@ -28,6 +32,7 @@ class Context:
     shortcut: str | None
     batchnorm: int | None
     relu: bool
+    classes: bool
 
 
 def contexts(index: GraphIndex, points: Sequence[Point]) -> list[Context]:
@@ -78,7 +83,18 @@ def _context(index: GraphIndex, point: Point, rank: dict[int, int]) -> Context:
         result = result if batchnorm is None else index.nodes[batchnorm].output[0]
     readers = index.consumers.get(result, [])
     relu = bool(readers) and result not in index.outputs and all(_is_relu(index, reader) for reader in readers)
-    return Context(point, source, output, shortcut, batchnorm, relu)
+    return Context(point, source, output, shortcut, batchnorm, relu, _becomes_classes(index, result))
+
+
+def _becomes_classes(index: GraphIndex, name: str) -> bool:
+    first = index.outputs[0]
+    while name != first:
+        reader = index.sole_consumer(name)
+        if reader is None or not is_standard(index.nodes[reader], *_CLASS_SHAPING):
+            return False
+        name = index.nodes[reader].output[0]
+    declared = index.model.graph.output[0].type.tensor_type
+    return name not in index.consumers and (not declared.HasField("shape") or len(declared.shape.dim) == 2)
 
 
 def _shortcut(index: GraphIndex, point: Point, output: str, rank: dict[int, int]) -> str | None:

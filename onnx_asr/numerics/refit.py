@@ -19,18 +19,27 @@ prediction below `theta` (0, or minus the shortcut that is added before the ReLU
 
 **Gain.** Least squares shrinks: `std(w.X) = corr std(T)`. At the end `w <- g w` with
 `g = (std(T) / std(w.X))^gain_power` and the mean kept; 1 where the correlation is below `min_correlation`.
+
+**Classes.** Where the outputs are logits `z = w.X + b` of classes, with `p = softmax(T)`, `w1` the weights so far and
+`C = class_ridge mean(diag H)`, what is made small from there on is
+
+    mean KL(p || softmax(z)) + C/4 |w - w1|^2,   w = 0 outside S.
+
+The Hessian of `KL` by `z` is at most 1/2, so that `1/4 |z - (z' - 2 (softmax(z') - p))|^2` bounds it from above, up to
+a constant, and touches it at `z'` (Boehning, 1992): each step is the least squares above with that target and the ridge
+`C`, and none makes the sum larger.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from onnx_asr.errors import OptionError
-from onnx_asr.numerics.rows import Array, Inputs, Mask, Single, Targets
+from onnx_asr.numerics.rows import Array, Inputs, Mask, Single, Targets, softmax
 from onnx_asr.numerics.systems import NOISE, ConjugateGradients, GramSystem, Inverse, RowSystem, inverse_is_cheaper
 
 _FEW_ROWS = 0.5  # n / K up to which A is applied through the rows: cheaper, and no [K, K] matrix is held
@@ -52,15 +61,19 @@ class RefitOptions:
         relu_steps: ReLU-aware steps, where a ReLU follows.
         gain_power: 0 keeps the least-squares weights, 1 restores the standard deviation of the target.
         min_correlation: Channels whose fit correlates less than this with their target get gain 1.
+        class_steps: Steps on the divergence, where the outputs are logits of classes.
+        class_ridge: Pull of these steps toward where they began, as a share of the mean input variance.
     """
 
     ridge: float = 1e-2
     relu_steps: int = 3
     gain_power: float = 0.5
     min_correlation: float = 0.05
+    class_steps: int = 20
+    class_ridge: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("ridge", "relu_steps", "gain_power", "min_correlation"):
+        for name in ("ridge", "relu_steps", "gain_power", "min_correlation", "class_steps", "class_ridge"):
             value = getattr(self, name)
             if not (np.isfinite(value) and value >= 0):
                 raise OptionError(f"{name} is {value}; it must be a finite number of at least 0")
@@ -100,6 +113,7 @@ def refit_rows(
     *,
     relu_floor: Single | None = None,
     dense_negative: Mask | None = None,
+    classes: bool = False,
 ) -> RefitSolution:
     """`(H_SS + R I) w = G_S + R w0`, `b = mean(T) - w.mean(X)`, for every output channel of one layer.
 
@@ -111,6 +125,7 @@ def refit_rows(
         options: Ridge, ReLU-aware steps, gain.
         relu_floor: [n, G * M] `theta`; 0 if None.
         dense_negative: [n, G * M], where the dense pre-activation is <= 0; None if no ReLU follows.
+        classes: Whether the outputs of a group are logits of classes.
 
     Returns:
         The refitted layer; always finite.
@@ -128,13 +143,16 @@ def refit_rows(
         target.reshape(-1, groups, outputs),
         None if relu_floor is None else relu_floor.reshape(-1, groups, outputs),
         None if dense_negative is None else dense_negative.reshape(-1, groups, outputs),
+        softmax(target.reshape(-1, groups, outputs)) if classes else None,
     )
     parts = []
-    step = max(1, _BLOCK_VALUES // (groups * size))
+    step = outputs if classes else max(1, _BLOCK_VALUES // (groups * size))
     for begin in range(0, outputs, step):
         block = slice(begin, begin + step)
         kept = np.where(mask[:, block], w0[:, block], 0.0).astype(np.float64)
         parts.append(_solve(system, everything.of(block), kept, mask[:, block], options))
+    if classes and options.class_steps:
+        parts = [_toward_classes(_system(inputs, options.class_ridge), everything, parts[0], mask, options.class_steps)]
     spread = sum(part.spread for part in parts) or 1.0
     return RefitSolution(
         weight=np.concatenate([part.weight for part in parts], axis=1),
@@ -185,6 +203,25 @@ class _Part:
     solver: Literal["inverse", "cg"]
 
 
+class _Pulled:
+    """Ridge least squares of the weights that a mask keeps, toward `w0` [G, M, K]."""
+
+    def __init__(self, system: _System, kept: Array, mask: Mask) -> None:
+        self._system, self._mask = system, mask
+        self._start = kept * system.root
+        self._constant = system.pull * self._start - system.matrix.product(self._start)
+        self.solver: Inverse | ConjugateGradients
+        if isinstance(system.matrix, GramSystem) and inverse_is_cheaper(mask):
+            self.solver = Inverse(system.matrix.matrix, mask)
+        else:
+            self.solver = ConjugateGradients(system.matrix, mask)
+
+    def scaled(self, cross: Array, tolerance: float) -> Array:
+        """`v = D^1/2 w` [G, M, K] for `cov(T, X)` [G, M, K]."""
+        load = np.where(self._mask, cross / self._system.root + self._constant, 0.0)
+        return np.asarray(self._start + self.solver.solve(load, tolerance))
+
+
 def _solve(system: _System, targets: Targets, kept: Array, mask: Mask, options: RefitOptions) -> _Part:
     with np.errstate(over="ignore", invalid="ignore"):
         fit = targets.fit()
@@ -192,27 +229,31 @@ def _solve(system: _System, targets: Targets, kept: Array, mask: Mask, options: 
     _check_finite(target=fit.mean, w0=kept)
     _check_squares(fit.cross, fit.variance, error_before)
 
-    matrix, root, pull = system.matrix, system.root, system.pull
+    root, pull = system.root, system.pull
     spread = float(fit.variance.sum())
-    start = kept * root
-    constant = pull * start - matrix.product(start)
-    solver: Inverse | ConjugateGradients
-    if isinstance(matrix, GramSystem) and inverse_is_cheaper(mask):
-        solver = Inverse(matrix.matrix, mask)
-    else:
-        solver = ConjugateGradients(matrix, mask)
+    pulled = _Pulled(system, kept, mask)
     for _ in range(options.relu_steps if targets.negative is not None else 0):
-        scaled = start + solver.solve(np.where(mask, fit.cross / root + constant, 0.0), _CG_DRAFT)
-        fit = targets.visible_fit(scaled / root, fit.mean)
-    scaled = start + solver.solve(np.where(mask, fit.cross / root + constant, 0.0), _CG_FINAL)
+        fit = targets.visible_fit(pulled.scaled(fit.cross, _CG_DRAFT) / root, fit.mean)
+    scaled = pulled.scaled(fit.cross, _CG_FINAL)
 
     # var(w.X) = w'Hw = v'(A - R D^-1)v and cov(T, w.X) = w.G; a variance lost in rounding counts as 0.
-    variance = np.vecdot(scaled, matrix.product(scaled) - pull * scaled)
+    variance = np.vecdot(scaled, system.matrix.product(scaled) - pull * scaled)
     variance[variance <= NOISE * np.vecdot(scaled, scaled - pull * scaled)] = 0.0
     gain = _gain(fit.variance, variance, np.vecdot(scaled, fit.cross / root), options)
     weight = scaled / root * gain[..., None]
     bias = fit.mean - np.vecdot(weight, targets.inputs.mean[:, None, :])
-    return _Part(weight, bias, gain, spread, error_before, targets.error(weight, fit.mean), solver.name)
+    error_after = targets.error(weight, fit.mean)
+    return _Part(weight, bias, gain, spread, error_before, error_after, pulled.solver.name)
+
+
+def _toward_classes(system: _System, targets: Targets, part: _Part, mask: Mask, steps: int) -> _Part:
+    mean = targets.inputs.mean[:, None, :]
+    pulled = _Pulled(system, part.weight, mask)
+    weight, level = part.weight, part.bias + np.vecdot(part.weight, mean)
+    for _ in range(steps):
+        fit = targets.class_fit(weight, level)
+        weight, level = pulled.scaled(fit.cross, _CG_DRAFT) / system.root, fit.mean
+    return replace(part, weight=weight, bias=level - np.vecdot(weight, mean), error_after=targets.error(weight, level))
 
 
 def _check_shapes(

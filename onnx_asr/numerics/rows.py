@@ -75,18 +75,21 @@ class Targets:
         target: `T` [n, G, M].
         floor: `theta` [n, G, M]; 0 if None.
         negative: [n, G, M], where the dense pre-activation is <= 0; None if no ReLU follows.
+        probabilities: `softmax(T)` over M [n, G, M] where the outputs are logits of classes; else None.
     """
 
     inputs: Inputs
     target: Single
     floor: Single | None
     negative: Mask | None
+    probabilities: Single | None
 
     def of(self, channels: slice) -> Targets:
         """Those channels of every group alone."""
         floor = None if self.floor is None else self.floor[..., channels]
         negative = None if self.negative is None else self.negative[..., channels]
-        return Targets(self.inputs, self.target[..., channels], floor, negative)
+        probabilities = None if self.probabilities is None else self.probabilities[..., channels]
+        return Targets(self.inputs, self.target[..., channels], floor, negative, probabilities)
 
     def fit(self) -> Fit:
         """The fit of the target as it was given."""
@@ -97,6 +100,15 @@ class Targets:
     def visible_fit(self, weight: Array, level: Array) -> Fit:
         """The fit of what the ReLU lets through, for the prediction `weight . (X - mean(X)) + level`."""
         return self._sum_up(((target, chunk) for target, _, chunk in self._visible(weight, level)), level)
+
+    def class_fit(self, weight: Array, level: Array) -> Fit:
+        """The fit of `z - 2 (softmax(z) - softmax(T))`, with the logits `z = weight . (X - mean(X)) + level`."""
+        return self._sum_up(self._toward_classes(weight, level), level)
+
+    def _toward_classes(self, weight: Array, level: Array) -> Iterator[tuple[Single, Single]]:
+        assert self.probabilities is not None
+        for rows, logits, chunk in self._predicted(weight, level):
+            yield logits - 2 * (softmax(logits) - self.probabilities[rows]), chunk
 
     def error(self, weight: Array, level: Array) -> float:
         """`sum mean(e^2)` over all channels and some chunks, `e` the error that the ReLU lets through."""
@@ -126,13 +138,25 @@ class Targets:
 
     def _visible(self, weight: Array, level: Array, every: int = 1) -> Iterator[tuple[Single, Single, Single]]:
         """Yields target, prediction [c, G, M] and centred inputs [c, G, K], without errors that the ReLU hides."""
-        single, base = weight.transpose(0, 2, 1).astype(np.float32), level.astype(np.float32)
-        for rows, chunk in self.inputs.chunks(every):
+        for rows, prediction, chunk in self._predicted(weight, level, every):
             target = self.target[rows]
-            prediction = np.empty(target.shape, np.float32)
-            np.matmul(chunk.transpose(1, 0, 2), single, out=prediction.transpose(1, 0, 2))
-            prediction += base
             if self.negative is not None:
                 floor = np.float32(0) if self.floor is None else self.floor[rows]
                 target = np.where(self.negative[rows], np.minimum(prediction, floor), target)
             yield target, prediction, chunk
+
+    def _predicted(self, weight: Array, level: Array, every: int = 1) -> Iterator[tuple[slice, Single, Single]]:
+        """Yields rows, prediction [c, G, M] and centred inputs [c, G, K]."""
+        single, base = weight.transpose(0, 2, 1).astype(np.float32), level.astype(np.float32)
+        for rows, chunk in self.inputs.chunks(every):
+            prediction = np.empty((len(chunk), *level.shape), np.float32)
+            np.matmul(chunk.transpose(1, 0, 2), single, out=prediction.transpose(1, 0, 2))
+            prediction += base
+            yield rows, prediction, chunk
+
+
+def softmax(logits: Single) -> Single:
+    """`exp(z) / sum exp(z)` over the last axis."""
+    result: Single = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    result /= result.sum(axis=-1, keepdims=True)
+    return result

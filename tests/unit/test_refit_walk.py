@@ -19,7 +19,7 @@ from onnx_asr.options import RefitRecipe, RepairOptions
 from onnx_asr.repairing import repair
 from tests.graphs import bn, copy, images, index, net, parameter, positions, run, set_parameter
 
-PLAIN = RefitRecipe(rows=10**9, ridge=0.0, relu_steps=0, gain_power=0.0, block_targets=False)
+PLAIN = RefitRecipe(rows=10**9, ridge=0.0, relu_steps=0, gain_power=0.0, block_targets=False, class_steps=0)
 
 
 @pytest.fixture
@@ -364,7 +364,7 @@ def prune_at_random(model: onnx.ModelProto, share: float) -> onnx.ModelProto:
 def test_block_targets_are_least_squares_on_what_the_sum_lacks() -> None:
     model = residual()
     damaged, x = prune_at_random(model, 0.6), images(100, seed=6, shape=(3, 6, 6))
-    recipe = RefitRecipe(rows=10**9, ridge=0.0, relu_steps=0, gain_power=0.0)
+    recipe = RefitRecipe(rows=10**9, ridge=0.0, relu_steps=0, gain_power=0.0, class_steps=0)
     got = run(refitted(damaged, model, x, recipe), {"x": x}, ["sr", "b", "sum"])
     reference = run(model, {"x": x}, ["sum"])["sum"]
     support = parameter(damaged, 2, 1) != 0
@@ -397,7 +397,7 @@ def test_relu_aware_steps_lower_the_error_that_is_seen(behind: str) -> None:
     set_parameter(damaged, 0, 1, weight)
     errors = {}
     for count in (0, 1, 3):
-        recipe = RefitRecipe(rows=10**9, ridge=0.0, relu_steps=count, gain_power=0.0)
+        recipe = RefitRecipe(rows=10**9, ridge=0.0, relu_steps=count, gain_power=0.0, class_steps=0)
         got = run(refitted(damaged, model, x, recipe), {"x": x}, ["sum", "y"])
         errors[count] = [float(np.square(got[name] - reference[name]).mean()) for name in ("sum", "y")]
     assert errors[0][1] > errors[1][1] > errors[3][1]
