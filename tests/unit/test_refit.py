@@ -193,6 +193,71 @@ def test_hidden_errors_do_not_count_as_residual():
     assert seen.residual_after < 0.7 * layer.refit().residual_after
 
 
+def divergence(logits, target) -> np.ndarray:
+    """KL(softmax(target) || softmax(logits)) of every row."""
+    p, q = (np.exp(z - z.max(1, keepdims=True)) for z in (target.astype(float), logits))
+    p, q = (z / z.sum(1, keepdims=True) for z in (p, q))
+    return (p * np.log(p / q)).sum(1)
+
+
+def descended(layer: Layer, weight: np.ndarray, bias: np.ndarray, pull: float) -> tuple[np.ndarray, np.ndarray]:
+    """Minimum of mean KL + pull / 4 |w - weight|^2 over the mask, by Newton's method on all weights at once."""
+    mask, classes, inputs = layer.mask[0], *layer.mask.shape[1:]
+    free = np.flatnonzero(np.column_stack([mask, np.ones(classes, bool)]).ravel())
+    design = np.column_stack([layer.x[:, 0].astype(float), np.ones(len(layer.x))])
+    target = np.exp(layer.target - layer.target.max(1, keepdims=True)).astype(float)
+    target /= target.sum(1, keepdims=True)
+    start = np.column_stack([weight[0], bias])
+    penalty = np.repeat(np.append(np.full(inputs, pull / 2), 1e-9)[None], classes, axis=0).ravel()
+    values = start.copy()
+    for _ in range(50):
+        logits = design @ values.T
+        q = np.exp(logits - logits.max(1, keepdims=True))
+        q /= q.sum(1, keepdims=True)
+        slope = ((q - target).T @ design / len(design)).ravel() + penalty * (values - start).ravel()
+        curvature = np.einsum("nc,cd->ncd", q, np.eye(classes)) - np.einsum("nc,nd->ncd", q, q)
+        hessian = np.einsum("ncd,ni,nj->cidj", curvature, design, design, optimize=True) / len(design)
+        hessian = hessian.reshape(slope.size, slope.size) + np.diag(penalty)
+        step = np.zeros(slope.size)
+        step[free] = np.linalg.solve(hessian[np.ix_(free, free)], slope[free])
+        values -= step.reshape(values.shape)
+    assert np.abs(slope[free]).max() < 1e-9
+    return values[:, :-1], values[:, -1]
+
+
+@pytest.mark.parametrize("pull", [0.01, 0.3])
+def test_class_steps_go_to_the_minimum_of_the_divergence(pull, solver):
+    layer = Layer(outputs=5, inputs=9, rows=400)
+    layer.target *= np.float32(0.2)
+    options = RefitOptions(class_steps=0, class_ridge=pull)
+    start = layer.refit(options, classes=True)
+    ridge = pull * layer.x.var(axis=0, dtype=float).mean() + 1e-12
+    weight, bias = descended(layer, start.weight, start.bias, ridge)
+
+    def total(solution: RefitSolution) -> float:
+        distance = np.square(solution.weight - start.weight).sum()
+        kl = divergence(layer.predict(solution.weight, solution.bias), layer.target).mean()
+        return float(kl + ridge / 4 * distance)
+
+    solutions = [layer.refit(replace(options, class_steps=count), classes=True) for count in (1, 5, 20, 3000)]
+    totals = [total(start), *map(total, solutions)]
+    assert totals == sorted(totals, reverse=True)
+    assert totals[-1] < 0.9 * totals[0]
+    near = 2e-3 if solver == "inverse" else 1e-2  # conjugate gradients solve each step to 1e-3
+    np.testing.assert_allclose(solutions[-1].weight[0], weight, atol=near)
+    apart = layer.predict(solutions[-1].weight, solutions[-1].bias) - layer.predict(weight[None], bias)
+    assert apart.std() < near
+    for solution in solutions:
+        assert not solution.weight[~layer.mask].any()
+
+
+def test_class_steps_leave_the_dense_layer_as_it_is():
+    layer = Layer(outputs=5, inputs=9, density=2.0)
+    layer.target = layer.predict(layer.w0, 0.0).astype(np.float32)
+    solution = layer.refit(RefitOptions(), classes=True)
+    np.testing.assert_allclose(solution.weight, layer.w0, atol=1e-4)
+
+
 @pytest.mark.parametrize("power", [0.5, 1.0])
 def test_gain_is_the_ratio_of_standard_deviations(power, solver):
     layer = Layer(groups=2, outputs=6, density=0.3)

@@ -12,6 +12,7 @@ import pytest
 
 import onnx_asr.refit_samples as refit_samples
 from onnx_asr.data import sample_indices
+from onnx_asr.fidelity import compare
 from onnx_asr.graph.context import Context, contexts, steps
 from onnx_asr.graph.points import survey
 from onnx_asr.numerics.patches import sample_positions
@@ -483,6 +484,43 @@ def test_which_consumers_hide_what_is_negative(tail: str, relu: bool) -> None:
 def test_a_relu_that_is_not_the_only_way_out_hides_nothing() -> None:
     items, _ = contexts_of(f"g ({SHAPE} x) => ({SHAPE} y, {SHAPE} a) {{ a = Conv (x, w)  y = Relu (a) }}", **W)
     assert not items["a"].relu
+
+
+@pytest.mark.parametrize(
+    ("text", "classes"),
+    [
+        ("(float[N,5] x) => (float[N,4] y) { y = MatMul (x, m) }", True),
+        ("(float[N,5] x) => (float[N,4] y) { a = MatMul (x, m)  y = Softmax (a) }", True),
+        ("(float[N,5] x) => (float[N,4] y, float[N,4] a) { a = MatMul (x, m)  y = Softmax (a) }", False),
+        ("(float[N,5] x) => (float[N,4] y) { a = MatMul (x, m)  y = Sigmoid (a) }", False),
+        ("(float[N,5] x) => (float[N,5] x2, float[N,4] y) { x2 = Relu (x)  y = MatMul (x, m) }", False),
+        ("(float[N,40,5] x) => (float[N,40,4] y) { y = MatMul (x, m) }", False),
+        ("(float[N,3,1,1] x) => (float[N,3] y) { a = Conv (x, w)  s = Softmax <axis=1> (a)  y = Flatten (s) }", True),
+        ("(float[N,3,1,1] x) => (float[N,3,1,1] y) { y = Conv (x, w) }", False),
+    ],
+)
+def test_which_results_are_logits_of_classes(text: str, classes: bool) -> None:
+    items, _ = contexts_of(f"g {text}", **W, m=(5, 4))
+    (item,) = items.values()
+    assert item.classes is classes
+
+
+@pytest.mark.parametrize("spots", [1, 3])
+def test_classes_are_matched_where_there_is_one_row_a_sample(spots: int) -> None:
+    """Flattened, 3 x 1 x 3 positions are nine values a sample and no classes."""
+    rng = np.random.default_rng(0)
+    model = net(
+        f"g (float[N,5,1,{spots}] x) => (float[N,{3 * spots}] y) {{ a = Conv (x, v)  y = Flatten (a) }}", v=(3, 5, 1, 1)
+    )
+    set_parameter(model, 0, 1, 2 * parameter(model, 0, 1))
+    damaged = copy(model)
+    set_parameter(damaged, 0, 1, parameter(model, 0, 1) * (rng.random((3, 5, 1, 1)) < 0.5))
+    x = rng.normal(size=(200, 5, 1, spots)).astype(np.float32)
+    distance = {}
+    for count in (0, 20):
+        values = run(refitted(damaged, model, x, replace(PLAIN, class_steps=count)), {"x": x})["y"]
+        distance[count] = compare([run(model, {"x": x})["y"]], [values]).distance
+    assert (distance[20] < 0.9 * distance[0]) if spots == 1 else (distance[20] == distance[0])
 
 
 @pytest.mark.parametrize(

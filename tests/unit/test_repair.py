@@ -597,9 +597,10 @@ def test_a_filter_pruned_away_harms_nothing(method: str) -> None:
     masks[spots[3]][:, 2] = False
     masks[positions(model, "Gemm")[0]][3] = False
     damaged = masked(model, masks)
-    result = repaired(method, damaged, model, x)
-    values = outputs(result, x)
+    values = outputs(repaired(method, damaged, model, x), x)
     assert np.isfinite(values).all()
+    if method == "refit":  # the steps on the classes' probabilities give up the means of the logits
+        values = outputs(repaired(method, damaged, model, x, refit=RefitRecipe(class_steps=0)), x)
     if method in ("paired", "refit"):
         np.testing.assert_allclose(values.mean(axis=0), outputs(model, x).mean(axis=0), atol=1e-3)
         np.testing.assert_allclose(values[:, 3], outputs(model, x)[:, 3].mean(), atol=1e-3)
