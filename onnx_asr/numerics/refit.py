@@ -88,7 +88,7 @@ class RefitSolution:
         bias: [G * M].
         gain: [G * M], already contained in `weight`.
         residual_before: `sqrt(sum mean(e^2) / sum var(T))` over all channels for `w0` with `b = mean(T) - w0.mean(X)`;
-            `e` is the error of the prediction, less what the ReLU hides where one follows, over every fourth chunk of
+            `e` is the error of the prediction, less what the ReLU hides where one follows, over every eighth chunk of
             the rows. Not divided where every target is constant.
         residual_after: The same for `weight` and `bias`.
         rows: The number n of samples.

@@ -14,7 +14,7 @@ Single: TypeAlias = npt.NDArray[np.float32]
 Mask: TypeAlias = npt.NDArray[np.bool_]
 
 _CHUNK_VALUES = 2**20  # of X a product: summed in float32 within, in float64 across
-_RESIDUAL_EVERY = 4  # chunks, of which one measures the residual
+_RESIDUAL_EVERY = 8  # chunks, of which one measures the residual
 
 
 class Inputs:
