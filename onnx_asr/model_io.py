@@ -246,12 +246,12 @@ def _write_data(model: onnx.ModelProto, path: Path, location: str) -> onnx.Model
 
 
 def write_text(text: str, path: str | os.PathLike[str]) -> Path:
-    """Write a text file atomically.
+    """Write a text file atomically, in UTF-8; bytes of file names that are no text are escaped.
 
     Raises:
         OutputError: When it cannot be written.
     """
-    return write_bytes(text.encode(), path)
+    return write_bytes(text.encode(errors="backslashreplace"), path)
 
 
 def write_bytes(content: bytes, path: str | os.PathLike[str]) -> Path:

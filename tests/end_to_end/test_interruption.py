@@ -1,4 +1,4 @@
-"""A command that is stopped at any moment leaves the old files or whole new ones; KILLS sets how often that is tried."""
+"""A command stopped at any moment leaves the old files or whole new ones; KILLS sets how often that is tried."""
 
 from __future__ import annotations
 
