@@ -8,8 +8,8 @@
 
 memory   peak resident memory of a repair of ResNet-50 at 224x224 (random weights, random images) for each limit
 repeat   whether a second run of every method writes the same bytes, with one thread, two, and a memory limit
-fuzz     tools/fuzz.py: broken models by the thousand
-kills    tests/end_to_end/test_interruption.py: repairs that are stopped at random moments
+fuzz     tools/fuzz.py: broken models and data by the thousand
+kills    tests/end_to_end/test_interruption.py: commands that are stopped at random moments
 """
 
 from __future__ import annotations
