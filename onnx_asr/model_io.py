@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
 from pathlib import Path
 from typing import get_args
 
@@ -185,11 +184,15 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist; create it first"
         raise OutputError(f"output folder '{folder}' {what}")
+    probe = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{target.name}."):
-            pass
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise OutputError(f"cannot write to '{folder}': {error.strerror}; choose another output path") from error
+    except BaseException:
+        probe.unlink(missing_ok=True)
+        raise
     return target
 
 
@@ -201,33 +204,30 @@ def save(model: onnx.ModelProto, path: str | os.PathLike[str], *, external_data:
     """
     target = check_writable(path)
     external = external_data or not is_self_contained(model)
-    written: list[Path] = []
+    new = target.with_name(f".{target.name}.{os.getpid()}.onnx")
+    leftovers = [new]  # named before they are made: an interrupt may come at any time
+    whole = False
     try:
         if external:
             data = target.with_name(f"{target.name}.{digest(model)[:12]}.data")
-            temporary = target.with_name(f".{data.name}.{os.getpid()}.tmp")
-            written.append(temporary)
-            model = _write_data(model, temporary, data.name)
+            part = target.with_name(f".{data.name}.{os.getpid()}.tmp")
+            leftovers.append(part)
+            model = _write_data(model, part, data.name)
             if not data.exists():
-                written.append(data)
-            temporary.replace(data)
-        with tempfile.NamedTemporaryFile(
-            dir=target.parent, prefix=f".{target.name}.", suffix=".onnx", delete=False
-        ) as file:
-            temporary = Path(file.name)
-        written.append(temporary)
-        onnx.save(model, temporary)
-        write_through(temporary)
+                leftovers.append(data)
+            part.replace(data)
+        onnx.save(model, new)
+        write_through(new)
         mode = target.stat().st_mode if target.exists() else 0o666 & ~_umask()
-        temporary.chmod(mode & 0o777)
-        temporary.replace(target)
-    except (OSError, ValueError, onnx.checker.ValidationError) as error:
-        for leftover in written:
-            leftover.unlink(missing_ok=True)
-        raise OutputError(f"cannot write '{target}': {error}") from error
-    except BaseException:
-        for leftover in written:
-            leftover.unlink(missing_ok=True)
+        new.chmod(mode & 0o777)
+        whole = True
+        new.replace(target)
+    except BaseException as error:
+        if not whole or new.exists():  # else it is in place, and reads its data file
+            for leftover in leftovers:
+                leftover.unlink(missing_ok=True)
+        if isinstance(error, (OSError, ValueError, onnx.checker.ValidationError)):
+            raise OutputError(f"cannot write '{target}': {error}") from error
         raise
     return target
 
@@ -246,12 +246,12 @@ def _write_data(model: onnx.ModelProto, path: Path, location: str) -> onnx.Model
 
 
 def write_text(text: str, path: str | os.PathLike[str]) -> Path:
-    """Write a text file atomically.
+    """Write a text file atomically, in UTF-8; bytes of file names that are no text are escaped.
 
     Raises:
         OutputError: When it cannot be written.
     """
-    return write_bytes(text.encode(), path)
+    return write_bytes(text.encode(errors="backslashreplace"), path)
 
 
 def write_bytes(content: bytes, path: str | os.PathLike[str]) -> Path:

@@ -12,7 +12,7 @@ from onnx_asr.engine.lockstep import BufferPool, Chunk, lockstep
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex, attribute
 from onnx_asr.graph.points import Point, rows_to_weight, weight_of, weight_rows
-from onnx_asr.networks import Execution, Networks
+from onnx_asr.networks import Execution, Networks, overflow
 from onnx_asr.numerics.moments import Moments
 from onnx_asr.numerics.patches import channel_major, tap_major
 from onnx_asr.numerics.refit import covariance
@@ -79,6 +79,9 @@ def data_aware_scores(
         score: One of the three.
         calibration: The samples.
         execution: Execution providers, memory limit, progress.
+
+    Raises:
+        ModelError: When activations are not finite.
     """
     execution.progress("measuring the dense network", 0.0)
     if score == "gram":
@@ -93,7 +96,11 @@ def data_aware_scores(
 def input_factors(
     networks: Networks, points: Sequence[Point], score: Score, calibration: Calibration, execution: Execution
 ) -> Values:
-    """What the magnitude is multiplied by in "activation" and "variance", in the shape of each point's weight."""
+    """What the magnitude is multiplied by in "activation" and "variance", in the shape of each point's weight.
+
+    Raises:
+        ModelError: When activations are not finite.
+    """
     index = networks.pruned
     wanted = {tensor for point in points for tensor in (_inputs_of(index, point), (point.tensor, point.channel_axis))}
     names = sorted({name for name, _ in wanted})
@@ -109,9 +116,11 @@ def input_factors(
         lockstep([lane], [names], visit)
     factors = []
     for point in points:
-        source = moments[_inputs_of(index, point)]
+        source, target = moments[_inputs_of(index, point)], moments[point.tensor, point.channel_axis]
+        if not (source.is_finite and target.is_finite):
+            raise overflow(point)
         if score == "variance":
-            output = float(np.sqrt(moments[point.tensor, point.channel_axis].var.mean())) or 1.0
+            output = float(np.sqrt(target.var.mean())) or 1.0
             factors.append(_by_input(index, point, source.std / output))
         else:
             factors.append(_by_input(index, point, np.sqrt(source.var + np.square(source.mean))))
@@ -132,6 +141,8 @@ def _saliency(index: GraphIndex, job: RowSampler, ridge: float) -> NDArray[np.fl
     value = weight_of(index, point)
     rows = tap_major(weight_rows(point, node, value), job.taps)
     score = saliency(rows, covariance(job.inputs), ridge)
+    if not np.isfinite(score).all():
+        raise overflow(point)
     return rows_to_weight(point, node, channel_major(score, job.taps), value.shape)
 
 

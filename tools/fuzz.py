@@ -5,8 +5,9 @@
 
 Every mutation is a function of its number: a real graph of models/ or, where that folder is there, ../shared/assets
 (see MANIFEST.md there), spoilt in its bytes (bits flipped, cut off, pieces moved, noise) or in its fields (attributes,
-dimensions, names, operators, opsets, types, nodes left out, twice or elsewhere). It goes through load, prune and repair
-in a process of its own with a time limit; what comes out must be a sound file or a clear error.
+dimensions, names, operators, opsets, types, nodes left out, twice or elsewhere; weights said to be in other files); or
+a sound graph with spoilt data (array files, image folders). It goes through load, prune and repair in a process of its
+own with a time limit; what comes out must be a sound file or a clear error.
 
     ok       a result that the onnx checker takes, with finite weights
     refused  an OnnxAsrError
@@ -33,11 +34,13 @@ from typing import Any
 
 import numpy as np
 import onnx
+from fuzz_data import BYTES, outside, reads_outside, remove, spoilt_arrays, spoilt_images
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from onnx import numpy_helper
 
 from onnx_asr.calibration import input_specs
+from onnx_asr.data import PRESETS
 from onnx_asr.engine.session import Runtime
 from onnx_asr.errors import OnnxAsrError
 from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex
@@ -48,6 +51,7 @@ from onnx_asr.pruning import prune
 from onnx_asr.repairing import repair
 
 ROOT = Path(__file__).resolve().parents[1]
+DIGITS = ROOT / "models" / "digits_vgg.onnx"
 ASSETS = ROOT.parent / "shared" / "assets"
 SMALL, LARGE = 1_200_000, 20_000_000  # bytes; graphs between them get one mutation in sixteen, larger ones none
 SAMPLES = 6
@@ -55,34 +59,7 @@ MEMORY = 8 << 30
 PATIENCE = 10
 OK, REFUSED, FAULT = "ok", "refused", "FAULT"
 
-Bytes = Callable[[random.Random, bytes], bytes]
 Fields = Callable[[random.Random, onnx.ModelProto], None]
-
-
-def flipped(rng: random.Random, data: bytes) -> bytes:
-    """One to 64 bits, half of the times near the start or the end, where there are few weights."""
-    result = bytearray(data)
-    for _ in range(2 ** rng.randrange(7)):
-        near = rng.choice([len(data), len(data), 4096])
-        place = rng.randrange(min(near, len(data)))
-        result[place if rng.random() < 0.5 else -1 - place] ^= 1 << rng.randrange(8)
-    return bytes(result)
-
-
-def truncated(rng: random.Random, data: bytes) -> bytes:
-    return data[: rng.randrange(len(data))]
-
-
-def spliced(rng: random.Random, data: bytes) -> bytes:
-    """A piece copied over, put in, or taken out."""
-    start, length, place = rng.randrange(len(data)), 2 ** rng.randrange(1, 14), rng.randrange(len(data))
-    piece = data[start : start + length]
-    over = data[:place] + piece + data[place + length :]
-    return rng.choice([over, data[:place] + piece + data[place:], data[:start] + data[start + length :]])
-
-
-def noise(rng: random.Random, data: bytes) -> bytes:
-    return rng.randbytes(2 ** rng.randrange(1, 16))
 
 
 def _messages(message: Message, found: list[Message]) -> list[Message]:
@@ -209,9 +186,9 @@ def weights(rng: random.Random, model: onnx.ModelProto) -> None:
     tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(value), tensor.name))
 
 
-BYTES: dict[str, Bytes] = {"bits": flipped, "cut": truncated, "splice": spliced, "noise": noise}
 FIELDS: dict[str, Fields] = {"fields": field_values, "parts": parts, "wiring": wiring, "weights": weights}
-KINDS = (*BYTES, *["fields"] * 4, *["parts"] * 2, "wiring", "weights")
+DATA: dict[str, Callable[[random.Random, Path], Path]] = {"arrays": spoilt_arrays, "images": spoilt_images}
+KINDS = (*BYTES, *["fields"] * 4, *["parts"] * 2, "wiring", "weights", "outside", *["arrays"] * 2, *["images"] * 2)
 
 
 @dataclass(frozen=True)
@@ -237,33 +214,44 @@ class Case:
         small = [path for path in sources if path.stat().st_size < SMALL]
         large = [path for path in sources if path.stat().st_size >= SMALL]
         chosen = large if large and number % 16 == 15 else small
-        return cls(number, rng.choice(chosen), rng.choice(KINDS), f"mutation {number}")
+        source, kind = rng.choice(chosen), rng.choice(KINDS)
+        return cls(number, DIGITS if kind in DATA else source, kind, f"mutation {number}")
 
-    def data(self) -> bytes:
-        """The spoilt file."""
+    def write(self, folder: Path) -> tuple[Path, Path | None]:
+        """Make the model, and the data where it is they that are spoilt."""
         rng = random.Random(self.seed)
         data = self.source.read_bytes()
+        path = folder / "spoilt.onnx"
         if self.kind in BYTES:
-            return BYTES[self.kind](rng, data)
-        model = onnx.load_from_string(data)
-        FIELDS[self.kind](rng, model)
-        return bytes(model.SerializeToString())
+            data = BYTES[self.kind](rng, data)
+        elif self.kind not in DATA:
+            model = onnx.load_from_string(data)
+            if self.kind == "outside":
+                outside(rng, model, folder)
+            else:
+                FIELDS[self.kind](rng, model)
+            data = bytes(model.SerializeToString())
+        path.write_bytes(data)
+        return path, DATA[self.kind](rng, folder) if self.kind in DATA else None
 
 
 def attempt(case: Case, folder: Path) -> tuple[str, str]:
     """Take a mutation through the tool; what became of it, and in which words."""
     rng = random.Random(f"attempt {case.number}")
-    spoilt, sound = folder / f"{case.number}.onnx", case.source
-    spoilt.write_bytes(case.data())
-    feeds = _feeds(sound)
+    sound = case.source
+    spoilt, data = case.write(folder)
+    feeds = _feeds(sound) if data is None else data
+    preprocessing = PRESETS["digits"] if data is not None and rng.random() < 0.8 else None
     try:
         twin = load(sound)
         if rng.random() < 0.5:
             pruned, dense = prune(spoilt, 0.6).model, load(spoilt)
         else:
             pruned, dense = load(spoilt), twin
-        options = RepairOptions(method=rng.choice(METHODS), samples=SAMPLES - 2, verify_samples=2)
-        result = repair(pruned, feeds, dense=dense, options=options, execution=Execution(Runtime(threads=1)))
+        skip = data is not None and rng.random() < 0.5
+        options = RepairOptions(rng.choice(METHODS), samples=SAMPLES - 2, verify_samples=2, skip_bad_images=skip)
+        execution = Execution(Runtime(threads=1))
+        result = repair(pruned, feeds, dense=dense, options=options, preprocessing=preprocessing, execution=execution)
         output = save(result.model, folder / "out.onnx")
     except OnnxAsrError as error:
         return REFUSED, f"{type(error).__name__}: {error}"
@@ -272,7 +260,8 @@ def attempt(case: Case, folder: Path) -> tuple[str, str]:
         ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "onnx_asr" in frame.filename]
         where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else f"{place.filename}:{place.lineno}"
         return FAULT, f"{where} {type(error).__name__}: {error}"
-    return _judged(output)
+    outside = reads_outside(spoilt) if case.kind == "outside" else []
+    return (FAULT, f"weights were read from {outside[0]!r}") if outside else _judged(output)
 
 
 def _judged(path: Path) -> tuple[str, str]:
@@ -340,10 +329,11 @@ def main() -> int:
             if outcome == FAULT or arguments.verbose:
                 print(f"{number} {case.source.name} {case.kind} {outcome} {' '.join(words.split())[:300]}", flush=True)
                 if outcome == FAULT and arguments.keep is not None:
-                    arguments.keep.mkdir(parents=True, exist_ok=True)
-                    (arguments.keep / f"{number}.onnx").write_bytes(case.data())
+                    kept = arguments.keep / f"{number}"
+                    kept.mkdir(parents=True)
+                    case.write(kept)
             for leftover in Path(folder).iterdir():
-                leftover.unlink()
+                remove(leftover)
     print(f"{arguments.count} mutations of {len(sources)} graphs in {time.perf_counter() - started:.0f} s")
     for kind, outcomes in counts.items():
         print(f"{kind:8}" + "".join(f"{outcome:>9} {outcomes[outcome]:5}" for outcome in (OK, REFUSED, FAULT)))

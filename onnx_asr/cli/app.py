@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import io
 import os
 import sys
 import warnings
@@ -64,6 +65,8 @@ def main() -> NoReturn:
             os.environ.setdefault(variable, "1")
         if debug:
             faulthandler.enable()
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no text
         code = run(arguments)
         try:
             sys.stdout.flush()

@@ -80,8 +80,10 @@ def drop_stdout() -> None:
 
 
 def say(kind: str, message: str) -> None:
-    """One line on stderr: "error: ..." or "warning: ..."."""
-    print(f"{kind}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    """One line on stderr: "error: ..." or "warning: ...", without what would command a terminal."""
+    line = " ".join(message.split())
+    shown = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line)
+    print(f"{kind}: {shown}", file=sys.stderr, flush=True)
 
 
 def say_traceback(error: BaseException) -> None:

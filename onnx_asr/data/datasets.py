@@ -27,6 +27,7 @@ Indices = Sequence[int] | NDArray[np.integer[Any]]
 
 _DIGEST_CHUNK = 64  # samples held at once while hashing
 _MAX_DECODERS = 8
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # whatever the name: others may start programs (EPS)
 _EIGHT_BIT_MODES = frozenset(
     {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
 )
@@ -214,8 +215,10 @@ def unreadable_images(root: Path, names: Sequence[str]) -> dict[str, DataError]:
 
 
 def _read_image(path: Path, wanted: str) -> Image.Image:
+    if not path.is_file():  # reading from a pipe might never end
+        raise DataError(f"{path} cannot be read as an image: it is missing or no plain file. Replace or remove it")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             mode = image.mode
             converted: Image.Image = image.convert(wanted)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -19,6 +19,8 @@ from onnx_asr.data.labels import IMAGE_SUFFIXES, read_labels
 from onnx_asr.data.preprocessing import InputSpec, Preprocessing
 from onnx_asr.errors import DataError, OptionError
 
+_LARGE, _MOST_EXPANSION = 1 << 30, 100  # bytes; times a file's size
+
 
 @runtime_checkable
 class FeedReader(Protocol):
@@ -167,19 +169,32 @@ def _folder_labels(root: Path, names: Sequence[str]) -> NDArray[np.int64] | None
 def _load_numpy(path: Path) -> NDArray[Any] | dict[str, NDArray[Any]]:
     if not path.exists():
         raise DataError(f"{path} does not exist: expected a folder of images, an .npz or an .npy file")
-    if path.suffix.lower() not in (".npz", ".npy"):
+    if path.suffix.lower() not in (".npz", ".npy") or not path.is_file():
         raise DataError(f"{path} is no data: expected a folder of images, an .npz or an .npy file")
     try:
         if path.suffix.lower() == ".npy":
             return np.lib.format.open_memmap(path, mode="r")  # never unpickles
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            _check_expansion(archive, path)
             arrays = {key: archive[key] for key in archive.files}
+    except DataError:
+        raise
     except Exception as error:  # zipfile, zlib and numpy raise many kinds on broken files
         raise DataError(
             f"cannot read arrays from {path}: {error}. Expected plain arrays written by numpy.save or numpy.savez; "
             "pickled Python objects are refused, since loading them can run code"
         ) from error
     return _arrays(arrays, str(path))
+
+
+def _check_expansion(archive: Any, path: Path) -> None:
+    """Refuse a decompression bomb before any of it is read."""
+    size = sum(member.file_size for member in archive.zip.infolist())
+    if size > _LARGE and size > _MOST_EXPANSION * path.stat().st_size:
+        raise DataError(
+            f"{path} would grow from {path.stat().st_size} to {size} bytes: it is taken for a decompression bomb. "
+            "If it is none, write it with numpy.savez instead of numpy.savez_compressed"
+        )
 
 
 def _open_mapping(

@@ -30,8 +30,8 @@ class Runtime:
         providers: Execution providers in order of preference.
         threads: Threads within an operator; 0 lets onnxruntime use every core.
         verbose: Let onnxruntime print its warnings.
-        lean: Have what was freed leave memory before a session is made; what is taken again costs time, a fifth of a
-            compression's.
+        lean: Have what was freed leave memory before a session is made, and sessions take no more than they use; what
+            is taken again costs time, a fifth of a compression's.
         guard: Entered around every load and run, so that another process can see that one does not come to an end.
     """
 
@@ -57,6 +57,7 @@ class Runtime:
         options.log_severity_level = _WARNINGS if self.verbose else _FATAL_ONLY
         options.intra_op_num_threads = self.threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.enable_cpu_mem_arena = not self.lean
         return options
 
 
@@ -73,7 +74,7 @@ class Session:
         options = runtime.options()
         self._runtime = runtime
         try:
-            source = model if isinstance(model, str) else _serialized(model, options)
+            source, self._weights = (model, {}) if isinstance(model, str) else _serialized(model, options)
             with runtime.guard():
                 self._session = onnxruntime.InferenceSession(source, options, providers=list(runtime.providers))
         except Exception as error:  # onnxruntime raises a family of unrelated classes
@@ -122,10 +123,16 @@ class Session:
             raise ModelError(f"onnxruntime cannot run the model: {_first_line(error)}") from error
 
 
-def _serialized(model: onnx.ModelProto, options: onnxruntime.SessionOptions) -> bytes:
-    """A model as bytes; weights that were left in their file, or are too large, are handed over beside them."""
+def _serialized(
+    model: onnx.ModelProto, options: onnxruntime.SessionOptions
+) -> tuple[bytes, dict[str, onnxruntime.OrtValue]]:
+    """A model as bytes; weights that were left in their file, or are too large, are handed over beside them.
+
+    Returns:
+        The bytes, and the weights handed over: onnxruntime reads them where they are, so the session has to hold them.
+    """
     if is_self_contained(model):
-        return bytes(model.SerializeToString())
+        return bytes(model.SerializeToString()), {}
     light, large = detached(model)
     values = {}
     for position, tensor in large.items():
@@ -138,7 +145,7 @@ def _serialized(model: onnx.ModelProto, options: onnxruntime.SessionOptions) -> 
             values[tensor.name] = onnxruntime.OrtValue.ortvalue_from_numpy(value_of(tensor))
     if values:
         options.add_external_initializers(list(values), list(values.values()))
-    return bytes(light.SerializeToString())
+    return bytes(light.SerializeToString()), values
 
 
 def _give_memory_back() -> None:

@@ -1,4 +1,4 @@
-"""A repair that is stopped at any moment leaves the old file or a whole new one; KILLS sets how often that is tried."""
+"""A command stopped at any moment leaves the old files or whole new ones; KILLS sets how often that is tried."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 
 import onnx
@@ -15,27 +16,26 @@ import pytest
 
 from tests.end_to_end.conftest import CALIBRATION, DENSE, PRESET, command, environment
 
-KILLS = int(os.environ.get("KILLS", "10"))
+KILLS = int(os.environ.get("KILLS", "8"))
 OLD = b"the file that was there before"
+MODEL, REPORT = "out.onnx", "report.html"
+DATA = ("--data", CALIBRATION, *PRESET, "--verify-samples", "32", "--threads", "1", "--memory-limit", "1MB")
+REPAIR = ("repair", "PRUNED", "--dense", DENSE, *DATA, "--samples", "128", "--method", "paired")
+COMMANDS = {
+    "repair": REPAIR,
+    "repair --report": (*REPAIR, "--report", REPORT),
+    "prune": ("prune", DENSE, "--sparsity", "0.9"),
+    "compress": ("compress", DENSE, *DATA, "--sparsity", "0.9", "--samples", "64", "--rounds", "2"),
+}
+STOPS = (signal.SIGKILL, signal.SIGINT)
 
 
-def start(pruned: str, output: Path, scratch: Path, *options: str) -> subprocess.Popen[str]:
-    """A repair whose activations go to files in ``scratch``."""
-    arguments = ("repair", pruned, "-o", output, "--dense", DENSE, "--data", CALIBRATION, *PRESET)
-    few = (
-        "--method",
-        "paired",
-        "--samples",
-        "128",
-        "--verify-samples",
-        "32",
-        "--threads",
-        "1",
-        "--memory-limit",
-        "1MB",
-    )
+def start(name: str, pruned: str, folder: Path, scratch: Path) -> subprocess.Popen[str]:
+    """A command that writes into ``folder``; its activations go to files in ``scratch``."""
+    arguments = [pruned if argument == "PRUNED" else argument for argument in COMMANDS[name]]
     return subprocess.Popen(
-        [*command(), *map(str, arguments), *few, *options],
+        [*command(), *arguments, "-o", MODEL],
+        cwd=folder,
         env=environment() | {"TMPDIR": str(scratch)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -44,13 +44,20 @@ def start(pruned: str, output: Path, scratch: Path, *options: str) -> subprocess
 
 
 @pytest.fixture(scope="module")
-def seconds(pruned: str, tmp_path_factory: pytest.TempPathFactory) -> float:
-    """What an undisturbed repair takes."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    begun = time.perf_counter()
-    assert start(pruned, folder / "out.onnx", folder).wait() == 0
-    assert names(folder) == ["out.onnx"]
-    return time.perf_counter() - begun
+def seconds(pruned: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """What every command takes if it is left alone."""
+    found = {}
+    for name in COMMANDS:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        begun = time.perf_counter()
+        assert start(name, pruned, folder, folder).wait() == 0
+        found[name] = time.perf_counter() - begun
+        assert names(folder) == outputs(name)
+    return found
+
+
+def outputs(name: str) -> list[str]:
+    return [MODEL, REPORT] if "--report" in name else [MODEL]
 
 
 def names(folder: Path) -> list[str]:
@@ -58,30 +65,40 @@ def names(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.name != ".ses")
 
 
-def test_killed_repairs_leave_whole_files(pruned: str, tmp_path: Path, seconds: float) -> None:
+def check_whole(path: Path) -> bool:
+    """Whether a new file is there, after making sure that it is whole if so."""
+    found = path.read_bytes()
+    if found == OLD:
+        return False
+    if path.name == MODEL:
+        onnx.checker.check_model(onnx.load_from_string(found))
+    else:
+        assert found.rstrip().endswith(b"</html>")
+    return True
+
+
+def test_stopped_commands_leave_whole_files(pruned: str, tmp_path: Path, seconds: dict[str, float]) -> None:
     rng = random.Random(0)
-    outcomes = {signal.SIGKILL: 0, signal.SIGINT: 0}
-    for number, how in zip(range(KILLS), itertools.cycle(outcomes), strict=False):
+    stopped: Counter[signal.Signals] = Counter()
+    for number, (how, name) in zip(range(KILLS), itertools.cycle(itertools.product(STOPS, COMMANDS)), strict=False):
         folder, scratch = tmp_path / f"{number}", tmp_path / f"{number}-scratch"
         folder.mkdir()
         scratch.mkdir()
-        output = folder / "out.onnx"
-        output.write_bytes(OLD)
-        process = start(pruned, output, scratch)
-        time.sleep(rng.uniform(0.1, 1.1) * seconds)
+        for output in outputs(name):
+            (folder / output).write_bytes(OLD)
+        process = start(name, pruned, folder, scratch)
+        time.sleep(rng.uniform(0.1, 1.1) * seconds[name])
         process.send_signal(how)
         _, error = process.communicate(timeout=60)
-        outcomes[how] += process.returncode != 0
-        found = output.read_bytes()
-        if found != OLD:
-            onnx.checker.check_model(onnx.load_from_string(found))
-        elif how == signal.SIGINT:
-            assert process.returncode in (130, -signal.SIGINT), error
+        stopped[how] += process.returncode != 0
+        new = [output for output in outputs(name) if check_whole(folder / output)]
         if how == signal.SIGINT:
-            assert names(folder) == ["out.onnx"]
+            assert new == outputs(name) or process.returncode in (130, -signal.SIGINT), error
+            assert names(folder) == outputs(name)
             assert names(scratch) == []
         else:
             # Where a file cannot be made without a name, it may be caught between that and its removal: still empty.
             assert all((scratch / name).stat().st_size == 0 for name in names(scratch))
-    print(f"{KILLS} repairs stopped, before their end: {outcomes}; broken files: 0")
-    assert all(outcomes.values())
+    told = ", ".join(f"{stopped[how]} by {how.name}" for how in STOPS)
+    print(f"{KILLS} stops of {', '.join(COMMANDS)}; before the command's end: {told}; broken files: 0")
+    assert all(stopped[how] for how in STOPS)

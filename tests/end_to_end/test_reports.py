@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -101,3 +104,19 @@ def test_a_missing_library_is_said_before_any_work(tmp_path):
     assert done.stderr.startswith("error: --report needs matplotlib, ")
     assert done.stderr.endswith("pip install onnx-resuscitate[report]\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_names_of_files_that_are_no_text(pruned, tmp_path, monkeypatch):
+    folder, page = tmp_path / "images", tmp_path / "report.html"
+    shutil.copytree(Path(FOLDER) / "0", folder)
+    try:
+        (folder / os.fsdecode(b"b\xff\x1b[2J\xe4d.png")).write_text("no image")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
+    arguments = ("repair", pruned, "-o", tmp_path / "out.onnx", "--dense", DENSE, "--data", folder, *PRESET, *FEW)
+    assert r"/b\udcff\x1b[2J\udce4d.png cannot be read" in cli(*arguments).error
+    done = cli(*arguments, "--method", "paired", "--force", "--skip-bad-images", "--report", page)
+    assert done.code in (0, 1), done.err
+    for text in (done.out, page.read_text(encoding="utf-8")):
+        assert r"were left out: b\udcff" in text

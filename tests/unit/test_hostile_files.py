@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -325,6 +326,33 @@ def test_a_header_that_claims_too_much_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.npy").write_bytes(data.replace(b"(2**50,1,8,)", b"(999999,8,8)"))
     with pytest.raises(DataError, match="cannot read arrays"):
         open_data(tmp_path / "a.npy", [SPEC])
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file, file.open("images.npy", "w") as member:
+        for _ in range(9):
+            member.write(bytes(1 << 20))
+    claim = [struct.pack("<I", size) for size in (9 << 20, 3 << 30)]
+    data = path.read_bytes()
+    assert claim[0] in data
+    path.write_bytes(data.replace(*claim))
+    with pytest.raises(DataError, match=r"a\.npz would grow from \d+ to 3221225472 bytes: .* numpy\.savez instead"):
+        open_data(path, [SPEC], preprocessing=UNIT)
+
+
+def test_images_that_would_start_programs_or_never_end_are_refused(tmp_path: Path) -> None:
+    """Pillow hands PostScript to Ghostscript, whatever the file's name; a pipe is read until someone closes it."""
+    (tmp_path / "script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    with pytest.raises(DataError, match=r"script\.png cannot be read as an image: cannot identify"):
+        open_data(tmp_path, [SPEC], preprocessing=UNIT)
+    (tmp_path / "script.png").unlink()
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(DataError, match=r"pipe\.png cannot be read as an image: it is missing or no plain file"):
+        open_data(tmp_path, [SPEC], preprocessing=UNIT)
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(DataError, match=r"pipe\.npz is no data"):
+        open_data(tmp_path / "pipe.npz", [SPEC], preprocessing=UNIT)
 
 
 @pytest.fixture

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,7 +18,7 @@ from onnx import numpy_helper
 import onnx_asr.model_io as model_io
 from onnx_asr.errors import ModelError, OutputError
 from onnx_asr.model_io import check_finite, check_writable, digest, is_external, load, save, write_text
-from tests.graphs import images, index, net, residual_net, run, set_parameter
+from tests.graphs import images, index, net, parameter, residual_net, run, set_parameter
 
 
 def names(folder: Path) -> list[str]:
@@ -96,6 +101,55 @@ def test_an_existing_file_survives_every_failure(
         save(residual_net(), target, external_data=external)
     assert target.read_bytes() == b"precious"
     assert names(tmp_path) == ["m.onnx"]
+
+
+def interrupted(function: Callable[[], object], count: int) -> bool:
+    """Whether an interrupt at the n-th line that ``model_io`` executes came before the function's end."""
+    left = count
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename != model_io.__file__:
+            return None
+        left -= event == "line"
+        if event == "line" and left == 0:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_an_interrupt_at_any_line_leaves_the_old_model_or_the_new_one(tmp_path: Path, external: bool) -> None:
+    old, new = residual_net(), residual_net()
+    new.doc_string = "new"
+    set_parameter(new, 0, 1, parameter(new, 0, 1) * 2)
+    target = save(old, tmp_path / "m.onnx", external_data=external)
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    there = {"": names(tmp_path)}
+    save(new, target, external_data=external)
+    there["new"] = names(tmp_path)
+    found = set()
+    for count in itertools.count(1):
+        for path in set(tmp_path.iterdir()) - set(files):
+            path.unlink()
+        for path, content in files.items():
+            path.write_bytes(content)
+        stopped = interrupted(lambda: save(new, target, external_data=external), count)
+        version = load(target).doc_string
+        assert names(tmp_path) == there[version]
+        found.add((stopped, version))
+        if not stopped:
+            break
+    assert found == {(True, ""), (True, "new"), (False, "new")}
 
 
 def test_places_where_no_file_can_be_are_refused_before_work_is_done(tmp_path: Path) -> None:

@@ -9,14 +9,30 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from onnx_asr.channel_pruning import prune_channels
 from onnx_asr.compression import CompressOptions, compress
-from onnx_asr.errors import OnnxAsrError
+from onnx_asr.errors import ModelError, OnnxAsrError
 from onnx_asr.graph.index import FLOAT_TYPES
-from onnx_asr.options import METHODS, RepairOptions
+from onnx_asr.options import DATA_AWARE, METHODS, Method, RepairOptions, Score
+from onnx_asr.pruning import prune
 from onnx_asr.repairing import repair
-from tests.graphs import copy, dense_net, images, parameter, positions, pruned, residual_net, set_parameter
+from tests.graphs import (
+    bn,
+    copy,
+    dense_net,
+    folded,
+    images,
+    net,
+    parameter,
+    positions,
+    pruned,
+    residual_net,
+    set_parameter,
+)
 
 Case = Callable[[onnx.ModelProto], np.ndarray]
+Make = Callable[[], onnx.ModelProto]
+Change = Callable[[onnx.ModelProto], onnx.ModelProto]
 COUNT = 12
 
 
@@ -110,21 +126,35 @@ def half(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
-def attempt(method: str, damaged: onnx.ModelProto, dense: onnx.ModelProto | None, x: np.ndarray) -> None:
-    options = RepairOptions(method, samples=max(1, len(x) - 4), verify_samples=4)
+def changed(model: onnx.ModelProto, case: Case, change: Change) -> tuple[onnx.ModelProto, np.ndarray]:
+    """A case in another form of the network, and its samples in the type that this takes."""
+    x = case(model)
+    model = change(model)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(model.graph.input[0].type.tensor_type.elem_type)
+    with np.errstate(over="ignore"):
+        return model, np.clip(x, -65504, 65504).astype(dtype) if dtype == np.float16 else x
+
+
+def judged(work: Callable[[], onnx.ModelProto]) -> None:
+    """A finite model or one clear error."""
     try:
-        result = repair(damaged, x, dense=dense, options=options)
+        model = work()
     except OnnxAsrError as error:
         assert len(str(error)) > 40  # noqa: PT017
     else:
-        check(result.model)
+        check(model)
+
+
+def attempt(method: Method, damaged: onnx.ModelProto, dense: onnx.ModelProto | None, x: np.ndarray) -> None:
+    options = RepairOptions(method, samples=max(1, len(x) - 4), verify_samples=4)
+    judged(lambda: repair(damaged, x, dense=dense, options=options).model)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 @pytest.mark.parametrize("net", [residual_net, dense_net])
-def test_what_is_written_is_finite(net: Callable[[], onnx.ModelProto], case: Case, method: str) -> None:
+def test_what_is_written_is_finite(net: Callable[[], onnx.ModelProto], case: Case, method: Method) -> None:
     dense = net()
     damaged = pruned(dense, 0.5)
     x = case(damaged)
@@ -136,7 +166,7 @@ def test_what_is_written_is_finite(net: Callable[[], onnx.ModelProto], case: Cas
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_half_precision_overflows_to_no_infinity(case: Case, method: str) -> None:
+def test_half_precision_overflows_to_no_infinity(case: Case, method: Method) -> None:
     dense = residual_net()
     damaged = pruned(dense, 0.5)
     with np.errstate(over="ignore"):
@@ -145,13 +175,87 @@ def test_half_precision_overflows_to_no_infinity(case: Case, method: str) -> Non
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("case", [case for case in CASES if "channels" not in case.__name__], ids=lambda c: c.__name__)
-def test_compress_too(case: Case) -> None:
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+@pytest.mark.parametrize("change", [copy, folded, half])
+@pytest.mark.parametrize("net", [residual_net, dense_net])
+def test_compress_too(net: Make, change: Change, case: Case) -> None:
+    model, x = changed(net(), case, change)
+    options = RepairOptions(samples=max(1, len(x) - 4), verify_samples=4)
+    judged(lambda: compress(model, x, CompressOptions(0.5, rounds=2), repair_options=options).model)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("score", DATA_AWARE)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+@pytest.mark.parametrize("change", [copy, half])
+def test_scores_from_data_too(change: Change, case: Case, score: Score) -> None:
+    model, x = changed(residual_net(), case, change)
+    judged(lambda: prune(model, 0.5, score=score, data=x, samples=len(x)).model)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_channels_that_are_gone_too(case: Case, method: Method) -> None:
+    dense = residual_net()
+    damaged = prune_channels(dense, 0.5).model
+    attempt(method, damaged, dense, case(damaged))
+
+
+# --- what is not finite to begin with ---
+
+
+def poisoned(value: float, slot: int = 1, operator: str = "Conv") -> onnx.ModelProto:
+    """One value of one parameter is another one."""
     model = residual_net()
-    x = case(model)
-    try:
-        result = compress(model, x, CompressOptions(0.5, rounds=2), repair_options=RepairOptions(samples=8))
-    except OnnxAsrError as error:
-        assert len(str(error)) > 40  # noqa: PT017
-    else:
-        check(result.model)
+    node = positions(model, operator)[1]
+    values = parameter(model, node, slot).copy()
+    values.flat[1] = value
+    set_parameter(model, node, slot, values)
+    return model
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("operator", "slot"), [("Conv", 1), *(("BatchNormalization", slot) for slot in (1, 2, 3, 4))])
+def test_parameters_that_are_not_finite_are_refused(operator: str, slot: int, value: float) -> None:
+    sound, model, x = residual_net(), poisoned(value, slot, operator), images(COUNT, seed=3)
+    few = RepairOptions("paired", samples=8, verify_samples=4)
+    attempts: tuple[Callable[[], object], ...] = (
+        lambda: repair(model, x, dense=sound, options=few),
+        lambda: repair(sound, x, dense=model, options=few),
+        lambda: repair(model, x, options=few),
+        lambda: compress(model, x, CompressOptions(0.5, rounds=2), repair_options=few),
+        lambda: prune(model, 0.5, score="variance", data=x, samples=8),
+    )
+    for refused in attempts:
+        with pytest.raises(ModelError, match="NaN or infinite"):
+            refused()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [-1.0, 0.0, 1e-38, 3e38])
+def test_variances_that_cannot_be(value: float, method: Method) -> None:
+    """Stored by a dense model, a pruned one, or both."""
+    model, x = poisoned(value, 4, "BatchNormalization"), images(COUNT, seed=3)
+    for dense, damaged in ((model, residual_net()), (residual_net(), model), (model, model)):
+        attempt(method, pruned(damaged, 0.5), dense, x)
+    if method in ("auto", "paired", "bn"):
+        attempt(method, pruned(model, 0.5), None, x)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("operator", ["Sqrt", "Log", "Reciprocal"])
+def test_activations_that_are_nan_or_infinite_are_refused(operator: str) -> None:
+    text = f"""g (float[N,3,8,8] x) => (float[N,K] y) {{
+        a = Conv (x, w)  n = BatchNormalization (a, b_gamma, b_beta, b_mean, b_var)  r = Relu (n)  z = Neg (r)
+        q = {operator} (z)  c = Conv (q, v)  p = GlobalAveragePool (c)  y = Flatten (p) }}"""
+    dense = net(text, w=(4, 3, 3, 3), v=(4, 4, 3, 3), **bn("b", channels=4))
+    damaged, x = pruned(dense, 0.5), images(COUNT, seed=3)
+    for method in METHODS:
+        attempt(method, damaged, dense, x)
+    for score in DATA_AWARE:
+        with pytest.raises(ModelError, match="infinite, NaN"):
+            prune(dense, 0.5, score=score, data=x, samples=8)
+    with pytest.raises(ModelError, match="infinite, NaN"):
+        repair(damaged, x, dense=dense, options=RepairOptions("paired", samples=8, verify_samples=4))

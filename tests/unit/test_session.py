@@ -14,6 +14,7 @@ import pytest
 from onnx_asr.engine.lockstep import BufferPool, Lane
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError, OutputError
+from onnx_asr.graph import tensors
 from tests.graphs import images, index, net, residual_net
 
 
@@ -72,6 +73,18 @@ def test_errors_of_the_runtime_are_one_line() -> None:
     with pytest.raises(ModelError, match="cannot run") as caught:
         session.run({"x": np.zeros((1, 3, 4), np.float32)})
     assert "\n" not in str(caught.value)
+
+
+def test_weights_handed_over_beside_the_model_live_as_long_as_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime reads them where they are; in a model over 2 GB they are copies made for it."""
+    model = net("g (float[N,600] x) => (float[N,600] y) { y = MatMul (x, w) }", w=(600, 600))
+    x = np.random.default_rng(0).normal(size=(4, 600)).astype(np.float32)
+    expected = Session(model, Runtime(threads=1)).run({"x": x})["y"]
+    monkeypatch.setattr(tensors, "WEIGHT_LIMIT", 1 << 20)
+    session = Session(model, Runtime(threads=1, lean=True))
+    others = [np.full((600, 600), np.nan, np.float32) for _ in range(4)]
+    np.testing.assert_array_equal(session.run({"x": x})["y"], expected)
+    assert len(others) == 4
 
 
 def test_memory_beyond_the_limit_is_in_files(spilled: list[int]) -> None:
