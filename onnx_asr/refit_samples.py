@@ -81,7 +81,7 @@ class RowSampler:
         """Take rows from the next chunk."""
         source = pruned[self.context.source]
         output, *added = (self.networks.dense_value(dense, name) for name in self.dense_targets)
-        if added and np.broadcast_shapes(output.shape, added[0].shape) != output.shape:
+        if added and not _spreads(added[0].shape, output.shape):
             # one value a channel added to a whole map: the sum has no position of its own for a row
             self.context = replace(self.context, shortcut=None, batchnorm=None, relu=False)
             added = []
@@ -233,6 +233,14 @@ class RowSampler:
         if self._shortcut:
             floor = floor - np.concatenate(self._shortcut)
         return np.ascontiguousarray(floor), negative
+
+
+def _spreads(shape: tuple[int, ...], over: tuple[int, ...]) -> bool:
+    """Whether broadcasting makes one shape the other; where the two cannot be added, onnxruntime says so at the sum."""
+    try:
+        return np.broadcast_shapes(shape, over) == over
+    except ValueError:
+        return False
 
 
 def dense_rows(

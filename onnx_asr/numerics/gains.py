@@ -148,7 +148,8 @@ def absorb(bn: BatchNormParameters, affine: ChannelAffine) -> BatchNormParameter
         var = total / np.square(safe) - bn.epsilon
     in_range = (var < _MAX_STATISTIC) & (np.abs(mean) < _MAX_STATISTIC)
     in_statistics = positive & (var > _MIN_VAR_OVER_EPS * bn.epsilon) & in_range
-    folded_bias = bn.bias + bn.scale * (shift + (gain - 1.0) * bn.mean) / np.sqrt(total)
+    with np.errstate(invalid="ignore"):  # a stored variance below -eps, which the caller refuses
+        folded_bias = bn.bias + bn.scale * (shift + (gain - 1.0) * bn.mean) / np.sqrt(total)
     return BatchNormParameters(
         scale=np.where(in_statistics, bn.scale, bn.scale * gain),
         bias=np.where(in_statistics, bn.bias, folded_bias),

@@ -206,6 +206,15 @@ def test_a_batchnorm_computed_at_run_time_behind_a_residual_add() -> None:
     repair(damaged, images(8, seed=0, shape=(4, 8, 8)), dense=dense, options=options)
 
 
+def test_a_sum_of_shapes_that_do_not_fit_is_refused() -> None:
+    text = "g (float[N,4,8,8] x) => (float[N,K,H,W] y) { c = Conv <strides = [1, 2]> (x, w) a = Add (c, x) "
+    text += "y = Conv (a, w) }"
+    dense = net(text, w=(4, 4, 1, 1))
+    options = RepairOptions("refit", samples=8, verify_samples=0)
+    with pytest.raises(ModelError, match="onnxruntime cannot run the model.*Add"):
+        repair(prune(dense, 0.5).model, images(8, seed=0, shape=(4, 8, 8)), dense=dense, options=options)
+
+
 def test_an_empty_weight_is_skipped() -> None:
     model = net("g (float[N,4,8,8] x) => (float[N,K,H,W] y) { y = Conv (x, w) }", w=(0, 4, 1, 1))
     assert [skip.reason for skip in survey(index(model)).skips] == ["its weight is empty"]
