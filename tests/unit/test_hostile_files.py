@@ -211,7 +211,7 @@ def test_a_sum_of_shapes_that_do_not_fit_is_refused() -> None:
     text += "y = Conv (a, w) }"
     dense = net(text, w=(4, 4, 1, 1))
     options = RepairOptions("refit", samples=8, verify_samples=0)
-    with pytest.raises(ModelError, match="onnxruntime cannot run the model.*Add"):
+    with pytest.raises(ModelError, match="onnxruntime cannot load the model"):
         repair(prune(dense, 0.5).model, images(8, seed=0, shape=(4, 8, 8)), dense=dense, options=options)
 
 
