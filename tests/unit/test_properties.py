@@ -202,12 +202,12 @@ def test_threads_and_memory_limit_change_no_bit_and_batches_little(drawn: Any, m
 
 
 @FEW
-@given(networks(), st.sampled_from([0.3, 0.6]))
-def test_folded_is_unfolded_under_the_same_mask(drawn: Any, sparsity: float) -> None:
+@given(networks(), st.sampled_from(["paired", "refit"]), st.sampled_from([0.3, 0.6]))
+def test_folded_is_unfolded_under_the_same_mask(drawn: Any, method: Method, sparsity: float) -> None:
     model, _ = drawn
     damaged = pruned(model, sparsity)
-    folded_result = repaired("paired", folded(damaged), folded(model))
-    close(outputs(folded_result), outputs(repaired("paired", damaged, model)), 1e-3)
+    folded_result = repaired(method, folded(damaged), folded(model))
+    close(outputs(folded_result), outputs(repaired(method, damaged, model)), 1e-3)
 
 
 def permuted(model: onnx.ModelProto, pair: tuple[int, int], order: np.ndarray) -> onnx.ModelProto:
