@@ -194,7 +194,8 @@ class RowSampler:
         ridge = max(self._recipe.ridge, FEW_ROWS_RIDGE) if len(x) < FEW_ROWS else self._recipe.ridge
         recipe = self._recipe
         options = RefitOptions(ridge, recipe.relu_steps, recipe.gain_power, class_steps=recipe.class_steps)
-        classes = self.context.classes and groups == 1 and len(x) == self._calibration.count
+        one_each = groups == 1 and len(x) == self._calibration.count
+        classes = self.context.classes and one_each and len(x) > x.shape[2]  # fewer rows are met as they are
         try:
             solution = refit_rows(
                 x, target, prior, mask, options, relu_floor=floor, dense_negative=negative, classes=classes
