@@ -15,7 +15,7 @@ import numpy as np
 from onnx_asr.calibration import Calibration
 from onnx_asr.engine.lockstep import BufferPool, Chunk, Lane, lockstep
 from onnx_asr.graph.context import contexts, steps
-from onnx_asr.graph.edit import EditPlan
+from onnx_asr.graph.edit import EditPlan, stored
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import Point
 from onnx_asr.networks import Execution, Networks
@@ -30,9 +30,25 @@ _MAX_GROWTH = 10.0
 
 
 def repair_refit(
-    networks: Networks, calibration: Calibration, execution: Execution, plan: EditPlan, recipe: RefitRecipe
+    networks: Networks,
+    calibration: Calibration,
+    execution: Execution,
+    plan: EditPlan,
+    recipe: RefitRecipe,
+    *,
+    precise: bool = False,
 ) -> Reports:
-    """Refit every point's surviving weights, upstream first; zeros stay zeros."""
+    """Refit every point's surviving weights, upstream first; zeros stay zeros.
+
+    Args:
+        networks: The pair.
+        calibration: The samples.
+        execution: Execution providers, memory limit, progress.
+        plan: Where the new values are put.
+        recipe: How to fit.
+        precise: Put the new weights there as they were computed, in float64, for scores; else in the type of the file,
+            which is all that is written and takes half the memory.
+    """
     index = networks.pruned
     items = contexts(index, networks.survey.points)
     if not recipe.classifier:
@@ -44,18 +60,20 @@ def repair_refit(
     ]
     reports: Reports = {}
     with BufferPool(execution.memory_limit, calibration.nbytes) as pool:
-        everything = [job for group in schedule for job in group]
-        pruned_names = [name for job in everything for name in job.pruned_targets]
-        dense_names = [name for job in everything for name in job.dense_targets]
+        pruned_names = [name for group in schedule for job in group for name in job.pruned_targets]
+        dense_names = [name for group in schedule for job in group for name in job.dense_targets]
         pruned = networks.pruned_lane(pruned_names, calibration, pool, execution, plan)
         dense = networks.dense_lane(dense_names, calibration, pool, execution)
         for number in range(len(schedule)):
             execution.progress("refitting", number / len(schedule))
-            group, schedule[number] = schedule[number], []  # its rows are free once it is written
+            group = schedule[number]
             _sample([pruned, dense], group)
             pool.trim()
-            for job in group:
-                reports[job.point.node] = write_refit(networks, plan, job)
+            while group:  # nothing but the call holds a point's rows while it is fitted
+                report = write_refit(networks, plan, group.pop(0))
+                reports[report.node] = report
+                if not precise:
+                    _round(index, plan, report.node)
     return reports
 
 
@@ -75,6 +93,7 @@ def write_refit(networks: Networks, plan: EditPlan, job: RowSampler) -> PointRep
     """Fit the weights of one point that are not zero in the plan, and put the result there."""
     index, point = networks.pruned, job.point
     solution, rows = job.solve(plan)
+    del job  # and its rows, where the caller has let go of it
     alpha = read_alpha(index, point)
     if point.batchnorm is None:
         plan_rows(index, plan, point, rows / alpha)
@@ -86,6 +105,12 @@ def write_refit(networks: Networks, plan: EditPlan, job: RowSampler) -> PointRep
     empty = int((~rows.any(axis=1)).sum())
     residual = (solution.residual_before, solution.residual_after)
     return PointReport.of(index, point, written, empty, solution.gain, residual)
+
+
+def _round(index: GraphIndex, plan: EditPlan, node: int) -> None:
+    """Bring what is planned for a node into the type of the file."""
+    for key, value in plan.values_of(node):
+        plan.values[key] = stored(index, *key, value)
 
 
 def _unfold(index: GraphIndex, plan: EditPlan, point: Point, folded: Floats, bias: Floats) -> None:

@@ -83,7 +83,7 @@ def stored_bias(index: GraphIndex, node: int, value: NDArray[Any]) -> NDArray[An
 def _cast(index: GraphIndex, node: int, what: str, reference: str, value: NDArray[Any]) -> NDArray[Any]:
     dtype = onnx.helper.tensor_dtype_to_np_dtype(index.element_type(reference))
     with np.errstate(over="ignore", invalid="ignore"):
-        result = np.asarray(value).astype(dtype)
+        result = np.asarray(value).astype(dtype, copy=False)
     if not np.isfinite(result.astype(np.float64)).all():
         raise ModelError(
             f"the new value of {what} of node {index.label(node)} is not finite as {np.dtype(dtype).name}: "

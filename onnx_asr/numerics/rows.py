@@ -134,7 +134,8 @@ class Targets:
             square += np.square(target).sum(axis=0, dtype=np.float64)
         offset = total / len(self.inputs)
         variance = np.maximum(square / len(self.inputs) - offset**2, 0.0)
-        return Fit(cross / len(self.inputs), origin + offset, variance)
+        cross /= len(self.inputs)
+        return Fit(cross, origin + offset, variance)
 
     def _visible(self, weight: Array, level: Array, every: int = 1) -> Iterator[tuple[Single, Single, Single]]:
         """Yields target, prediction [c, G, M] and centred inputs [c, G, K], without errors that the ReLU hides."""

@@ -146,25 +146,34 @@ class ConjugateGradients:
         self._last: Array = np.zeros(mask.shape)
 
     def solve(self, load: Array, tolerance: float) -> Array:
-        """Solves for [G, M, K] right-hand sides that are 0 outside the mask, to `|residual| <= tolerance |load|`."""
-        distance = load - np.where(self._mask, self._system.product(self._last), 0.0)
-        for group, wanted in enumerate(load):
-            solution, mask, residual = self._last[group], self._mask[group], distance[group]
-            norm, goal = np.linalg.norm(residual, axis=-1), tolerance * np.linalg.norm(wanted, axis=-1)
+        """Solves for [G, M, K] right-hand sides that are 0 outside the mask, to `|residual| <= tolerance |load|`.
+
+        Right-hand sides are overwritten; the solution is changed by the next call.
+        """
+        goals = tolerance * np.linalg.norm(load, axis=-1)
+        reached = self._system.product(self._last)
+        np.copyto(reached, 0.0, where=~self._mask)
+        load -= reached
+        del reached
+        for group, residual in enumerate(load):
+            solution, mask, goal = self._last[group], self._mask[group], goals[group]
+            norm = np.linalg.norm(residual, axis=-1)
             rows = np.flatnonzero(norm > goal)
             scale = norm[rows, None]
             share = (goal[rows] / norm[rows]).astype(np.float32)
-            step = _descend(self._products[group], mask[rows], (residual[rows] / scale).astype(np.float32), share)
-            solution[rows] += scale * step
+            begin = residual[rows]
+            begin /= scale
+            begin = begin.astype(np.float32)
+            solution[rows] += scale * _descend(self._products[group], mask[rows], begin, share)
         return self._last
 
 
 def _descend(product: Callable[[Single], Single], mask: Mask, residual: Single, goal: Single) -> Single:
     """Conjugate gradients from 0 for rows of residual norm 1, until each row's residual is below its `goal`.
 
-    A row stops at a direction whose curvature is below `NOISE`.
+    A row stops at a direction whose curvature is below `NOISE`. `residual` is overwritten.
     """
-    result = np.zeros_like(residual)
+    result = np.zeros(residual.shape, np.float32)  # takes no memory before rows are done
     rows = np.arange(len(residual))  # of `result`, for the rows still carried
     going = np.ones(len(residual), np.bool_)
     kept = mask.astype(np.float32)
