@@ -21,6 +21,7 @@ from onnx_asr.graph.points import Point
 from onnx_asr.networks import Execution, Networks
 from onnx_asr.numerics.gains import BatchNormParameters
 from onnx_asr.numerics.moments import Floats
+from onnx_asr.numerics.rows import MEMORY
 from onnx_asr.options import RefitRecipe
 from onnx_asr.point_report import PointReport, Reports
 from onnx_asr.refit_samples import RowSampler
@@ -54,12 +55,13 @@ def repair_refit(
     if not recipe.classifier:
         items = [item for item in items if item.point.kind not in ("Gemm", "MatMul")]
     numbers = {item.point.node: number for number, item in enumerate(items)}
-    schedule = [
-        [RowSampler(networks, item, recipe, calibration, numbers[item.point.node]) for item in group]
-        for group in steps(index, items)
-    ]
     reports: Reports = {}
     with BufferPool(execution.memory_limit, calibration.nbytes) as pool:
+        store = MEMORY if execution.memory_limit is None else pool
+        schedule = [
+            [RowSampler(networks, item, recipe, calibration, numbers[item.point.node], store) for item in group]
+            for group in steps(index, items)
+        ]
         pruned_names = [name for group in schedule for job in group for name in job.pruned_targets]
         dense_names = [name for group in schedule for job in group for name in job.dense_targets]
         pruned = networks.pruned_lane(pruned_names, calibration, pool, execution, plan)

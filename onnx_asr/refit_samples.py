@@ -29,6 +29,7 @@ from onnx_asr.numerics.patches import (
     tap_major,
 )
 from onnx_asr.numerics.refit import NotFiniteError, RefitOptions, RefitSolution, refit_rows
+from onnx_asr.numerics.rows import MEMORY, Store
 from onnx_asr.options import FEW_ROWS, FEW_ROWS_RIDGE, RefitRecipe
 from onnx_asr.rewrite import read_alpha, read_batchnorm, read_rows
 
@@ -44,10 +45,17 @@ class RowSampler:
         recipe: What to use.
         calibration: The samples to come.
         number: Place among the points with weights; seeds the positions, alike in a graph and its folded twin.
+        store: Where input patches and Gram matrices are kept.
     """
 
     def __init__(
-        self, networks: Networks, context: Context, recipe: RefitRecipe, calibration: Calibration, number: int
+        self,
+        networks: Networks,
+        context: Context,
+        recipe: RefitRecipe,
+        calibration: Calibration,
+        number: int,
+        store: Store = MEMORY,
     ) -> None:
         self.networks = networks
         self.context = context
@@ -58,10 +66,11 @@ class RowSampler:
         self._seen = 0
         self.taps = 1
         self._spatial: _SpatialSampling | None = None
-        self._x = _Rows(len(calibration.chunks))
-        self._target = _Rows(len(calibration.chunks))
-        self._floor = _Rows(len(calibration.chunks))
-        self._negative = _Rows(len(calibration.chunks))
+        self._store = store
+        self._x = _Rows(len(calibration.chunks), store)
+        self._target = _Rows(len(calibration.chunks), MEMORY)
+        self._floor = _Rows(len(calibration.chunks), MEMORY)
+        self._negative = _Rows(len(calibration.chunks), MEMORY)
         self._threshold: _Threshold | None = None
 
     @property
@@ -170,7 +179,7 @@ class RowSampler:
     def solve(self, plan: EditPlan) -> tuple[RefitSolution, Floats]:
         """Fit the surviving weights; the solution, and its weights as rows [C_out, K] in the file's order.
 
-        The rows are changed: there is no second solution from them.
+        The rows are used up.
 
         Raises:
             ModelError: When activations are not finite.
@@ -195,9 +204,11 @@ class RowSampler:
                 relu_floor=floor,
                 dense_negative=negative,
                 classes=classes,
+                store=self._store,
             )
         except NotFiniteError as error:
             raise overflow(self.point) from error
+        self._x.release()
         return solution, channel_major(solution.weight.reshape(self.point.channels, -1), self.taps)
 
     def _dense_rows(self) -> Floats:
@@ -237,8 +248,9 @@ class RowSampler:
 class _Rows:
     """Rows of all chunks, in one array of the final size: joining parts at the end would need it twice."""
 
-    def __init__(self, chunks: int) -> None:
+    def __init__(self, chunks: int, store: Store) -> None:
         self._chunks = chunks
+        self._store = store
         self._all: NDArray[Any] | None = None
         self._filled = 0
 
@@ -257,17 +269,31 @@ class _Rows:
         """Take the rows of the next chunk; only where samples differ in size may there be more than in the first."""
         needed = self._filled + len(part)
         if self._all is None:
-            self._all = np.empty((self._chunks * len(part), *part.shape[1:]), part.dtype)
+            self._all = self._room(self._chunks * len(part), part)
         elif needed > len(self._all):
-            self._all = np.concatenate([self._all, np.empty((needed, *part.shape[1:]), part.dtype)])
+            larger = self._room(len(self._all) + needed, part)
+            larger[: self._filled] = self.array
+            self.release()
+            self._all = larger
         self._all[self._filled : needed] = part
+        self._store.set_aside(self._all)
         self._filled = needed
+
+    def _room(self, rows: int, like: NDArray[Any]) -> NDArray[Any]:
+        return self._store.allocate((rows, *like.shape[1:]), like.dtype)
 
     def copy(self) -> _Rows:
         """The same rows, to be changed."""
         twin = copy(self)
-        twin._all = self.array.copy()
+        twin._all = self._room(self._filled, self.array)
+        twin._all[...] = self.array
         return twin
+
+    def release(self) -> None:
+        """Let go of them."""
+        if self._all is not None:
+            self._store.release(self._all)
+            self._all = None
 
 
 def dense_rows(

@@ -39,7 +39,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_asr.errors import OptionError
-from onnx_asr.numerics.rows import Array, Inputs, Mask, Single, Targets, softmax
+from onnx_asr.numerics.rows import MEMORY, Array, Inputs, Mask, Single, Store, Targets, softmax
 from onnx_asr.numerics.systems import NOISE, ConjugateGradients, GramSystem, Inverse, RowSystem, inverse_is_cheaper
 
 _FEW_ROWS = 0.5  # n / K up to which A is applied through the rows: cheaper, and no [K, K] matrix is held
@@ -114,6 +114,7 @@ def refit_rows(
     relu_floor: Single | None = None,
     dense_negative: Mask | None = None,
     classes: bool = False,
+    store: Store = MEMORY,
 ) -> RefitSolution:
     """`(H_SS + R I) w = G_S + R w0`, `b = mean(T) - w.mean(X)`, for every output channel of one layer.
 
@@ -126,6 +127,7 @@ def refit_rows(
         relu_floor: [n, G * M] `theta`; 0 if None.
         dense_negative: [n, G * M], where the dense pre-activation is <= 0; None if no ReLU follows.
         classes: Whether the outputs of a group are logits of classes.
+        store: Where `x` is, and Gram matrices are to be kept.
 
     Returns:
         The refitted layer; always finite.
@@ -134,7 +136,7 @@ def refit_rows(
         ValueError: If shapes do not fit together, or a value is not finite or too large to be squared in float32.
     """
     _check_shapes(x, target, w0, mask, relu_floor, dense_negative)
-    inputs = Inputs(x)
+    inputs = Inputs(x, store)
     _check_finite(x=inputs.mean, relu_floor=relu_floor)
     system = _system(inputs, options.ridge)
     groups, outputs, size = w0.shape
@@ -153,8 +155,11 @@ def refit_rows(
         _solve(system, everything.of(block), starts.pop(0), mask[:, block], options)  # nothing else holds its start
         for block in blocks
     ]
+    system.matrix.release()
     if classes and options.class_steps:
-        parts = [_toward_classes(_system(inputs, options.class_ridge), everything, parts[0], mask, options.class_steps)]
+        system = _system(inputs, options.class_ridge)
+        parts = [_toward_classes(system, everything, parts[0], mask, options.class_steps)]
+        system.matrix.release()
     spread = sum(part.spread for part in parts) or 1.0
     return RefitSolution(
         weight=np.concatenate([part.weight for part in parts], axis=1),
@@ -189,7 +194,9 @@ def _system(inputs: Inputs, ridge_share: float) -> _System:
     ridge = ridge_share * diagonal.mean(axis=1, keepdims=True) + 1e-12  # [G, 1]
     root = np.sqrt(diagonal + ridge)[:, None, :]
     pull = ridge[:, None, :] / root**2
-    return _System(RowSystem(inputs.centred, root, pull) if gram is None else GramSystem(gram, root), root, pull)
+    if gram is None:
+        return _System(RowSystem(inputs.centred, root, pull), root, pull)
+    return _System(GramSystem(gram, root, inputs.store), root, pull)
 
 
 @dataclass(frozen=True)
@@ -215,7 +222,7 @@ class _Pulled:
         self._constant -= system.matrix.product(self._start)
         self.solver: Inverse | ConjugateGradients
         if isinstance(system.matrix, GramSystem) and inverse_is_cheaper(mask):
-            self.solver = Inverse(system.matrix.matrix, mask)
+            self.solver = system.matrix.inverse(mask)
         else:
             self.solver = ConjugateGradients(system.matrix, mask)
 
