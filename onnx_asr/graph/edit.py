@@ -18,7 +18,7 @@ from onnx import numpy_helper
 
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import GraphIndex, node_reads
-from onnx_asr.graph.tensors import set_sparse_value
+from onnx_asr.graph.tensors import copied, set_sparse_value
 
 Slot = tuple[int, int]
 
@@ -100,9 +100,9 @@ def apply(index: GraphIndex, plan: EditPlan, metadata: Mapping[str, str] | None 
     """
     values = {key: stored(index, *key, value) for key, value in plan.values.items()}
     biases = {node: stored_bias(index, node, value) for node, value in plan.added_bias.items()}
-    model = onnx.ModelProto()
-    model.CopyFrom(index.model)
-    writer = _Writer(model, index, _tied(index, plan))
+    tied = _tied(index, plan)
+    model = copied(index.model, without=tied)
+    writer = _Writer(model, index, tied)
     for (node, slot), value in sorted(values.items(), key=lambda item: item[0]):
         writer.write(node, slot, value, id(plan.values[node, slot]))
     for (node, name), setting in plan.attributes.items():
