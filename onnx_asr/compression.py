@@ -172,7 +172,7 @@ def compress(
         execution.progress(f"mask round {number + 1} of {len(schedule)}", number / len(schedule))
         part = calibration.head(round(options.round_samples * calibration.count))
         plan = EditPlan()
-        repair_refit(job.networks, part, replace(execution, progress=silent), plan, ranking)
+        repair_refit(job.networks, part, replace(execution, progress=silent), plan, ranking, precise=True)
         values = _refitted(job.networks, weights, plan)
         seconds.append(time.perf_counter() - begun)
     result = finish(job, calibration, execution, begun, begun)

@@ -15,12 +15,13 @@ import numpy as np
 from onnx_asr.calibration import Calibration
 from onnx_asr.engine.lockstep import BufferPool, Chunk, Lane, lockstep
 from onnx_asr.graph.context import contexts, steps
-from onnx_asr.graph.edit import EditPlan
+from onnx_asr.graph.edit import EditPlan, stored
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import Point
 from onnx_asr.networks import Execution, Networks
 from onnx_asr.numerics.gains import BatchNormParameters
 from onnx_asr.numerics.moments import Floats
+from onnx_asr.numerics.rows import MEMORY
 from onnx_asr.options import RefitRecipe
 from onnx_asr.point_report import PointReport, Reports
 from onnx_asr.refit_samples import RowSampler
@@ -30,32 +31,51 @@ _MAX_GROWTH = 10.0
 
 
 def repair_refit(
-    networks: Networks, calibration: Calibration, execution: Execution, plan: EditPlan, recipe: RefitRecipe
+    networks: Networks,
+    calibration: Calibration,
+    execution: Execution,
+    plan: EditPlan,
+    recipe: RefitRecipe,
+    *,
+    precise: bool = False,
 ) -> Reports:
-    """Refit every point's surviving weights, upstream first; zeros stay zeros."""
+    """Refit every point's surviving weights, upstream first; zeros stay zeros.
+
+    Args:
+        networks: The pair.
+        calibration: The samples.
+        execution: Execution providers, memory limit, progress.
+        plan: Where the new values are put.
+        recipe: How to fit.
+        precise: Put the new weights there as they were computed, in float64, for scores; else in the type of the file,
+            which is all that is written and takes half the memory.
+    """
     index = networks.pruned
     items = contexts(index, networks.survey.points)
     if not recipe.classifier:
         items = [item for item in items if item.point.kind not in ("Gemm", "MatMul")]
     numbers = {item.point.node: number for number, item in enumerate(items)}
-    schedule = [
-        [RowSampler(networks, item, recipe, calibration, numbers[item.point.node]) for item in group]
-        for group in steps(index, items)
-    ]
     reports: Reports = {}
     with BufferPool(execution.memory_limit, calibration.nbytes) as pool:
-        everything = [job for group in schedule for job in group]
-        pruned_names = [name for job in everything for name in job.pruned_targets]
-        dense_names = [name for job in everything for name in job.dense_targets]
+        store = MEMORY if execution.memory_limit is None else pool
+        schedule = [
+            [RowSampler(networks, item, recipe, calibration, numbers[item.point.node], store) for item in group]
+            for group in steps(index, items)
+        ]
+        pruned_names = [name for group in schedule for job in group for name in job.pruned_targets]
+        dense_names = [name for group in schedule for job in group for name in job.dense_targets]
         pruned = networks.pruned_lane(pruned_names, calibration, pool, execution, plan)
         dense = networks.dense_lane(dense_names, calibration, pool, execution)
         for number in range(len(schedule)):
             execution.progress("refitting", number / len(schedule))
-            group, schedule[number] = schedule[number], []  # its rows are free once it is written
+            group = schedule[number]
             _sample([pruned, dense], group)
             pool.trim()
-            for job in group:
-                reports[job.point.node] = write_refit(networks, plan, job)
+            while group:  # nothing but the call holds a point's rows while it is fitted
+                report = write_refit(networks, plan, group.pop(0))
+                reports[report.node] = report
+                if not precise:
+                    _round(index, plan, report.node)
     return reports
 
 
@@ -75,6 +95,7 @@ def write_refit(networks: Networks, plan: EditPlan, job: RowSampler) -> PointRep
     """Fit the weights of one point that are not zero in the plan, and put the result there."""
     index, point = networks.pruned, job.point
     solution, rows = job.solve(plan)
+    del job  # and its rows, where the caller has let go of it
     alpha = read_alpha(index, point)
     if point.batchnorm is None:
         plan_rows(index, plan, point, rows / alpha)
@@ -86,6 +107,12 @@ def write_refit(networks: Networks, plan: EditPlan, job: RowSampler) -> PointRep
     empty = int((~rows.any(axis=1)).sum())
     residual = (solution.residual_before, solution.residual_after)
     return PointReport.of(index, point, written, empty, solution.gain, residual)
+
+
+def _round(index: GraphIndex, plan: EditPlan, node: int) -> None:
+    """Bring what is planned for a node into the type of the file."""
+    for key, value in plan.values_of(node):
+        plan.values[key] = stored(index, *key, value)
 
 
 def _unfold(index: GraphIndex, plan: EditPlan, point: Point, folded: Floats, bias: Floats) -> None:

@@ -29,6 +29,7 @@ from onnx_asr.numerics.patches import (
     tap_major,
 )
 from onnx_asr.numerics.refit import NotFiniteError, RefitOptions, RefitSolution, refit_rows
+from onnx_asr.numerics.rows import MEMORY, Store
 from onnx_asr.options import FEW_ROWS, FEW_ROWS_RIDGE, RefitRecipe
 from onnx_asr.rewrite import read_alpha, read_batchnorm, read_rows
 
@@ -44,10 +45,17 @@ class RowSampler:
         recipe: What to use.
         calibration: The samples to come.
         number: Place among the points with weights; seeds the positions, alike in a graph and its folded twin.
+        store: Where input patches and Gram matrices are kept.
     """
 
     def __init__(
-        self, networks: Networks, context: Context, recipe: RefitRecipe, calibration: Calibration, number: int
+        self,
+        networks: Networks,
+        context: Context,
+        recipe: RefitRecipe,
+        calibration: Calibration,
+        number: int,
+        store: Store = MEMORY,
     ) -> None:
         self.networks = networks
         self.context = context
@@ -58,11 +66,12 @@ class RowSampler:
         self._seen = 0
         self.taps = 1
         self._spatial: _SpatialSampling | None = None
-        self._x: NDArray[np.float32] | None = None
-        self._filled = 0
-        self._target: list[NDArray[np.float32]] = []
-        self._preactivation: list[NDArray[np.float32]] = []
-        self._shortcut: list[NDArray[np.float32]] = []
+        self._store = store
+        self._x = _Rows(len(calibration.chunks), store)
+        self._target = _Rows(len(calibration.chunks), MEMORY)
+        self._floor = _Rows(len(calibration.chunks), MEMORY)
+        self._negative = _Rows(len(calibration.chunks), MEMORY)
+        self._threshold: _Threshold | None = None
 
     @property
     def pruned_targets(self) -> list[str]:
@@ -86,32 +95,25 @@ class RowSampler:
             self.context = replace(self.context, shortcut=None, batchnorm=None, relu=False)
             added = []
         x, pick = self._sample(source, output)
-        self._keep(x)
+        self._x.add(x)
         target = pick(output)
+        shortcut = None
         if added:
             assert self.context.shortcut is not None
             target = target + pick(np.broadcast_to(added[0], output.shape))
             shortcut = pick(np.broadcast_to(pruned[self.context.shortcut], output.shape))
-            self._shortcut.append(shortcut)
-            self._preactivation.append(target)
-            target = target - shortcut
-        else:
-            self._preactivation.append(target)
-        self._target.append(target)
+        if self.context.relu and self._recipe.relu_steps:
+            self._add_hidden(target, shortcut)
+        self._target.add(target if shortcut is None else target - shortcut)
         self._seen += self._calibration.batch_size
 
-    def _keep(self, x: NDArray[np.float32]) -> None:
-        """Collect patches in one array of the final size: joining parts at the end would need it twice.
-
-        Only where samples differ in size may a later chunk have more rows than the first one.
-        """
-        needed = self._filled + len(x)
-        if self._x is None:
-            self._x = np.empty((len(self._calibration.chunks) * len(x), *x.shape[1:]), np.float32)
-        elif needed > len(self._x):
-            self._x = np.concatenate([self._x, np.empty((needed, *x.shape[1:]), np.float32)])
-        self._x[self._filled : needed] = x
-        self._filled = needed
+    def _add_hidden(self, preactivation: NDArray[np.float32], shortcut: NDArray[np.float32] | None) -> None:
+        """Take where the dense pre-activation is at or below the ReLU's threshold; ``theta`` if rows differ in it."""
+        if self._threshold is None:
+            self._threshold = self._find_threshold()
+        self._negative.add((preactivation <= self._threshold.value) & self._threshold.usable)
+        if shortcut is not None:
+            self._floor.add(self._threshold.value - shortcut)
 
     def _sample(
         self, source: NDArray[Any], output: NDArray[Any]
@@ -166,13 +168,12 @@ class RowSampler:
     @property
     def inputs(self) -> NDArray[np.float32]:
         """The input patches collected, [rows, groups, taps * C / groups]."""
-        assert self._x is not None
-        return self._x[: self._filled]
+        return self._x.array
 
     def again(self) -> RowSampler:
         """The same with a copy of the rows, for one more solution: :meth:`solve` uses the rows up."""
         twin = copy(self)
-        twin._x = self.inputs.copy()
+        twin._x = self._x.copy()
         return twin
 
     def solve(self, plan: EditPlan) -> tuple[RefitSolution, Floats]:
@@ -184,13 +185,11 @@ class RowSampler:
             ModelError: When activations are not finite.
         """
         index = self.networks.pruned
-        x, target = self.inputs, np.concatenate(self._target)
-        self._x = None
+        x, target = self._x.array, self._target.array
+        floor, negative = self._hidden_by_relu()
         groups = x.shape[1]
         shape = (groups, self.point.channels // groups, x.shape[2])
         mask = tap_major(read_rows(index, plan, self.point) != 0, self.taps).reshape(shape)
-        prior = tap_major(self._dense_rows(), self.taps).reshape(shape)
-        floor, negative = self._hidden_by_relu()
         ridge = max(self._recipe.ridge, FEW_ROWS_RIDGE) if len(x) < FEW_ROWS else self._recipe.ridge
         recipe = self._recipe
         options = RefitOptions(ridge, recipe.relu_steps, recipe.gain_power, class_steps=recipe.class_steps)
@@ -198,10 +197,19 @@ class RowSampler:
         classes = self.context.classes and one_each and len(x) > x.shape[2]  # fewer rows are met as they are
         try:
             solution = refit_rows(
-                x, target, prior, mask, options, relu_floor=floor, dense_negative=negative, classes=classes
+                x,
+                target,
+                tap_major(self._dense_rows(), self.taps).reshape(shape),  # held by nobody else: it goes early
+                mask,
+                options,
+                relu_floor=floor,
+                dense_negative=negative,
+                classes=classes,
+                store=self._store,
             )
         except NotFiniteError as error:
             raise overflow(self.point) from error
+        self._x.release()
         return solution, channel_major(solution.weight.reshape(self.point.channels, -1), self.taps)
 
     def _dense_rows(self) -> Floats:
@@ -218,7 +226,13 @@ class RowSampler:
         """``theta``, and where the dense pre-activation is at or below the ReLU's threshold."""
         if not self.context.relu or not self._recipe.relu_steps:
             return None, None
-        total = np.concatenate(self._preactivation)
+        assert self._threshold is not None
+        negative = self._negative.array
+        if self._floor.is_empty:
+            return np.broadcast_to(self._threshold.value, negative.shape), negative
+        return self._floor.array, negative
+
+    def _find_threshold(self) -> _Threshold:
         threshold = np.zeros(self.point.channels)
         usable = np.ones(self.point.channels, bool)
         if self.context.batchnorm is not None:
@@ -229,11 +243,58 @@ class RowSampler:
             usable = parameters.slope > 0
             crossing = parameters.mean - parameters.bias / np.where(usable, parameters.slope, 1.0)
             threshold = np.where(usable, crossing, 0.0)
-        floor = np.broadcast_to(threshold.astype(np.float32), total.shape)
-        negative = (total <= floor) & usable
-        if self._shortcut:
-            floor = floor - np.concatenate(self._shortcut)
-        return np.ascontiguousarray(floor), negative
+        return _Threshold(threshold.astype(np.float32), usable)
+
+
+class _Rows:
+    """Rows of all chunks, in one array of the final size: joining parts at the end would need it twice."""
+
+    def __init__(self, chunks: int, store: Store) -> None:
+        self._chunks = chunks
+        self._store = store
+        self._all: NDArray[Any] | None = None
+        self._filled = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are none."""
+        return self._all is None
+
+    @property
+    def array(self) -> NDArray[Any]:
+        """The rows so far."""
+        assert self._all is not None
+        return self._all[: self._filled]
+
+    def add(self, part: NDArray[Any]) -> None:
+        """Take the rows of the next chunk; only where samples differ in size may there be more than in the first."""
+        needed = self._filled + len(part)
+        if self._all is None:
+            self._all = self._room(self._chunks * len(part), part)
+        elif needed > len(self._all):
+            larger = self._room(len(self._all) + needed, part)
+            larger[: self._filled] = self.array
+            self.release()
+            self._all = larger
+        self._all[self._filled : needed] = part
+        self._store.set_aside(self._all)
+        self._filled = needed
+
+    def _room(self, rows: int, like: NDArray[Any]) -> NDArray[Any]:
+        return self._store.allocate((rows, *like.shape[1:]), like.dtype)
+
+    def copy(self) -> _Rows:
+        """The same rows, to be changed."""
+        twin = copy(self)
+        twin._all = self._room(self._filled, self.array)
+        twin._all[...] = self.array
+        return twin
+
+    def release(self) -> None:
+        """Let go of them."""
+        if self._all is not None:
+            self._store.release(self._all)
+            self._all = None
 
 
 def _spreads(shape: tuple[int, ...], over: tuple[int, ...]) -> bool:
@@ -276,6 +337,14 @@ def dense_rows(
             lockstep([lane], [[name for job in group for name in (*job.pruned_targets, *job.dense_targets)]], visit)
             pool.trim()
             yield from group
+
+
+@dataclass(frozen=True)
+class _Threshold:
+    """The value [C] up to which the dense pre-activation is hidden by the ReLU, for the channels [C] where one is."""
+
+    value: NDArray[np.float32]
+    usable: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,8 @@ class Walk(Machine):
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Memory for samples and activations, as 4GiB or 500MB; activations over it go to temporary files.",
+            help="Memory for samples, activations and refit's patches and Gram matrices, as 4GiB or 500MB; what is "
+            "over it goes to temporary files. Models, sessions and the layer at work come on top.",
         ),
     ] = None
 

@@ -18,7 +18,7 @@ from onnx import numpy_helper
 
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import GraphIndex, node_reads
-from onnx_asr.graph.tensors import set_sparse_value
+from onnx_asr.graph.tensors import copied, set_sparse_value
 
 Slot = tuple[int, int]
 
@@ -83,7 +83,7 @@ def stored_bias(index: GraphIndex, node: int, value: NDArray[Any]) -> NDArray[An
 def _cast(index: GraphIndex, node: int, what: str, reference: str, value: NDArray[Any]) -> NDArray[Any]:
     dtype = onnx.helper.tensor_dtype_to_np_dtype(index.element_type(reference))
     with np.errstate(over="ignore", invalid="ignore"):
-        result = np.asarray(value).astype(dtype)
+        result = np.asarray(value).astype(dtype, copy=False)
     if not np.isfinite(result.astype(np.float64)).all():
         raise ModelError(
             f"the new value of {what} of node {index.label(node)} is not finite as {np.dtype(dtype).name}: "
@@ -100,9 +100,9 @@ def apply(index: GraphIndex, plan: EditPlan, metadata: Mapping[str, str] | None 
     """
     values = {key: stored(index, *key, value) for key, value in plan.values.items()}
     biases = {node: stored_bias(index, node, value) for node, value in plan.added_bias.items()}
-    model = onnx.ModelProto()
-    model.CopyFrom(index.model)
-    writer = _Writer(model, index, _tied(index, plan))
+    tied = _tied(index, plan)
+    model = copied(index.model, without=tied)
+    writer = _Writer(model, index, tied)
     for (node, slot), value in sorted(values.items(), key=lambda item: item[0]):
         writer.write(node, slot, value, id(plan.values[node, slot]))
     for (node, name), setting in plan.attributes.items():

@@ -7,7 +7,7 @@ memory map, so that it takes no memory before it is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,24 @@ def detached(model: onnx.ModelProto, least: int = LARGE) -> tuple[onnx.ModelProt
         else:
             light.graph.initializer.append(tensor)
     return light, large
+
+
+def copied(model: onnx.ModelProto, without: Collection[str]) -> onnx.ModelProto:
+    """A copy in which some initializers have no more than name and doc string.
+
+    For values that are to be replaced: a message keeps the memory of what it once held.
+    """
+    result = onnx.ModelProto()
+    _copy_fields(model, result, "graph")
+    _copy_fields(model.graph, result.graph, "initializer")
+    for tensor in model.graph.initializer:
+        if tensor.name in without:
+            bare = result.graph.initializer.add(name=tensor.name)
+            if tensor.HasField("doc_string"):
+                bare.doc_string = tensor.doc_string
+        else:
+            result.graph.initializer.append(tensor)
+    return result
 
 
 def _copy_fields(source: Any, target: Any, without: str) -> None:

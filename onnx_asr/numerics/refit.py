@@ -39,7 +39,7 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_asr.errors import OptionError
-from onnx_asr.numerics.rows import Array, Inputs, Mask, Single, Targets, softmax
+from onnx_asr.numerics.rows import MEMORY, Array, Inputs, Mask, Single, Store, Targets, softmax
 from onnx_asr.numerics.systems import NOISE, ConjugateGradients, GramSystem, Inverse, RowSystem, inverse_is_cheaper
 
 _FEW_ROWS = 0.5  # n / K up to which A is applied through the rows: cheaper, and no [K, K] matrix is held
@@ -114,6 +114,7 @@ def refit_rows(
     relu_floor: Single | None = None,
     dense_negative: Mask | None = None,
     classes: bool = False,
+    store: Store = MEMORY,
 ) -> RefitSolution:
     """`(H_SS + R I) w = G_S + R w0`, `b = mean(T) - w.mean(X)`, for every output channel of one layer.
 
@@ -126,6 +127,7 @@ def refit_rows(
         relu_floor: [n, G * M] `theta`; 0 if None.
         dense_negative: [n, G * M], where the dense pre-activation is <= 0; None if no ReLU follows.
         classes: Whether the outputs of a group are logits of classes.
+        store: Where `x` is, and Gram matrices are to be kept.
 
     Returns:
         The refitted layer; always finite.
@@ -134,7 +136,7 @@ def refit_rows(
         ValueError: If shapes do not fit together, or a value is not finite or too large to be squared in float32.
     """
     _check_shapes(x, target, w0, mask, relu_floor, dense_negative)
-    inputs = Inputs(x)
+    inputs = Inputs(x, store)
     _check_finite(x=inputs.mean, relu_floor=relu_floor)
     system = _system(inputs, options.ridge)
     groups, outputs, size = w0.shape
@@ -145,14 +147,19 @@ def refit_rows(
         None if dense_negative is None else dense_negative.reshape(-1, groups, outputs),
         softmax(target.reshape(-1, groups, outputs)) if classes else None,
     )
-    parts = []
     step = outputs if classes else max(1, _BLOCK_VALUES // (groups * size))
-    for begin in range(0, outputs, step):
-        block = slice(begin, begin + step)
-        kept = np.where(mask[:, block], w0[:, block], 0.0).astype(np.float64)
-        parts.append(_solve(system, everything.of(block), kept, mask[:, block], options))
+    blocks = [slice(begin, begin + step) for begin in range(0, outputs, step)]
+    starts = [np.where(mask[:, block], w0[:, block], 0.0).astype(np.float64, copy=False) for block in blocks]
+    del w0
+    parts = [
+        _solve(system, everything.of(block), starts.pop(0), mask[:, block], options)  # nothing else holds its start
+        for block in blocks
+    ]
+    system.matrix.release()
     if classes and options.class_steps:
-        parts = [_toward_classes(_system(inputs, options.class_ridge), everything, parts[0], mask, options.class_steps)]
+        system = _system(inputs, options.class_ridge)
+        parts = [_toward_classes(system, everything, parts[0], mask, options.class_steps)]
+        system.matrix.release()
     spread = sum(part.spread for part in parts) or 1.0
     return RefitSolution(
         weight=np.concatenate([part.weight for part in parts], axis=1),
@@ -187,7 +194,9 @@ def _system(inputs: Inputs, ridge_share: float) -> _System:
     ridge = ridge_share * diagonal.mean(axis=1, keepdims=True) + 1e-12  # [G, 1]
     root = np.sqrt(diagonal + ridge)[:, None, :]
     pull = ridge[:, None, :] / root**2
-    return _System(RowSystem(inputs.centred, root, pull) if gram is None else GramSystem(gram, root), root, pull)
+    if gram is None:
+        return _System(RowSystem(inputs.centred, root, pull), root, pull)
+    return _System(GramSystem(gram, root, inputs.store), root, pull)
 
 
 @dataclass(frozen=True)
@@ -209,17 +218,26 @@ class _Pulled:
     def __init__(self, system: _System, kept: Array, mask: Mask) -> None:
         self._system, self._mask = system, mask
         self._start = kept * system.root
-        self._constant = system.pull * self._start - system.matrix.product(self._start)
+        self._constant = system.pull * self._start
+        self._constant -= system.matrix.product(self._start)
         self.solver: Inverse | ConjugateGradients
         if isinstance(system.matrix, GramSystem) and inverse_is_cheaper(mask):
-            self.solver = Inverse(system.matrix.matrix, mask)
+            self.solver = system.matrix.inverse(mask)
         else:
             self.solver = ConjugateGradients(system.matrix, mask)
 
-    def scaled(self, cross: Array, tolerance: float) -> Array:
-        """`v = D^1/2 w` [G, M, K] for `cov(T, X)` [G, M, K]."""
-        load = np.where(self._mask, cross / self._system.root + self._constant, 0.0)
+    def scaled(self, load: Array, tolerance: float) -> Array:
+        """`v = D^1/2 w` [G, M, K] for `D^-1/2 cov(T, X)` [G, M, K], which is overwritten."""
+        load += self._constant
+        np.copyto(load, 0.0, where=~self._mask)
         return np.asarray(self._start + self.solver.solve(load, tolerance))
+
+    def fitted(self, cross: Array, tolerance: float) -> Array:
+        """`w` [G, M, K] for `cov(T, X)` [G, M, K], which is overwritten."""
+        cross /= self._system.root
+        scaled = self.scaled(cross, tolerance)
+        scaled /= self._system.root
+        return scaled
 
 
 def _solve(system: _System, targets: Targets, kept: Array, mask: Mask, options: RefitOptions) -> _Part:
@@ -232,18 +250,24 @@ def _solve(system: _System, targets: Targets, kept: Array, mask: Mask, options: 
     root, pull = system.root, system.pull
     spread = float(fit.variance.sum())
     pulled = _Pulled(system, kept, mask)
+    del kept
     for _ in range(options.relu_steps if targets.negative is not None else 0):
-        fit = targets.visible_fit(pulled.scaled(fit.cross, _CG_DRAFT) / root, fit.mean)
-    scaled = pulled.scaled(fit.cross, _CG_FINAL)
+        fit = targets.visible_fit(pulled.fitted(fit.cross, _CG_DRAFT), fit.mean)
+    cross = np.divide(fit.cross, root, out=fit.cross)
+    scaled = pulled.scaled(cross.copy(), _CG_FINAL)
+    solver = pulled.solver.name
+    del pulled
 
     # var(w.X) = w'Hw = v'(A - R D^-1)v and cov(T, w.X) = w.G; a variance lost in rounding counts as 0.
     variance = np.vecdot(scaled, system.matrix.product(scaled) - pull * scaled)
     variance[variance <= NOISE * np.vecdot(scaled, scaled - pull * scaled)] = 0.0
-    gain = _gain(fit.variance, variance, np.vecdot(scaled, fit.cross / root), options)
-    weight = scaled / root * gain[..., None]
+    gain = _gain(fit.variance, variance, np.vecdot(scaled, cross), options)
+    scaled /= root
+    scaled *= gain[..., None]
+    weight = scaled
     bias = fit.mean - np.vecdot(weight, targets.inputs.mean[:, None, :])
     error_after = targets.error(weight, fit.mean)
-    return _Part(weight, bias, gain, spread, error_before, error_after, pulled.solver.name)
+    return _Part(weight, bias, gain, spread, error_before, error_after, solver)
 
 
 def _toward_classes(system: _System, targets: Targets, part: _Part, mask: Mask, steps: int) -> _Part:
@@ -252,7 +276,7 @@ def _toward_classes(system: _System, targets: Targets, part: _Part, mask: Mask, 
     weight, level = part.weight, part.bias + np.vecdot(part.weight, mean)
     for _ in range(steps):
         fit = targets.class_fit(weight, level)
-        weight, level = pulled.scaled(fit.cross, _CG_DRAFT) / system.root, fit.mean
+        weight, level = pulled.fitted(fit.cross, _CG_DRAFT), fit.mean
     return replace(part, weight=weight, bias=level - np.vecdot(weight, mean), error_after=targets.error(weight, level))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,37 @@ Mask: TypeAlias = npt.NDArray[np.bool_]
 
 _CHUNK_VALUES = 2**20  # of X a product: summed in float32 within, in float64 across
 _RESIDUAL_EVERY = 8  # chunks, of which one measures the residual
+_PIECE_VALUES = 2**21  # of a Gram matrix in memory while one part of it after another is worked on
+
+
+class Store(Protocol):
+    """Where rows and Gram matrices are kept, which may be outside memory while they are not used."""
+
+    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """An array, contents undefined."""
+
+    def set_aside(self, array: npt.NDArray[Any]) -> None:
+        """An array is not used for a while."""
+
+    def release(self, array: npt.NDArray[Any]) -> None:
+        """An array is not used any more."""
+
+
+class Memory:
+    """Keeps everything in memory."""
+
+    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """An array, contents undefined."""
+        return np.empty(shape, dtype)
+
+    def set_aside(self, array: npt.NDArray[Any]) -> None:
+        """Nothing."""
+
+    def release(self, array: npt.NDArray[Any]) -> None:
+        """Nothing: it goes with its last reference."""
+
+
+MEMORY = Memory()
 
 
 class Inputs:
@@ -23,11 +54,13 @@ class Inputs:
     Attributes:
         centred: `X - mean(X)` [n, G, K].
         mean: `mean(X)` [G, K]; finite exactly where all of `X` is, as a sum of float32 cannot overflow float64.
+        store: Where they are, and their Gram matrix is to be kept.
     """
 
-    def __init__(self, x: Single) -> None:
+    def __init__(self, x: Single, store: Store = MEMORY) -> None:
         groups, inputs = x.shape[1:]
         self.centred = x
+        self.store = store
         with np.errstate(over="ignore", invalid="ignore"):
             self.mean: Array = x.mean(axis=0, dtype=np.float64)
             x -= self.mean.astype(np.float32)
@@ -38,12 +71,18 @@ class Inputs:
         return len(self.centred)
 
     def gram(self) -> Array:
-        """`H = cov(X)` [G, K, K]."""
+        """`H = cov(X)` [G, K, K], which the store holds."""
         groups, inputs = self.mean.shape
-        gram = np.zeros((groups, inputs, inputs))
+        gram = self.store.allocate((groups, inputs, inputs), np.dtype(np.float64))
+        for rows in pieces(gram, self.store):
+            gram[:, rows] = 0.0
         for _, chunk in self.chunks():
-            gram += chunk.transpose(1, 2, 0) @ chunk.transpose(1, 0, 2)
-        gram /= len(self)
+            product = chunk.transpose(1, 2, 0) @ chunk.transpose(1, 0, 2)
+            for rows in pieces(gram, self.store):
+                gram[:, rows] += product[:, rows]
+            del product  # before there is another one
+        for rows in pieces(gram, self.store):
+            gram[:, rows] /= len(self)
         return gram
 
     def variance(self) -> Array:
@@ -55,6 +94,16 @@ class Inputs:
         for begin in range(0, len(self), every * self._step):
             rows = slice(begin, min(begin + self._step, len(self)))
             yield rows, self.centred[rows]
+            self.store.set_aside(self.centred)
+
+
+def pieces(gram: Array, store: Store) -> Iterator[slice]:
+    """Rows of [G, K, K] to work on one part after another, each set aside when its turn is over."""
+    groups, inputs = gram.shape[:2]
+    step = max(1, _PIECE_VALUES // (groups * inputs))
+    for begin in range(0, inputs, step):
+        yield slice(begin, min(begin + step, inputs))
+        store.set_aside(gram)
 
 
 @dataclass(frozen=True)
@@ -134,7 +183,8 @@ class Targets:
             square += np.square(target).sum(axis=0, dtype=np.float64)
         offset = total / len(self.inputs)
         variance = np.maximum(square / len(self.inputs) - offset**2, 0.0)
-        return Fit(cross / len(self.inputs), origin + offset, variance)
+        cross /= len(self.inputs)
+        return Fit(cross, origin + offset, variance)
 
     def _visible(self, weight: Array, level: Array, every: int = 1) -> Iterator[tuple[Single, Single, Single]]:
         """Yields target, prediction [c, G, M] and centred inputs [c, G, K], without errors that the ReLU hides."""

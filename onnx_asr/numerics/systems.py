@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from onnx_asr.numerics.rows import Array, Mask, Single
+from onnx_asr.numerics.rows import Array, Mask, Single, Store, pieces
 
 Index: TypeAlias = npt.NDArray[np.intp]
 
@@ -25,22 +25,39 @@ _CG_STEPS = 400
 
 
 class GramSystem:
-    """`A` as a matrix for each group, [G, K, K]; the Gram matrix is scaled in place."""
+    """`A` as a matrix for each group, [G, K, K]; the Gram matrix, which the store holds, is scaled in place."""
 
-    def __init__(self, gram: Array, root: Array) -> None:
-        gram /= root  # in place: a copy would be 170 MB at K = 4608
-        gram /= root.transpose(0, 2, 1)
-        np.einsum("gkk->gk", gram)[...] = 1.0
-        self.matrix = gram
+    def __init__(self, gram: Array, root: Array, store: Store) -> None:
+        for rows in pieces(gram, store):  # in place: a copy would be 170 MB at K = 4608
+            part = gram[:, rows]
+            part /= root
+            part /= root.transpose(0, 2, 1)[:, rows]
+            np.einsum("gkk->gk", gram[:, rows, rows])[...] = 1.0
+        self._matrix = gram
+        self._store = store
 
     def product(self, vectors: Array) -> Array:
         """`P A` for [G, M, K]."""
-        return np.asarray(vectors @ self.matrix)
+        result = np.asarray(vectors @ self._matrix)
+        self._store.set_aside(self._matrix)
+        return result
 
     def single(self, group: int) -> Callable[[Single], Single]:
         """`P A` of one group, for [M, K] in float32."""
-        matrix = self.matrix[group].astype(np.float32)
+        matrix = np.empty(self._matrix.shape[1:], np.float32)
+        for rows in pieces(self._matrix, self._store):
+            matrix[rows] = self._matrix[group, rows]
         return lambda vectors: vectors @ matrix
+
+    def inverse(self, mask: Mask) -> Inverse:
+        """What solves the systems of a mask [G, M, K] at once."""
+        result = Inverse(self._matrix, mask)
+        self._store.set_aside(self._matrix)
+        return result
+
+    def release(self) -> None:
+        """Give the matrix back to the store."""
+        self._store.release(self._matrix)
 
 
 class RowSystem:
@@ -60,6 +77,9 @@ class RowSystem:
         """`P A` of one group, for [M, K] in float32."""
         pull: Single = self._pull[group].astype(np.float32)
         return lambda vectors: self._covered(group, vectors) + pull * vectors
+
+    def release(self) -> None:
+        """Nothing: it holds no more than the rows."""
 
     def _covered(self, group: int, vectors: Single) -> Single:
         rows, scale = self._x[:, group], self._scale[group]
@@ -141,30 +161,38 @@ class ConjugateGradients:
 
     def __init__(self, system: GramSystem | RowSystem, mask: Mask) -> None:
         self._system = system
-        self._products = [system.single(group) for group in range(len(mask))]
         self._mask = mask
         self._last: Array = np.zeros(mask.shape)
 
     def solve(self, load: Array, tolerance: float) -> Array:
-        """Solves for [G, M, K] right-hand sides that are 0 outside the mask, to `|residual| <= tolerance |load|`."""
-        distance = load - np.where(self._mask, self._system.product(self._last), 0.0)
-        for group, wanted in enumerate(load):
-            solution, mask, residual = self._last[group], self._mask[group], distance[group]
-            norm, goal = np.linalg.norm(residual, axis=-1), tolerance * np.linalg.norm(wanted, axis=-1)
+        """Solves for [G, M, K] right-hand sides that are 0 outside the mask, to `|residual| <= tolerance |load|`.
+
+        Right-hand sides are overwritten; the solution is changed by the next call.
+        """
+        goals = tolerance * np.linalg.norm(load, axis=-1)
+        reached = self._system.product(self._last)
+        np.copyto(reached, 0.0, where=~self._mask)
+        load -= reached
+        del reached
+        for group, residual in enumerate(load):
+            solution, mask, goal = self._last[group], self._mask[group], goals[group]
+            norm = np.linalg.norm(residual, axis=-1)
             rows = np.flatnonzero(norm > goal)
             scale = norm[rows, None]
             share = (goal[rows] / norm[rows]).astype(np.float32)
-            step = _descend(self._products[group], mask[rows], (residual[rows] / scale).astype(np.float32), share)
-            solution[rows] += scale * step
+            begin = residual[rows]
+            begin /= scale
+            begin = begin.astype(np.float32)
+            solution[rows] += scale * _descend(self._system.single(group), mask[rows], begin, share)
         return self._last
 
 
 def _descend(product: Callable[[Single], Single], mask: Mask, residual: Single, goal: Single) -> Single:
     """Conjugate gradients from 0 for rows of residual norm 1, until each row's residual is below its `goal`.
 
-    A row stops at a direction whose curvature is below `NOISE`.
+    A row stops at a direction whose curvature is below `NOISE`. `residual` is overwritten.
     """
-    result = np.zeros_like(residual)
+    result = np.zeros(residual.shape, np.float32)  # takes no memory before rows are done
     rows = np.arange(len(residual))  # of `result`, for the rows still carried
     going = np.ones(len(residual), np.bool_)
     kept = mask.astype(np.float32)

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_asr.errors import OptionError
-from onnx_asr.numerics import refit, systems
+from onnx_asr.numerics import refit, rows, systems
 from onnx_asr.numerics.refit import RefitOptions, RefitSolution, refit_rows
-from onnx_asr.numerics.rows import Inputs
+from onnx_asr.numerics.rows import Inputs, Memory
 from onnx_asr.numerics.systems import inverse_is_cheaper
 
 LEAST_SQUARES = RefitOptions(ridge=0.0, relu_steps=0, gain_power=0.0)
@@ -139,6 +139,36 @@ def test_channels_are_solved_block_by_block(solver, monkeypatch):
     for name in ("weight", "bias", "gain", "residual_before", "residual_after"):
         np.testing.assert_allclose(getattr(blocks, name), getattr(whole, name), rtol=2e-3, atol=2e-3)
     assert blocks.solver == whole.solver == solver
+
+
+class Counting(Memory):
+    """A store that knows what it has given out; what it gives holds anything at first."""
+
+    def __init__(self) -> None:
+        self.given: dict[int, np.ndarray] = {}
+        self.most = 0
+
+    def allocate(self, shape, dtype) -> np.ndarray:
+        array = np.full(shape, np.nan, dtype)
+        self.given[array.ctypes.data] = array
+        self.most = max(self.most, len(self.given))
+        return array
+
+    def release(self, array) -> None:
+        del self.given[array.ctypes.data]
+
+
+@pytest.mark.parametrize("classes", [False, True])
+def test_gram_matrices_in_a_store_change_no_bit_and_go_back(classes, solver, monkeypatch):
+    layer = Layer(rows=300)
+    expected = layer.refit(RefitOptions(), classes=classes)
+    monkeypatch.setattr(rows, "_PIECE_VALUES", 60)
+    store = Counting()
+    actual = layer.refit(RefitOptions(), classes=classes, store=store)
+    for name in ("weight", "bias", "gain", "residual_before", "residual_after"):
+        np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name))
+    assert store.most == 1
+    assert not store.given
 
 
 def test_choice_of_solver_follows_size():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +15,14 @@ import onnx_asr.refit_samples as refit_samples
 from onnx_asr.data import sample_indices
 from onnx_asr.fidelity import compare
 from onnx_asr.graph.context import Context, contexts, steps
+from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.points import survey
 from onnx_asr.numerics.patches import sample_positions
+from onnx_asr.numerics.refit import RefitSolution
 from onnx_asr.options import RefitRecipe, RepairOptions
+from onnx_asr.refit_samples import RowSampler
 from onnx_asr.repairing import repair
-from tests.graphs import bn, copy, images, index, net, parameter, positions, run, set_parameter
+from tests.graphs import bn, copy, images, index, net, parameter, positions, residual_net, run, set_parameter
 
 PLAIN = RefitRecipe(rows=10**9, ridge=0.0, relu_steps=0, gain_power=0.0, block_targets=False, class_steps=0)
 
@@ -60,6 +64,21 @@ def columns_by_probing(model: onnx.ModelProto, position: int, x: np.ndarray) -> 
         output = run(probe, {"x": x}, [node.output[0]])[node.output[0]]
         columns.append(rows_of(output))
     return np.stack(columns, axis=-1)
+
+
+def test_a_point_is_let_go_of_before_the_next_one_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    solve, seen, alive = RowSampler.solve, list[weakref.ref[RowSampler]](), list[int]()
+
+    def counted(self: RowSampler, plan: EditPlan) -> tuple[RefitSolution, Any]:
+        alive.append(sum(reference() is not None for reference in seen))
+        seen.append(weakref.ref(self))
+        return solve(self, plan)
+
+    monkeypatch.setattr(RowSampler, "solve", counted)
+    dense = residual_net()
+    refitted(dense, dense, images(16, seed=1), RefitRecipe())
+    assert len(alive) > 3
+    assert max(alive) == 0
 
 
 def rows_of(output: np.ndarray, axis: int = 1) -> np.ndarray:
