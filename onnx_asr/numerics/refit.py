@@ -158,7 +158,7 @@ def refit_rows(
     system.matrix.release()
     if classes and options.class_steps:
         system = _system(inputs, options.class_ridge)
-        parts = [_toward_classes(system, everything, parts[0], mask, options.class_steps)]
+        parts = [_toward_classes(system, everything, parts.pop(), mask, options.class_steps)]
         system.matrix.release()
     spread = sum(part.spread for part in parts) or 1.0
     return RefitSolution(
@@ -272,11 +272,14 @@ def _solve(system: _System, targets: Targets, kept: Array, mask: Mask, options: 
 
 def _toward_classes(system: _System, targets: Targets, part: _Part, mask: Mask, steps: int) -> _Part:
     mean = targets.inputs.mean[:, None, :]
-    pulled = _Pulled(system, part.weight, mask)
     weight, level = part.weight, part.bias + np.vecdot(part.weight, mean)
+    part = replace(part, weight=np.empty(0))  # each step's weights are let go of for the next one's
+    pulled = _Pulled(system, weight, mask)
     for _ in range(steps):
         fit = targets.class_fit(weight, level)
+        del weight
         weight, level = pulled.fitted(fit.cross, _CG_DRAFT), fit.mean
+        del fit
     return replace(part, weight=weight, bias=level - np.vecdot(weight, mean), error_after=targets.error(weight, level))
 
 

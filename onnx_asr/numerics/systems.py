@@ -70,8 +70,10 @@ class RowSystem:
 
     def product(self, vectors: Array) -> Array:
         """`P A` for [G, M, K]."""
-        image = np.stack([self._covered(group, part.astype(np.float32)) for group, part in enumerate(vectors)])
-        return image + self._pull * vectors
+        result = self._pull * vectors
+        for group, part in enumerate(vectors):
+            result[group] += self._covered(group, part.astype(np.float32))
+        return result
 
     def single(self, group: int) -> Callable[[Single], Single]:
         """`P A` of one group, for [M, K] in float32."""
