@@ -194,7 +194,7 @@ def test_a_time_budget_limits_auto(pruned, tmp_path):
 
 def test_refit_options_reach_the_recipe(pruned, tmp_path):
     options = ("--method", "refit", "--refit-rows", 900, "--ridge", 0.1, "--relu-steps", 0, "--gain-power", 0)
-    options += ("--no-block-targets", "--no-classifier", "--seed", 3, "--reliability-power", 0.5)
+    options += ("--no-block-targets", "--no-classifier", "--class-steps", 5, "--seed", 3, "--reliability-power", 0.5)
     data = ("--dense", DENSE, "--data", CALIBRATION, *PRESET, *FEW)
     given = cli("repair", pruned, "-o", tmp_path / "r.onnx", *data, *options, "--json").json["options"]
     assert given["refit"] == {
@@ -204,6 +204,7 @@ def test_refit_options_reach_the_recipe(pruned, tmp_path):
         "gain_power": 0.0,
         "block_targets": False,
         "classifier": False,
+        "class_steps": 5,
         "seed": 3,
     }
     assert (given["seed"], given["reliability_power"]) == (3, 0.5)
