@@ -62,7 +62,10 @@ class Terminal:
             task = bar.add_task("starting", total=1.0)
             yield lambda stage, fraction: bar.update(task, description=stage, completed=fraction)
         finally:
-            bar.stop()
+            try:
+                bar.stop()
+            finally:  # a bar that was interrupted while it started may fail to stop
+                Console(stderr=True).show_cursor()
 
 
 def leave_progress() -> None:
