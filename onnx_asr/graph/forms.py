@@ -169,12 +169,14 @@ def _sliced(index: GraphIndex, last: Form) -> Form:
 
 
 def _cuts(form: Form) -> dict[int, tuple[int, int, int]] | None:
-    """Axis to start, end and step of a Slice; None where they are computed."""
+    """Axis to start, end and step of a Slice; None where they are computed, or do not fit together."""
     if _COMPUTED in form.parameters.values():
         return None
     starts, ends = form.parameters["starts"], form.parameters["ends"]
     axes = form.parameters.get("axes") or list(range(len(starts)))
     steps = form.parameters.get("steps") or [1] * len(starts)
+    if len({len(starts), len(ends), len(axes), len(steps)}) > 1:
+        return None
     return dict(zip(axes, zip(starts, ends, steps, strict=True), strict=True))
 
 

@@ -215,6 +215,14 @@ def test_a_sum_of_shapes_that_do_not_fit_is_refused() -> None:
         repair(prune(dense, 0.5).model, images(8, seed=0, shape=(4, 8, 8)), dense=dense, options=options)
 
 
+def test_a_slice_whose_lists_do_not_fit_is_refused() -> None:
+    text = "g (float[N,4,8,8] x) => (float[N,K,H,W] y) { s = Slice (x, one, two, axes) y = Conv (s, w) }"
+    model = net(text, one=np.array([0, 0]), two=np.array([4]), axes=np.array([2, 3]), w=(4, 4, 1, 1))
+    options = RepairOptions("paired", samples=4, verify_samples=0)
+    with pytest.raises(ModelError, match="onnxruntime cannot"):
+        repair(prune(model, 0.5).model, images(8, seed=0, shape=(4, 8, 8)), dense=model, options=options)
+
+
 def test_an_empty_weight_is_skipped() -> None:
     model = net("g (float[N,4,8,8] x) => (float[N,K,H,W] y) { y = Conv (x, w) }", w=(0, 4, 1, 1))
     assert [skip.reason for skip in survey(index(model)).skips] == ["its weight is empty"]
