@@ -273,6 +273,11 @@ def _convolution(index: GraphIndex, position: int, level: int) -> Point | Skip:
     groups = int(attribute(node, "group", 1))
     if groups < 1 or weight.shape[0] % groups:
         return _skip(index, position, f"a weight of shape {weight.shape} does not divide into {groups} groups")
+    axes = weight.ndim - 2
+    for name, length in (("strides", axes), ("dilations", axes), ("pads", 2 * axes), ("output_padding", axes)):
+        given = attribute(node, name, None)
+        if given is not None and len(given) != length:
+            return _skip(index, position, f"{name} {list(given)} do not fit a kernel of {axes} axes")
     channels = weight.shape[1] * groups if transposed else weight.shape[0]
     tensor = node.output[0]
     kind: Kind = "ConvTranspose" if transposed else "Conv"

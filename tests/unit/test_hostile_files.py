@@ -196,6 +196,13 @@ def test_weights_that_do_not_divide_into_their_groups_are_skipped(operator: str,
     assert f"does not divide into {groups} groups" in survey(index(net(text, w=(4, 4, 1, 1)))).skips[0].reason
 
 
+@pytest.mark.parametrize("operator", ["Conv", "ConvTranspose"])
+@pytest.mark.parametrize("attribute", ["strides = [1]", "dilations = [1]", "pads = [0, 0]"])
+def test_convolutions_whose_attributes_are_too_short_are_skipped(operator: str, attribute: str) -> None:
+    text = f"g (float[N,4,8,8] x) => (float[N,K,H,W] y) {{ y = {operator} <{attribute}> (x, w) }}"
+    assert "do not fit a kernel of 2 axes" in survey(index(net(text, w=(4, 4, 1, 1)))).skips[0].reason
+
+
 def test_a_batchnorm_computed_at_run_time_behind_a_residual_add() -> None:
     text = """g (float[N,4,8,8] x) => (float[N,K,H,W] y) {
         c = Conv (x, w)  a = Add (c, x)  p = ReduceMean <axes = [0, 2, 3], keepdims = 0> (x)
