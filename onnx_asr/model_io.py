@@ -113,12 +113,12 @@ def _check_valid(model: onnx.ModelProto, source: ModelSource) -> None:
     Not the whole model: onnxruntime runs many that the checker refuses for a missing graph name or output type.
     """
     versions = {entry.domain: entry.version for entry in model.opset_import}
-    unknown = next((entry for entry in model.opset_import if not 0 < entry.version < 2**31), None)
-    if unknown is not None:
-        raise ModelError(
-            f"{_named(source)} is not a valid ONNX model: it asks for version {unknown.version} of the operators of "
-            f"domain '{unknown.domain}'; export it again"
-        )
+    for domain, version in versions.items():
+        if not 0 < version < 2**31 or isinstance(domain, bytes):  # protobuf gives out as bytes what is no text
+            raise ModelError(
+                f"{_named(source)} is not a valid ONNX model: it asks for version {version} of the operators of "
+                f"domain {domain!r}; export it again"
+            )
     context = onnx.checker.C.CheckerContext()
     context.ir_version = onnx.IR_VERSION
     context.opset_imports = {"": versions.get("ai.onnx", 1), "ai.onnx": versions.get("", 1), **versions}

@@ -123,11 +123,13 @@ def test_nodes_out_of_order_are_refused() -> None:
         index(load(model))
 
 
-def test_names_that_are_no_text(tmp_path: Path) -> None:
-    """onnx's checker quotes them, and fails at that."""
-    data = residual_net().SerializeToString()
+@pytest.mark.parametrize("name", [b"BatchNormalization", b"some.domain"])
+def test_names_that_are_no_text(tmp_path: Path, name: bytes) -> None:
+    """onnx's checker does not take them, or quotes them and fails at that."""
+    model = residual_net()
+    model.opset_import.append(onnx.helper.make_opsetid("some.domain", 1))
     path = tmp_path / "m.onnx"
-    path.write_bytes(data.replace(b"BatchNormalization", b"BatchNormalizatio\xb1", 1))
+    path.write_bytes(model.SerializeToString().replace(name, name[:-1] + b"\xb1", 1))
     with pytest.raises(ModelError, match="ONNX model"):
         load(path)
 
