@@ -130,7 +130,7 @@ def _unfold(index: GraphIndex, plan: EditPlan, point: Point, folded: Floats, bia
     fits = (np.abs(slope) * limit >= peak) & (slope != 0)
     wider = np.divide(peak, largest, out=np.ones_like(peak), where=largest > 0)
     slope = np.where(fits, slope, wider)
-    scale = slope * np.sqrt(old.var + old.epsilon)
+    scale = slope * old.deviation
     plan_rows(index, plan, point, folded / np.where(slope == 0, 1.0, slope)[:, None])
     offset = read_bias(index, plan, point) - old.mean
     new = BatchNormParameters(np.where(fits, old.scale, scale), bias - slope * offset, old.mean, old.var, old.epsilon)

@@ -47,9 +47,15 @@ class BatchNormParameters:
     epsilon: float
 
     @property
+    def deviation(self) -> Floats:
+        """``S = sqrt(var + eps)``; NaN where a stored variance is below ``-eps``, which callers refuse."""
+        with np.errstate(invalid="ignore"):
+            return np.asarray(np.sqrt(self.var + self.epsilon))
+
+    @property
     def slope(self) -> Floats:
         """Factor on the input, ``a = gamma / S``."""
-        return np.asarray(self.scale / np.sqrt(self.var + self.epsilon))
+        return np.asarray(self.scale / self.deviation)
 
     @property
     def moments(self) -> Moments:
@@ -148,8 +154,7 @@ def absorb(bn: BatchNormParameters, affine: ChannelAffine) -> BatchNormParameter
         var = total / np.square(safe) - bn.epsilon
     in_range = (var < _MAX_STATISTIC) & (np.abs(mean) < _MAX_STATISTIC)
     in_statistics = positive & (var > _MIN_VAR_OVER_EPS * bn.epsilon) & in_range
-    with np.errstate(invalid="ignore"):  # a stored variance below -eps, which the caller refuses
-        folded_bias = bn.bias + bn.scale * (shift + (gain - 1.0) * bn.mean) / np.sqrt(total)
+    folded_bias = bn.bias + bn.scale * (shift + (gain - 1.0) * bn.mean) / bn.deviation
     return BatchNormParameters(
         scale=np.where(in_statistics, bn.scale, bn.scale * gain),
         bias=np.where(in_statistics, bn.bias, folded_bias),
