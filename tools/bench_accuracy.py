@@ -129,12 +129,16 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     return method, overrides
 
 
+def recipe_of(overrides: dict[str, Any]) -> RefitRecipe:
+    """Take the parts of the refit recipe, which go by their own names, out of a method's options."""
+    parts = {item.name for item in fields(RefitRecipe)} - {"seed"}
+    return RefitRecipe(**{key: overrides.pop(key) for key in list(overrides) if key in parts})
+
+
 def method_options(text: str, **defaults: Any) -> RepairOptions:
-    """Repair options of a method, on top of the defaults; parts of the refit recipe go by their own names."""
+    """Repair options of a method, on top of the defaults."""
     method, overrides = parse_method(text)
-    recipe = {item.name for item in fields(RefitRecipe)} - {"seed"}
-    parts = {key: overrides.pop(key) for key in list(overrides) if key in recipe}
-    return RepairOptions(**{**defaults, "method": method, "refit": RefitRecipe(**parts), **overrides})
+    return RepairOptions(**{**defaults, "method": method, "refit": recipe_of(overrides), **overrides})
 
 
 def cifar10(assets: Path) -> Images:
@@ -200,8 +204,8 @@ def repaired(
     name, overrides = parse_method(method)
     if name == "compress":
         goal: dict[str, Any] = {"pattern": sparsity} if ":" in sparsity else {"sparsity": float(sparsity)}
+        settings = RepairOptions(samples=count, verify_samples=0, refit=recipe_of(overrides))
         options = onnx_asr.CompressOptions(**goal, **overrides)
-        settings = RepairOptions(samples=count, verify_samples=0)
         return onnx_asr.compress(dense, options=options, repair_options=settings, **arguments).repair
     held_out = 256 if name == "auto" else 0  # auto holds images out of those it is given
     return onnx_asr.repair(
