@@ -43,7 +43,7 @@ from onnx_asr.numerics.rows import MEMORY, Array, Inputs, Mask, Single, Store, T
 from onnx_asr.numerics.systems import NOISE, ConjugateGradients, GramSystem, Inverse, RowSystem, inverse_is_cheaper
 
 _FEW_ROWS = 0.5  # n / K up to which A is applied through the rows: cheaper, and no [K, K] matrix is held
-_BLOCK_VALUES = 2**22  # of W solved for at once
+_BLOCK_VALUES = 2**20  # of W solved for at once
 _CG_DRAFT = 1e-3  # |residual| / |load| good enough to see what the ReLU hides
 _CG_FINAL = 5e-6  # and in the weights
 
