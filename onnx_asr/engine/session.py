@@ -74,7 +74,7 @@ class Session:
         options = runtime.options()
         self._runtime = runtime
         try:
-            source, self._weights = (model, {}) if isinstance(model, str) else _serialized(model, options)
+            source, self._weights = (model, {}) if isinstance(model, str) else _serialized(model, options, runtime.lean)
             with runtime.guard():
                 self._session = onnxruntime.InferenceSession(source, options, providers=list(runtime.providers))
         except Exception as error:  # onnxruntime raises a family of unrelated classes
@@ -124,25 +124,28 @@ class Session:
 
 
 def _serialized(
-    model: onnx.ModelProto, options: onnxruntime.SessionOptions
+    model: onnx.ModelProto, options: onnxruntime.SessionOptions, lean: bool
 ) -> tuple[bytes, dict[str, onnxruntime.OrtValue]]:
-    """A model as bytes; weights that were left in their file, or are too large, are handed over beside them.
+    """A model as bytes; weights left in their file are handed over beside them, and large ones where that saves a copy.
 
     Returns:
         The bytes, and the weights handed over: onnxruntime reads them where they are, so the session has to hold them.
     """
-    if is_self_contained(model):
+    if is_self_contained(model) and not lean:
         return bytes(model.SerializeToString()), {}
     light, large = detached(model)
     values = {}
     for position, tensor in large.items():
+        bare = light.graph.initializer[position]
         if is_left(tensor):
             folder, place = location_of(tensor)
-            point_to(light.graph.initializer[position], place)
+            point_to(bare, place)
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-        else:
-            point_to(light.graph.initializer[position], {"location": tensor.name})
-            values[tensor.name] = onnxruntime.OrtValue.ortvalue_from_numpy(value_of(tensor))
+        elif (value := value_of(tensor)).dtype.isbuiltin == 1:
+            point_to(bare, {"location": tensor.name})
+            values[tensor.name] = onnxruntime.OrtValue.ortvalue_from_numpy(value)
+        else:  # onnxruntime takes only numpy's own types
+            bare.CopyFrom(tensor)
     if values:
         options.add_external_initializers(list(values), list(values.values()))
     return bytes(light.SerializeToString()), values

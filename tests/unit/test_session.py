@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper, numpy_helper
 
 from onnx_asr.engine.lockstep import BufferPool, Lane
 from onnx_asr.engine.session import Runtime, Session
@@ -85,6 +87,21 @@ def test_weights_handed_over_beside_the_model_live_as_long_as_the_session(monkey
     others = [np.full((600, 600), np.nan, np.float32) for _ in range(4)]
     np.testing.assert_array_equal(session.run({"x": x})["y"], expected)
     assert len(others) == 4
+
+
+@pytest.mark.parametrize("kind", ["BFLOAT16", "FLOAT16", "INT8", "FLOAT8E4M3FN", "INT4"])
+def test_weights_of_any_type_are_handed_over_or_stay(kind: str) -> None:
+    """onnxruntime takes numpy's own types beside the model, the others within it."""
+    data_type = onnx.TensorProto.DataType.Value(kind)
+    convert = "Cast <to=1> (w)" if "FLOAT16" in kind or kind == "INT8" else "DequantizeLinear (w, s)"
+    text = f"g (float[N,1600] x) => (float[N,1600] y) {{ c = {convert}\n y = MatMul (x, c) }}"
+    model = net(text, ir=10, opset=21, w=(1, 1), s=np.float32(0.5))
+    weight = np.random.default_rng(0).integers(-8, 8, (1600, 1600)).astype(helper.tensor_dtype_to_np_dtype(data_type))
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, "w"))
+    assert tensors.size_of(model.graph.initializer[0]) >= tensors.LARGE
+    x = np.random.default_rng(1).normal(size=(4, 1600)).astype(np.float32)
+    expected = Session(model, Runtime(threads=1)).run({"x": x})["y"]
+    np.testing.assert_array_equal(Session(model, Runtime(threads=1, lean=True)).run({"x": x})["y"], expected)
 
 
 def test_memory_beyond_the_limit_is_in_files(spilled: list[int]) -> None:
