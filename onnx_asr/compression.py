@@ -4,7 +4,8 @@ In round ``i`` of ``R`` the sparsity is ``s (1 - (1 - i / R)^3)``: many weights 
 schedule of gradual pruning, arXiv 1710.01878). N:M patterns lose one weight of every group of ``m`` a round. The first
 mask ranks the dense weights, each later one the weights that the round before it refitted; what was pruned stays
 pruned, and every round refits from the dense weights. So the next mask is chosen by what the weights are worth once
-their neighbours have taken over what was lost. Rounds that only rank weights take one ReLU-aware step.
+their neighbours have taken over what was lost. Rounds that only rank weights take one ReLU-aware step; the last samples
+twice as many positions as a refit of its own.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ from onnx_asr.refit_repair import repair_refit
 from onnx_asr.repairing import RepairJob, finish
 from onnx_asr.result import RepairResult
 from onnx_asr.scoring import input_factors
+
+LAST_ROWS = 2
+"""Sampled positions of the last round, as a multiple of the refit recipe's."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,8 @@ def compress(
         repair_refit(job.networks, part, replace(execution, progress=silent), plan, ranking, precise=True)
         values = _refitted(job.networks, weights, plan)
         seconds.append(time.perf_counter() - begun)
-    result = finish(job, calibration, execution, begun, begun)
+    last = replace(settings, refit=replace(settings.refit, rows=LAST_ROWS * settings.refit.rows))
+    result = finish(replace(job, options=last), calibration, execution, begun, begun)
     seconds.append(time.perf_counter() - begun)
     stages = {"load": loaded - started, "rounds": begun - loaded}
     stages.update((stage, result.seconds[stage]) for stage in ("repair", "verify"))

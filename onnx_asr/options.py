@@ -62,7 +62,7 @@ class RefitRecipe:
     """The parts of the recipe; each can be switched off.
 
     Attributes:
-        rows: Sampled output positions a point, over all images.
+        rows: Sampled output positions a point, over all images; the last round of ``compress`` takes twice as many.
         ridge: Pull toward the dense weights; where there are few rows at least ``FEW_ROWS_RIDGE``.
         relu_steps: ReLU-aware steps; 0 switches them off.
         gain_power: Exponent of the final gain; 0 switches it off.

@@ -228,7 +228,8 @@ class Refit:
     panel: ClassVar[str] = "Refit"
 
     refit_rows: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Output positions a layer is fitted on.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Output positions a layer is fitted on; compress's last round: twice."),
     ] = None
     ridge: Annotated[float | None, typer.Option(metavar="X", min=0, help="Pull toward the dense weights.")] = None
     relu_steps: Annotated[

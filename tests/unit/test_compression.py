@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -80,8 +81,26 @@ def test_one_round_is_pruning_then_refit() -> None:
     model, x = residual_net(), images(48, seed=1)
     at_once = compress(model, x, CompressOptions(0.7, rounds=1), repair_options=settings(48)).model
     damaged = prune(model, 0.7).model
-    by_hand = repair(damaged, x, dense=model, options=settings(48, method="refit")).model
+    options = RepairOptions(method="refit", samples=48, verify_samples=0, refit=replace(FAST, rows=2 * FAST.rows))
+    by_hand = repair(damaged, x, dense=model, options=options).model
     np.testing.assert_array_equal(run(at_once, {"x": x})["logits"], run(by_hand, {"x": x})["logits"])
+
+
+def test_the_last_round_samples_twice_as_many_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[RefitRecipe] = []
+    for place in (module, importlib.import_module("onnx_asr.methods")):
+        original = place.repair_refit
+
+        def spy(*args: Any, original: Any = original, **kwargs: Any) -> Any:
+            seen.append(args[4])
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(place, "repair_refit", spy)
+    recipe = RefitRecipe(rows=300, relu_steps=3)
+    options = RepairOptions(samples=48, verify_samples=0, refit=recipe)
+    result = compress(residual_net(), images(48, seed=1), CompressOptions(0.7, rounds=3), repair_options=options)
+    assert [(item.rows, item.relu_steps) for item in seen] == [(300, 1), (300, 1), (600, 3)]
+    assert result.repair.options.refit == replace(recipe, rows=600)
 
 
 def test_later_masks_rank_refitted_weights(monkeypatch: pytest.MonkeyPatch) -> None:
