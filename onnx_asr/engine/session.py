@@ -142,7 +142,7 @@ def _serialized(
             point_to(bare, place)
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         elif (value := value_of(tensor)).dtype.isbuiltin == 1:
-            point_to(bare, {"location": tensor.name})
+            point_to(bare, {"location": "memory"})
             values[tensor.name] = onnxruntime.OrtValue.ortvalue_from_numpy(value)
         else:  # onnxruntime takes only numpy's own types
             bare.CopyFrom(tensor)
