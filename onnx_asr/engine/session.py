@@ -19,6 +19,7 @@ from onnx_asr.graph.tensors import detached, is_left, is_self_contained, locatio
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
 Guard = Callable[[], AbstractContextManager[None]]
 _FATAL_ONLY, _WARNINGS = 4, 2
+_NUMPY_TYPES = {onnx.helper.np_dtype_to_tensor_dtype(np.dtype(code)) for code in "?bBhHiIqQefd"}  # others it refuses
 _M_MMAP_THRESHOLD, _LARGE_BLOCK = -3, 1 << 20  # of glibc's malloc.h; bytes
 
 
@@ -141,10 +142,10 @@ def _serialized(
             folder, place = location_of(tensor)
             point_to(bare, place)
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-        elif (value := value_of(tensor)).dtype.isbuiltin == 1:
+        elif tensor.data_type in _NUMPY_TYPES:
             point_to(bare, {"location": "memory"})
-            values[tensor.name] = onnxruntime.OrtValue.ortvalue_from_numpy(value)
-        else:  # onnxruntime takes only numpy's own types
+            values[tensor.name] = onnxruntime.OrtValue.ortvalue_from_numpy(value_of(tensor))
+        else:
             bare.CopyFrom(tensor)
     if values:
         options.add_external_initializers(list(values), list(values.values()))

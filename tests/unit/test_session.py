@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from onnx_asr.engine.lockstep import BufferPool, Lane
 from onnx_asr.engine.session import Runtime, Session
@@ -96,8 +96,8 @@ def test_weights_of_any_type_are_handed_over_or_stay(kind: str) -> None:
     convert = "Cast <to=1> (w)" if "FLOAT16" in kind or kind == "INT8" else "DequantizeLinear (w, s)"
     text = f"g (float[N,1600] x) => (float[N,1600] y) {{ c = {convert}\n y = MatMul (x, c) }}"
     model = net(text, ir=10, opset=21, w=(1, 1), s=np.float32(0.5))
-    weight = np.random.default_rng(0).integers(-8, 8, (1600, 1600)).astype(helper.tensor_dtype_to_np_dtype(data_type))
-    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, "w"))
+    values = np.random.default_rng(0).integers(-8, 8, 1600**2)
+    model.graph.initializer[0].CopyFrom(helper.make_tensor("w", data_type, (1600, 1600), values))
     assert tensors.size_of(model.graph.initializer[0]) >= tensors.LARGE
     x = np.random.default_rng(1).normal(size=(4, 1600)).astype(np.float32)
     expected = Session(model, Runtime(threads=1)).run({"x": x})["y"]
