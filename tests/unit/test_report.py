@@ -199,7 +199,7 @@ def test_the_other_commands() -> None:
     values = compress_data(Run("compress", "line", {"model": "m.onnx"}, DIGITS), compressed, dense, FOLDER, Execution())
     assert [row["name"] for row in values["versions"]] == ["dense", "last mask, no repair", "compressed"]
     assert values["versions"][1]["sparsity"] == pytest.approx(0.9, abs=1e-3)
-    assert (values["options"]["rounds"], values["options"]["refit.rows"]) == (2, 2000)
+    assert (values["options"]["rounds"], values["options"]["refit.rows"]) == (2, 4000)
     assert {"round 1", "round 2"} <= set(values["seconds"])
 
 
