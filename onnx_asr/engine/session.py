@@ -75,9 +75,10 @@ class Session:
         options = runtime.options()
         self._runtime = runtime
         try:
-            source, self._weights = (model, {}) if isinstance(model, str) else _serialized(model, options, runtime.lean)
+            source, weights = (model, {}) if isinstance(model, str) else _serialized(model, options, runtime.lean)
             with runtime.guard():
                 self._session = onnxruntime.InferenceSession(source, options, providers=list(runtime.providers))
+            weights.clear()  # onnxruntime has copied them by now, and held none of them before
         except Exception as error:  # onnxruntime raises a family of unrelated classes
             raise ModelError(f"onnxruntime cannot load the model: {_first_line(error)}") from error
         self.output_names = list(dict.fromkeys(output.name for output in self._session.get_outputs()))
@@ -130,7 +131,7 @@ def _serialized(
     """A model as bytes; weights left in their file are handed over beside them, and large ones where that saves a copy.
 
     Returns:
-        The bytes, and the weights handed over: onnxruntime reads them where they are, so the session has to hold them.
+        The bytes, and the weights handed over, which have to be held until the session is made.
     """
     if is_self_contained(model) and not lean:
         return bytes(model.SerializeToString()), {}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import helper
 
@@ -77,20 +79,38 @@ def test_errors_of_the_runtime_are_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_weights_handed_over_beside_the_model_live_as_long_as_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
-    """onnxruntime reads them where they are; in a model over 2 GB they are copies made for it."""
+@pytest.mark.parametrize("lean", [False, True])
+def test_weights_handed_over_beside_the_model_live_until_the_session_is_made(
+    lean: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Near a memory limit, or where the model is over 2 GB, onnxruntime copies them as it loads, and holds none."""
     model = net("g (float[N,600] x) => (float[N,600] y) { y = MatMul (x, w) }", w=(600, 600))
     x = np.random.default_rng(0).normal(size=(4, 600)).astype(np.float32)
     expected = Session(model, Runtime(threads=1)).run({"x": x})["y"]
-    monkeypatch.setattr(tensors, "WEIGHT_LIMIT", 1 << 20)
-    session = Session(model, Runtime(threads=1, lean=True))
+    if not lean:
+        monkeypatch.setattr(tensors, "WEIGHT_LIMIT", 1 << 20)
+    values: list[weakref.ref[np.ndarray]] = []
+    original, load = onnxruntime.OrtValue.ortvalue_from_numpy, onnxruntime.InferenceSession
+
+    def hand_over(array: np.ndarray) -> onnxruntime.OrtValue:
+        values.append(weakref.ref(array))
+        return original(array)
+
+    def checked(*args: Any, **kwargs: Any) -> onnxruntime.InferenceSession:
+        assert [value() is not None for value in values] == [True]
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", hand_over)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", checked)
+    session = Session(model, Runtime(threads=1, lean=lean))
+    assert [value() for value in values] == [None]
     others = [np.full((600, 600), np.nan, np.float32) for _ in range(4)]
     np.testing.assert_array_equal(session.run({"x": x})["y"], expected)
     assert len(others) == 4
 
 
 @pytest.mark.parametrize("kind", ["BFLOAT16", "FLOAT16", "INT8", "FLOAT8E4M3FN", "INT4"])
-def test_weights_of_any_type_are_handed_over_or_stay(kind: str) -> None:
+def test_weights_of_any_type_are_handed_over_or_stay(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """onnxruntime takes numpy's own types beside the model, the others within it."""
     data_type = onnx.TensorProto.DataType.Value(kind)
     convert = "Cast <to=1> (w)" if "FLOAT16" in kind or kind == "INT8" else "DequantizeLinear (w, s)"
@@ -101,7 +121,17 @@ def test_weights_of_any_type_are_handed_over_or_stay(kind: str) -> None:
     assert tensors.size_of(model.graph.initializer[0]) >= tensors.LARGE
     x = np.random.default_rng(1).normal(size=(4, 1600)).astype(np.float32)
     expected = Session(model, Runtime(threads=1)).run({"x": x})["y"]
-    np.testing.assert_array_equal(Session(model, Runtime(threads=1, lean=True)).run({"x": x})["y"], expected)
+    handed_over: list[np.ndarray] = []
+    original = onnxruntime.OrtValue.ortvalue_from_numpy
+
+    def spy(array: np.ndarray) -> onnxruntime.OrtValue:
+        handed_over.append(array)
+        return original(array)
+
+    monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", spy)
+    lean = Session(model, Runtime(threads=1, lean=True))
+    assert len(handed_over) == (kind in ("FLOAT16", "INT8"))
+    np.testing.assert_array_equal(lean.run({"x": x})["y"], expected)
 
 
 def test_memory_beyond_the_limit_is_in_files(spilled: list[int]) -> None:
