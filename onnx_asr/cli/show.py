@@ -64,7 +64,8 @@ def shrink(result: ShrinkResult, path: str, verbose: bool, latency: Latency | No
         yield f"note: {note}"
     yield f"outputs differ by {_number(result.error)} of their size on random input"
     yield from _costs(result.before, result.after, latency)
-    yield CHANNELS_HELP
+    if result.layers:
+        yield CHANNELS_HELP
     yield _written(path)
 
 

@@ -155,6 +155,9 @@ def test_shrink_writes_a_smaller_file_with_the_same_function(tmp_path):
     text = cli("shrink", sparse, "-o", small).out
     assert "FLOPs" in text
     assert report["helps"] in text
+    again = cli("shrink", small, "-o", tmp_path / "same.onnx").out
+    assert "there is no channel to remove" in again
+    assert report["helps"] not in again
 
 
 @pytest.mark.parametrize("method", METHODS)
