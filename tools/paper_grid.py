@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from paper_work import Images, Work, read_json
+from paper_work import NETS, Images, Work, read_json
 
 import onnx_asr
 from onnx_asr import RepairOptions
@@ -249,6 +249,25 @@ def collected(work: Work) -> dict[str, Any]:
             result["nets"][name] = {**read_json(work.record(name)), "running_variance": variance}
         values = {key: cell[key] for key in cell if key not in ("net", "sparsity", "name", "settings")}
         result["cells"].setdefault(name, {}).setdefault(cell["sparsity"], {})[cell["name"]] = values
+    return result
+
+
+def merged(before: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """New nets and cells, and those of before for nets that are not among the new ones.
+
+    Raises:
+        SystemExit: When the two were not made with the same numbers of images.
+    """
+    for key in ("images", "score_images"):
+        if before[key] != new[key]:
+            raise SystemExit(
+                f"the cells in the JSON have {key} {before[key]}, the new ones {new[key]}: one table has one number; "
+                "run `repair` with that one, or remove the JSON and begin it anew"
+            )
+    result = dict(new)
+    for part in ("nets", "cells"):
+        found = before[part] | new[part]
+        result[part] = {name: found[name] for name in (*NETS, *sorted(set(found) - set(NETS))) if name in found}
     return result
 
 

@@ -21,7 +21,8 @@ and scores the outcome on test images; `bn` goes over the unpruned net, too. On 
 
 W keeps everything: the images as arrays, a trained net as NET.onnx with NET.json (which also say all that `repair` asks
 of a net from elsewhere), a finished cell of the grid as cells/NET/CELL.json. Files are written beside and renamed, so a
-run may be killed at any moment; started again it does what is missing or was made with other settings.
+run may be killed at any moment; started again it does what is missing or was made with other settings. The JSON keeps
+what it has of nets that W does not have, so that nets can be measured one after another and on different hosts.
 """
 
 from __future__ import annotations
@@ -101,10 +102,11 @@ def repair(arguments: argparse.Namespace) -> None:
 
 
 def table(arguments: argparse.Namespace) -> None:
-    """Write the JSON from the cells, and the tables of the page from the JSON."""
+    """Write the JSON from the cells, and the tables of the page from the JSON; nets without cells stay in it."""
     page = arguments.page.read_text(encoding="utf-8")
     if arguments.work is not None:
-        write_json(arguments.data, paper_grid.collected(Work(arguments.work)))
+        new = paper_grid.collected(Work(arguments.work))
+        write_json(arguments.data, paper_grid.merged(read_json(arguments.data), new) if arguments.data.exists() else new)
     write(arguments.page, paper_tables.filled(page, read_json(arguments.data)).encode())
 
 

@@ -142,6 +142,25 @@ def test_json_and_tables_say_what_the_cells_say(work: Path, tmp_path: Path) -> N
     assert data.read_text() == before
 
 
+def test_nets_of_another_folder_join_those_of_the_json(work: Path, tmp_path: Path) -> None:
+    data, page = tmp_path / "paper.json", tmp_path / "paper.md"
+    page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    old = json.loads((ROOT / "docs" / "data" / "paper.json").read_text())
+    old |= {"images": IMAGES, "score_images": SCORED}
+    data.write_text(json.dumps(old))
+    script("table", "--work", work, "--data", data, "--page", page)
+    both = json.loads(data.read_text())
+    assert list(both["nets"]) == list(both["cells"]) == ["resnet18", "resnet50", "densenet121", "vgg16"]
+    assert {name for name in old["nets"] if both["nets"][name] == old["nets"][name]} == set(old["nets"]) - {NET}
+    assert {name for name in old["cells"] if both["cells"][name] == old["cells"][name]} == set(old["cells"]) - {NET}
+    assert set(both["cells"][NET]) == {"0", SPARSITY}
+
+    data.write_text(json.dumps(old | {"images": IMAGES + 1}))
+    done = script("table", "--work", work, "--data", data, "--page", page, check=False)
+    assert done.returncode == 1
+    assert f"the JSON have images {IMAGES + 1}, the new ones {IMAGES}" in done.stderr
+
+
 def test_the_tables_of_the_page_are_those_of_its_json(tmp_path: Path) -> None:
     page = tmp_path / "paper.md"
     shutil.copy(PAGE, page)
