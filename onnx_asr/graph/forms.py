@@ -28,6 +28,7 @@ _PARAMETER_INPUTS = {
     "Slice": {"starts": 1, "ends": 2, "axes": 3, "steps": 4},
     **{operator: {"axes": 1} for operator in (*_REDUCTIONS, "Squeeze", "Unsqueeze")},
 }
+_VECTORS = ("pads", "starts", "ends", "axes", "steps")
 _PARAMETER_DEFAULTS = {"Pad": {"value": 0.0}}
 _COMPUTED = "computed"  # by nodes that another tool may have folded into a constant: equal to any value
 _SPATIAL = ({2, 3}, {-2, -1})
@@ -108,12 +109,18 @@ def _plain(index: GraphIndex, position: int) -> Form:
         for name, slot in _PARAMETER_INPUTS[node.op_type].items():
             given = inputs[slot] if slot < len(inputs) else ""
             if given:
-                value = index.value(given).tolist() if index.is_constant(given) else _COMPUTED
-                parameters[name], inputs[slot] = _plain_value(name, value), ""
+                parameters[name], inputs[slot] = _plain_value(name, _constant(index, given, name)), ""
     inputs = [name for name in inputs if name]
     domain = "" if node.domain == "ai.onnx" else node.domain
     commutative = is_standard(node, *_COMMUTATIVE)
     return Form((domain, node.op_type), parameters, defaults, inputs, position, position, commutative)
+
+
+def _constant(index: GraphIndex, tensor: str, parameter: str) -> Any:
+    if not index.is_constant(tensor):
+        return _COMPUTED
+    value = index.value(tensor)
+    return value.ravel().tolist() if parameter in _VECTORS else value.tolist()
 
 
 def _linear(index: GraphIndex, position: int) -> Form | None:
@@ -169,8 +176,8 @@ def _sliced(index: GraphIndex, last: Form) -> Form:
 
 
 def _cuts(form: Form) -> dict[int, tuple[int, int, int]] | None:
-    """Axis to start, end and step of a Slice; None where they are computed, or do not fit together."""
-    if _COMPUTED in form.parameters.values():
+    """Axis to start, end and step of a Slice; None where they are computed or left out, or do not fit together."""
+    if _COMPUTED in form.parameters.values() or not {"starts", "ends"} <= form.parameters.keys():
         return None
     starts, ends = form.parameters["starts"], form.parameters["ends"]
     axes = form.parameters.get("axes") or list(range(len(starts)))

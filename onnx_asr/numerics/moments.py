@@ -81,6 +81,7 @@ class PairMoments:
     cross: Floats
 
     @property
+    @np.errstate(over="ignore", invalid="ignore")
     def correlation(self) -> Floats:
         """Correlation of each channel between the two networks; 0 where either is constant."""
         scale = np.sqrt(self.dense.m2 * self.pruned.m2)

@@ -369,6 +369,16 @@ def test_slices_may_be_merged_in_one() -> None:
         match(two, index(net(text.format(plain), **weights)))
 
 
+@pytest.mark.parametrize(
+    ("starts", "axes"), [("scalar", "axes"), ("table", "axes"), ("starts", "scalar"), ("starts", "table"), ('""', "axes")]
+)
+def test_slices_that_onnxruntime_refuses_are_left_to_it(starts: str, axes: str) -> None:
+    text = f"g (float[N,3,8,8] x) => (float[N,M,H,W] y) {{ s = Slice (x, {starts}, ends, {axes}) y = Conv (s, w) }}"
+    values = {"scalar": np.array(2), "table": np.array([[2]]), "starts": [2], "axes": [2], "ends": [7]}
+    model = index(net(text, w=(3, 3, 1, 1), **{name: np.array(value) for name, value in values.items()}))
+    assert match(model, model).nodes == {0: 0, 1: 1}
+
+
 def test_inputs_are_paired_by_position() -> None:
     text = "g (float[N,2] {0}, float[N,2] {1}) => (float[N,2] y) {{ d = Sub (a, b)  y = MatMul (d, w) }}"
     straight = index(net(text.format("a", "b"), w=(2, 2)))

@@ -115,6 +115,16 @@ def test_constant_channels_have_correlation_zero():
     np.testing.assert_allclose(PairMoments.of(x, y).correlation, [1.0, 0.0], atol=1e-6)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scale", [1e30, np.inf])
+def test_channels_that_overflow_are_told_by_their_moments_without_a_warning(scale: float):
+    x = np.random.default_rng(0).standard_normal((8, 2, 3, 3)).astype(np.float32)
+    x[:, 1] *= np.float32(scale)
+    found = PairMoments.of(x, x)
+    assert not found.pruned.is_finite
+    assert found.correlation[0] == pytest.approx(1)
+
+
 def test_merging_nothing_changes_nothing():
     empty = Moments(0.0, np.zeros(2), np.zeros(2))
     some = Moments.of(np.random.default_rng(0).standard_normal((4, 2, 3)).astype(np.float32))
