@@ -71,6 +71,7 @@ class PointDamage:
     errors: LogErrors | None
 
     @classmethod
+    @np.errstate(over="ignore", invalid="ignore")
     def of(cls, halves: Sequence[PairMoments]) -> PointDamage:
         """From the moments of one or two halves of the samples."""
         both = reduce(PairMoments.merge, halves)

@@ -21,7 +21,7 @@ from onnx_asr.graph.points import Point, Skip, Survey, channel_view, survey, wei
 from onnx_asr.graph.shapes import compressed_size
 from onnx_asr.methods import check_method
 from onnx_asr.model_io import ModelSource, check_finite, load
-from onnx_asr.networks import Execution, Networks
+from onnx_asr.networks import Execution, Networks, overflow
 from onnx_asr.numerics.masks import find_n_of_m
 from onnx_asr.numerics.moments import Floats
 from onnx_asr.options import METHODS, check_at_least
@@ -239,7 +239,7 @@ def inspect(
 
     Raises:
         OptionError: One of ``dense`` and ``data`` without the other, or a number out of range.
-        ModelError: A model that cannot be read or run, or is quantized.
+        ModelError: A model that cannot be read or run, is quantized, or has activations that are not finite.
         StructureError: ``dense`` and ``model`` are not the same network.
         DataError: Missing, broken or unfitting data.
     """
@@ -261,6 +261,10 @@ def inspect(
     dataset = data if isinstance(data, Dataset) else open_data(data, inputs, preprocessing=preprocessing)
     calibration = draw_samples(dataset, np.arange(len(dataset)), networks.pruned, samples, seed, batch_size)
     (damage,) = measure_damage(networks, [networks.pruned], calibration, execution)
+    for point in networks.survey.points:
+        channels = damage[point.node]
+        if not np.isfinite([channels.dense_std, channels.std]).all():
+            raise overflow(point)
     execution.progress("done", 1.0)
     return describe(network, damage, calibration.count)
 

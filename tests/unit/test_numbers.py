@@ -13,6 +13,7 @@ from onnx_asr.channel_pruning import prune_channels
 from onnx_asr.compression import CompressOptions, compress
 from onnx_asr.errors import ModelError, OnnxAsrError
 from onnx_asr.graph.index import FLOAT_TYPES
+from onnx_asr.inspection import inspect
 from onnx_asr.options import DATA_AWARE, METHODS, Method, RepairOptions, Score
 from onnx_asr.pruning import prune
 from onnx_asr.repairing import repair
@@ -242,6 +243,17 @@ def test_variances_that_cannot_be(value: float, method: Method) -> None:
         attempt(method, pruned(damaged, 0.5), dense, x)
     if method in ("auto", "paired", "bn"):
         attempt(method, pruned(model, 0.5), None, x)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("broken", ["dense", "pruned", "both"])
+def test_activations_that_overflow_are_no_damage(broken: str) -> None:
+    sound, overflowing = residual_net(), residual_net()
+    variances_overflow(overflowing)
+    dense = sound if broken == "pruned" else overflowing
+    damaged = pruned(sound if broken == "dense" else overflowing, 0.5)
+    with pytest.raises(ModelError, match="infinite, NaN or beyond"):
+        inspect(damaged, dense=dense, data=images(COUNT, seed=3), samples=COUNT)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
