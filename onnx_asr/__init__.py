@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from onnx_asr.layer_sensitivity import SensitivityResult, sensitivity
     from onnx_asr.model_io import save
     from onnx_asr.networks import Execution
-    from onnx_asr.options import RepairOptions
+    from onnx_asr.options import RefitRecipe, RepairOptions
     from onnx_asr.pruning import PruneResult, prune
     from onnx_asr.repairing import repair
     from onnx_asr.result import RepairResult
@@ -41,6 +41,7 @@ _HOME = {
     "Latency": "engine.latency",
     "Preprocessing": "data",
     "PruneResult": "pruning",
+    "RefitRecipe": "options",
     "RepairOptions": "options",
     "RepairResult": "result",
     "Runtime": "engine.session",
@@ -72,6 +73,7 @@ __all__ = [
     "Latency",
     "Preprocessing",
     "PruneResult",
+    "RefitRecipe",
     "RepairOptions",
     "RepairResult",
     "Runtime",

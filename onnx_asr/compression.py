@@ -40,6 +40,7 @@ from onnx_asr.numerics.masks import Mask
 from onnx_asr.options import RepairOptions, check_at_least
 from onnx_asr.patterns import Pattern, check_sparsity
 from onnx_asr.refit_repair import repair_refit
+from onnx_asr.refit_samples import DenseRows
 from onnx_asr.repairing import RepairJob, finish
 from onnx_asr.result import RepairResult
 from onnx_asr.scoring import input_factors
@@ -165,6 +166,7 @@ def compress(
     values = [index.value(weight.tensor) for weight in weights]
     masks: list[Mask] = [np.ones(value.shape, bool) for value in values]
     seconds = []
+    kept: dict[int, list[DenseRows]] | None = {} if execution.memory_limit is None else None
     schedule = _schedule(options, pattern)
     for number, step in enumerate(schedule):
         begun = time.perf_counter()
@@ -176,9 +178,11 @@ def compress(
         execution.progress(f"mask round {number + 1} of {len(schedule)}", number / len(schedule))
         part = calibration.head(round(options.round_samples * calibration.count))
         plan = EditPlan()
-        repair_refit(job.networks, part, replace(execution, progress=silent), plan, ranking, precise=True)
+        quiet = replace(execution, progress=silent)
+        repair_refit(job.networks, part, quiet, plan, ranking, precise=True, kept=kept)
         values = _refitted(job.networks, weights, plan)
         seconds.append(time.perf_counter() - begun)
+    del kept
     last = replace(settings, refit=replace(settings.refit, rows=LAST_ROWS * settings.refit.rows))
     result = finish(replace(job, options=last), calibration, execution, begun, begun)
     seconds.append(time.perf_counter() - begun)

@@ -14,7 +14,7 @@ import numpy as np
 
 from onnx_asr.calibration import Calibration
 from onnx_asr.engine.lockstep import BufferPool, Chunk, Lane, lockstep
-from onnx_asr.graph.context import contexts, steps
+from onnx_asr.graph.context import Context, contexts, steps
 from onnx_asr.graph.edit import EditPlan, stored
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import Point
@@ -24,7 +24,7 @@ from onnx_asr.numerics.moments import Floats
 from onnx_asr.numerics.rows import MEMORY
 from onnx_asr.options import RefitRecipe
 from onnx_asr.point_report import PointReport, Reports
-from onnx_asr.refit_samples import RowSampler
+from onnx_asr.refit_samples import DenseRows, RowSampler
 from onnx_asr.rewrite import plan_batchnorm, plan_bias, plan_rows, read_alpha, read_batchnorm, read_bias, read_rows
 
 _MAX_GROWTH = 10.0
@@ -38,6 +38,7 @@ def repair_refit(
     recipe: RefitRecipe,
     *,
     precise: bool = False,
+    kept: dict[int, list[DenseRows]] | None = None,
 ) -> Reports:
     """Refit every point's surviving weights, upstream first; zeros stay zeros.
 
@@ -49,6 +50,8 @@ def repair_refit(
         recipe: How to fit.
         precise: Put the new weights there as they were computed, in float64, for scores; else in the type of the file,
             which is all that is written and takes half the memory.
+        kept: What the dense network put out at each point's sampled positions, by node; filled where it is empty, else
+            used, so that the dense network is not run: for further refits with the same recipe and samples.
     """
     index = networks.pruned
     items = contexts(index, networks.survey.points)
@@ -56,20 +59,25 @@ def repair_refit(
         items = [item for item in items if item.point.kind not in ("Gemm", "MatMul")]
     numbers = {item.point.node: number for number, item in enumerate(items)}
     reports: Reports = {}
+    known = bool(kept)
     with BufferPool(execution.memory_limit, calibration.nbytes) as pool:
         store = MEMORY if execution.memory_limit is None else pool
-        schedule = [
-            [RowSampler(networks, item, recipe, calibration, numbers[item.point.node], store) for item in group]
-            for group in steps(index, items)
-        ]
+
+        def sampler(item: Context) -> RowSampler:
+            node = item.point.node
+            rows = None if kept is None else kept.setdefault(node, [])
+            return RowSampler(networks, item, recipe, calibration, numbers[node], store, rows)
+
+        schedule = [[sampler(item) for item in group] for group in steps(index, items)]
         pruned_names = [name for group in schedule for job in group for name in job.pruned_targets]
         dense_names = [name for group in schedule for job in group for name in job.dense_targets]
-        pruned = networks.pruned_lane(pruned_names, calibration, pool, execution, plan)
-        dense = networks.dense_lane(dense_names, calibration, pool, execution)
+        lanes = [networks.pruned_lane(pruned_names, calibration, pool, execution, plan)]
+        if not known:
+            lanes.append(networks.dense_lane(dense_names, calibration, pool, execution))
         for number in range(len(schedule)):
             execution.progress("refitting", number / len(schedule))
             group = schedule[number]
-            _sample([pruned, dense], group)
+            _sample(lanes, group)
             pool.trim()
             while group:  # nothing but the call holds a point's rows while it is fitted
                 report = write_refit(networks, plan, group.pop(0))
@@ -82,13 +90,13 @@ def repair_refit(
 def _sample(lanes: list[Lane], group: Sequence[RowSampler]) -> None:
     def visit(_: int, chunks: list[Chunk]) -> None:
         for job in group:
-            job.add(chunks[1], chunks[0])
+            job.add(chunks[1] if len(chunks) > 1 else None, chunks[0])
 
     wanted = [
         [name for job in group for name in job.pruned_targets],
         [name for job in group for name in job.dense_targets],
     ]
-    lockstep(lanes, wanted, visit)
+    lockstep(lanes, wanted[: len(lanes)], visit)
 
 
 def write_refit(networks: Networks, plan: EditPlan, job: RowSampler) -> PointReport:

@@ -36,6 +36,21 @@ from onnx_asr.rewrite import read_alpha, read_batchnorm, read_rows
 MAX_ROW_BYTES = 256 << 20
 
 
+@dataclass(frozen=True)
+class DenseRows:
+    """Sampled outputs of the dense network at one point, for one chunk of samples.
+
+    Attributes:
+        shape: Of the whole output.
+        values: [rows, C], with the shortcut where one is added to the whole map.
+        summed: Whether one is.
+    """
+
+    shape: tuple[int, ...]
+    values: NDArray[np.float32]
+    summed: bool
+
+
 class RowSampler:
     """Sampled rows of one point with weights.
 
@@ -46,6 +61,8 @@ class RowSampler:
         calibration: The samples to come.
         number: Place among the points with weights; seeds the positions, alike in a graph and its folded twin.
         store: Where input patches and Gram matrices are kept.
+        kept: What another sampler of this point has seen of the dense network, with the same recipe and samples, or an
+            empty list for what this one will see; None to forget it.
     """
 
     def __init__(
@@ -56,6 +73,7 @@ class RowSampler:
         calibration: Calibration,
         number: int,
         store: Store = MEMORY,
+        kept: list[DenseRows] | None = None,
     ) -> None:
         self.networks = networks
         self.context = context
@@ -67,6 +85,7 @@ class RowSampler:
         self.taps = 1
         self._spatial: _SpatialSampling | None = None
         self._store = store
+        self._kept = kept
         self._x = _Rows(len(calibration.chunks), store)
         self._target = _Rows(len(calibration.chunks), MEMORY)
         self._floor = _Rows(len(calibration.chunks), MEMORY)
@@ -86,25 +105,32 @@ class RowSampler:
     def _shortcut_name(self) -> list[str]:
         return [self.context.shortcut] if self.context.shortcut is not None and self._recipe.block_targets else []
 
-    def add(self, dense: Chunk, pruned: Chunk) -> None:
-        """Take rows from the next chunk."""
+    def add(self, dense: Chunk | None, pruned: Chunk) -> None:
+        """Take rows from the next chunk; without the dense network's, those that were kept."""
         source = pruned[self.context.source]
-        output, *added = (self.networks.dense_value(dense, name) for name in self.dense_targets)
-        if added and not _spreads(added[0].shape, output.shape):
+        if dense is None:
+            assert self._kept is not None
+            rows = self._kept[self._seen // self._calibration.batch_size]
+            x, pick = self._sample(source, rows.shape)
+        else:
+            output, *added = (self.networks.dense_value(dense, name) for name in self.dense_targets)
+            x, pick = self._sample(source, output.shape)
+            summed = bool(added) and _spreads(added[0].shape, output.shape)
+            values = pick(output) + pick(np.broadcast_to(added[0], output.shape)) if summed else pick(output)
+            rows = DenseRows(output.shape, values, summed)
+            if self._kept is not None:
+                self._kept.append(rows)
+        if self._shortcut_name() and not rows.summed:
             # one value a channel added to a whole map: the sum has no position of its own for a row
             self.context = replace(self.context, shortcut=None, batchnorm=None, relu=False)
-            added = []
-        x, pick = self._sample(source, output)
         self._x.add(x)
-        target = pick(output)
         shortcut = None
-        if added:
+        if rows.summed:
             assert self.context.shortcut is not None
-            target = target + pick(np.broadcast_to(added[0], output.shape))
-            shortcut = pick(np.broadcast_to(pruned[self.context.shortcut], output.shape))
+            shortcut = pick(np.broadcast_to(pruned[self.context.shortcut], rows.shape))
         if self.context.relu and self._recipe.relu_steps:
-            self._add_hidden(target, shortcut)
-        self._target.add(target if shortcut is None else target - shortcut)
+            self._add_hidden(rows.values, shortcut)
+        self._target.add(rows.values if shortcut is None else rows.values - shortcut)
         self._seen += self._calibration.batch_size
 
     def _add_hidden(self, preactivation: NDArray[np.float32], shortcut: NDArray[np.float32] | None) -> None:
@@ -116,21 +142,21 @@ class RowSampler:
             self._floor.add(self._threshold.value - shortcut)
 
     def _sample(
-        self, source: NDArray[Any], output: NDArray[Any]
+        self, source: NDArray[Any], shape: tuple[int, ...]
     ) -> tuple[NDArray[np.float32], Callable[[NDArray[Any]], NDArray[np.float32]]]:
         samples = min(self._calibration.batch_size, self._calibration.count - self._seen)
         if self.point.kind in ("Gemm", "MatMul"):
             if self.point.kind == "Gemm" and attribute(self.networks.pruned.nodes[self.point.node], "transA", 0):
                 source = source.T
-            height = output.size // self.point.channels
+            height = math.prod(shape) // self.point.channels
             if source.size // source.shape[self.point.channel_axis] != height:
                 raise unequal(self.point)
             rows = self._matrix_positions(height, samples)
             return self._matrix_rows(source, rows)[:, None, :], lambda tensor: self._matrix_rows(tensor, rows)
-        if len(source) != len(output):
+        if len(source) != shape[0]:
             raise unequal(self.point)
         images = len(source) // samples  # more than 1 where the model has cut its input into windows
-        shapes = source.shape[2:], output.shape[2:]
+        shapes = source.shape[2:], shape[2:]
         if self._spatial is None or self._spatial.shapes != shapes:
             self._spatial = self._start(source.shape[1], *shapes, images)
             self.taps = self._spatial.table.shape[1]

@@ -106,7 +106,9 @@ def table(arguments: argparse.Namespace) -> None:
     page = arguments.page.read_text(encoding="utf-8")
     if arguments.work is not None:
         new = paper_grid.collected(Work(arguments.work))
-        write_json(arguments.data, paper_grid.merged(read_json(arguments.data), new) if arguments.data.exists() else new)
+        if arguments.data.exists():
+            new = paper_grid.merged(read_json(arguments.data), new)
+        write_json(arguments.data, new)
     write(arguments.page, paper_tables.filled(page, read_json(arguments.data)).encode())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,13 +11,15 @@ import numpy as np
 import onnx
 import pytest
 
+from onnx_asr.calibration import Calibration
 from onnx_asr.compression import CompressOptions, compress
 from onnx_asr.errors import OptionError
+from onnx_asr.networks import Execution, Networks
 from onnx_asr.options import RepairOptions
 from onnx_asr.pruning import prune
 from onnx_asr.refit_samples import RefitRecipe
 from onnx_asr.repairing import repair
-from tests.graphs import digit_images, digits, folded, images, kl, parameter, positions, residual_net, run
+from tests.graphs import digit_images, digits, folded, images, kl, net, parameter, positions, residual_net, run
 
 module = importlib.import_module("onnx_asr.compression")
 FAST = RefitRecipe(rows=4000, relu_steps=1)
@@ -101,6 +104,43 @@ def test_the_last_round_samples_twice_as_many_positions(monkeypatch: pytest.Monk
     result = compress(residual_net(), images(48, seed=1), CompressOptions(0.7, rounds=3), repair_options=options)
     assert [(item.rows, item.relu_steps) for item in seen] == [(300, 1), (300, 1), (600, 3)]
     assert result.repair.options.refit == replace(recipe, rows=600)
+
+
+def one_value_a_channel_added() -> onnx.ModelProto:
+    """A whole map with a pooled branch added to it, which has no position of its own."""
+    text = """g (float[N,3,8,8] x) => (float[N,4] y) {
+        a = Conv <pads=[1,1,1,1]> (x, u)  p = GlobalAveragePool (a)  c = Conv (p, w)  b = Conv (a, v)  s = Add (c, b)
+        r = Relu (s)  q = GlobalAveragePool (r)  f = Flatten (q)  y = Gemm (f, g_w) }"""
+    return net(text, u=(8, 3, 3, 3), v=(8, 8, 1, 1), w=(8, 8, 1, 1), g_w=(8, 4))
+
+
+@pytest.mark.parametrize("make", [residual_net, one_value_a_channel_added])
+@pytest.mark.parametrize("recipe", [FAST, replace(FAST, rows=300), replace(FAST, block_targets=False)])
+def test_the_dense_network_is_run_once_for_all_rounds_that_rank(
+    make: Callable[[], onnx.ModelProto], recipe: RefitRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it put out is kept, and with a memory limit computed again: the results are the same."""
+    runs: list[int] = []
+    original = Networks.dense_lane
+
+    def spy(self: Networks, targets: Any, calibration: Calibration, *args: Any) -> Any:
+        runs.append(calibration.count)
+        return original(self, targets, calibration, *args)
+
+    monkeypatch.setattr(Networks, "dense_lane", spy)
+    options = RepairOptions(samples=50, verify_samples=0, refit=recipe, batch_size=9)
+    models = [
+        compress(
+            make(),
+            images(50, seed=1),
+            CompressOptions(0.7, rounds=4),
+            repair_options=options,
+            execution=Execution(memory_limit=limit),
+        ).model.SerializeToString(deterministic=True)
+        for limit in (None, 1 << 30)
+    ]
+    assert models[0] == models[1]
+    assert runs == [27, 50, 27, 27, 27, 50]
 
 
 def test_later_masks_rank_refitted_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -370,7 +370,8 @@ def test_slices_may_be_merged_in_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("starts", "axes"), [("scalar", "axes"), ("table", "axes"), ("starts", "scalar"), ("starts", "table"), ('""', "axes")]
+    ("starts", "axes"),
+    [("scalar", "axes"), ("table", "axes"), ("starts", "scalar"), ("starts", "table"), ('""', "axes")],
 )
 def test_slices_that_onnxruntime_refuses_are_left_to_it(starts: str, axes: str) -> None:
     text = f"g (float[N,3,8,8] x) => (float[N,M,H,W] y) {{ s = Slice (x, {starts}, ends, {axes}) y = Conv (s, w) }}"
