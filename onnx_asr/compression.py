@@ -5,7 +5,7 @@ schedule of gradual pruning, arXiv 1710.01878). N:M patterns lose one weight of 
 mask ranks the dense weights, each later one the weights that the round before it refitted; what was pruned stays
 pruned, and every round refits from the dense weights. So the next mask is chosen by what the weights are worth once
 their neighbours have taken over what was lost. Rounds that only rank weights take one ReLU-aware step; the last samples
-twice as many positions as a refit of its own.
+twice as many positions as a refit of its own. Without a memory limit, the others share one run of the dense network.
 """
 
 from __future__ import annotations

@@ -116,10 +116,9 @@ def test_constant_channels_have_correlation_zero():
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("scale", [1e30, np.inf])
-def test_channels_that_overflow_are_told_by_their_moments_without_a_warning(scale: float):
+def test_channels_that_overflow_are_told_by_their_moments_without_a_warning():
     x = np.random.default_rng(0).standard_normal((8, 2, 3, 3)).astype(np.float32)
-    x[:, 1] *= np.float32(scale)
+    x[:, 1] *= np.float32(1e30)
     found = PairMoments.of(x, x)
     assert not found.pruned.is_finite
     assert found.correlation[0] == pytest.approx(1)
