@@ -1,6 +1,7 @@
 # Sourced by demo.sh and test.sh, which set $root.
 
-# The first Python >= 3.10 that can make a virtual environment; only $PYTHON where that is set.
+# The first Python >= 3.10 that can make a virtual environment; only $PYTHON where that is set. Inside an environment,
+# which may be the one to be replaced, the Python that it was made with.
 find_python() {
     if [ -n "${PYTHON:-}" ]; then
         set -- "$PYTHON"
@@ -9,7 +10,7 @@ find_python() {
     fi
     for candidate in "$@"; do
         if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then
-            command -v "$candidate"
+            "$candidate" -c 'import sys; print(sys._base_executable)'
             return
         fi
     done

@@ -109,6 +109,7 @@ def _local(count: int, threads: int) -> Iterator[Client]:
             n_workers=count,
             threads_per_worker=1,
             dashboard_address=None,
+            scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},  # HTTP is served all the same: at no fixed port
             silence_logs=logging.CRITICAL,
             local_directory=folder,
         )

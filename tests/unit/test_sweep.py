@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -330,6 +331,14 @@ def test_local_workers_have_as_many_blas_threads(monkeypatch: pytest.MonkeyPatch
         assert first[0] != second[0] != os.getpid()
         assert first[1] == second[1] == "3"
     assert dict(os.environ) == before
+
+
+def test_two_sweeps_at_a_time_do_not_want_the_same_port() -> None:
+    workers = pytest.importorskip("onnx_asr.sweeping.workers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with workers._local(1, 1) as first, workers._local(1, 1) as second:
+            assert first.submit(abs, -2).result() == second.submit(abs, 2).result() == 2
 
 
 def test_the_curves_of_a_sweep(swept: SweepResult, tmp_path: Path) -> None:
