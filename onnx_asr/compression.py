@@ -6,6 +6,10 @@ mask ranks the dense weights, each later one the weights that the round before i
 pruned, and every round refits from the dense weights. So the next mask is chosen by what the weights are worth once
 their neighbours have taken over what was lost. Rounds that only rank weights take one ReLU-aware step; the last samples
 twice as many positions as a refit of its own. Without a memory limit, the others share one run of the dense network.
+
+Between the first round and the last, the ranking over all layers only says how many weights (or blocks) each layer
+keeps. Which of its own, the layer's refit says, in ``NARROWING`` steps of equal ratio: refit under the mask so far,
+drop the smallest, refit again, from one set of rows.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex
+from onnx_asr.graph.points import rows_to_weight, weight_rows
 from onnx_asr.graph.shapes import Cost, InputShapes, cost
 from onnx_asr.masking import (
     LayerSparsity,
@@ -33,10 +38,12 @@ from onnx_asr.masking import (
     make_masks,
     prunable_weights,
     split_narrow,
+    units_of,
 )
 from onnx_asr.model_io import ModelSource, load
 from onnx_asr.networks import Execution, Networks, silent
 from onnx_asr.numerics.masks import Mask
+from onnx_asr.numerics.refit import Choice
 from onnx_asr.options import RepairOptions, check_at_least
 from onnx_asr.patterns import Pattern, check_sparsity
 from onnx_asr.refit_repair import repair_refit
@@ -47,6 +54,9 @@ from onnx_asr.scoring import input_factors
 
 LAST_ROWS = 2
 """Sampled positions of the last round, as a multiple of the refit recipe's."""
+
+NARROWING = 2
+"""Steps in which a layer loses its weights within a round."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +180,10 @@ def compress(
     schedule = _schedule(options, pattern)
     for number, step in enumerate(schedule):
         begun = time.perf_counter()
-        masks = make_masks(index, weights, _scores(values, factors, masks), *step, "global")
-        masked, layers = apply_masks(index, weights, masks)
+        goal = make_masks(index, weights, _scores(values, factors, masks), *step, "global")
+        narrowed = pattern.n is None and 0 < number < len(schedule) - 1
+        given = masks if narrowed else goal
+        masked, layers = apply_masks(index, weights, given)
         job = replace(job, pruned=masked, networks=Networks.of(masked, model))
         if number + 1 == len(schedule):
             break
@@ -179,8 +191,13 @@ def compress(
         part = calibration.head(round(options.round_samples * calibration.count))
         plan = EditPlan()
         quiet = replace(execution, progress=silent)
-        repair_refit(job.networks, part, quiet, plan, ranking, precise=True, kept=kept)
-        values = _refitted(job.networks, weights, plan)
+        nodes = _pruned_nodes(job.networks, weights)
+        masks = list(given)
+        narrow = _narrowing(index, weights, nodes, factors, pattern, masks, goal) if narrowed else {}
+        repair_refit(job.networks, part, quiet, plan, ranking, precise=True, kept=kept, narrow=narrow)
+        unchanged = [mask is old for mask, old in zip(masks, given, strict=True)]  # those that are not refitted
+        masks = [wanted if same else mask for same, mask, wanted in zip(unchanged, masks, goal, strict=True)]
+        values = _refitted(job.networks, weights, nodes, plan)
         seconds.append(time.perf_counter() - begun)
     del kept
     last = replace(settings, refit=replace(settings.refit, rows=LAST_ROWS * settings.refit.rows))
@@ -240,15 +257,67 @@ def _scores(
     return [np.where(mask, np.abs(value.astype(np.float64)) * factor, -1.0) for value, factor, mask in parts]
 
 
-def _refitted(networks: Networks, weights: Sequence[PrunableWeight], plan: EditPlan) -> list[NDArray[Any]]:
-    """What a refit of the pruned model made of the dense model's weights."""
+def _narrowing(
+    index: GraphIndex,
+    weights: Sequence[PrunableWeight],
+    nodes: Sequence[int],
+    factors: Sequence[NDArray[np.float64]],
+    pattern: Pattern,
+    masks: list[Mask],
+    goal: Sequence[Mask],
+) -> dict[int, list[Choice]]:
+    """By node, what takes entries (or blocks) out of a weight's mask until there are as many as in the goal's.
+
+    Args:
+        index: The dense graph.
+        weights: The weights.
+        nodes: Their nodes.
+        factors: Of their magnitudes.
+        pattern: What is kept or dropped as one.
+        masks: Those to begin with; replaced by what each choice leaves.
+        goal: Masks that say how many stay.
+    """
+
+    def choice(number: int, keep: int) -> Choice:
+        weight = weights[number]
+        point = weight.points[0]
+        node = index.nodes[point.node]
+
+        def choose(rows: NDArray[np.float64]) -> Mask:
+            value = rows_to_weight(point, node, rows, masks[number].shape)
+            scores = _scores([value], [factors[number]], [masks[number]])
+            (masks[number],) = make_masks(index, [weight], scores, pattern, 0.0, "sensitivity", [keep])
+            return np.asarray(weight_rows(point, node, masks[number]))
+
+        return choose
+
+    choices = {}
+    shares = [step / NARROWING for step in range(1, NARROWING + 1)]
+    for number, weight in enumerate(weights):
+        begin, end = (
+            np.count_nonzero(units_of(index, weight, mask.astype(np.float64), pattern))
+            for mask in (masks[number], goal[number])
+        )
+        choices[nodes[number]] = [choice(number, round(begin ** (1 - share) * end**share)) for share in shares]
+    return choices
+
+
+def _pruned_nodes(networks: Networks, weights: Sequence[PrunableWeight]) -> list[int]:
+    """Where the pruned network has the nodes of the dense model's weights."""
     assert networks.pairing is not None
     pruned_node = {dense: pruned for pruned, dense in networks.pairing.nodes.items()}
+    return [pruned_node[weight.points[0].node] for weight in weights]
+
+
+def _refitted(
+    networks: Networks, weights: Sequence[PrunableWeight], nodes: Sequence[int], plan: EditPlan
+) -> list[NDArray[Any]]:
+    """What a refit of the pruned model made of the dense model's weights."""
     values = []
-    for weight in weights:
-        point = weight.points[0]
-        assert point.weight_slot is not None
-        value = plan.current(networks.pruned, pruned_node[point.node], point.weight_slot)
+    for weight, node in zip(weights, nodes, strict=True):
+        slot = weight.points[0].weight_slot
+        assert slot is not None
+        value = plan.current(networks.pruned, node, slot)
         assert value is not None
         values.append(value)
     return values

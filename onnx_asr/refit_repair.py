@@ -8,7 +8,8 @@ A BatchNormalization that follows no convolution is left alone: what it reads is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -20,7 +21,9 @@ from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import Point
 from onnx_asr.networks import Execution, Networks
 from onnx_asr.numerics.gains import BatchNormParameters
+from onnx_asr.numerics.masks import Mask
 from onnx_asr.numerics.moments import Floats
+from onnx_asr.numerics.refit import Choice
 from onnx_asr.numerics.rows import MEMORY
 from onnx_asr.options import RefitRecipe
 from onnx_asr.point_report import PointReport, Reports
@@ -39,6 +42,7 @@ def repair_refit(
     *,
     precise: bool = False,
     kept: dict[int, list[DenseRows]] | None = None,
+    narrow: Mapping[int, Sequence[Choice]] = MappingProxyType({}),
 ) -> Reports:
     """Refit every point's surviving weights, upstream first; zeros stay zeros.
 
@@ -52,6 +56,8 @@ def repair_refit(
             which is all that is written and takes half the memory.
         kept: What the dense network put out at each point's sampled positions, by node; filled where it is empty, else
             used, so that the dense network is not run: for further refits with the same recipe and samples.
+        narrow: By node, what takes more weights out, one after another: from rows [C_out, K] of the weights refitted so
+            far, as they would be written, to those that stay.
     """
     index = networks.pruned
     items = contexts(index, networks.survey.points)
@@ -80,7 +86,8 @@ def repair_refit(
             _sample(lanes, group)
             pool.trim()
             while group:  # nothing but the call holds a point's rows while it is fitted
-                report = write_refit(networks, plan, group.pop(0))
+                node = group[0].point.node
+                report = write_refit(networks, plan, group.pop(0), narrow.get(node, ()))
                 reports[report.node] = report
                 if not precise:
                     _round(index, plan, report.node)
@@ -99,12 +106,23 @@ def _sample(lanes: list[Lane], group: Sequence[RowSampler]) -> None:
     lockstep(lanes, wanted[: len(lanes)], visit)
 
 
-def write_refit(networks: Networks, plan: EditPlan, job: RowSampler) -> PointReport:
-    """Fit the weights of one point that are not zero in the plan, and put the result there."""
+def write_refit(networks: Networks, plan: EditPlan, job: RowSampler, narrow: Sequence[Choice] = ()) -> PointReport:
+    """Fit the weights of one point that are not zero in the plan, and put the result there.
+
+    Args:
+        networks: The pair.
+        plan: What is planned so far.
+        job: The point's rows, which are used up.
+        narrow: As for :func:`repair_refit`.
+    """
     index, point = networks.pruned, job.point
-    solution, rows = job.solve(plan)
-    del job  # and its rows, where the caller has let go of it
     alpha = read_alpha(index, point)
+
+    def by_folded(choose: Choice) -> Choice:
+        return lambda rows: choose(_unfolded(index, plan, point, rows / alpha)[0])
+
+    solution, rows = job.solve(plan, [by_folded(choose) for choose in narrow])
+    del job  # and its rows, where the caller has let go of it
     if point.batchnorm is None:
         plan_rows(index, plan, point, rows / alpha)
         plan_bias(index, plan, point, solution.bias)
@@ -123,23 +141,30 @@ def _round(index: GraphIndex, plan: EditPlan, node: int) -> None:
         plan.values[key] = stored(index, *key, value)
 
 
-def _unfold(index: GraphIndex, plan: EditPlan, point: Point, folded: Floats, bias: Floats) -> None:
-    """Write ``y = V x + b`` as a convolution and its BatchNormalization.
+def _unfolded(index: GraphIndex, plan: EditPlan, point: Point, folded: Floats) -> tuple[Floats, Floats, Mask]:
+    """``V`` as rows ``W`` [C_out, K] of a convolution, the slopes ``a`` [C_out] for it, and which are as they were.
 
     ``W = V / a`` where that stays within ten times the row's largest weight; else the BatchNormalization's scale takes
     the difference (channels whose scale is all but zero).
     """
-    assert point.batchnorm is not None
-    old = read_batchnorm(index, plan, point.batchnorm)
-    slope = old.slope
+    if point.batchnorm is None:
+        return folded, np.ones(len(folded)), np.ones(len(folded), np.bool_)
+    slope = read_batchnorm(index, plan, point.batchnorm).slope
     largest = np.abs(read_rows(index, plan, point)).max(axis=1)
     peak = np.abs(folded).max(axis=1)
-    limit = _MAX_GROWTH * largest
-    fits = (np.abs(slope) * limit >= peak) & (slope != 0)
+    fits = (np.abs(slope) * (_MAX_GROWTH * largest) >= peak) & (slope != 0)
     wider = np.divide(peak, largest, out=np.ones_like(peak), where=largest > 0)
     slope = np.where(fits, slope, wider)
+    return folded / np.where(slope == 0, 1.0, slope)[:, None], slope, fits
+
+
+def _unfold(index: GraphIndex, plan: EditPlan, point: Point, folded: Floats, bias: Floats) -> None:
+    """Write ``y = V x + b`` as a convolution and its BatchNormalization."""
+    assert point.batchnorm is not None
+    old = read_batchnorm(index, plan, point.batchnorm)
+    rows, slope, fits = _unfolded(index, plan, point, folded)
     scale = slope * old.deviation
-    plan_rows(index, plan, point, folded / np.where(slope == 0, 1.0, slope)[:, None])
+    plan_rows(index, plan, point, rows)
     offset = read_bias(index, plan, point) - old.mean
     new = BatchNormParameters(np.where(fits, old.scale, scale), bias - slope * offset, old.mean, old.var, old.epsilon)
     plan_batchnorm(index, plan, point.batchnorm, new)

@@ -28,7 +28,7 @@ from onnx_asr.numerics.patches import (
     sample_positions,
     tap_major,
 )
-from onnx_asr.numerics.refit import NotFiniteError, RefitOptions, RefitSolution, refit_rows
+from onnx_asr.numerics.refit import Choice, NotFiniteError, RefitOptions, RefitSolution, refit_rows
 from onnx_asr.numerics.rows import MEMORY, Store
 from onnx_asr.options import FEW_ROWS, FEW_ROWS_RIDGE, RefitRecipe
 from onnx_asr.rewrite import read_alpha, read_batchnorm, read_rows
@@ -202,10 +202,14 @@ class RowSampler:
         twin._x = self._x.copy()
         return twin
 
-    def solve(self, plan: EditPlan) -> tuple[RefitSolution, Floats]:
+    def solve(self, plan: EditPlan, narrow: Sequence[Choice] = ()) -> tuple[RefitSolution, Floats]:
         """Fit the surviving weights; the solution, and its weights as rows [C_out, K] in the file's order.
 
         The rows are used up.
+
+        Args:
+            plan: What is planned so far; zeros of the weights there stay zeros.
+            narrow: What takes more weights out, one after another, each by such rows of the fit so far.
 
         Raises:
             ModelError: When activations are not finite.
@@ -221,6 +225,13 @@ class RowSampler:
         options = RefitOptions(ridge, recipe.relu_steps, recipe.gain_power, class_steps=recipe.class_steps)
         one_each = groups == 1 and len(x) == self._calibration.count
         classes = self.context.classes and one_each and len(x) > x.shape[2]  # fewer rows are met as they are
+
+        def rows_of(weight: Floats) -> Floats:
+            return channel_major(weight.reshape(self.point.channels, -1), self.taps)
+
+        def by_group(choose: Choice) -> Choice:
+            return lambda weight: tap_major(choose(rows_of(weight)), self.taps).reshape(shape)
+
         try:
             solution = refit_rows(
                 x,
@@ -231,12 +242,13 @@ class RowSampler:
                 relu_floor=floor,
                 dense_negative=negative,
                 classes=classes,
+                narrow=[by_group(choose) for choose in narrow],
                 store=self._store,
             )
         except NotFiniteError as error:
             raise overflow(self.point) from error
         self._x.release()
-        return solution, channel_major(solution.weight.reshape(self.point.channels, -1), self.taps)
+        return solution, rows_of(solution.weight)
 
     def _dense_rows(self) -> Floats:
         """The dense weights, folded with the dense BatchNormalization."""

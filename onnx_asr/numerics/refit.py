@@ -32,20 +32,26 @@ a constant, and touches it at `z'` (Boehning, 1992): each step is the least squa
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from onnx_asr.errors import OptionError
-from onnx_asr.numerics.rows import MEMORY, Array, Inputs, Mask, Single, Store, Targets, softmax
+from onnx_asr.numerics.rows import MEMORY, Array, Fit, Inputs, Mask, Single, Store, Targets, softmax
 from onnx_asr.numerics.systems import NOISE, ConjugateGradients, GramSystem, Inverse, RowSystem, inverse_is_cheaper
+
+Choice: TypeAlias = Callable[[Array], Mask]
+"""From refitted weights [G, M, K] to those that stay [G, M, K]."""
 
 _FEW_ROWS = 0.5  # n / K up to which A is applied through the rows: cheaper, and no [K, K] matrix is held
 _BLOCK_VALUES = 2**20  # of W solved for at once
 _CG_DRAFT = 1e-3  # |residual| / |load| good enough to see what the ReLU hides
 _CG_FINAL = 5e-6  # and in the weights
+_CG_STEPS = 90  # that takes in all, with three ReLU-aware steps
+_CG_DRAFT_STEPS = 30  # and a draft
 
 
 class NotFiniteError(ValueError):
@@ -114,6 +120,7 @@ def refit_rows(
     relu_floor: Single | None = None,
     dense_negative: Mask | None = None,
     classes: bool = False,
+    narrow: Sequence[Choice] = (),
     store: Store = MEMORY,
 ) -> RefitSolution:
     """`(H_SS + R I) w = G_S + R w0`, `b = mean(T) - w.mean(X)`, for every output channel of one layer.
@@ -127,6 +134,7 @@ def refit_rows(
         relu_floor: [n, G * M] `theta`; 0 if None.
         dense_negative: [n, G * M], where the dense pre-activation is <= 0; None if no ReLU follows.
         classes: Whether the outputs of a group are logits of classes.
+        narrow: What takes weights out of the mask, one after another, each by the refit under what the last one left.
         store: Where `x` is, and Gram matrices are to be kept.
 
     Returns:
@@ -149,11 +157,18 @@ def refit_rows(
     )
     step = outputs if classes else max(1, _BLOCK_VALUES // (groups * size))
     blocks = [slice(begin, begin + step) for begin in range(0, outputs, step)]
-    starts = [np.where(mask[:, block], w0[:, block], 0.0).astype(np.float64, copy=False) for block in blocks]
+    drafts: list[_Draft | None] = [None] * len(blocks)
+    for choose in narrow:
+        drafts = [
+            _draft(system, everything.of(block), _kept(w0, mask, block), mask[:, block], options, draft)
+            for block, draft in zip(blocks, drafts, strict=True)
+        ]
+        mask = mask & choose(np.concatenate([draft.weight for draft in drafts if draft], axis=1))
+    starts = [_kept(w0, mask, block) for block in blocks]
     del w0
     parts = [
-        _solve(system, everything.of(block), starts.pop(0), mask[:, block], options)  # nothing else holds its start
-        for block in blocks
+        _solve(system, everything.of(block), starts.pop(0), mask[:, block], options, drafts.pop(0))
+        for block in blocks  # nothing else holds its start, or its draft
     ]
     system.matrix.release()
     if classes and options.class_steps:
@@ -212,16 +227,20 @@ class _Part:
     solver: Literal["inverse", "cg"]
 
 
+def _kept(w0: npt.NDArray[np.floating], mask: Mask, block: slice) -> Array:
+    return np.where(mask[:, block], w0[:, block], 0.0).astype(np.float64, copy=False)
+
+
 class _Pulled:
     """Ridge least squares of the weights that a mask keeps, toward `w0` [G, M, K]."""
 
-    def __init__(self, system: _System, kept: Array, mask: Mask) -> None:
+    def __init__(self, system: _System, kept: Array, mask: Mask, steps: int = _CG_STEPS) -> None:
         self._system, self._mask = system, mask
         self._start = kept * system.root
         self._constant = system.pull * self._start
         self._constant -= system.matrix.product(self._start)
         self.solver: Inverse | ConjugateGradients
-        if isinstance(system.matrix, GramSystem) and inverse_is_cheaper(mask):
+        if isinstance(system.matrix, GramSystem) and inverse_is_cheaper(mask, steps):
             self.solver = system.matrix.inverse(mask)
         else:
             self.solver = ConjugateGradients(system.matrix, mask)
@@ -240,28 +259,66 @@ class _Pulled:
         return scaled
 
 
-def _solve(system: _System, targets: Targets, kept: Array, mask: Mask, options: RefitOptions) -> _Part:
+@dataclass(frozen=True)
+class _Draft:
+    """Weights [G, M, K] of some output channels, to choose from, and what they were fitted to."""
+
+    weight: Array
+    fit: Fit
+
+
+def _draft(
+    system: _System, targets: Targets, kept: Array, mask: Mask, options: RefitOptions, last: _Draft | None
+) -> _Draft:
+    """The first looks at the rows, and once more through the ReLU; those after it fit to what it saw."""
+    pulled = _Pulled(system, kept, mask, _CG_DRAFT_STEPS)
+    if last is not None:
+        fit = last.fit
+    else:
+        fit = _first_fit(targets, kept)
+        if targets.negative is not None and options.relu_steps:
+            fit = targets.visible_fit(pulled.fitted(fit.cross, _CG_DRAFT), fit.mean)
+    cross = fit.cross / system.root
+    scaled = pulled.scaled(cross.copy(), _CG_DRAFT)
+    scaled *= _gain(system, fit, cross, scaled, options)[..., None]
+    scaled /= system.root
+    return _Draft(scaled, fit)
+
+
+def _first_fit(targets: Targets, kept: Array) -> Fit:
     with np.errstate(over="ignore", invalid="ignore"):
         fit = targets.fit()
-        error_before = targets.error(kept, fit.mean)
     _check_finite(target=fit.mean, w0=kept)
-    _check_squares(fit.cross, fit.variance, error_before)
+    _check_squares(fit.cross, fit.variance)
+    return fit
 
-    root, pull = system.root, system.pull
+
+def _solve(
+    system: _System, targets: Targets, kept: Array, mask: Mask, options: RefitOptions, draft: _Draft | None
+) -> _Part:
+    steps = 0 if targets.negative is None else options.relu_steps
+    if draft is None:
+        fit = _first_fit(targets, kept)
+    else:
+        fit = draft.fit
+        steps = max(0, steps - 1)
+    del draft
+    with np.errstate(over="ignore", invalid="ignore"):
+        error_before = targets.error(kept, fit.mean)
+    _check_squares(error_before)
+
+    root = system.root
     spread = float(fit.variance.sum())
     pulled = _Pulled(system, kept, mask)
     del kept
-    for _ in range(options.relu_steps if targets.negative is not None else 0):
+    for _ in range(steps):
         fit = targets.visible_fit(pulled.fitted(fit.cross, _CG_DRAFT), fit.mean)
     cross = np.divide(fit.cross, root, out=fit.cross)
     scaled = pulled.scaled(cross.copy(), _CG_FINAL)
     solver = pulled.solver.name
     del pulled
 
-    # var(w.X) = w'Hw = v'(A - R D^-1)v and cov(T, w.X) = w.G; a variance lost in rounding counts as 0.
-    variance = np.vecdot(scaled, system.matrix.product(scaled) - pull * scaled)
-    variance[variance <= NOISE * np.vecdot(scaled, scaled - pull * scaled)] = 0.0
-    gain = _gain(fit.variance, variance, np.vecdot(scaled, cross), options)
+    gain = _gain(system, fit, cross, scaled, options)
     scaled /= root
     scaled *= gain[..., None]
     weight = scaled
@@ -313,12 +370,18 @@ def _check_finite(**arrays: npt.NDArray[np.floating] | None) -> None:
             raise NotFiniteError(f"{name} holds NaN or infinity; refit needs finite samples and weights")
 
 
-def _gain(target_variance: Array, variance: Array, covariance: Array, options: RefitOptions) -> Array:
-    """`(var(T) / var(w.X))^(gain_power / 2)`; 1 where either is 0 or the correlation is below `min_correlation`."""
-    usable = (target_variance > 0) & (variance > 0)
-    ratio = np.divide(target_variance, variance, out=np.ones_like(variance), where=usable)
-    scale = np.sqrt(target_variance * variance)
-    usable &= covariance >= options.min_correlation * scale
+def _gain(system: _System, fit: Fit, cross: Array, scaled: Array, options: RefitOptions) -> Array:
+    """`(var(T) / var(w.X))^(gain_power / 2)`; 1 where either is 0 or the correlation is below `min_correlation`.
+
+    With `v = D^1/2 w` and the cross moments scaled by `D^-1/2`: `var(w.X) = w'Hw = v'(A - R D^-1)v` and
+    `cov(T, w.X) = w.G`; a variance lost in rounding counts as 0.
+    """
+    variance = np.vecdot(scaled, system.matrix.product(scaled) - system.pull * scaled)
+    variance[variance <= NOISE * np.vecdot(scaled, scaled - system.pull * scaled)] = 0.0
+    usable = (fit.variance > 0) & (variance > 0)
+    ratio = np.divide(fit.variance, variance, out=np.ones_like(variance), where=usable)
+    scale = np.sqrt(fit.variance * variance)
+    usable &= np.vecdot(scaled, cross) >= options.min_correlation * scale
     return np.where(usable, ratio, 1.0) ** (options.gain_power / 2)
 
 

@@ -90,12 +90,14 @@ class RowSystem:
         return image
 
 
-def inverse_is_cheaper(mask: Mask) -> bool:
-    """Compares seconds, as measured on two cores (AMD Zen 5), and keeps the inverses within `_INVERSE_BYTES`."""
+def inverse_is_cheaper(mask: Mask, steps: int) -> bool:
+    """Whether it is cheaper than so many steps of conjugate gradients.
+
+    Compares seconds, as measured on two cores (AMD Zen 5), and keeps the inverses within `_INVERSE_BYTES`.
+    """
     groups, outputs, inputs = mask.shape
     size = mask.sum(axis=-1, dtype=np.float64)
     inverse = float((6e-11 * size**3 + 1.5e-8 * size**2 + 1e-6).sum())
-    steps = 90  # in all, with three ReLU-aware steps
     gradients = steps * groups * (1e-4 + outputs * inputs * (1e-11 * inputs + 5e-9))
     return inverse < gradients and 8 * float((size**2).sum()) / _BATCH_RATIO**2 < _INVERSE_BYTES
 

@@ -66,7 +66,8 @@ def test_masks_are_nested_and_the_schedule_is_cubic(fold: bool, monkeypatch: pyt
     result = compress(model, images(48, seed=1), CompressOptions(0.8, rounds=4), repair_options=settings(48))
     assert model.SerializeToString(deterministic=True) == before
     total = size(model)
-    assert [zeros(item) for item in rounds.models] == [round(share * total) for share in (0.4625, 0.7, 0.7875, 0.8)]
+    # between the first round and the last, each begins with the mask that the one before has ended with
+    assert [zeros(item) for item in rounds.models] == [round(share * total) for share in (0.4625, 0.4625, 0.7, 0.8)]
     for earlier, later in zip(rounds.models[:-1], rounds.models[1:], strict=True):
         for old, new in zip(weights_of(earlier), weights_of(later), strict=True):
             assert not new[old == 0].any()
@@ -104,6 +105,61 @@ def test_the_last_round_samples_twice_as_many_positions(monkeypatch: pytest.Monk
     result = compress(residual_net(), images(48, seed=1), CompressOptions(0.7, rounds=3), repair_options=options)
     assert [(item.rows, item.relu_steps) for item in seen] == [(300, 1), (300, 1), (600, 3)]
     assert result.repair.options.refit == replace(recipe, rows=600)
+
+
+def test_layers_choose_their_own_weights_step_by_step() -> None:
+    """One layer and all samples in each round: least squares by numpy tells the last mask."""
+    rng = np.random.default_rng(3)
+    model = net("g (float[N,24] x) => (float[N,10] y) { y = MatMul (x, w) }", w=(24, 10))
+    x = rng.standard_normal((6000, 24)) @ rng.standard_normal((24, 24))
+    x = (x / x.std(0)).astype(np.float32)  # without BatchNormalization, magnitudes count by their inputs' deviation
+    w0 = parameter(model, 0, 1).astype(float)
+    recipe = RefitRecipe(ridge=0.0, gain_power=0.0, class_steps=0)
+    options = RepairOptions(samples=6000, verify_samples=0, refit=recipe)
+    result = compress(model, x, CompressOptions(0.8, rounds=3, round_samples=1.0), repair_options=options)
+
+    def kept(values: np.ndarray, count: int) -> np.ndarray:
+        return np.asarray(np.abs(values) >= np.sort(np.abs(values), axis=None)[-count])
+
+    def fit(mask: np.ndarray) -> np.ndarray:
+        inputs = x.astype(float)
+        centred, target, weight = inputs - inputs.mean(0), inputs @ w0, np.zeros_like(w0)
+        for column in range(10):
+            of = mask[:, column]
+            weight[of, column] = np.linalg.lstsq(centred[:, of], target[:, column] - target[:, column].mean())[0]
+        return weight
+
+    first, second, third = (240 - round(240 * 0.8 * (1 - left**3)) for left in (2 / 3, 1 / 3, 0))
+    mask = kept(w0, first)
+    for count in (round((first * second) ** 0.5), second, third):
+        mask = kept(fit(mask), count)
+    np.testing.assert_array_equal(parameter(result.model, 0, 1) != 0, mask)
+    np.testing.assert_allclose(parameter(result.model, 0, 1), fit(mask), rtol=1e-3, atol=1e-4)
+    # not what each round's end would have told of the next
+    by_rounds = kept(w0, first)
+    for count in (second, third):
+        by_rounds = kept(fit(by_rounds), count)
+    assert (by_rounds != mask).any()
+
+
+def test_a_narrowed_round_leaves_each_layer_what_the_ranking_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    goals: list[list[np.ndarray]] = []
+    original = module.make_masks
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        masks = original(*args, **kwargs)
+        if args[5] == "global":
+            goals.append(masks)
+        return masks
+
+    monkeypatch.setattr(module, "make_masks", spy)
+    rounds = Rounds(monkeypatch)
+    options = replace(settings(48), refit=replace(FAST, classifier=False))  # the Gemm has no refit to choose by
+    compress(residual_net(), images(48, seed=1), CompressOptions(0.8, rounds=4), repair_options=options)
+    given = [value != 0 for value in weights_of(rounds.models[2])]  # the third round's, which the second has chosen
+    assert [mask.sum() for mask in given] == [mask.sum() for mask in goals[1]]
+    assert any((mask != goal).any() for mask, goal in zip(given, goals[1], strict=True))
+    np.testing.assert_array_equal(given[-1], goals[1][-1])
 
 
 def one_value_a_channel_added() -> onnx.ModelProto:

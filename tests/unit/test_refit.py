@@ -40,7 +40,7 @@ class Layer:
 
 @pytest.fixture(params=["inverse", "cg"])
 def solver(request, monkeypatch) -> str:
-    monkeypatch.setattr(refit, "inverse_is_cheaper", lambda mask: request.param == "inverse")
+    monkeypatch.setattr(refit, "inverse_is_cheaper", lambda *_: request.param == "inverse")
     return request.param
 
 
@@ -121,7 +121,7 @@ def test_both_solvers_agree(monkeypatch):
     negative = layer.target <= 0
     solutions = []
     for cheaper in (True, False):
-        monkeypatch.setattr(refit, "inverse_is_cheaper", lambda mask, cheaper=cheaper: cheaper)
+        monkeypatch.setattr(refit, "inverse_is_cheaper", lambda *_, cheaper=cheaper: cheaper)
         solutions.append(layer.refit(RefitOptions(relu_steps=0), dense_negative=negative))
         solutions.append(layer.refit(RefitOptions(), dense_negative=negative))
     inverse, inverse_relu, cg, cg_relu = (layer.predict(s.weight, s.bias) for s in solutions)
@@ -172,9 +172,66 @@ def test_gram_matrices_in_a_store_change_no_bit_and_go_back(classes, solver, mon
 
 
 def test_choice_of_solver_follows_size():
-    assert inverse_is_cheaper(np.ones((2000, 1, 9), np.bool_))
-    assert inverse_is_cheaper(np.random.default_rng(0).random((1, 64, 576)) < 0.1)
-    assert not inverse_is_cheaper(np.random.default_rng(0).random((1, 256, 1152)) < 0.8)
+    assert inverse_is_cheaper(np.ones((2000, 1, 9), np.bool_), 90)
+    sparse = np.random.default_rng(0).random((1, 64, 576)) < 0.1
+    assert inverse_is_cheaper(sparse, 90)
+    assert not inverse_is_cheaper(sparse, 3)
+    assert not inverse_is_cheaper(np.random.default_rng(0).random((1, 256, 1152)) < 0.8, 90)
+
+
+def largest(count):
+    """Keeps so many entries, over all groups."""
+    return lambda weight: np.abs(weight) >= np.sort(np.abs(weight), axis=None)[-count]
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("block", [None, 2])
+def test_a_mask_is_narrowed_by_one_refit_after_another(shape, block, solver, monkeypatch):
+    layer = Layer(**shape)
+    if block:
+        monkeypatch.setattr(refit, "_BLOCK_VALUES", block * layer.w0[:, 0].size)
+    counts = [int(layer.mask.sum() * share) for share in (0.8, 0.5)]
+    steps = [largest(count) for count in counts]
+    narrowed = refit_rows(layer.x.copy(), layer.target, layer.w0, layer.mask, LEAST_SQUARES, narrow=steps)
+    mask = layer.mask
+    for keep in steps:
+        mask = keep(lstsq(layer, mask))
+    np.testing.assert_array_equal(narrowed.weight != 0, mask)
+    assert mask.sum() == counts[-1]
+    np.testing.assert_allclose(narrowed.weight, lstsq(layer, mask), atol=1e-4)
+    if shape == SHAPES["dense"]:  # at once, by the first refit, it would be another mask
+        assert (largest(counts[-1])(lstsq(layer, layer.mask)) != mask).any()
+
+
+def lstsq(layer, mask) -> np.ndarray:
+    """The weights [G, M, K] under a mask."""
+    weight = np.zeros(mask.shape)
+    target = layer.target.reshape(len(layer.x), *mask.shape[:2]).astype(float)
+    for group, channel in np.ndindex(mask.shape[:2]):
+        x = layer.x[:, group, mask[group, channel]].astype(float)
+        t = target[:, group, channel]
+        weight[group, channel, mask[group, channel]] = np.linalg.lstsq(x - x.mean(0), t - t.mean(), rcond=None)[0]
+    return weight
+
+
+def test_choices_that_keep_everything_change_nothing_behind_a_relu(solver):
+    layer = Layer()
+    options, negative = RefitOptions(relu_steps=1), layer.target <= 0
+    plain = layer.refit(options, dense_negative=negative)
+    narrowed = layer.refit(options, dense_negative=negative, narrow=[lambda weight: np.ones_like(weight, bool)] * 2)
+    np.testing.assert_allclose(narrowed.weight, plain.weight, atol=2e-5 * np.abs(plain.weight).max())
+    np.testing.assert_allclose(narrowed.bias, plain.bias, atol=2e-5 * np.abs(plain.bias).max())
+
+
+def test_choosing_without_a_branch_is_where():
+    rng = np.random.default_rng(0)
+    mask = rng.random((50, 2, 7)) < 0.5
+    chosen, other = rng.standard_normal((2, 50, 2, 9)).astype(np.float32)
+    chosen[0, 0, 1:4] = np.nan, np.inf, -0.0
+    other[1, 0, 1:4] = np.nan, np.inf, -0.0
+    chosen, other = chosen[..., 1:8].copy(), other[..., 1:8]
+    expected = np.where(mask, chosen, other)
+    np.testing.assert_array_equal(rows._where(mask, chosen, other).view(np.int32), expected.view(np.int32))
 
 
 def through_relu(prediction, target, floor=0.0) -> float:
@@ -487,7 +544,7 @@ def test_always_finite_masked_and_no_worse(groups, outputs, inputs, rows, densit
     layer.x[..., np.random.default_rng(seed).random(inputs) < dead] = 0.5
     layer.x *= np.float32(scale)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(refit, "inverse_is_cheaper", lambda mask: cheaper)
+        patch.setattr(refit, "inverse_is_cheaper", lambda *_: cheaper)
         solution = layer.refit(replace(LEAST_SQUARES, ridge=ridge))
         check_finite(solution, layer.mask)
         assert solution.residual_after <= solution.residual_before * (1 + 1e-5) + 1e-4

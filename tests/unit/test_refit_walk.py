@@ -15,7 +15,6 @@ import onnx_asr.refit_samples as refit_samples
 from onnx_asr.data import sample_indices
 from onnx_asr.fidelity import compare
 from onnx_asr.graph.context import Context, contexts, steps
-from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.points import survey
 from onnx_asr.numerics.patches import sample_positions
 from onnx_asr.numerics.refit import RefitSolution
@@ -69,10 +68,10 @@ def columns_by_probing(model: onnx.ModelProto, position: int, x: np.ndarray) -> 
 def test_a_point_is_let_go_of_before_the_next_one_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
     solve, seen, alive = RowSampler.solve, list[weakref.ref[RowSampler]](), list[int]()
 
-    def counted(self: RowSampler, plan: EditPlan) -> tuple[RefitSolution, Any]:
+    def counted(self: RowSampler, *args: Any) -> tuple[RefitSolution, Any]:
         alive.append(sum(reference() is not None for reference in seen))
         seen.append(weakref.ref(self))
-        return solve(self, plan)
+        return solve(self, *args)
 
     monkeypatch.setattr(RowSampler, "solve", counted)
     dense = residual_net()
