@@ -135,6 +135,7 @@ def refit_rows(
         dense_negative: [n, G * M], where the dense pre-activation is <= 0; None if no ReLU follows.
         classes: Whether the outputs of a group are logits of classes.
         narrow: What takes weights out of the mask, one after another, each by the refit under what the last one left.
+            The first of these refits takes the first ReLU-aware step for all.
         store: Where `x` is, and Gram matrices are to be kept.
 
     Returns:
