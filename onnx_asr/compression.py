@@ -192,11 +192,10 @@ def compress(
         plan = EditPlan()
         quiet = replace(execution, progress=silent)
         nodes = _pruned_nodes(job.networks, weights)
-        masks = list(given)
-        narrow = _narrowing(index, weights, nodes, factors, pattern, masks, goal) if narrowed else {}
+        chosen: dict[int, Mask] = {}
+        narrow = _narrowing(index, weights, nodes, factors, pattern, given, goal, chosen) if narrowed else {}
         repair_refit(job.networks, part, quiet, plan, ranking, precise=True, kept=kept, narrow=narrow)
-        unchanged = [mask is old for mask, old in zip(masks, given, strict=True)]  # those that are not refitted
-        masks = [wanted if same else mask for same, mask, wanted in zip(unchanged, masks, goal, strict=True)]
+        masks = [chosen.get(node, mask) for node, mask in zip(nodes, goal, strict=True)]
         values = _refitted(job.networks, weights, nodes, plan)
         seconds.append(time.perf_counter() - begun)
     del kept
@@ -263,8 +262,9 @@ def _narrowing(
     nodes: Sequence[int],
     factors: Sequence[NDArray[np.float64]],
     pattern: Pattern,
-    masks: list[Mask],
+    given: Sequence[Mask],
     goal: Sequence[Mask],
+    chosen: dict[int, Mask],
 ) -> dict[int, list[Choice]]:
     """By node, what takes entries (or blocks) out of a weight's mask until there are as many as in the goal's.
 
@@ -274,8 +274,9 @@ def _narrowing(
         nodes: Their nodes.
         factors: Of their magnitudes.
         pattern: What is kept or dropped as one.
-        masks: Those to begin with; replaced by what each choice leaves.
+        given: Masks to begin with.
         goal: Masks that say how many stay.
+        chosen: Where the masks that the choices leave are put, by node.
     """
 
     def choice(number: int, keep: int) -> Choice:
@@ -284,10 +285,11 @@ def _narrowing(
         node = index.nodes[point.node]
 
         def choose(rows: NDArray[np.float64]) -> Mask:
-            value = rows_to_weight(point, node, rows, masks[number].shape)
-            scores = _scores([value], [factors[number]], [masks[number]])
-            (masks[number],) = make_masks(index, [weight], scores, pattern, 0.0, "sensitivity", [keep])
-            return np.asarray(weight_rows(point, node, masks[number]))
+            mask = chosen.get(nodes[number], given[number])
+            scores = _scores([rows_to_weight(point, node, rows, mask.shape)], [factors[number]], [mask])
+            (mask,) = make_masks(index, [weight], scores, pattern, 0.0, "sensitivity", [keep])
+            chosen[nodes[number]] = mask
+            return np.asarray(weight_rows(point, node, mask))
 
         return choose
 
@@ -296,7 +298,7 @@ def _narrowing(
     for number, weight in enumerate(weights):
         begin, end = (
             np.count_nonzero(units_of(index, weight, mask.astype(np.float64), pattern))
-            for mask in (masks[number], goal[number])
+            for mask in (given[number], goal[number])
         )
         choices[nodes[number]] = [choice(number, round(begin ** (1 - share) * end**share)) for share in shares]
     return choices

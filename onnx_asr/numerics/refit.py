@@ -44,14 +44,14 @@ from onnx_asr.numerics.rows import MEMORY, Array, Fit, Inputs, Mask, Single, Sto
 from onnx_asr.numerics.systems import NOISE, ConjugateGradients, GramSystem, Inverse, RowSystem, inverse_is_cheaper
 
 Choice: TypeAlias = Callable[[Array], Mask]
-"""From refitted weights [G, M, K] to those that stay [G, M, K]."""
+"""From refitted weights to those that stay, in one shape."""
 
 _FEW_ROWS = 0.5  # n / K up to which A is applied through the rows: cheaper, and no [K, K] matrix is held
 _BLOCK_VALUES = 2**20  # of W solved for at once
 _CG_DRAFT = 1e-3  # |residual| / |load| good enough to see what the ReLU hides
 _CG_FINAL = 5e-6  # and in the weights
-_CG_STEPS = 90  # that takes in all, with three ReLU-aware steps
-_CG_DRAFT_STEPS = 30  # and a draft
+_FINAL_STEPS = 90  # of conjugate gradients that this takes in all, with three ReLU-aware steps
+_DRAFT_STEPS = 30  # and a draft
 
 
 class NotFiniteError(ValueError):
@@ -134,8 +134,8 @@ def refit_rows(
         relu_floor: [n, G * M] `theta`; 0 if None.
         dense_negative: [n, G * M], where the dense pre-activation is <= 0; None if no ReLU follows.
         classes: Whether the outputs of a group are logits of classes.
-        narrow: What takes weights out of the mask, one after another, each by the refit under what the last one left.
-            The first of these refits takes the first ReLU-aware step for all.
+        narrow: What takes weights [G, M, K] out of the mask, one after another, each by the refit under what the last
+            one left. The first of these refits takes the first ReLU-aware step for all.
         store: Where `x` is, and Gram matrices are to be kept.
 
     Returns:
@@ -235,7 +235,7 @@ def _kept(w0: npt.NDArray[np.floating], mask: Mask, block: slice) -> Array:
 class _Pulled:
     """Ridge least squares of the weights that a mask keeps, toward `w0` [G, M, K]."""
 
-    def __init__(self, system: _System, kept: Array, mask: Mask, steps: int = _CG_STEPS) -> None:
+    def __init__(self, system: _System, kept: Array, mask: Mask, steps: int = _FINAL_STEPS) -> None:
         self._system, self._mask = system, mask
         self._start = kept * system.root
         self._constant = system.pull * self._start
@@ -272,7 +272,7 @@ def _draft(
     system: _System, targets: Targets, kept: Array, mask: Mask, options: RefitOptions, last: _Draft | None
 ) -> _Draft:
     """The first looks at the rows, and once more through the ReLU; those after it fit to what it saw."""
-    pulled = _Pulled(system, kept, mask, _CG_DRAFT_STEPS)
+    pulled = _Pulled(system, kept, mask, _DRAFT_STEPS)
     if last is not None:
         fit = last.fit
     else:
