@@ -13,7 +13,7 @@ OPSET = 17
 
 
 def exported(net: nn.Module, shape: tuple[int, ...]) -> bytes:
-    """The file of a net in evaluation mode, for inputs [N, *shape] with any N.
+    """The file of a net in evaluation mode, which goes to the CPU for it, for inputs [N, *shape] with any N.
 
     `TrainingMode.EVAL` would fold BatchNormalization into the convolutions; `PRESERVE` on a net in evaluation mode does
     not.
@@ -25,7 +25,7 @@ def exported(net: nn.Module, shape: tuple[int, ...]) -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the TorchScript exporter announces its deprecation
         torch.onnx.export(
-            net,
+            net.to("cpu", memory_format=torch.contiguous_format),  # type: ignore[call-overload]
             (torch.zeros(2, *shape),),
             content,
             opset_version=OPSET,

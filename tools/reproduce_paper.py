@@ -53,7 +53,13 @@ def train(arguments: argparse.Namespace) -> None:
         raise SystemExit(f"{arguments.images} images do not fill a batch of {arguments.batch}: give more, or a --batch")
     work = Work(arguments.work)
     recipe = paper_nets.Recipe(
-        arguments.width, arguments.epochs, arguments.batch, arguments.seed, arguments.device, arguments.bf16
+        arguments.width,
+        arguments.epochs,
+        arguments.batch,
+        arguments.seed,
+        arguments.device,
+        arguments.bf16,
+        arguments.float16,
     )
     preprocessing = onnx_asr.Preprocessing.from_options(preset=PRESET)
     normalize = paper_nets.Normalization(preprocessing.mean, preprocessing.std)
@@ -130,6 +136,7 @@ def main(command: Sequence[str] | None = None) -> None:
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--device", default="cuda")
     training.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="mixed precision")
+    training.add_argument("--float16", action="store_true", help="round the weights, for nets that travel compressed")
     training.set_defaults(run=train)
     repairing.add_argument("--nets", nargs="+", help="default: all that were trained")
     repairing.add_argument("--sparsities", nargs="+", default=paper_grid.SPARSITIES, help="shares of zeros, or N:M")

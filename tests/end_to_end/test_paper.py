@@ -219,8 +219,9 @@ def test_training(net: str, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="training needs torch: tools/requirements-paper.txt")
     images = tmp_path / "images.tar.xz"
     archive(images, ("ant", "bee", "cat"), 30)
-    size = ("--width", "0.0625", "--epochs", "1", "--batch", "32", "--images", "64", "--device", "cpu")
-    line = ("train", "--work", tmp_path / "work", "--archive", images, "--nets", net, *size, "--threads", "1")
+    size = ("--width", "0.0625", "--epochs", "1", "--batch", "32", "--images", "64", "--float16")
+    where = ("--device", "cpu", "--threads", "1")
+    line = ("train", "--work", tmp_path / "work", "--archive", images, "--nets", net, *size, *where)
     script(*line)
     record = json.loads((tmp_path / "work" / f"{net}.json").read_text())
     model = onnx.load(tmp_path / "work" / f"{net}.onnx")
@@ -228,6 +229,9 @@ def test_training(net: str, tmp_path: Path) -> None:
     depth = {"resnet18": (20, 20), "resnet50": (53, 53), "densenet121": (120, 121), "vgg16": (13, 13)}
     assert (kinds.count("Conv"), kinds.count("BatchNormalization")) == depth[net]
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    weights = [onnx.numpy_helper.to_array(item) for item in model.graph.initializer if len(item.dims) > 1]
+    assert len(weights) == depth[net][0] + 1
+    assert all(value.dtype == np.float32 and (value == value.astype(np.float16)).all() for value in weights)
     with np.load(tmp_path / "work" / "test.npz") as arrays:
         data, labels = {"images": arrays["images"]}, arrays["labels"]
     preprocessing = onnx_asr.Preprocessing.from_options(preset="cifar10")
