@@ -64,6 +64,7 @@ def recalibrate_ema(
                 plan_batchnorm(index, plan, point.batchnorm, recalibrate(old, mean, var))
                 dead = ~np.any([is_live(None, batch) for batch in batches[point]], axis=0)
                 reports[point.node] = PointReport.of(index, point, "batchnorm", int(dead.sum()))
+            pool.trim()
             done += len(group)
             execution.progress("re-estimating batch by batch", done / len(points))
     return reports

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import tracemalloc
 from functools import cache
 from typing import Any
 
@@ -315,6 +316,20 @@ def test_ema_goes_round_the_samples_and_knows_its_momentum() -> None:
     found = [parameter(result, spot, slot) for spot in positions(model, "BatchNormalization") for slot in (3, 4)]
     for actual, expected in zip(found, train_mode_statistics(model, [x] * 3, 0.3), strict=True):
         np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+def test_ema_keeps_no_activations_of_layers_that_are_done() -> None:
+    """In a DenseNet every layer's activations are of another size, and none of them would be used again."""
+    x = digit_images("calibration")[0][:256]
+
+    def peak(**settings: Any) -> int:
+        tracemalloc.start()
+        repaired("bn", digits("densenet"), None, x, **settings)
+        highest = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return highest
+
+    assert peak(bn="ema", ema_batches=2, ema_batch_size=128) < 1.5 * peak()
 
 
 # --- a graph and its folded twin ---
