@@ -32,8 +32,9 @@ ABLATION: dict[str, dict[str, Any]] = {
     f"asr:{MAIN_BATCHES},fixed": {"prior": FIXED_PRIOR},
     f"asr:{MAIN_BATCHES},fixed,no shift": {"prior": FIXED_PRIOR, "bias_correction": False},
 }
-"""Priors and bias correction of the paper's Table 2, but for those that the grid has anyway."""
-SCALE = 4
+"""Priors and bias correction of the paper's Table 2, but for those that the grid has anyway; all on scaled nets."""
+RELIABILITY_POWERS = (0.25, 0.5, 1.0)
+"""Of `paired`, beside its default of 0."""
 DAMAGE_SAMPLES = 512
 
 
@@ -43,17 +44,18 @@ class Repair:
 
     Attributes:
         options: The repair; None for none.
-        scale: Factor on what all convolutions of both nets put out, which changes neither's function; see `scaled`.
+        unit_variance: Whether both nets are scaled, which changes neither's function, so that the dense one's median
+            running variance is 1; see `scaled`.
     """
 
     options: RepairOptions | None
-    scale: int = 1
+    unit_variance: bool = False
 
     @property
     def settings(self) -> dict[str, Any]:
         """For the cell's record."""
         options = None if self.options is None else asdict(self.options)
-        return {"options": options} if self.scale == 1 else {"options": options, "scale": self.scale}
+        return {"options": options, "unit_variance": True} if self.unit_variance else {"options": options}
 
 
 def repairs(sparsity: str, batches: Sequence[int], images: int) -> dict[str, Repair]:
@@ -62,17 +64,27 @@ def repairs(sparsity: str, batches: Sequence[int], images: int) -> dict[str, Rep
     for method in OWN_METHODS:  # auto holds images out of those that it is given
         held_out = HELD_OUT if method == "auto" else 0
         found[method] = Repair(RepairOptions(method=method, samples=images, verify_samples=held_out))
+    if sparsity == ABLATION_SPARSITY:
+        for power in RELIABILITY_POWERS:
+            options = RepairOptions(method="paired", samples=images, verify_samples=0, reliability_power=power)
+            found[reliable(power)] = Repair(options)
     for method in PAPER_METHODS:
         found |= {f"{method}:{count}": Repair(moving_average(method, count)) for count in batches}
         found[f"{method}:exact"] = Repair(
             RepairOptions(method=method, samples=images, gain_samples=GAIN_SAMPLES, verify_samples=0)
         )
-    if sparsity == ABLATION_SPARSITY and MAIN_BATCHES in batches:
+    for count in batches if sparsity == ABLATION_SPARSITY else {MAIN_BATCHES} & set(batches):
         for method in PAPER_METHODS:
-            found[f"{method}:{MAIN_BATCHES},scaled"] = Repair(moving_average(method, MAIN_BATCHES), SCALE)
+            found[f"{method}:{count},scaled"] = Repair(moving_average(method, count), True)
+    if sparsity == ABLATION_SPARSITY and MAIN_BATCHES in batches:
         for name, others in ABLATION.items():
-            found[name] = Repair(moving_average(name.split(":")[0], MAIN_BATCHES, **others))
+            found[f"{name},scaled"] = Repair(moving_average(name.split(":")[0], MAIN_BATCHES, **others), True)
     return found
+
+
+def reliable(power: float) -> str:
+    """The cell of `paired` with a power of the correlation in its gains."""
+    return f"paired:{power:g}"
 
 
 def moving_average(method: Any, batches: int, **others: Any) -> RepairOptions:
@@ -97,7 +109,7 @@ def prune(dense: onnx.ModelProto, sparsity: str) -> onnx.ModelProto:
     return onnx_asr.prune(dense, float(sparsity)).model
 
 
-def scaled(model: onnx.ModelProto, factor: int) -> onnx.ModelProto:
+def scaled(model: onnx.ModelProto, factor: float) -> onnx.ModelProto:
     """The same function (up to epsilon) with everything that convolutions put out multiplied by a factor.
 
     All weights of Conv nodes are multiplied, and the statistics of all BatchNormalization nodes with them: the mean by
@@ -192,10 +204,11 @@ class Bench:
         options = repair.options
         if options is None:
             return {"top1": self.top1(pruned)}
+        factor = running_variance(self.dense) ** -0.5 if repair.unit_variance else 1.0
         result = onnx_asr.repair(
-            scaled(pruned, repair.scale),
+            scaled(pruned, factor),
             {"images": self.calibration[: options.samples + options.verify_samples]},
-            dense=scaled(self.dense, repair.scale),
+            dense=scaled(self.dense, factor),
             options=options,
             preprocessing=self.preprocessing,
             execution=self.execution,

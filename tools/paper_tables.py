@@ -19,7 +19,8 @@ from paper_grid import (
     MAIN_BATCHES,
     METHODS,
     PAPER_METHODS,
-    SCALE,
+    RELIABILITY_POWERS,
+    reliable,
 )
 
 Data = dict[str, Any]
@@ -244,35 +245,47 @@ def order(data: Data) -> str:
 
 def curve(data: Data) -> str:
     """Top-1 at 90% by the number of batches."""
-    names = [*map(str, batches(data)), "exact"]
-    body = [
-        [title(net), f"`{method}`", *(text(value(data, net, "0.9", f"{method}:{name}")) for name in names)]
-        for net in data["nets"]
-        for method in PAPER_METHODS
-    ]
-    return rows(["net, 90%", "method", *(f"b = {name}" for name in names[:-1]), "exact"], body)
+    counts = batches(data)
+    body = []
+    for net in data["nets"]:
+        for method in PAPER_METHODS:
+            for end in ("", ",scaled"):
+                names = [*(f"{method}:{count}{end}" for count in counts), f"{method}:exact"]
+                figures = [text(value(data, net, "0.9", name)) for name in names]
+                body.append([title(net), f"`{method}`{end.replace(',', ', ')}", *figures])
+    return rows(["net, 90%", "method", *(f"b = {count}" for count in counts), "exact"], body)
 
 
 def unpruned(data: Data) -> str:
     """What the re-estimation alone does to a net from which nothing was pruned."""
-    names = [*map(str, batches(data)), "exact"]
-    body = [
-        [title(net), *(text(value(data, net, "0", name)) for name in ("dense", *(f"bn:{name}" for name in names)))]
-        for net in data["nets"]
-    ]
-    return rows(["`bn` on the dense net", "before", *(f"b = {name}" for name in names[:-1]), "exact"], body)
+    counts = [f"{count}" for count in batches(data)]
+    names = ["dense", *(f"bn:{count}" for count in counts), f"{at('bn')},scaled", "bn:exact"]
+    body = [[title(net), *(text(value(data, net, "0", name)) for name in names)] for net in data["nets"]]
+    heads = [*(f"b = {count}" for count in counts), f"b = {MAIN_BATCHES}, scaled", "exact"]
+    return rows(["`bn` on the dense net", "before", *heads], body)
 
 
 def scaled(data: Data) -> str:
-    """The same networks with larger numbers in front of BatchNormalization."""
+    """The same networks with variances about 1 in front of BatchNormalization, where the moving average begins."""
     body = []
     for net in data["nets"]:
-        for method in PAPER_METHODS:
-            names = (at(method), f"{at(method)},scaled", f"{method}:exact")
-            body.append(
-                [title(net), f"`{method}`", *(text(value(data, net, ABLATION_SPARSITY, name)) for name in names)]
-            )
-    return rows([f"net, {share(ABLATION_SPARSITY)}", "method", "as it is", f"times {SCALE}", "exact"], body)
+        for column, sparsity in enumerate(COLUMNS):
+            cells = []
+            for method in PAPER_METHODS:
+                before, after = (value(data, net, sparsity, f"{at(method)}{end}") for end in ("", ",scaled"))
+                printed = PAPER_MAIN.get(net, {}).get(method)
+                theirs = "" if printed is None else f" ({printed[column]:.2f})"
+                cells.append(f"{text(before)} → {text(after)}{theirs}")
+            body.append([title(net), share(sparsity), *cells, text(value(data, net, sparsity, "bn:exact"))])
+    return rows(["net", "sparsity", *(f"`{method}`" for method in PAPER_METHODS), label("bn:exact")], body)
+
+
+def reliability(data: Data) -> str:
+    """`paired` with powers of the correlation in its gains, between what it is compared with."""
+    names = ("bn:exact", "paired", *map(reliable, RELIABILITY_POWERS), "refit")
+    body = [[title(net), *(text(value(data, net, ABLATION_SPARSITY, name)) for name in names)] for net in data["nets"]]
+    powers = [f"`paired`, K = {power:g}" for power in (0, *RELIABILITY_POWERS)]
+    return rows([share(ABLATION_SPARSITY), label("bn:exact"), *powers, "`refit`"], body)
 
 
 def gap(data: Data) -> str:
@@ -329,13 +342,13 @@ def correlations(data: Data) -> str:
 
 
 def ablation(data: Data) -> str:
-    """Table 2 of the paper, which is about ResNet-50, for all nets: 90%, 20 batches."""
+    """Table 2 of the paper, which is about ResNet-50, for all nets, scaled: 90%, 20 batches."""
     body = []
     for name in (*PAPER_ABLATION, *OTHER_ABLATION):
         method, *others = name.replace(f":{MAIN_BATCHES}", "").split(",")
         prior = f", {next((o for o in others if o in ('mean', 'fixed')), 'median')} prior" if method == "asr" else ""
         shift = "" if method == "bn" else ", no bias correction" if "no shift" in others else ", bias correction"
-        ours = [text(value(data, net, ABLATION_SPARSITY, name)) for net in data["nets"]]
+        ours = [text(value(data, net, ABLATION_SPARSITY, f"{name},scaled")) for net in data["nets"]]
         body.append([f"`{method}`{prior}{shift}", *ours, text(PAPER_ABLATION.get(name), ".2f")])
     head = [f"{share(ABLATION_SPARSITY)}, b = {MAIN_BATCHES}", *map(title, data["nets"]), "the paper's ResNet-50"]
     return rows(head, body)
@@ -356,6 +369,8 @@ def summary(data: Data) -> str:
         gains = [difference(data, *cell, at(better), at(worse)) for cell in cells]
         printed = [PAPER_MAIN[n][better][i] - PAPER_MAIN[n][worse][i] for n in PAPER_MAIN for i in range(len(COLUMNS))]
         count(f"{label(at(better))} above {label(at(worse))}", gains, printed)
+        gains = [difference(data, *cell, f"{at(better)},scaled", f"{at(worse)},scaled") for cell in cells]
+        count("... with the nets scaled", gains, printed)
     own = [("bn:exact", "asr:20"), ("paired", "bn:exact"), ("refit", "paired"), ("refit", "asr:20"), ("auto", "refit")]
     for better, worse in [*((f"{method}:exact", "bn:exact") for method in ("layerwise", "raw", "asr")), *own]:
         count(f"{label(better)} above {label(worse)}", [difference(data, *cell, better, worse) for cell in cells], [])
@@ -377,6 +392,7 @@ TABLES: dict[str, Callable[[Data], str]] = {
     "curve": curve,
     "gap": gap,
     "scaled": scaled,
+    "reliability": reliability,
     "severity": severity,
     "correlations": correlations,
     "ablation": ablation,

@@ -25,8 +25,8 @@ SPARSITY, IMAGES, SCORED = "0.9", 256, 200
 METHODS = ("none", "bn", "asr", "refit")
 CELLS = {"damage", "none", "bn:20", "bn:exact", "asr:20", "asr:exact", "refit"}
 SCALED = {"bn:20,scaled", "asr:20,scaled"}
-UNPRUNED = {"0 dense", "0 bn:20", "0 bn:exact"}
-ABLATION = {f"asr:20{rest}" for rest in (",mean", ",fixed", ",no shift", ",mean,no shift", ",fixed,no shift")}
+UNPRUNED = {"0 dense", "0 bn:20", "0 bn:20,scaled", "0 bn:exact"}
+ABLATION = {f"asr:20{rest},scaled" for rest in (",mean", ",fixed", ",no shift", ",mean,no shift", ",fixed,no shift")}
 PAGE = ROOT / "docs" / "paper.md"
 
 
@@ -113,7 +113,7 @@ def test_only_what_is_missing_or_other_is_computed(work: Path) -> None:
     assert json.loads(cell(work, "none").read_text())["top1"] == json.loads(first)["top1"]
     assert repair(work, ("none", "refit"), images=128) == ["refit", "0 bn:exact"]
     shutil.copy(ROOT / "models" / "digits_vgg.onnx", work / f"{NET}.onnx")
-    assert repair(work, ("none",)) == ["0 dense", "damage", "none", "0 bn:20", "0 bn:exact"]
+    assert repair(work, ("none",)) == ["0 dense", "damage", "none", "0 bn:20", "0 bn:exact", "0 bn:20,scaled"]
 
 
 def test_json_and_tables_say_what_the_cells_say(work: Path, tmp_path: Path) -> None:
