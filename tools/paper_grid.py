@@ -70,9 +70,10 @@ def repairs(sparsity: str, batches: Sequence[int], images: int) -> dict[str, Rep
             found[reliable(power)] = Repair(options)
     for method in PAPER_METHODS:
         found |= {f"{method}:{count}": Repair(moving_average(method, count)) for count in batches}
-        found[f"{method}:exact"] = Repair(
-            RepairOptions(method=method, samples=images, gain_samples=GAIN_SAMPLES, verify_samples=0)
-        )
+        exact = RepairOptions(method=method, samples=images, gain_samples=GAIN_SAMPLES, verify_samples=0)
+        found[f"{method}:exact"] = Repair(exact)
+        if sparsity == ABLATION_SPARSITY:
+            found[f"{method}:exact,scaled"] = Repair(exact, True)
     for count in batches if sparsity == ABLATION_SPARSITY else {MAIN_BATCHES} & set(batches):
         for method in PAPER_METHODS:
             found[f"{method}:{count},scaled"] = Repair(moving_average(method, count), True)

@@ -24,7 +24,7 @@ NET = "resnet50"  # the one that the paper's ablation is about; what stands in f
 SPARSITY, IMAGES, SCORED = "0.9", 256, 200
 METHODS = ("none", "bn", "asr", "refit")
 CELLS = {"damage", "none", "bn:20", "bn:exact", "asr:20", "asr:exact", "refit"}
-SCALED = {"bn:20,scaled", "asr:20,scaled"}
+SCALED = {f"{method}:{how},scaled" for method in ("bn", "asr") for how in ("20", "exact")}
 UNPRUNED = {"0 dense", "0 bn:20", "0 bn:20,scaled", "0 bn:exact"}
 ABLATION = {f"asr:20{rest},scaled" for rest in (",mean", ",fixed", ",no shift", ",mean,no shift", ",fixed,no shift")}
 PAGE = ROOT / "docs" / "paper.md"
@@ -82,7 +82,9 @@ def test_a_cell_is_what_the_public_api_gives(finished: Path) -> None:
     top1 = {name: json.loads(cell(finished, name).read_text())["top1"] for name in CELLS - {"damage"}}
     assert top1["none"] < 0.5 < min(top1["bn:exact"], top1["refit"])
     assert top1["asr:exact"] == pytest.approx(top1["bn:exact"], abs=0.01)  # the gains cancel
-    options = json.loads(cell(finished, "asr:20,mean,no shift").read_text())["settings"]["options"]
+    settings = json.loads(cell(finished, "asr:20,mean,no shift,scaled").read_text())["settings"]
+    options = settings["options"]
+    assert settings["unit_variance"]
     expected = {"method": "asr", "bn": "ema", "ema_batches": 20, "samples": 2560, "gain_samples": 64, "prior": "mean"}
     assert options.items() >= (expected | {"bias_correction": False, "momentum": 0.1, "ema_batch_size": 128}).items()
 
