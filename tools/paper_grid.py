@@ -69,14 +69,12 @@ def repairs(sparsity: str, batches: Sequence[int], images: int) -> dict[str, Rep
             options = RepairOptions(method="paired", samples=images, verify_samples=0, reliability_power=power)
             found[reliable(power)] = Repair(options)
     for method in PAPER_METHODS:
-        found |= {f"{method}:{count}": Repair(moving_average(method, count)) for count in batches}
-        exact = RepairOptions(method=method, samples=images, gain_samples=GAIN_SAMPLES, verify_samples=0)
-        found[f"{method}:exact"] = Repair(exact)
-        if sparsity == ABLATION_SPARSITY:
-            found[f"{method}:exact,scaled"] = Repair(exact, True)
-    for count in batches if sparsity == ABLATION_SPARSITY else {MAIN_BATCHES} & set(batches):
-        for method in PAPER_METHODS:
-            found[f"{method}:{count},scaled"] = Repair(moving_average(method, count), True)
+        runs = {f"{count}": moving_average(method, count) for count in batches}
+        runs["exact"] = RepairOptions(method=method, samples=images, gain_samples=GAIN_SAMPLES, verify_samples=0)
+        for run, options in runs.items():
+            found[f"{method}:{run}"] = Repair(options)
+            if sparsity == ABLATION_SPARSITY or run == f"{MAIN_BATCHES}":
+                found[f"{method}:{run},scaled"] = Repair(options, True)
     if sparsity == ABLATION_SPARSITY and MAIN_BATCHES in batches:
         for name, others in ABLATION.items():
             found[f"{name},scaled"] = Repair(moving_average(name.split(":")[0], MAIN_BATCHES, **others), True)

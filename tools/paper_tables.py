@@ -215,7 +215,7 @@ def retention(data: Data) -> str:
             kept = {m: value(data, net, sparsity, at(m)) for m in METHODS}
             left = {method: 100 * number / dense for method, number in kept.items() if number is not None}
             moving = [value(data, net, sparsity, on_scaled(method)) for method in ("bn", "layerwise", "asr")]
-            of_paper = [100 * number / dense for number in moving if number is not None]
+            of_paper = [100 * number / dense for number in (kept["none"], *moving) if number is not None]
             printed = [figures[column] for figures in PAPER_MAIN.get(net, {}).values()]
             target = 100 * max(printed) / PAPER_DENSE[net] if printed else None
             best = max((left[method] for method in ("refit", "auto") if method in left), default=None)

@@ -11,7 +11,7 @@
     bn, layerwise, raw, asr              gains from 64 images; BatchNormalization re-estimated by a moving average
                                          (momentum 0.1) of b batches of 128 images, and exactly
     paired, refit, auto                  what this tool does instead; at 90% paired with --reliability-power, too
-    the same on scaled nets              the functions as they were, median running variance 1, at b = 20
+    the same on scaled nets              the functions as they were, median running variance 1
     asr with other priors, no shift      the paper's ablation, on scaled nets, at 90% and b = 20
 
 and scores the outcome on test images; `bn` goes over the unpruned net, too. On a CPU, at reduced width:
