@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import multiprocessing
+import os
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +39,8 @@ ABLATION: dict[str, dict[str, Any]] = {
 """Priors and bias correction of the paper's Table 2, but for those that the grid has anyway; all on scaled nets."""
 RELIABILITY_POWERS = (0.25, 0.5, 1.0)
 """Of `paired`, beside its default of 0."""
-DAMAGE_SAMPLES = 512
+DAMAGE, DAMAGE_SAMPLES = "damage", 512
+UNPRUNED = "0"
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,15 @@ class Repair:
         """For the cell's record."""
         options = None if self.options is None else asdict(self.options)
         return {"options": options, "unit_variance": True} if self.unit_variance else {"options": options}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One of a net's: what comes of a repair, or of none; or the damage before it."""
+
+    sparsity: str
+    name: str
+    repair: Repair | None = None
 
 
 def repairs(sparsity: str, batches: Sequence[int], images: int) -> dict[str, Repair]:
@@ -101,8 +115,27 @@ def moving_average(method: Any, batches: int, **others: Any) -> RepairOptions:
     )
 
 
-def prune(dense: onnx.ModelProto, sparsity: str) -> onnx.ModelProto:
-    """Global magnitude pruning to a share of zeros, or N:M."""
+def cells(sparsities: Iterable[str], methods: Collection[str], batches: Sequence[int], images: int) -> Iterator[Cell]:
+    """Those of one net; `bn` goes over the net without pruning, too."""
+
+    def repaired(sparsity: str, methods: Collection[str]) -> Iterator[Cell]:
+        for name, repair in repairs(sparsity, batches, images).items():
+            if name.split(":")[0] in methods:
+                yield Cell(sparsity, name, repair)
+
+    yield Cell(UNPRUNED, "dense")
+    for sparsity in sparsities:
+        yield Cell(sparsity, DAMAGE)
+        yield from repaired(sparsity, methods)
+    yield from repaired(UNPRUNED, ["bn"])
+
+
+@lru_cache(maxsize=1)  # one after another, the cells of a sparsity
+def pruned(net: Path, sparsity: str) -> onnx.ModelProto:
+    """A net after global magnitude pruning to a share of zeros, or N:M; not to be changed."""
+    dense = onnx.load(net)
+    if sparsity == UNPRUNED:
+        return dense
     if ":" in sparsity:
         return onnx_asr.prune(dense, pattern=sparsity).model
     return onnx_asr.prune(dense, float(sparsity)).model
@@ -168,23 +201,18 @@ class Bench:
         """What the net was trained with."""
         return onnx_asr.Preprocessing.from_options(preset=read_json(self.work.record(self.name))["preset"])
 
-    def fill(self, sparsities: Iterable[str], methods: Sequence[str], batches: Sequence[int], images: int) -> None:
-        """Compute the cells that are not there yet; `bn` goes over the net without pruning, too."""
-        self.work.finish(self.name, "0", "dense", self.settings, lambda: {"top1": self.top1(self.dense)})
-        for sparsity in sparsities:
-            pruned = prune(self.dense, sparsity)
-            about = {"dense": self.digest, "samples": DAMAGE_SAMPLES}
-            self.work.finish(self.name, sparsity, "damage", about, partial(self.damage, pruned))
-            self._repair(pruned, sparsity, methods, repairs(sparsity, batches, images))
-        self._repair(self.dense, "0", ["bn"], repairs("0", batches, images))
+    def finish(self, cell: Cell) -> None:
+        """Compute a cell, unless that was done."""
+        settings, compute = self.settings, partial(self.repaired, cell)
+        if cell.repair is not None:
+            settings = settings | cell.repair.settings
+        elif cell.name == DAMAGE:
+            settings, compute = {"dense": self.digest, "samples": DAMAGE_SAMPLES}, partial(self.damage, cell.sparsity)
+        self.work.finish(self.name, cell.sparsity, cell.name, settings, compute)
 
-    def _repair(
-        self, pruned: onnx.ModelProto, sparsity: str, methods: Sequence[str], known: Mapping[str, Repair]
-    ) -> None:
-        for name, repair in known.items():
-            if name.split(":")[0] in methods:
-                compute = partial(self.repaired, pruned, repair)
-                self.work.finish(self.name, sparsity, name, self.settings | repair.settings, compute)
+    def pruned(self, sparsity: str) -> onnx.ModelProto:
+        """The net at a sparsity."""
+        return pruned(self.work.net(self.name), sparsity)
 
     def top1(self, model: onnx.ModelProto) -> float:
         """Share of the scored images that a model classifies rightly."""
@@ -198,12 +226,13 @@ class Bench:
         assert measured.top1 is not None
         return measured.top1
 
-    def repaired(self, pruned: onnx.ModelProto, repair: Repair) -> dict[str, Any]:
-        """Top-1 after a repair, and the method where `auto` chose it."""
-        options = repair.options
-        if options is None:
+    def repaired(self, cell: Cell) -> dict[str, Any]:
+        """Top-1 after a cell's repair, and the method where `auto` chose it."""
+        pruned = self.pruned(cell.sparsity)
+        if cell.repair is None or cell.repair.options is None:
             return {"top1": self.top1(pruned)}
-        factor = running_variance(self.dense) ** -0.5 if repair.unit_variance else 1.0
+        options = cell.repair.options
+        factor = running_variance(self.dense) ** -0.5 if cell.repair.unit_variance else 1.0
         result = onnx_asr.repair(
             scaled(pruned, factor),
             {"images": self.calibration[: options.samples + options.verify_samples]},
@@ -215,14 +244,14 @@ class Bench:
         chosen = {"chosen": result.options.method} if options.method == "auto" else {}
         return {"top1": self.top1(result.model), **chosen}
 
-    def damage(self, pruned: onnx.ModelProto) -> dict[str, float]:
+    def damage(self, sparsity: str) -> dict[str, float]:
         """What pruning did to the channels of all convolutions but the first, on average over the channels.
 
         `severity` is the share of the dense network's variance that is missing, 1 - min(1, v_p / v_d); `collapsed` of
         the channels have less than a hundredth of it; `correlation` is with the dense channels.
         """
         found = onnx_asr.inspect(
-            pruned,
+            self.pruned(sparsity),
             dense=self.dense,
             data={"images": self.calibration[:DAMAGE_SAMPLES]},
             preprocessing=self.preprocessing,
@@ -237,6 +266,27 @@ class Bench:
             "collapsed": float(np.concatenate([layer.collapsed for layer in layers])[known].mean()),
             "correlation": float(np.concatenate([layer.correlation for layer in layers])[known].mean()),
         }
+
+
+_benches: dict[str, Bench] = {}
+
+
+def share(benches: Mapping[str, Bench]) -> None:
+    """Give a process of a pool the nets that `finish` is called with; it ends when the one that began it is killed."""
+    _benches.update(benches)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def finish(net: str, cell: Cell) -> None:
+    """Compute a net's cell, unless that was done; for the processes of a pool."""
+    _benches[net].finish(cell)
 
 
 def collected(work: Work) -> dict[str, Any]:

@@ -30,14 +30,18 @@ ABLATION = {f"asr:20{rest},scaled" for rest in (",mean", ",fixed", ",no shift", 
 PAGE = ROOT / "docs" / "paper.md"
 
 
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, str(ROOT / "tools" / "reproduce_paper.py"), *map(str, arguments)]
+
+
 def script(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, str(ROOT / "tools" / "reproduce_paper.py"), *map(str, arguments)]
+    line = command(*arguments)
     return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=240, check=check)
 
 
-def repair(work: Path, methods: tuple[str, ...] = METHODS, images: int = IMAGES) -> list[str]:
+def repair(work: Path, methods: tuple[str, ...] = METHODS, images: int = IMAGES, jobs: int = 1) -> list[str]:
     """Names of the cells that a run computed; those of the net without pruning start with 0."""
-    grid = ("--sparsities", SPARSITY, "--methods", *methods, "--batches", "20", "--threads", "1")
+    grid = ("--sparsities", SPARSITY, "--methods", *methods, "--batches", "20", "--threads", "1", "--jobs", f"{jobs}")
     done = script("repair", "--work", work, *grid, "--images", str(images), "--score-images", str(SCORED))
     found = [line.split(": ")[0].removeprefix(f"{NET} ") for line in done.stdout.splitlines()]
     return [name.removeprefix(f"{SPARSITY} ") for name in found]
@@ -54,7 +58,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with np.load(ROOT / "models" / "data" / f"digits_{name}.npz") as arrays:
             repeated = {key: np.concatenate([arrays[key]] * times) for key in ("images", "labels")}
             np.savez(work / f"{part}.npz", **repeated)
-    assert set(repair(work)) == UNPRUNED | CELLS | SCALED | ABLATION
+    assert set(repair(work, jobs=2)) == UNPRUNED | CELLS | SCALED | ABLATION
     return work
 
 
@@ -116,6 +120,17 @@ def test_only_what_is_missing_or_other_is_computed(work: Path) -> None:
     assert repair(work, ("none", "refit"), images=128) == ["refit", "0 bn:exact"]
     shutil.copy(ROOT / "models" / "digits_vgg.onnx", work / f"{NET}.onnx")
     assert repair(work, ("none",)) == ["0 dense", "damage", "none", "0 bn:20", "0 bn:20,scaled", "0 bn:exact"]
+
+
+def test_nothing_goes_on_after_a_run_was_killed(work: Path) -> None:
+    shutil.rmtree(work / "cells")
+    grid = ("--images", "128", "--score-images", "100", "--batches", "20", "--threads", "1")
+    line = command("repair", "--work", work, *grid, "--jobs", "2")
+    run = subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    assert "dense" in run.stdout.readline() + run.stdout.readline()
+    run.kill()
+    run.communicate(timeout=60)  # to the end: no process holds the other side of the pipe
 
 
 def test_json_and_tables_say_what_the_cells_say(work: Path, tmp_path: Path) -> None:
