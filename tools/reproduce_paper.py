@@ -15,7 +15,7 @@
     asr with other priors, no shift      the paper's ablation, on scaled nets, at 90% and b = 20
 
 and scores the outcome on test images; `bn` goes over the unpruned net, too. With `--jobs 16` so many cells are computed
-at a time, each in a process of its own (up to 8 GiB for a ResNet-50). On a CPU, at reduced width:
+at a time, each in a process of its own (up to 9 GiB for a DenseNet-121). On a CPU, at reduced width:
 
     python tools/reproduce_paper.py train  --work W --device cpu --width 0.25 --epochs 3 --batch 128
     python tools/reproduce_paper.py repair --work W --images 1024 --score-images 1000
