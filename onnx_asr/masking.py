@@ -23,6 +23,8 @@ from onnx_asr.version import __version__
 Scope = Literal["global", "layer", "erk", "sensitivity"]
 """Where scores are compared."""
 
+_NAMED = 3
+
 
 @dataclass(frozen=True)
 class PrunableWeight:
@@ -190,15 +192,42 @@ class LayerSparsity:
 
     name: str
     op_type: str
+    channels: int
     shape: tuple[int, ...]
     size: int
     zeros_before: int
     zeros: int
 
+    @classmethod
+    def of(cls, point: Point, before: NDArray[Any], after: NDArray[Any]) -> LayerSparsity:
+        """Count the zeros of a point's weight."""
+        zeros = [value.size - int(np.count_nonzero(value)) for value in (before, after)]
+        return cls(point.name, point.kind, point.channels, tuple(after.shape), after.size, *zeros)
+
     @property
     def sparsity(self) -> float:
         """Share of zeros."""
         return self.zeros / max(1, self.size)
+
+    @property
+    def starved(self) -> bool:
+        """Whether pruning, and not the network before it, left a weight to fewer than a tenth of the channels."""
+        few = self.channels / 10
+        return self.size - self.zeros < few <= self.size - self.zeros_before
+
+
+def starved(layers: Sequence[LayerSparsity]) -> tuple[str, ...]:
+    """A note on the layers that pass next to nothing on, where there are such layers."""
+    found = sorted((layer for layer in layers if layer.starved), key=lambda layer: layer.size - layer.zeros)
+    if not found:
+        return ()
+    named = ", ".join(f"{layer.name} ({layer.size - layer.zeros:,} of {layer.size:,})" for layer in found[:_NAMED])
+    more = ", ..." if len(found) > _NAMED else ""
+    return (
+        f"so few weights are left that over nine tenths of the channels are constant in {len(found)} of {len(layers)} "
+        f"layers: {named}{more}; unless a shortcut goes around such a layer, no repair brings back what it stops: "
+        "spare it when pruning (--scope erk, or --exclude)",
+    )
 
 
 def share_of_zeros(layers: Sequence[LayerSparsity]) -> float:
@@ -218,16 +247,7 @@ def apply_masks(
         for point in weight.points:
             assert point.weight_slot is not None
             plan.values[point.node, point.weight_slot] = after
-        layers.append(
-            LayerSparsity(
-                weight.name,
-                weight.points[0].kind,
-                tuple(before.shape),
-                before.size,
-                int((before == 0).sum()),
-                int((after == 0).sum()),
-            )
-        )
+        layers.append(LayerSparsity.of(weight.points[0], before, after))
     pruned = apply(index, plan)
     set_metadata(pruned, "onnx_asr.version", __version__)
     set_metadata(pruned, "onnx_asr.sparsity", f"{share_of_zeros(layers):.6f}")

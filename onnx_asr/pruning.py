@@ -16,7 +16,7 @@ from onnx_asr.errors import OptionError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import Skip
 from onnx_asr.graph.shapes import Cost, InputShapes, compressed_size, cost, flops
-from onnx_asr.masking import LayerSparsity, Scope, prunable_weights, share_of_zeros, split_narrow
+from onnx_asr.masking import LayerSparsity, Scope, prunable_weights, share_of_zeros, split_narrow, starved
 from onnx_asr.model_io import ModelSource, check_finite, load
 from onnx_asr.networks import Execution, Progress
 from onnx_asr.options import DATA_AWARE, SCORES, SENSITIVITY_SPARSITIES, RepairOptions, Score, check_choice
@@ -177,7 +177,7 @@ def prune(
         before=before,
         after=cost(GraphIndex.of(pruned), input_shapes),
         options=options,
-        notes=(_FOLDED,) if folded else (),
+        notes=((_FOLDED,) if folded else ()) + starved(layers),
     )
 
 

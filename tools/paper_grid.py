@@ -132,13 +132,14 @@ def cells(sparsities: Iterable[str], methods: Collection[str], batches: Sequence
 
 @lru_cache(maxsize=1)  # one after another, the cells of a sparsity
 def pruned(net: Path, sparsity: str) -> onnx.ModelProto:
-    """A net after global magnitude pruning to a share of zeros, or N:M; not to be changed."""
+    """A net after magnitude pruning to a share of zeros, global or of another scope, or to N:M; not to be changed."""
     dense = onnx.load(net)
     if sparsity == UNPRUNED:
         return dense
     if ":" in sparsity:
         return onnx_asr.prune(dense, pattern=sparsity).model
-    return onnx_asr.prune(dense, float(sparsity)).model
+    share, *scope = sparsity.split()
+    return onnx_asr.prune(dense, float(share), scope=scope[0] if scope else "global").model
 
 
 def scaled(model: onnx.ModelProto, factor: float) -> onnx.ModelProto:

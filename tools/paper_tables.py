@@ -112,8 +112,11 @@ def text(number: float | None, form: str = ".1f") -> str:
 
 
 def share(sparsity: str) -> str:
-    """A sparsity as a reader knows it."""
-    return sparsity if ":" in sparsity else f"{100 * float(sparsity):g}%"
+    """A sparsity as a reader knows it, with the scope where it is not global."""
+    if ":" in sparsity:
+        return sparsity
+    number, *scope = sparsity.split()
+    return ", ".join([f"{100 * float(number):g}%", *(f"`{name}`" for name in scope)])
 
 
 def title(net: str) -> str:
@@ -308,11 +311,12 @@ def reliability(data: Data) -> str:
 def gap(data: Data) -> str:
     """What the gains are worth by the number of batches."""
     names = [*(f"{count},scaled" for count in batches(data)), "exact"]
-    body = [
-        [title(net), share(s), *(text(difference(data, net, s, f"asr:{n}", f"bn:{n}"), "+.1f") for n in names)]
-        for net in data["nets"]
-        for s in sparsities(data)
-    ]
+    body = []
+    for net in data["nets"]:
+        for s in sparsities(data):
+            gaps = [difference(data, net, s, f"asr:{name}", f"bn:{name}") for name in names]
+            if set(gaps) != {None}:
+                body.append([title(net), share(s), *(text(number, "+.1f") for number in gaps)])
     heads = [f"b = {count}" for count in batches(data)]
     return rows(["`asr` - `bn`, scaled", "sparsity", *heads, "exact"], body)
 
@@ -332,12 +336,14 @@ def severity(data: Data) -> str:
     """What pruning did to the channels, and what repairs are worth then."""
     body = []
     for number, net, sparsity in severities(data):
+        gains = [difference(data, net, sparsity, *pair) for pair in SEVERITY_GAINS]
+        if set(gains) == {None}:
+            continue
         cells = [f"{number:.2f}"]
         cells += [text(value(data, net, sparsity, "damage", key), ".2f") for key in ("collapsed", "correlation")]
-        cells += [text(difference(data, net, sparsity, *pair), "+.1f") for pair in SEVERITY_GAINS]
-        body.append([title(net), share(sparsity), *cells])
-    gains = [f"{label(better)} - {label(worse)}" for better, worse in SEVERITY_GAINS]
-    return rows(["net", "sparsity", "severity", "collapsed", "correlation", *gains], body)
+        body.append([title(net), share(sparsity), *cells, *(text(gain, "+.1f") for gain in gains)])
+    heads = [f"{label(better)} - {label(worse)}" for better, worse in SEVERITY_GAINS]
+    return rows(["net", "sparsity", "severity", "collapsed", "correlation", *heads], body)
 
 
 def ranks(values: Sequence[float]) -> np.ndarray[Any, Any]:

@@ -165,7 +165,12 @@ def main(command: Sequence[str] | None = None) -> None:
         "--jobs", type=positive, default=1, help="cells at a time, in processes that share the cores"
     )
     repairing.add_argument("--nets", nargs="+", help="default: all that were trained")
-    repairing.add_argument("--sparsities", nargs="+", default=paper_grid.SPARSITIES, help="shares of zeros, or N:M")
+    repairing.add_argument(
+        "--sparsities",
+        nargs="+",
+        default=paper_grid.SPARSITIES,
+        help="shares of zeros, global or as in '0.9 erk', or N:M",
+    )
     repairing.add_argument("--methods", nargs="+", default=paper_grid.METHODS, choices=paper_grid.METHODS)
     repairing.add_argument("--batches", nargs="+", type=int, default=paper_grid.BATCHES, help="of the moving average")
     repairing.add_argument("--images", type=int, default=2048, help="calibration images where no batches are counted")

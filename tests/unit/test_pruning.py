@@ -11,7 +11,19 @@ import pytest
 from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.patterns import Pattern
 from onnx_asr.pruning import prune
-from tests.graphs import copy, dense_net, digits, first_output, images, net, parameter, positions, residual_net
+from onnx_asr.repairing import repair
+from tests.graphs import (
+    copy,
+    dense_net,
+    digits,
+    first_output,
+    images,
+    net,
+    parameter,
+    positions,
+    residual_net,
+    set_parameter,
+)
 
 NETS = {"residual": residual_net, "dense": dense_net, "digits_vgg": lambda: digits("vgg")}
 
@@ -258,3 +270,49 @@ def test_ties_are_broken_by_position() -> None:
     weight = parameter(prune(copy(model), 0.5).model, 0, 1).ravel()
     np.testing.assert_array_equal(weight, [1] * 8 + [0] * 8)
     assert np.isfinite(first_output(model, images(1, seed=0, shape=(4,))[:1].reshape(1, 4))).all()
+
+
+def uneven_net(channels: int) -> onnx.ModelProto:
+    """Conv -> Relu -> Conv; all of the first one's weights are smaller than any of the second one's."""
+    first, second = (np.arange(1, n + 1, dtype=np.float32) for n in (channels * 9, channels * channels))
+    return net(
+        f"""
+        c (float[N,1,8,8] x) => (float[N,{channels},6,6] y) {{
+            a = Conv (x, w)
+            b = Relu (a)
+            y = Conv (b, v)
+        }}
+        """,
+        w=first.reshape(channels, 1, 3, 3) / 10_000,
+        v=second.reshape(channels, channels, 1, 1),
+    )
+
+
+def starving(notes: tuple[str, ...]) -> list[str]:
+    return [note for note in notes if note.startswith("so few weights are left")]
+
+
+def test_a_layer_that_hardly_keeps_a_weight_is_remarked_on() -> None:
+    model = uneven_net(32)
+    emptied = prune(model, 0.5)
+    assert [layer.zeros for layer in emptied.layers] == [288, 368]
+    (note,) = starving(emptied.notes)
+    assert "in 1 of 2 layers: w (0 of 288);" in note.replace(emptied.layers[0].name, "w")
+    assert starving(prune(model, 0.5, scope="layer").notes) == []
+    repaired = repair(emptied.model, images(40, seed=0, shape=(1, 8, 8)), dense=model)
+    assert starving(repaired.notes) == [note]
+
+
+@pytest.mark.parametrize(("kept", "told"), [(3, True), (4, False)])
+def test_fewer_weights_than_a_tenth_of_the_channels_are_few(kept: int, told: bool) -> None:
+    notes = prune(uneven_net(32), 1 - kept / 288, scope="layer", include=["w"]).notes
+    assert bool(starving(notes)) == told
+
+
+def test_what_the_dense_network_lacks_was_not_pruned() -> None:
+    dense = uneven_net(32)
+    set_parameter(dense, 0, 1, np.zeros((32, 1, 3, 3), np.float32))
+    result = prune(dense, 0.5)
+    assert result.layers[0].zeros == 288
+    assert starving(result.notes) == []
+    assert starving(repair(result.model, images(40, seed=0, shape=(1, 8, 8)), dense=dense).notes) == []
