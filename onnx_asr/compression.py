@@ -38,6 +38,7 @@ from onnx_asr.masking import (
     make_masks,
     prunable_weights,
     split_narrow,
+    starved,
     units_of,
 )
 from onnx_asr.model_io import ModelSource, load
@@ -205,7 +206,7 @@ def compress(
     stages = {"load": loaded - started, "rounds": begun - loaded}
     stages.update((stage, result.seconds[stage]) for stage in ("repair", "verify"))
     return CompressResult(
-        repair=replace(result, seconds=stages),
+        repair=replace(result, seconds=stages, notes=(*result.notes, *starved(layers))),
         layers=layers,
         before=before,
         after=cost(GraphIndex.of(result.model), input_shapes),

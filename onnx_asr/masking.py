@@ -23,7 +23,7 @@ from onnx_asr.version import __version__
 Scope = Literal["global", "layer", "erk", "sensitivity"]
 """Where scores are compared."""
 
-_NAMED = 3
+_NAMED_LAYERS = 3
 
 
 @dataclass(frozen=True)
@@ -221,12 +221,14 @@ def starved(layers: Sequence[LayerSparsity]) -> tuple[str, ...]:
     found = sorted((layer for layer in layers if layer.starved), key=lambda layer: layer.size - layer.zeros)
     if not found:
         return ()
-    named = ", ".join(f"{layer.name} ({layer.size - layer.zeros:,} of {layer.size:,})" for layer in found[:_NAMED])
-    more = ", ..." if len(found) > _NAMED else ""
+    named = ", ".join(
+        f"{layer.name} ({layer.size - layer.zeros:,} of {layer.size:,})" for layer in found[:_NAMED_LAYERS]
+    )
+    more = ", ..." if len(found) > _NAMED_LAYERS else ""
     return (
         f"so few weights are left that over nine tenths of the channels are constant in {len(found)} of {len(layers)} "
         f"layers: {named}{more}; unless a shortcut goes around such a layer, no repair brings back what it stops: "
-        "spare it when pruning (--scope erk, or --exclude)",
+        "prune less, or spare it (--scope erk, --exclude)",
     )
 
 

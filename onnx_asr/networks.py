@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +20,8 @@ from onnx_asr.graph.channels import cut, read_kept, units_left_out
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex, ancestors
 from onnx_asr.graph.match import Pairing, match
-from onnx_asr.graph.points import Kind, Point, Survey, survey, without_selected
+from onnx_asr.graph.points import Kind, Point, Survey, survey, weight_of, without_selected
+from onnx_asr.masking import LayerSparsity
 from onnx_asr.model_io import check_finite
 
 Progress = Callable[[str, float], None]
@@ -110,6 +112,17 @@ class Networks:
             bias_node=None if point.bias_node is None else nodes[point.bias_node],
             batchnorm=None if point.batchnorm is None else nodes[point.batchnorm],
         )
+
+    @cached_property
+    def sparsities(self) -> tuple[LayerSparsity, ...]:
+        """Zeros in the weights of all points; those of before are the dense network's, or none where there is none."""
+        found = []
+        for point in self.survey.points:
+            if point.weight_slot is not None:
+                after = weight_of(self.pruned, point)
+                before = np.ones_like(after) if self.dense is None else weight_of(self.dense, self.dense_point(point))
+                found.append(LayerSparsity.of(point, before, after))
+        return tuple(found)
 
     def first_layers(self) -> set[int]:
         """Nodes with weights that no other node with weights stands before: their input is the raw data."""

@@ -17,8 +17,7 @@ from onnx_asr.data import Dataset, Preprocessing, open_data, sample_indices
 from onnx_asr.data.sources import DataSource
 from onnx_asr.fidelity import Fidelity, Outputs, collect_outputs, compare
 from onnx_asr.graph.edit import EditPlan, apply
-from onnx_asr.graph.points import weight_of
-from onnx_asr.masking import LayerSparsity, share_of_zeros, starved
+from onnx_asr.masking import share_of_zeros, starved
 from onnx_asr.methods import check_method, correct, untouched
 from onnx_asr.model_io import ModelSource, digest, inlined_functions, load
 from onnx_asr.networks import Execution, Networks, silent
@@ -106,7 +105,7 @@ def finish(
         verification=verification,
         calibration_samples=samples,
         calibration_digest=digested,
-        sparsity=share_of_zeros(layer_sparsities(job.networks)),
+        sparsity=share_of_zeros(job.networks.sparsities),
         seconds=seconds,
     )
 
@@ -262,18 +261,6 @@ def split_samples(count: int, options: RepairOptions, verify: bool) -> tuple[NDA
     return chosen, rest[sample_indices(len(rest), held, options.seed)]
 
 
-def layer_sparsities(networks: Networks) -> list[LayerSparsity]:
-    """Zeros in the weights of all points; before pruning as in the dense network, or none where there is no such."""
-    found = []
-    for point in networks.survey.points:
-        if point.weight_slot is not None:
-            after = weight_of(networks.pruned, point)
-            dense = networks.dense
-            before = np.ones_like(after) if dense is None else weight_of(dense, networks.dense_point(point))
-            found.append(LayerSparsity.of(point, before, after))
-    return found
-
-
 def _notes(
     networks: Networks,
     options: RepairOptions,
@@ -304,7 +291,8 @@ def _notes(
             f"before an exactly re-estimated BatchNormalization the gains of '{options.method}' cancel: what is "
             "left is 'bn' (use --bn ema for the paper's protocol)"
         )
-    return [*notes, *starved(layer_sparsities(networks))]
+    notes += starved(networks.sparsities)
+    return notes
 
 
 def _provenance(
@@ -315,7 +303,7 @@ def _provenance(
         "onnx_asr.method": options.method,
         "onnx_asr.options": json.dumps(asdict(options), sort_keys=True),
         "onnx_asr.calibration": f"{calibration.count} samples, sha256 {calibration.digest}",
-        "onnx_asr.sparsity": f"{share_of_zeros(layer_sparsities(networks)):.6f}",
+        "onnx_asr.sparsity": f"{share_of_zeros(networks.sparsities):.6f}",
     }
     if dense is not None:
         entries["onnx_asr.dense_sha256"] = digest(dense)

@@ -118,9 +118,9 @@ def moving_average(method: Any, batches: int, **others: Any) -> RepairOptions:
 def cells(sparsities: Iterable[str], methods: Collection[str], batches: Sequence[int], images: int) -> Iterator[Cell]:
     """Those of one net; `bn` goes over the net without pruning, too."""
 
-    def repaired(sparsity: str, methods: Collection[str]) -> Iterator[Cell]:
+    def repaired(sparsity: str, wanted: Collection[str]) -> Iterator[Cell]:
         for name, repair in repairs(sparsity, batches, images).items():
-            if name.split(":")[0] in methods:
+            if name.split(":")[0] in wanted:
                 yield Cell(sparsity, name, repair)
 
     yield Cell(UNPRUNED, "dense")
@@ -130,8 +130,8 @@ def cells(sparsities: Iterable[str], methods: Collection[str], batches: Sequence
     yield from repaired(UNPRUNED, ["bn"])
 
 
-@lru_cache(maxsize=1)  # one after another, the cells of a sparsity
-def pruned(net: Path, sparsity: str) -> onnx.ModelProto:
+@lru_cache(maxsize=1)  # cells of one sparsity follow one another
+def prune(net: Path, sparsity: str) -> onnx.ModelProto:
     """A net after magnitude pruning to a share of zeros, global or of another scope, or to N:M; not to be changed."""
     dense = onnx.load(net)
     if sparsity == UNPRUNED:
@@ -213,7 +213,7 @@ class Bench:
 
     def pruned(self, sparsity: str) -> onnx.ModelProto:
         """The net at a sparsity."""
-        return pruned(self.work.net(self.name), sparsity)
+        return prune(self.work.net(self.name), sparsity)
 
     def top1(self, model: onnx.ModelProto) -> float:
         """Share of the scored images that a model classifies rightly."""
@@ -272,7 +272,7 @@ class Bench:
 _benches: dict[str, Bench] = {}
 
 
-def share(benches: Mapping[str, Bench]) -> None:
+def start_worker(benches: Mapping[str, Bench]) -> None:
     """Give a process of a pool the nets that `finish` is called with; it ends when the one that began it is killed."""
     _benches.update(benches)
     parent = multiprocessing.parent_process()

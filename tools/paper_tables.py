@@ -232,7 +232,7 @@ def retention(data: Data) -> str:
         "net",
         "sparsity",
         "the paper's best",
-        "its methods here, scaled, b = 20",
+        "the best of these here: its methods, scaled, b = 20, and `none`",
         "`refit`",
         "`auto`",
         "above the paper's best",
@@ -263,7 +263,7 @@ def curve(data: Data) -> str:
     for net in data["nets"]:
         for method in PAPER_METHODS:
             for end in ("", ",scaled"):
-                names = [*(f"{method}:{count}{end}" for count in counts), f"{method}:exact"]
+                names = [f"{method}:{run}{end}" for run in (*counts, "exact")]
                 figures = [text(value(data, net, "0.9", name)) for name in names]
                 body.append([title(net), f"`{method}`{end.replace(',', ', ')}", *figures])
     return rows(["net, 90%", "method", *(f"b = {count}" for count in counts), "exact"], body)
@@ -290,7 +290,8 @@ def scaled(data: Data) -> str:
                 theirs = "" if printed is None else f" ({printed[column]:.2f})"
                 cells.append(f"{text(before)} → {text(after)}{theirs}")
             body.append([title(net), share(sparsity), *cells, text(value(data, net, sparsity, "bn:exact"))])
-    return rows(["net", "sparsity", *(f"`{method}`" for method in PAPER_METHODS), label("bn:exact")], body)
+    heads = [*(f"`{method}`" for method in PAPER_METHODS), f"{label('bn:exact')}, not scaled"]
+    return rows(["net", "sparsity", *heads], body)
 
 
 def epsilon(data: Data) -> str:
@@ -318,7 +319,7 @@ def gap(data: Data) -> str:
             if set(gaps) != {None}:
                 body.append([title(net), share(s), *(text(number, "+.1f") for number in gaps)])
     heads = [f"b = {count}" for count in batches(data)]
-    return rows(["`asr` - `bn`, scaled", "sparsity", *heads, "exact"], body)
+    return rows(["`asr` - `bn`, scaled", "sparsity", *heads, "exact, not scaled"], body)
 
 
 def severities(data: Data) -> list[tuple[float, str, str]]:
@@ -382,28 +383,30 @@ def summary(data: Data) -> str:
     """What the other tables come to, counted."""
     body = []
 
-    def count(what: str, gains: Sequence[float | None], printed: Sequence[float]) -> None:
-        known = [gain for gain in gains if gain is not None]
-        ahead = f"{sum(gain > 0 for gain in known)} of {len(known)}, mean {text(mean(known), '+.1f')}"
-        theirs = f"{sum(gain > 0 for gain in printed)} of {len(printed)}, mean {mean(printed):+.1f}" if printed else ""
-        body.append([what, ahead, theirs or MISSING])
+    def count(what: str, better: str, worse: str, printed: tuple[str, str] | None = None) -> None:
+        """A row; the paper's side counts the cells that were measured here."""
+        gains, theirs = [], []
+        for net in data["nets"]:
+            for column, sparsity in enumerate(COLUMNS):
+                gain = difference(data, net, sparsity, better, worse)
+                if gain is not None:
+                    gains.append(gain)
+                    if printed is not None and net in PAPER_MAIN:
+                        first, second = (PAPER_MAIN[net][method][column] for method in printed)
+                        theirs.append(first - second)
+        sides = [
+            f"{sum(g > 0 for g in side)} of {len(side)}, mean {np.mean(side):+.1f}" for side in (gains, theirs) if side
+        ]
+        body.append([what, *sides, *[MISSING] * (2 - len(sides))])
 
-    cells = [(net, s) for net in data["nets"] for s in COLUMNS]
     for better, worse in (("asr", "bn"), ("layerwise", "bn"), ("asr", "layerwise")):
-        gains = [difference(data, *cell, at(better), at(worse)) for cell in cells]
-        printed = [PAPER_MAIN[n][better][i] - PAPER_MAIN[n][worse][i] for n in PAPER_MAIN for i in range(len(COLUMNS))]
-        count(f"{label(at(better))} above {label(at(worse))}", gains, printed)
-        gains = [difference(data, *cell, on_scaled(better), on_scaled(worse)) for cell in cells]
-        count("... with the nets scaled", gains, printed)
+        count(f"{label(at(better))} above {label(at(worse))}", at(better), at(worse), (better, worse))
+        count("... with the nets scaled", on_scaled(better), on_scaled(worse), (better, worse))
     asr = on_scaled("asr")
     own = [("bn:exact", asr), ("paired", "bn:exact"), ("refit", "paired"), ("refit", asr), ("auto", "refit")]
     for better, worse in [*((f"{method}:exact", "bn:exact") for method in ("layerwise", "raw", "asr")), *own]:
-        count(f"{label(better)} above {label(worse)}", [difference(data, *cell, better, worse) for cell in cells], [])
-    return rows(["70%, 90% and 2:4 of all nets", "here: cells ahead, points", "paper"], body)
-
-
-def mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if values else None
+        count(f"{label(better)} above {label(worse)}", better, worse)
+    return rows(["cells of 70%, 90% and 2:4 that were measured", "here: ahead, points", "paper: the same cells"], body)
 
 
 TABLES: dict[str, Callable[[Data], str]] = {

@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -112,7 +113,7 @@ def repair(arguments: argparse.Namespace) -> None:
     tasks = [(name, cell) for name in benches for cell in cells]
     os.environ.setdefault("OMP_NUM_THREADS", f"{threads}")  # numpy's, in the processes to come
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.jobs, context, paper_grid.share, (benches,)) as pool:
+    with ProcessPoolExecutor(arguments.jobs, context, paper_grid.start_worker, (benches,)) as pool:
         for _ in pool.map(paper_grid.finish, *zip(*tasks, strict=True)):
             pass
 
@@ -141,6 +142,21 @@ def positive(text: str) -> int:
     return number
 
 
+def sparsity(text: str) -> str:
+    """A sparsity for argparse, as `paper_grid.prune` takes it.
+
+    Raises:
+        ValueError: When it begins with no number.
+        argparse.ArgumentTypeError: When it is something else.
+    """
+    number, *scope = text.split()
+    if not re.fullmatch(r"\d+:\d+", text) and not (0 < float(number) < 1 and scope in ([], ["layer"], ["erk"])):
+        raise argparse.ArgumentTypeError(
+            f"expected a share such as 0.9, '0.9 erk' or '0.9 layer', or N:M, got '{text}'"
+        )
+    return text
+
+
 def main(command: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -150,7 +166,7 @@ def main(command: Sequence[str] | None = None) -> None:
     for part in (training, repairing):
         part.add_argument("--work", type=Path, required=True, help="folder that keeps what is done")
         part.add_argument("--archive", type=Path, default=ARCHIVE, help="CIFAR-10 as PART/CLASS/*.jpg")
-        part.add_argument("--threads", type=int, default=0, help="0: all cores")
+    training.add_argument("--threads", type=int, default=0, help="0: torch's choice")
     training.add_argument("--nets", nargs="+", default=NETS, choices=NETS)
     training.add_argument("--width", type=float, default=1.0, help="scales all numbers of channels")
     training.add_argument("--epochs", type=int, default=30)
@@ -168,14 +184,17 @@ def main(command: Sequence[str] | None = None) -> None:
     repairing.add_argument(
         "--sparsities",
         nargs="+",
+        type=sparsity,
         default=paper_grid.SPARSITIES,
-        help="shares of zeros, global or as in '0.9 erk', or N:M",
+        help="N:M, or shares of zeros, by global magnitude or as in '0.9 erk'",
     )
     repairing.add_argument("--methods", nargs="+", default=paper_grid.METHODS, choices=paper_grid.METHODS)
     repairing.add_argument("--batches", nargs="+", type=int, default=paper_grid.BATCHES, help="of the moving average")
     repairing.add_argument("--images", type=int, default=2048, help="calibration images where no batches are counted")
     repairing.add_argument("--score-images", type=int, default=10_000)
-    repairing.add_argument("--memory-limit", type=float, metavar="GIB", help="for activations; default: none")
+    repairing.add_argument(
+        "--memory-limit", type=float, metavar="GIB", help="for activations, of each job; default: none"
+    )
     repairing.set_defaults(run=repair)
     tabling.add_argument("--work", type=Path, help="default: write the page from the JSON that is there")
     tabling.add_argument("--data", type=Path, default=ROOT / "docs" / "data" / "paper.json")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import io
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -126,11 +129,37 @@ def test_nothing_goes_on_after_a_run_was_killed(work: Path) -> None:
     shutil.rmtree(work / "cells")
     grid = ("--images", "128", "--score-images", "100", "--batches", "20", "--threads", "1")
     line = command("repair", "--work", work, *grid, "--jobs", "2")
-    run = subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, text=True)
-    assert run.stdout is not None
-    assert "dense" in run.stdout.readline() + run.stdout.readline()
-    run.kill()
-    run.communicate(timeout=60)  # to the end: no process holds the other side of the pipe
+    run = subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert run.stdout is not None
+        assert run.stdout.readline()
+        run.kill()
+        run.communicate(timeout=60)  # to the end: no process holds the other side of the pipe
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+
+
+def test_zeros_can_be_shared_out_otherwise(work: Path) -> None:
+    grid = ("--sparsities", "0.9 erk", "--methods", "none", "--batches", "20", "--score-images", str(SCORED))
+    script("repair", "--work", work, *grid)
+    with np.load(work / "test.npz") as arrays:
+        data, labels = {"images": arrays["images"][:SCORED]}, arrays["labels"][:SCORED]
+    model = onnx_asr.prune(work / f"{NET}.onnx", 0.9, scope="erk").model
+    preprocessing = onnx_asr.Preprocessing.from_options(preset="digits")
+    expected = onnx_asr.evaluate(model, data, labels=labels, preprocessing=preprocessing).top1
+    found = json.loads((work / "cells" / NET / "0.9 erk none.json").read_text())["top1"]
+    assert found == expected != json.loads(cell(work, "none").read_text())["top1"]
+
+
+@pytest.mark.parametrize(
+    "option", [("--jobs", "0"), ("--sparsities", "0.9 foo"), ("--sparsities", "2:4 erk"), ("--sparsities", "1.5")]
+)
+def test_options_are_checked(option: tuple[str, str], tmp_path: Path) -> None:
+    done = script("repair", "--work", tmp_path, *option, check=False)
+    assert done.returncode == 2
+    assert f"argument {option[0]}: " in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_json_and_tables_say_what_the_cells_say(work: Path, tmp_path: Path) -> None:

@@ -300,3 +300,10 @@ def test_rounds_of_blocks_are_nested_and_share_their_zeros(monkeypatch: pytest.M
         for start in range(0, len(weight), 4):
             alive = weight[start : start + 4] != 0
             np.testing.assert_array_equal(alive.any(axis=0), alive.all(axis=0))
+
+
+def test_layers_that_end_up_next_to_empty_are_remarked_on() -> None:
+    x, _ = digit_images()
+    result = compress(digits("vgg"), x[:64], CompressOptions(0.999, rounds=1), repair_options=settings(64))
+    (note,) = (note for note in result.repair.notes if note.startswith("so few weights are left"))
+    assert f"in {sum(layer.starved for layer in result.layers)} of {len(result.layers)} layers" in note

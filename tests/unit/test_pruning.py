@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,14 @@ import onnx
 import pytest
 
 from onnx_asr.errors import ModelError, OptionError
+from onnx_asr.options import RepairOptions
 from onnx_asr.patterns import Pattern
 from onnx_asr.pruning import prune
 from onnx_asr.repairing import repair
 from tests.graphs import (
     copy,
     dense_net,
+    digit_images,
     digits,
     first_output,
     images,
@@ -272,19 +275,19 @@ def test_ties_are_broken_by_position() -> None:
     assert np.isfinite(first_output(model, images(1, seed=0, shape=(4,))[:1].reshape(1, 4))).all()
 
 
-def uneven_net(channels: int) -> onnx.ModelProto:
+def uneven_net() -> onnx.ModelProto:
     """Conv -> Relu -> Conv; all of the first one's weights are smaller than any of the second one's."""
-    first, second = (np.arange(1, n + 1, dtype=np.float32) for n in (channels * 9, channels * channels))
+    first, second = (np.arange(1, n + 1, dtype=np.float32) for n in (32 * 9, 32 * 32))
     return net(
-        f"""
-        c (float[N,1,8,8] x) => (float[N,{channels},6,6] y) {{
+        """
+        c (float[N,1,8,8] x) => (float[N,32,6,6] y) {
             a = Conv (x, w)
             b = Relu (a)
             y = Conv (b, v)
-        }}
+        }
         """,
-        w=first.reshape(channels, 1, 3, 3) / 10_000,
-        v=second.reshape(channels, channels, 1, 1),
+        w=first.reshape(32, 1, 3, 3) / 10_000,
+        v=second.reshape(32, 32, 1, 1),
     )
 
 
@@ -293,24 +296,36 @@ def starving(notes: tuple[str, ...]) -> list[str]:
 
 
 def test_a_layer_that_hardly_keeps_a_weight_is_remarked_on() -> None:
-    model = uneven_net(32)
+    model = uneven_net()
     emptied = prune(model, 0.5)
     assert [layer.zeros for layer in emptied.layers] == [288, 368]
     (note,) = starving(emptied.notes)
-    assert "in 1 of 2 layers: w (0 of 288);" in note.replace(emptied.layers[0].name, "w")
+    assert "in 1 of 2 layers: Conv:a (0 of 288);" in note
     assert starving(prune(model, 0.5, scope="layer").notes) == []
-    repaired = repair(emptied.model, images(40, seed=0, shape=(1, 8, 8)), dense=model)
-    assert starving(repaired.notes) == [note]
+    x = images(40, seed=0, shape=(1, 8, 8))
+    assert starving(repair(emptied.model, x, dense=model).notes) == [note]
+
+
+def test_the_emptiest_layers_are_named_without_a_dense_network_too() -> None:
+    result = prune(digits("vgg"), 0.999)
+    kept = sorted((layer.size - layer.zeros, layer.name) for layer in result.layers if layer.starved)
+    assert len(kept) > 3
+    (note,) = starving(result.notes)
+    named = re.findall(r"(\S+) \(([\d,]+) of", note)
+    assert [int(count.replace(",", "")) for _, count in named] == [count for count, _ in kept[:3]]
+    assert ", ...;" in note
+    x, _ = digit_images()
+    assert starving(repair(result.model, x[:64], options=RepairOptions(method="bn")).notes) == [note]
 
 
 @pytest.mark.parametrize(("kept", "told"), [(3, True), (4, False)])
 def test_fewer_weights_than_a_tenth_of_the_channels_are_few(kept: int, told: bool) -> None:
-    notes = prune(uneven_net(32), 1 - kept / 288, scope="layer", include=["w"]).notes
+    notes = prune(uneven_net(), 1 - kept / 288, scope="layer", include=["w"]).notes
     assert bool(starving(notes)) == told
 
 
 def test_what_the_dense_network_lacks_was_not_pruned() -> None:
-    dense = uneven_net(32)
+    dense = uneven_net()
     set_parameter(dense, 0, 1, np.zeros((32, 1, 3, 3), np.float32))
     result = prune(dense, 0.5)
     assert result.layers[0].zeros == 288
