@@ -177,9 +177,8 @@ def main(command: Sequence[str] | None = None) -> None:
     training.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="mixed precision")
     training.add_argument("--float16", action="store_true", help="round the weights, for nets that travel compressed")
     training.set_defaults(run=train)
-    repairing.add_argument(
-        "--jobs", type=positive, default=1, help="cells at a time, in processes that share the cores"
-    )
+    repairing.add_argument("--jobs", type=positive, default=1, help="cells at a time, each in a process of its own")
+    repairing.add_argument("--threads", type=int, default=0, help="of a job; 0: its share of the cores")
     repairing.add_argument("--nets", nargs="+", help="default: all that were trained")
     repairing.add_argument(
         "--sparsities",
