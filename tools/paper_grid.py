@@ -39,7 +39,7 @@ ABLATION: dict[str, dict[str, Any]] = {
 """Priors and bias correction of the paper's Table 2, but for those that the grid has anyway; all on scaled nets."""
 RELIABILITY_POWERS = (0.25, 0.5, 1.0)
 """Of `paired`, beside its default of 0."""
-DAMAGE, DAMAGE_SAMPLES = "damage", 512
+DAMAGE_SAMPLES = 512
 UNPRUNED = "0"
 
 
@@ -65,7 +65,7 @@ class Repair:
 
 @dataclass(frozen=True)
 class Cell:
-    """One of a net's: what comes of a repair, or of none; or the damage before it."""
+    """One of a net's: what comes of a repair, or of none; without either, the damage before it."""
 
     sparsity: str
     name: str
@@ -123,9 +123,9 @@ def cells(sparsities: Iterable[str], methods: Collection[str], batches: Sequence
             if name.split(":")[0] in wanted:
                 yield Cell(sparsity, name, repair)
 
-    yield Cell(UNPRUNED, "dense")
+    yield Cell(UNPRUNED, "dense", Repair(None))
     for sparsity in sparsities:
-        yield Cell(sparsity, DAMAGE)
+        yield Cell(sparsity, "damage")
         yield from repaired(sparsity, methods)
     yield from repaired(UNPRUNED, ["bn"])
 
@@ -133,13 +133,10 @@ def cells(sparsities: Iterable[str], methods: Collection[str], batches: Sequence
 @lru_cache(maxsize=1)  # cells of one sparsity follow one another
 def prune(net: Path, sparsity: str) -> onnx.ModelProto:
     """A net after magnitude pruning to a share of zeros, global or of another scope, or to N:M; not to be changed."""
-    dense = onnx.load(net)
-    if sparsity == UNPRUNED:
-        return dense
     if ":" in sparsity:
-        return onnx_asr.prune(dense, pattern=sparsity).model
+        return onnx_asr.prune(net, pattern=sparsity).model
     share, *scope = sparsity.split()
-    return onnx_asr.prune(dense, float(share), scope=scope[0] if scope else "global").model
+    return onnx_asr.prune(net, float(share), scope=scope[0] if scope else "global").model
 
 
 def scaled(model: onnx.ModelProto, factor: float) -> onnx.ModelProto:
@@ -204,16 +201,17 @@ class Bench:
 
     def finish(self, cell: Cell) -> None:
         """Compute a cell, unless that was done."""
-        settings, compute = self.settings, partial(self.repaired, cell)
-        if cell.repair is not None:
-            settings = settings | cell.repair.settings
-        elif cell.name == DAMAGE:
-            settings, compute = {"dense": self.digest, "samples": DAMAGE_SAMPLES}, partial(self.damage, cell.sparsity)
+        if cell.repair is None:
+            settings: dict[str, Any] = {"dense": self.digest, "samples": DAMAGE_SAMPLES}
+            compute = partial(self.damage, cell.sparsity)
+        else:
+            settings = self.settings | cell.repair.settings
+            compute = partial(self.repaired, cell.sparsity, cell.repair)
         self.work.finish(self.name, cell.sparsity, cell.name, settings, compute)
 
     def pruned(self, sparsity: str) -> onnx.ModelProto:
         """The net at a sparsity."""
-        return prune(self.work.net(self.name), sparsity)
+        return self.dense if sparsity == UNPRUNED else prune(self.work.net(self.name), sparsity)
 
     def top1(self, model: onnx.ModelProto) -> float:
         """Share of the scored images that a model classifies rightly."""
@@ -227,13 +225,12 @@ class Bench:
         assert measured.top1 is not None
         return measured.top1
 
-    def repaired(self, cell: Cell) -> dict[str, Any]:
-        """Top-1 after a cell's repair, and the method where `auto` chose it."""
-        pruned = self.pruned(cell.sparsity)
-        if cell.repair is None or cell.repair.options is None:
+    def repaired(self, sparsity: str, repair: Repair) -> dict[str, Any]:
+        """Top-1 after a repair, and the method where `auto` chose it."""
+        pruned, options = self.pruned(sparsity), repair.options
+        if options is None:
             return {"top1": self.top1(pruned)}
-        options = cell.repair.options
-        factor = running_variance(self.dense) ** -0.5 if cell.repair.unit_variance else 1.0
+        factor = running_variance(self.dense) ** -0.5 if repair.unit_variance else 1.0
         result = onnx_asr.repair(
             scaled(pruned, factor),
             {"images": self.calibration[: options.samples + options.verify_samples]},
