@@ -12,54 +12,53 @@ from onnx_asr.ownership import check_owner
 from onnx_asr.version import __version__
 
 if TYPE_CHECKING:
-    from onnx_asr.budget import Budget
-    from onnx_asr.channel_pruning import ChannelPruneResult, prune_channels
-    from onnx_asr.compression import CompressOptions, CompressResult, compress
     from onnx_asr.data import Preprocessing
-    from onnx_asr.engine.latency import Latency
     from onnx_asr.engine.session import Runtime
-    from onnx_asr.evaluation import evaluate
-    from onnx_asr.inspection import Inspection, inspect
-    from onnx_asr.latency import measure_latency
-    from onnx_asr.layer_sensitivity import SensitivityResult, sensitivity
-    from onnx_asr.model_io import save
-    from onnx_asr.networks import Execution
-    from onnx_asr.options import RefitRecipe, RepairOptions
-    from onnx_asr.pruning import PruneResult, prune
-    from onnx_asr.repairing import repair
-    from onnx_asr.result import RepairResult
-    from onnx_asr.shrinking import ShrinkResult, shrink
+    from onnx_asr.graph.model_io import save
+    from onnx_asr.measuring.evaluation import evaluate
+    from onnx_asr.measuring.inspection import Inspection, inspect
+    from onnx_asr.networks.execution import Execution
+    from onnx_asr.networks.latency import Latency, measure_latency
+    from onnx_asr.pruning.budget import Budget
+    from onnx_asr.pruning.channels import ChannelPruneResult, prune_channels
+    from onnx_asr.pruning.compression import CompressOptions, CompressResult, compress
+    from onnx_asr.pruning.sensitivity import SensitivityResult, sensitivity
+    from onnx_asr.pruning.shrinking import ShrinkResult, shrink
+    from onnx_asr.pruning.zeros import PruneResult, prune
+    from onnx_asr.repairing.options import RefitRecipe, RepairOptions
+    from onnx_asr.repairing.pipeline import repair
+    from onnx_asr.repairing.result import RepairResult
     from onnx_asr.sweeping import SweepGrid, SweepResult, SweepSettings, sweep
 
 _HOME = {
-    "Budget": "budget",
-    "ChannelPruneResult": "channel_pruning",
-    "CompressOptions": "compression",
-    "CompressResult": "compression",
-    "Execution": "networks",
-    "Inspection": "inspection",
-    "Latency": "engine.latency",
+    "Budget": "pruning.budget",
+    "ChannelPruneResult": "pruning.channels",
+    "CompressOptions": "pruning.compression",
+    "CompressResult": "pruning.compression",
+    "Execution": "networks.execution",
+    "Inspection": "measuring.inspection",
+    "Latency": "networks.latency",
     "Preprocessing": "data",
-    "PruneResult": "pruning",
-    "RefitRecipe": "options",
-    "RepairOptions": "options",
-    "RepairResult": "result",
+    "PruneResult": "pruning.zeros",
+    "RefitRecipe": "repairing.options",
+    "RepairOptions": "repairing.options",
+    "RepairResult": "repairing.result",
     "Runtime": "engine.session",
-    "SensitivityResult": "layer_sensitivity",
-    "ShrinkResult": "shrinking",
+    "SensitivityResult": "pruning.sensitivity",
+    "ShrinkResult": "pruning.shrinking",
     "SweepGrid": "sweeping",
     "SweepResult": "sweeping",
     "SweepSettings": "sweeping",
-    "compress": "compression",
-    "evaluate": "evaluation",
-    "inspect": "inspection",
-    "measure_latency": "latency",
-    "prune": "pruning",
-    "prune_channels": "channel_pruning",
-    "repair": "repairing",
-    "save": "model_io",
-    "sensitivity": "layer_sensitivity",
-    "shrink": "shrinking",
+    "compress": "pruning.compression",
+    "evaluate": "measuring.evaluation",
+    "inspect": "measuring.inspection",
+    "measure_latency": "networks.latency",
+    "prune": "pruning.zeros",
+    "prune_channels": "pruning.channels",
+    "repair": "repairing.pipeline",
+    "save": "graph.model_io",
+    "sensitivity": "pruning.sensitivity",
+    "shrink": "pruning.shrinking",
     "sweep": "sweeping",
 }
 

@@ -1,101 +1,32 @@
-"""Who may import what: one table, and a walk over every import, those in function bodies too."""
+"""Who may import whom: every import, those in function bodies too, against the table of tests/layering.py."""
 
 from __future__ import annotations
 
 import ast
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from graphlib import TopologicalSorter
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "onnx_asr"
+from tests.layering import PACKAGE, PAGE, TABLE, floor, imports, modules, page_with_drawing, room_of, violations
 
-STANDARD = set(sys.stdlib_module_names)
-# Longest prefix first. "package" stands for the modules of the package itself that a layer may use, by prefix.
-TABLE: dict[str, tuple[set[str], set[str]]] = {
-    "onnx_asr.errors": (set(), set()),
-    "onnx_asr.version": (set(), set()),
-    "onnx_asr.numerics": ({"numpy"}, {"onnx_asr.numerics", "onnx_asr.errors"}),
-    "onnx_asr.graph": ({"numpy", "onnx"}, {"onnx_asr.graph", "onnx_asr.errors"}),
-    "onnx_asr.engine": (
-        {"numpy", "onnx", "onnxruntime"},
-        {"onnx_asr.engine", "onnx_asr.graph", "onnx_asr.numerics", "onnx_asr.errors"},
-    ),
-    "onnx_asr.data": ({"numpy", "PIL", "tomli"}, {"onnx_asr.data", "onnx_asr.errors"}),
-    "onnx_asr.report": ({"numpy", "onnx", "jinja2", "matplotlib"}, {"onnx_asr"}),
-    "onnx_asr.cli": ({"typer", "rich", "click"}, {"onnx_asr"}),
-    "onnx_asr.sweeping.workers": (
-        {"onnx", "dask", "distributed"},
-        {
-            "onnx_asr.sweeping",
-            "onnx_asr.blas",
-            "onnx_asr.data",
-            "onnx_asr.graph.tensors",
-            "onnx_asr.networks",
-            "onnx_asr.errors",
-        },
-    ),
-    "onnx_asr.viewing": ({"netron"}, {"onnx_asr.model_io", "onnx_asr.ownership", "onnx_asr.errors"}),
-    "onnx_asr.__main__": (set(), {"onnx_asr.cli"}),
-    "onnx_asr": ({"numpy", "onnx", "google"}, {"onnx_asr"}),  # the pipelines, with NEVER
-}
-NEVER = {  # pipelines know neither the command line nor reports, reports not the command line
-    "onnx_asr": {"onnx_asr.cli", "onnx_asr.report"},
-    "onnx_asr.report": {"onnx_asr.cli"},
-}
-
-
-def modules() -> dict[str, ast.Module]:
-    found = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = ("onnx_asr", *path.relative_to(PACKAGE).with_suffix("").parts)
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        found[name] = ast.parse(path.read_text(encoding="utf-8"))
-    return found
-
-
-def imports(name: str, tree: ast.Module) -> Iterator[str]:
-    """Everything imported anywhere in a module, as dotted names of modules or of what is taken from them."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (item.name for item in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name} imports relatively"
-            yield from (f"{node.module}.{item.name}" for item in node.names)
-        elif isinstance(node, ast.Call) and isinstance(node.func, (ast.Name, ast.Attribute)):
-            called = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
-            if called in ("import_module", "__import__"):
-                argument = node.args[0]
-                if name == "onnx_asr":  # the public names, imported when they are asked for
-                    continue
-                assert isinstance(argument, ast.Constant), f"{name} imports what only a run can tell"
-                yield str(argument.value)
-
-
-def within(module: str, layers: set[str]) -> bool:
-    return any(module == layer or module.startswith(f"{layer}.") for layer in layers)
-
-
-def layer_of(name: str) -> str:
-    return max((layer for layer in TABLE if within(name, {layer})), key=len)
-
-
-def violations(name: str, tree: ast.Module) -> list[str]:
-    layer = layer_of(name)
-    libraries, own = TABLE[layer]
-    bad = []
-    for target in imports(name, tree):
-        root = target.split(".")[0]
-        if root == "onnx_asr":
-            allowed = within(target, own) and not within(target, NEVER.get(layer, set()))
-            if target.startswith("onnx_asr.version"):
-                allowed = True
-        else:
-            allowed = root in STANDARD or root in libraries
-        if not allowed:
-            bad.append(f"{name} imports {target}")
-    return bad
+FLOORS = (
+    {"errors", "version", "blas"},
+    {"ownership", "numerics", "graph", "data"},
+    {"channels", "engine"},
+    {"networks"},
+    {"repairing"},
+    {"pruning", "measuring"},
+    {"sweeping"},
+    {"report"},
+    {"cli"},
+)
+LIBRARIES = sorted({library for row in TABLE.values() for library in row.libraries} | {"torch", "scipy"})
+FORBIDDEN = [
+    (name, other)
+    for name, row in TABLE.items()
+    for other in TABLE
+    if other not in row.imports and not f"{other}.".startswith(f"{name}.")
+]
 
 
 def test_every_import_is_in_the_table() -> None:
@@ -104,41 +35,117 @@ def test_every_import_is_in_the_table() -> None:
     assert [bad for name, tree in found.items() for bad in violations(name, tree)] == []
 
 
+def test_every_row_has_a_module_and_every_permission_is_used() -> None:
+    used: dict[str, set[str]] = {name: set() for name in TABLE}
+    for name, tree in modules().items():
+        used[room_of(name)].update(target.split(".")[0] for target in imports(name, tree))
+    unused = {
+        name: sorted(row.libraries - used[name]) for name, row in TABLE.items() if not row.libraries <= used[name]
+    }
+    assert unused == {}
+    assert {room_of(name) for name in modules()} == set(TABLE)
+
+
+def test_rooms_stand_on_the_floors_that_they_are_meant_for() -> None:
+    height = {name: number for number, names in enumerate(FLOORS) for name in names}
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert packages <= height.keys()
+    for name in height:
+        assert all(height[below] < height[name] for below in TABLE[name].imports), name
+    assert sorted(packages, key=lambda name: (floor(name), name)) == sorted(
+        packages, key=lambda name: (height[name], name)
+    )
+
+
+def test_no_room_is_crowded() -> None:
+    lines: dict[str, int] = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).parts
+        name = parts[0] if len(parts) > 1 else "top"
+        lines[name] = lines.get(name, 0) + len(path.read_text(encoding="utf-8").splitlines())
+    assert {name: count for name, count in lines.items() if count > 2500} == {}
+    assert lines["top"] < 300
+
+
+def test_modules_do_not_import_each_other_in_circles() -> None:
+    found = modules()
+    below: dict[str, set[str]] = {}
+    for name, tree in found.items():
+        below[name] = set()
+        for target in imports(name, tree):
+            inside = target.removeprefix("onnx_asr.")
+            known = [part for part in (inside, inside.rpartition(".")[0]) if part in found and part != name]
+            if target.startswith("onnx_asr.") and known:
+                below[name].add(known[0])
+    assert len(list(TopologicalSorter(below).static_order())) == len(found)
+
+
 def test_only_the_engine_imports_onnxruntime() -> None:
-    users = {layer_of(name) for name, tree in modules().items() if any("onnxruntime" in i for i in imports(name, tree))}
-    assert users == {"onnx_asr.engine"}
+    users = {room_of(name) for name, tree in modules().items() if any("onnxruntime" in i for i in imports(name, tree))}
+    assert users == {"engine"}
+
+
+@pytest.mark.parametrize(("name", "other"), FORBIDDEN, ids=lambda value: value)
+def test_a_room_may_not_import_what_its_row_leaves_out(name: str, other: str) -> None:
+    source = "import onnx_asr" if other == "__init__" else f"def f():\n    from onnx_asr.{other} import x"
+    assert len(violations(name, ast.parse(source))) == 1
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_room_may_not_import_other_libraries(name: str) -> None:
+    for library in LIBRARIES:
+        found = violations(name, ast.parse(f"import {library}.x"))
+        assert len(found) == (library not in TABLE[name].libraries)
 
 
 @pytest.mark.parametrize(
-    ("module", "source"),
+    ("name", "source"),
     [
-        ("onnx_asr.numerics.x", "import onnx"),
-        ("onnx_asr.numerics.x", "from onnx_asr.graph.index import GraphIndex"),
-        ("onnx_asr.graph.x", "def f():\n    import onnxruntime"),
-        ("onnx_asr.graph.x", "from onnx_asr.engine.lockstep import Lane"),
-        ("onnx_asr.graph.x", "from onnx_asr import networks"),
-        ("onnx_asr.engine.x", "from onnx_asr.repairing import repair"),
-        ("onnx_asr.data.x", "from onnx import helper"),
-        ("onnx_asr.repairing", "def f():\n    def g():\n        from onnx_asr.cli import main"),
-        ("onnx_asr.repairing", "from onnx_asr import cli"),
-        ("onnx_asr.repairing", "from onnx_asr.report.data import repair_data"),
-        ("onnx_asr.report.x", "from onnx_asr.cli.app import run"),
-        ("onnx_asr.repairing", "import onnxruntime as ort"),
-        ("onnx_asr.repairing", "import importlib\nimportlib.import_module('torch')"),
-        ("onnx_asr.cli.x", "import torch"),
+        ("numerics.x", "import onnx"),
+        ("numerics.x", "from onnx_asr.graph.index import GraphIndex"),
+        ("graph.x", "def f():\n    import onnxruntime"),
+        ("graph.x", "from onnx_asr.engine.lockstep import Lane"),
+        ("graph.x", "from onnx_asr import networks"),
+        ("engine.x", "from onnx_asr.numerics.masks import Mask"),
+        ("data.x", "from onnx import helper"),
+        ("channels.x", "from onnx_asr.networks.parameters import plan_rows"),
+        ("networks.x", "from onnx_asr.cli.demo import run_demo"),
+        ("networks.x", "from onnx_asr.repairing.pipeline import repair"),
+        ("repairing.x", "from onnx_asr.pruning.compression import compress"),
+        ("repairing.x", "def f():\n    def g():\n        from onnx_asr.cli import main"),
+        ("repairing.x", "import onnxruntime as ort"),
+        ("repairing.x", "import importlib\nimportlib.import_module('torch')"),
+        ("pruning.masks", "from onnx_asr.sweeping.pipeline import sweep"),
+        ("pruning.x", "from onnx_asr.measuring.damage import damage"),
+        ("measuring.x", "from onnx_asr.pruning.masks import apply_masks"),
+        ("sweeping.x", "import distributed"),
+        ("report.x", "from onnx_asr.cli.app import run"),
+        ("cli.x", "import torch"),
+        ("cli.x", "import netron"),
     ],
 )
-def test_a_violation_is_seen(module: str, source: str) -> None:
-    assert len(violations(module, ast.parse(source))) == 1
+def test_a_violation_is_seen(name: str, source: str) -> None:
+    assert len(violations(name, ast.parse(source))) == 1
 
 
 @pytest.mark.parametrize(
-    ("module", "source"),
+    ("name", "source"),
     [
-        ("onnx_asr.numerics.x", "import math\nimport numpy as np\nfrom onnx_asr.errors import OptionError"),
-        ("onnx_asr.engine.x", "import onnxruntime\nfrom onnx_asr.graph.index import GraphIndex"),
-        ("onnx_asr.cli.x", "import typer\nfrom onnx_asr.repairing import repair"),
+        ("numerics.x", "import math\nimport numpy as np\nfrom onnx_asr.errors import OptionError"),
+        ("engine.x", "import onnxruntime\nfrom onnx_asr.graph.index import GraphIndex"),
+        ("sweeping.workers", "from distributed import Client\nfrom onnx_asr.sweeping.grid import SweepGrid"),
+        ("cli.x", "import typer\nfrom onnx_asr.repairing.pipeline import repair"),
     ],
 )
-def test_what_is_allowed_is_not(module: str, source: str) -> None:
-    assert violations(module, ast.parse(source)) == []
+def test_what_is_allowed_is_not(name: str, source: str) -> None:
+    assert violations(name, ast.parse(source)) == []
+
+
+def test_a_module_in_no_room_is_refused() -> None:
+    with pytest.raises(KeyError, match="in no room"):
+        violations("elsewhere", ast.parse(""))
+
+
+def test_the_drawing_is_that_of_the_table() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert page_with_drawing(text) == text, "run: python -m tests.layering"

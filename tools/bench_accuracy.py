@@ -4,8 +4,8 @@
     python tools/bench_accuracy.py --methods paired:reliability_power=0.25 asr:bn=ema,prior=mean refit:relu_steps=0
     python tools/bench_accuracy.py --nets resnet20 --sparsities 0.9 2:4 --methods compress:rounds=5 --images 1024
 
-A method is a name of onnx_asr.options.METHODS or "compress", with options after a colon. Pruning is by global magnitude
-over all weights, or N:M. Nets come with BatchNormalization kept ("bn"), folded ("folded"),
+A method is a name of onnx_asr.repairing.options.METHODS or "compress", with options after a colon. Pruning is by
+global magnitude over all weights, or N:M. Nets come with BatchNormalization kept ("bn"), folded ("folded"),
 or both; a pair is also compared under one mask: that of the bn graph, moved to the folded one by order of
 the correction points ("folded, mask of bn"). Calibration takes the first images of the calibration part, unlabelled;
 scores are of the other part: top-1 in percent, and the KL divergence dense || repaired in nats.
@@ -29,16 +29,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import onnx_asr
-from onnx_asr.calibration import input_specs
 from onnx_asr.data import Preprocessing, open_data
 from onnx_asr.engine.session import Runtime
 from onnx_asr.errors import OptionError
-from onnx_asr.fidelity import Outputs, accuracy, collect_outputs, compare
 from onnx_asr.graph.edit import EditPlan, apply
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import survey
-from onnx_asr.networks import Execution
-from onnx_asr.options import METHODS, RefitRecipe, RepairOptions
+from onnx_asr.networks.execution import Execution
+from onnx_asr.networks.fidelity import Outputs, accuracy, collect_outputs, compare
+from onnx_asr.networks.samples import input_specs
+from onnx_asr.repairing.options import METHODS, RefitRecipe, RepairOptions
 
 MASK_OF_BN = "folded, mask of bn"
 ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"

@@ -27,13 +27,13 @@ import onnx
 from bench_accuracy import ASSETS, NETS, cifar10, imagenet, method_options
 
 import onnx_asr
-from onnx_asr.calibration import input_specs
 from onnx_asr.data import open_data
 from onnx_asr.engine.session import Runtime
-from onnx_asr.fidelity import Outputs, accuracy, collect_outputs, compare
 from onnx_asr.graph.index import GraphIndex
-from onnx_asr.networks import Execution
-from onnx_asr.options import DATA_AWARE
+from onnx_asr.networks.execution import Execution
+from onnx_asr.networks.fidelity import Outputs, accuracy, collect_outputs, compare
+from onnx_asr.networks.samples import input_specs
+from onnx_asr.repairing.options import DATA_AWARE
 
 INNER = {"resnet20": [r"layer\d.*conv1"]}
 """Layers of a net whose channels are removed; all that can be, where none are named."""

@@ -37,10 +37,10 @@ from bench_accuracy import ASSETS, method_options, parse_method
 from numpy.typing import NDArray
 
 import onnx_asr
-from onnx_asr.calibration import batch_size_for, input_specs
 from onnx_asr.engine.session import Runtime
 from onnx_asr.graph.index import GraphIndex
-from onnx_asr.networks import Execution
+from onnx_asr.networks.execution import Execution
+from onnx_asr.networks.samples import batch_size_for, input_specs
 
 SPARSITY = 0.9
 RATIO_BARS = {
@@ -55,7 +55,7 @@ PARTS = {  # of the profile: (end of the file's name, function)
     "onnxruntime": ("engine/session.py", "run"),
     "loading sessions": ("engine/session.py", "__init__"),
     "statistics": ("numerics/moments.py", "of"),
-    "sampling rows": ("onnx_asr/refit_samples.py", "add"),
+    "sampling rows": ("repairing/rows.py", "add"),
     "least squares": ("numerics/refit.py", "refit_rows"),
 }
 IMAGES = {"resnet18@32": 512, "resnet50@224": 64, "resnet20": 1000}

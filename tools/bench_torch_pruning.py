@@ -25,9 +25,9 @@ from onnx import numpy_helper
 from torch.nn.functional import log_softmax
 from torchvision.models import resnet18
 
-from onnx_asr.calibration import input_specs
 from onnx_asr.data import open_data
 from onnx_asr.graph.index import GraphIndex
+from onnx_asr.networks.samples import input_specs
 
 BATCH = 50
 MAX_DIFFERENCE = 1e-4

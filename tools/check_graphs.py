@@ -38,8 +38,8 @@ import onnx_asr
 from onnx_asr.engine.session import Runtime
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import survey
-from onnx_asr.networks import Execution
-from onnx_asr.options import RepairOptions
+from onnx_asr.networks.execution import Execution
+from onnx_asr.repairing.options import RepairOptions
 
 SPARSITY = 0.5
 METHODS = ("paired", "refit")

@@ -39,16 +39,16 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from onnx import numpy_helper
 
-from onnx_asr.calibration import input_specs
 from onnx_asr.data import PRESETS
 from onnx_asr.engine.session import Runtime
 from onnx_asr.errors import OnnxAsrError
 from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex
-from onnx_asr.model_io import load, save
-from onnx_asr.networks import Execution
-from onnx_asr.options import METHODS, RepairOptions
-from onnx_asr.pruning import prune
-from onnx_asr.repairing import repair
+from onnx_asr.graph.model_io import load, save
+from onnx_asr.networks.execution import Execution
+from onnx_asr.networks.samples import input_specs
+from onnx_asr.pruning.zeros import prune
+from onnx_asr.repairing.options import METHODS, RepairOptions
+from onnx_asr.repairing.pipeline import repair
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = ROOT / "models" / "digits_vgg.onnx"

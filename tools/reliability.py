@@ -30,8 +30,8 @@ import onnx
 from architectures import build
 from PIL import Image
 
-from onnx_asr.options import METHODS
-from onnx_asr.pruning import prune
+from onnx_asr.pruning.zeros import prune
+from onnx_asr.repairing.options import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "models"

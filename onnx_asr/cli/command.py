@@ -16,7 +16,7 @@ from onnx_asr.ownership import DISTRIBUTION
 
 if TYPE_CHECKING:
     from onnx_asr.data import Preprocessing
-    from onnx_asr.engine.latency import Latency
+    from onnx_asr.networks.latency import Latency
     from onnx_asr.report.data import Run, Values
 
 DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130

@@ -54,8 +54,8 @@ def demo(
     sparsity: Sparsity = None,
 ) -> int:
     """Prune an embedded net until it collapses, repair it with every method, show what each gives back."""
-    from onnx_asr.demo import MODEL, SPARSITY, run_demo
-    from onnx_asr.networks import Execution
+    from onnx_asr.cli.demo import MODEL, SPARSITY, run_demo
+    from onnx_asr.networks.execution import Execution
 
     terminal = Terminal(display)
     with terminal.progress() as progress:
@@ -106,9 +106,9 @@ def prune(
     report: Report = None,
 ) -> int:
     """Zero the weights of smallest score, or remove the weakest channels."""
-    from onnx_asr.channel_pruning import prune_channels
-    from onnx_asr.model_io import check_writable, is_external, save
-    from onnx_asr.pruning import prune as run
+    from onnx_asr.graph.model_io import check_writable, is_external, save
+    from onnx_asr.pruning.channels import prune_channels
+    from onnx_asr.pruning.zeros import prune as run
     from onnx_asr.report.data import prune_data
 
     target = check_writable(output)
@@ -163,8 +163,8 @@ def repair(
     report: Report = None,
 ) -> int:
     """Give a pruned model its accuracy back, from unlabelled samples."""
-    from onnx_asr.model_io import check_writable, is_external, save
-    from onnx_asr.repairing import repair as run
+    from onnx_asr.graph.model_io import check_writable, is_external, save
+    from onnx_asr.repairing.pipeline import repair as run
     from onnx_asr.report.data import repair_data
 
     target = check_writable(output)
@@ -217,9 +217,9 @@ def compress(
     report: Report = None,
 ) -> int:
     """Prune and repair jointly, in rounds: better than one after the other, and slower."""
-    from onnx_asr.compression import CompressOptions
-    from onnx_asr.compression import compress as run
-    from onnx_asr.model_io import check_writable, is_external, save
+    from onnx_asr.graph.model_io import check_writable, is_external, save
+    from onnx_asr.pruning.compression import CompressOptions
+    from onnx_asr.pruning.compression import compress as run
     from onnx_asr.report.data import compress_data
 
     target = check_writable(output)
@@ -263,8 +263,8 @@ def compress(
 @command("shrink")
 def shrink(model: Model, output: Output, timing: Timing, machine: Machine, display: Display) -> int:
     """Remove channels that are dead or that nobody reads; the model computes what it did, in less time."""
-    from onnx_asr.model_io import check_writable, is_external, save
-    from onnx_asr.shrinking import shrink as run
+    from onnx_asr.graph.model_io import check_writable, is_external, save
+    from onnx_asr.pruning.shrinking import shrink as run
 
     target = check_writable(output)
     runtime, terminal = machine.runtime(display.verbose), Terminal(display)

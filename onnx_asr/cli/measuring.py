@@ -33,7 +33,7 @@ from onnx_asr.cli.terminal import Terminal
 from onnx_asr.cli.values import numbers
 
 if TYPE_CHECKING:
-    from onnx_asr.options import Score
+    from onnx_asr.repairing.options import Score
 
 
 @command("sensitivity")
@@ -57,8 +57,8 @@ def sensitivity(
     ] = None,
 ) -> int:
     """Show how far the outputs move when one layer alone is pruned and repaired, at several sparsities."""
-    from onnx_asr.layer_sensitivity import sensitivity as run
-    from onnx_asr.options import SENSITIVITY_SPARSITIES
+    from onnx_asr.pruning.sensitivity import sensitivity as run
+    from onnx_asr.repairing.options import SENSITIVITY_SPARSITIES
     from onnx_asr.report import check_plot
 
     drawing = None if plot is None else check_plot(plot)
@@ -108,7 +108,7 @@ def evaluate(
     seed: Seed = 0,
 ) -> int:
     """Measure a model: top-1 and top-5 with labels, agreement, KL and SNR against a dense model."""
-    from onnx_asr.evaluation import evaluate as run
+    from onnx_asr.measuring.evaluation import evaluate as run
 
     preprocessing = images.preprocessing()
     terminal = Terminal(display)
@@ -158,8 +158,8 @@ def inspect(
     report: Report = None,
 ) -> int:
     """Show what is in a model and, with its dense model and data, what pruning did to every channel."""
-    from onnx_asr.damage import DAMAGE_SAMPLES
-    from onnx_asr.inspection import inspect as run
+    from onnx_asr.measuring.damage import DAMAGE_SAMPLES
+    from onnx_asr.measuring.inspection import inspect as run
     from onnx_asr.report.data import inspect_data
 
     page = Page.of(context, report, None)
@@ -208,7 +208,7 @@ def view(
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the addresses in the browser.")] = True,
 ) -> int:
     """Show models in Netron until interrupted; needs the extra 'view'."""
-    from onnx_asr.viewing import serving, wait_for_the_end
+    from onnx_asr.cli.viewing import serving, wait_for_the_end
 
     terminal = Terminal(display)
     with serving(models, port=port, browse=browser) as addresses:

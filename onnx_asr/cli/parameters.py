@@ -16,12 +16,12 @@ from onnx_asr.cli.values import byte_count, input_shapes, names, number_or_name,
 from onnx_asr.errors import OptionError
 
 if TYPE_CHECKING:
-    from onnx_asr.budget import Budget, Measure
     from onnx_asr.data import Preprocessing
     from onnx_asr.engine.session import Runtime
-    from onnx_asr.latency import Stopwatch
-    from onnx_asr.networks import Execution, Progress
-    from onnx_asr.options import RepairOptions
+    from onnx_asr.networks.execution import Execution, Progress
+    from onnx_asr.networks.latency import Stopwatch
+    from onnx_asr.pruning.budget import Budget, Measure
+    from onnx_asr.repairing.options import RepairOptions
 
 _REFIT_PREFIX = "refit_"
 METHOD_PANEL = "Method"
@@ -196,7 +196,7 @@ class Walk(Machine):
 
     def execution(self, verbose: bool, progress: Progress) -> Execution:
         """How walks run."""
-        from onnx_asr.networks import Execution
+        from onnx_asr.networks.execution import Execution
 
         return Execution(self.runtime(verbose), byte_count("memory-limit", self.memory_limit), progress)
 
@@ -325,7 +325,7 @@ class Goal:
         Raises:
             OptionError: When there are several, or one out of range.
         """
-        from onnx_asr.budget import Budget
+        from onnx_asr.pruning.budget import Budget
 
         size = share_or_bytes("target-size", self.target_size)
         limits: dict[Measure, float | None] = {"latency": self.target_latency, "size": size, "flops": self.target_flops}
@@ -364,8 +364,8 @@ class Timing:
         if not self.measure_latency:
             return None
         from onnx_asr.graph.index import GraphIndex
-        from onnx_asr.latency import Stopwatch
-        from onnx_asr.model_io import load
+        from onnx_asr.graph.model_io import load
+        from onnx_asr.networks.latency import Stopwatch
 
         return Stopwatch(GraphIndex.of(load(model)), runtime, self.shapes())
 
@@ -388,7 +388,7 @@ def repair_options(
     calibration: Calibration, refit: Refit, settings: MethodSettings | None = None, method: str | None = None
 ) -> RepairOptions:
     """What was given, the rest by default; the seed is that of the refit's positions too."""
-    from onnx_asr.options import RepairOptions
+    from onnx_asr.repairing.options import RepairOptions
 
     given = _given(calibration) | ({} if settings is None else _given(settings))
     if method is not None:
@@ -402,7 +402,7 @@ def repair_options(
 
 def shared_defaults() -> dict[str, Any]:
     """What the options that :func:`repair_options` takes are by default."""
-    from onnx_asr.options import RepairOptions
+    from onnx_asr.repairing.options import RepairOptions
 
     defaults = RepairOptions()
     found = {

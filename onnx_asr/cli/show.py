@@ -12,19 +12,19 @@ from rich.console import JustifyMethod, RenderableType
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from onnx_asr.channel_pruning import ChannelGroup, ChannelPruneResult
-    from onnx_asr.compression import CompressResult
-    from onnx_asr.demo import DemoResult
-    from onnx_asr.engine.latency import Latency
-    from onnx_asr.fidelity import Fidelity
+    from onnx_asr.cli.demo import DemoResult
     from onnx_asr.graph.points import Skip
     from onnx_asr.graph.shapes import Cost
-    from onnx_asr.inspection import Inspection, Layer
-    from onnx_asr.layer_sensitivity import SensitivityResult
-    from onnx_asr.masking import LayerSparsity
-    from onnx_asr.pruning import PruneResult
-    from onnx_asr.result import RepairResult, Verification
-    from onnx_asr.shrinking import ShrinkResult
+    from onnx_asr.graph.sparsity import LayerSparsity
+    from onnx_asr.measuring.inspection import Inspection, Layer
+    from onnx_asr.networks.fidelity import Fidelity
+    from onnx_asr.networks.latency import Latency
+    from onnx_asr.pruning.channels import ChannelGroup, ChannelPruneResult
+    from onnx_asr.pruning.compression import CompressResult
+    from onnx_asr.pruning.sensitivity import SensitivityResult
+    from onnx_asr.pruning.shrinking import ShrinkResult
+    from onnx_asr.pruning.zeros import PruneResult
+    from onnx_asr.repairing.result import RepairResult, Verification
     from onnx_asr.sweeping.result import SweepResult
 
 _FEW = 5  # skipped nodes of one reason that are named without -v
@@ -46,7 +46,7 @@ def prune_channels(
     result: ChannelPruneResult, path: str, verbose: bool, latency: Latency | None
 ) -> Iterator[RenderableType]:
     """Every group of channels, what took no part, and the size before and after."""
-    from onnx_asr.channel_pruning import CHANNELS_HELP
+    from onnx_asr.pruning.channels import CHANNELS_HELP
 
     yield _groups(result.groups, verbose)
     yield from _skips(result.skips, verbose)
@@ -57,7 +57,7 @@ def prune_channels(
 
 def shrink(result: ShrinkResult, path: str, verbose: bool, latency: Latency | None) -> Iterator[RenderableType]:
     """Layers that lost channels, what had to stay, and the size before and after."""
-    from onnx_asr.channel_pruning import CHANNELS_HELP
+    from onnx_asr.pruning.channels import CHANNELS_HELP
 
     yield _groups(result.layers, verbose) if result.layers else "there is no channel to remove"
     for note in result.notes:
@@ -97,7 +97,7 @@ def compress(
 
 def inspection(result: Inspection, verbose: bool) -> Iterator[RenderableType]:
     """What is in the model and what a repair could do; with the damage where it was measured."""
-    from onnx_asr.model_io import size_text
+    from onnx_asr.graph.model_io import size_text
 
     measured = result.samples > 0
     size, deflated = size_text(result.file_bytes), size_text(result.compressed_bytes)
@@ -377,7 +377,7 @@ def _verification(check: Verification, before: str, after: str) -> Iterator[Rend
 
 
 def _written(path: str | None) -> str:
-    from onnx_asr.model_io import size_text
+    from onnx_asr.graph.model_io import size_text
 
     return "nothing was written" if path is None else f"written: {path} ({size_text(os.path.getsize(path))})"
 

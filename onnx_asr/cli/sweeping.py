@@ -32,8 +32,8 @@ from onnx_asr.cli.values import names, numbers
 from onnx_asr.errors import OptionError
 
 if TYPE_CHECKING:
-    from onnx_asr.masking import Scope as ScopeName
-    from onnx_asr.options import Score as ScoreName
+    from onnx_asr.pruning.masks import Scope as ScopeName
+    from onnx_asr.repairing.options import Score as ScoreName
 
 
 @command("sweep")
@@ -96,7 +96,7 @@ def sweep(
     report: Report = None,
 ) -> int:
     """Prune at several sparsities, repair with several methods, score every model; go on where an earlier run ended."""
-    from onnx_asr.model_io import check_writable
+    from onnx_asr.graph.model_io import check_writable
     from onnx_asr.report import check_plot
     from onnx_asr.report.sweep_data import sweep_data
     from onnx_asr.sweeping import SweepGrid, SweepSettings

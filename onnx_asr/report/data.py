@@ -11,22 +11,22 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnx_asr.compression import CompressResult
-from onnx_asr.damage import COLLAPSED_RATIO, DAMAGE_SAMPLES, PointDamage, draw_samples, measure_damage
 from onnx_asr.data import Dataset, Preprocessing
 from onnx_asr.errors import DataError
-from onnx_asr.evaluation import measure
-from onnx_asr.fidelity import Fidelity, collect_outputs, is_classifier
 from onnx_asr.graph.index import GraphIndex
+from onnx_asr.graph.model_io import ModelSource, load
 from onnx_asr.graph.points import Skip
-from onnx_asr.inspection import Inspection, Layer, describe
-from onnx_asr.model_io import ModelSource, load
-from onnx_asr.networks import Execution
-from onnx_asr.options import flattened
-from onnx_asr.point_report import PointReport
-from onnx_asr.pruning import PruneResult
-from onnx_asr.repairing import RepairJob
-from onnx_asr.result import Candidate, RepairResult, Verification
+from onnx_asr.measuring.damage import COLLAPSED_RATIO, DAMAGE_SAMPLES, PointDamage, draw_samples, measure_damage
+from onnx_asr.measuring.evaluation import measure
+from onnx_asr.measuring.inspection import Inspection, Layer, describe
+from onnx_asr.networks.execution import Execution
+from onnx_asr.networks.fidelity import Fidelity, collect_outputs, is_classifier
+from onnx_asr.pruning.compression import CompressResult
+from onnx_asr.pruning.zeros import PruneResult
+from onnx_asr.repairing.options import flattened
+from onnx_asr.repairing.pipeline import RepairJob
+from onnx_asr.repairing.point_report import PointReport
+from onnx_asr.repairing.result import Candidate, RepairResult, Verification
 from onnx_asr.version import __version__
 
 Values = dict[str, Any]

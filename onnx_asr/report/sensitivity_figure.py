@@ -10,8 +10,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation
 
-from onnx_asr.layer_sensitivity import SensitivityResult
-from onnx_asr.model_io import write_bytes
+from onnx_asr.graph.model_io import write_bytes
+from onnx_asr.pruning.sensitivity import SensitivityResult
 from onnx_asr.report.figures import RESOLUTION, SMALL, TEXT, svg
 
 _CELL_WIDTH, _CELL_HEIGHT, _MARGINS = 0.62, 0.24, (4.2, 1.1)  # inches

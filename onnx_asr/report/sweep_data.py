@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from onnx_asr.fidelity import Fidelity
-from onnx_asr.options import flattened
+from onnx_asr.networks.fidelity import Fidelity
+from onnx_asr.repairing.options import flattened
 from onnx_asr.report.data import Run, Values
 from onnx_asr.sweeping.grid import Cell, Goal
 from onnx_asr.sweeping.result import SweepResult

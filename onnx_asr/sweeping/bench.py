@@ -10,22 +10,22 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnx_asr.calibration import input_specs
-from onnx_asr.channel_pruning import prune_channels
-from onnx_asr.compression import CompressOptions, compress
 from onnx_asr.data import Dataset, Preprocessing, open_data
 from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
-from onnx_asr.evaluation import measure, whole_batches
-from onnx_asr.fidelity import Fidelity, Outputs, collect_outputs, is_classifier
 from onnx_asr.graph.index import GraphIndex
+from onnx_asr.graph.model_io import ModelSource, digest, load
 from onnx_asr.graph.points import survey, weight_of
-from onnx_asr.model_io import ModelSource, digest, load
-from onnx_asr.networks import Execution
-from onnx_asr.options import DATA_AWARE, Method, RepairOptions
-from onnx_asr.pruning import prune
-from onnx_asr.repairing import RepairJob, repair
-from onnx_asr.result import RepairResult
+from onnx_asr.measuring.evaluation import measure, whole_batches
+from onnx_asr.networks.execution import Execution
+from onnx_asr.networks.fidelity import Fidelity, Outputs, collect_outputs, is_classifier
+from onnx_asr.networks.samples import input_specs
+from onnx_asr.pruning.channels import prune_channels
+from onnx_asr.pruning.compression import CompressOptions, compress
+from onnx_asr.pruning.zeros import prune
+from onnx_asr.repairing.options import DATA_AWARE, Method, RepairOptions
+from onnx_asr.repairing.pipeline import RepairJob, repair
+from onnx_asr.repairing.result import RepairResult
 from onnx_asr.sweeping.grid import CHANNEL, Cell, Goal, SweepSettings
 from onnx_asr.sweeping.result import Outcome
 from onnx_asr.version import __version__

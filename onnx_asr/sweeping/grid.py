@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from onnx_asr.errors import OptionError
-from onnx_asr.masking import Scope
-from onnx_asr.options import (
+from onnx_asr.numerics.patterns import Pattern, check_share
+from onnx_asr.pruning.masks import Scope
+from onnx_asr.repairing.options import (
     SENSITIVITY_SPARSITIES,
     SWEEP_METHODS,
     RepairOptions,
@@ -16,7 +17,6 @@ from onnx_asr.options import (
     check_at_least,
     check_choice,
 )
-from onnx_asr.patterns import Pattern, check_share
 
 DEFAULT_METHODS = ("none", "paired", "refit")
 CHANNEL = "channel"

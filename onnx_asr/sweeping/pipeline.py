@@ -14,10 +14,10 @@ import onnx
 from onnx_asr.data import Dataset, Preprocessing
 from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
-from onnx_asr.model_io import ModelSource
-from onnx_asr.networks import Execution, Progress
-from onnx_asr.options import check_at_least
+from onnx_asr.graph.model_io import ModelSource
+from onnx_asr.networks.execution import Execution, Progress
 from onnx_asr.ownership import DISTRIBUTION
+from onnx_asr.repairing.options import check_at_least
 from onnx_asr.sweeping.bench import Bench, Setup
 from onnx_asr.sweeping.grid import Cell, Goal, SweepGrid, SweepSettings, in_order
 from onnx_asr.sweeping.result import Outcome, SweepResult, outcome_of

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from onnx_asr.errors import OnnxAsrError, is_interrupt
-from onnx_asr.fidelity import Fidelity
+from onnx_asr.networks.fidelity import Fidelity
 from onnx_asr.sweeping.grid import Cell, Goal
 from onnx_asr.version import __version__
 

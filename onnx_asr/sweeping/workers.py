@@ -29,7 +29,7 @@ from onnx_asr.blas import BLAS_THREADS
 from onnx_asr.data import Dataset
 from onnx_asr.errors import DataError, OnnxAsrError, OptionError
 from onnx_asr.graph.tensors import is_self_contained
-from onnx_asr.networks import Execution, silent
+from onnx_asr.networks.execution import Execution, silent
 from onnx_asr.sweeping.bench import Bench, Setup
 from onnx_asr.sweeping.grid import Cell, Goal
 from onnx_asr.sweeping.result import Outcome, outcome_of

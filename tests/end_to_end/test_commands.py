@@ -14,7 +14,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from onnx_asr.options import METHODS
+from onnx_asr.repairing.options import METHODS
 from tests.end_to_end.conftest import (
     ASSETS,
     CALIBRATION,

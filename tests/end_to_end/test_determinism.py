@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
-from onnx_asr.pruning import prune
+from onnx_asr.pruning.zeros import prune
 from tests.end_to_end.conftest import CALIBRATION, DENSE, PRESET, cli, environment
 from tests.graphs import images, net
 

@@ -146,6 +146,6 @@ def test_only_models_are_shown(pruned: str, tmp_path: Path) -> None:
 def test_without_netron_the_extra_is_named(pruned: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     from onnx_asr.cli.app import run
 
-    monkeypatch.setattr("onnx_asr.viewing.find_spec", lambda name: None)
+    monkeypatch.setattr("onnx_asr.cli.viewing.find_spec", lambda name: None)
     assert run(["view", pruned, "--no-browser"]) == 2
     assert capsys.readouterr().err.endswith("pip install 'onnx-resuscitate[view]'\n")

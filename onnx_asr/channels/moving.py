@@ -1,0 +1,203 @@
+"""How channels pass the operators that move values: joining, cutting, padding, resizing, reshaping."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import onnx
+
+from onnx_asr.channels.trace import Obstacle, Rule, Tracer, from_the_front, passing
+from onnx_asr.channels.units import Counted, Ids, Labels, varying
+from onnx_asr.graph.index import attribute, describe, is_standard
+from onnx_asr.graph.shapes import Shape
+
+
+def _concat(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
+    found = [tracer.labels.get(name) for name in node.input]
+    known = [labels for labels in found if labels is not None]
+    if not known:
+        return
+    rank = len(tracer.shape(node.input[0]))
+    axis = int(attribute(node, "axis", 1)) % rank
+    if len({labels.axis for labels in known}) != 1:
+        raise Obstacle("its operands have their channels along different axes")
+    if known[0].axis != axis:
+        if len(known) != len(found):
+            raise Obstacle("it meets a tensor whose channels cannot be removed")
+        for labels in known[1:]:
+            tracer.join(known[0].ids, labels.ids)
+        same = np.all([labels.constant == known[0].constant for labels in known], axis=0)
+        tracer.labels[node.output[0]] = replace(known[0], constant=np.where(same, known[0].constant, np.nan))
+        return
+    parts = []
+    for name, own in zip(node.input, found, strict=True):
+        if own is None:
+            count = tracer.shape(name)[axis]
+            ids = tracer.new(count)
+            tracer.freeze(ids, f"Concat {describe(node, position)} takes them from '{name}', where they are fixed")
+            own = Labels(axis, ids, varying(count))
+        parts.append(own)
+    tracer.labels[node.output[0]] = Labels(
+        axis, np.concatenate([part.ids for part in parts]), np.concatenate([part.constant for part in parts])
+    )
+
+
+def _split(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
+    labels = tracer.source(node)
+    if labels is None:
+        return
+    rank = len(tracer.shape(node.input[0]))
+    if int(attribute(node, "axis", 0)) % rank != labels.axis:
+        for name in node.output:
+            tracer.labels[name] = labels
+        return
+    sizes, where = tracer.integers(position, 1, "split")
+    if sizes is None:
+        if len(labels.ids) % len(node.output):
+            raise Obstacle("its parts are not equal")
+        sizes = [len(labels.ids) // len(node.output)] * len(node.output)
+        tracer.join_groups(labels.ids, len(node.output))
+    else:
+        bounds = np.cumsum([0, *sizes])
+        for entry, (start, stop) in enumerate(itertools.pairwise(bounds)):
+            tracer.counts.append(Counted(position, where, entry, labels.ids[start:stop]))
+    start = 0
+    for name, size in zip(node.output, sizes, strict=True):
+        part = slice(start, start + size)
+        tracer.labels[name] = labels.along(lambda values, part=part: values[part])  # type: ignore[misc]
+        start += size
+
+
+def _slice(tracer: Tracer, position: int, node: onnx.NodeProto, labels: Labels) -> Labels:
+    rank = len(tracer.shape(node.input[0]))
+    axes, _ = tracer.integers(position, 3, "axes")
+    order = from_the_front(axes, rank)
+    if labels.axis not in order:
+        return labels
+    starts, start_where = tracer.integers(position, 1, "starts")
+    ends, end_where = tracer.integers(position, 2, "ends")
+    steps, _ = tracer.integers(position, 4, "steps")
+    assert starts is not None
+    assert ends is not None
+    entry = order.index(labels.axis)
+    if steps is not None and steps[entry] != 1:
+        raise Obstacle("it takes every so many channels")
+    count = len(labels.ids)
+    start, stop, _ = slice(starts[entry], ends[entry]).indices(count)
+    if stop <= start:
+        raise Obstacle("it takes no channels")
+    tracer.counts.append(Counted(position, start_where, entry, labels.ids[:start]))
+    tracer.counts.append(Counted(position, end_where, entry, labels.ids[:stop]))
+    return labels.along(lambda values: values[start:stop])
+
+
+def _pad(tracer: Tracer, position: int, node: onnx.NodeProto, labels: Labels) -> Labels:
+    rank = len(tracer.shape(node.input[0]))
+    amounts, where = tracer.integers(position, 1, "pads")
+    axes, _ = tracer.integers(position, 3, "axes")
+    mode = attribute(node, "mode", b"constant")
+    assert amounts is not None
+    order = from_the_front(axes, rank)
+    spatial = any(amounts[i] for i in range(len(amounts)) if order[i % len(order)] != labels.axis)
+    value = attribute(node, "value", 0.0)
+    if len(node.input) > 2 and node.input[2]:
+        value = float(tracer.constant(node.input[2], "value").reshape(-1)[0])
+    constant = labels.constant
+    if spatial and mode == b"constant":
+        constant = np.where(constant == value, constant, np.nan)
+    labels = replace(labels, constant=constant)
+    if labels.axis not in order:
+        return labels
+    entry = order.index(labels.axis)
+    before, after = amounts[entry], amounts[entry + len(order)]
+    if not before and not after:
+        return labels
+    if mode != b"constant" or before < 0 or after < 0:
+        raise Obstacle("it adds channels that are not constant, or takes some away")
+    first, last = tracer.new(before), tracer.new(after)
+    if before:
+        tracer.counts.append(Counted(position, where, entry, first))
+    if after:
+        tracer.counts.append(Counted(position, where, entry + len(order), last))
+    ids = np.concatenate([first, labels.ids, last])
+    constant = np.concatenate([np.full(before, value), constant, np.full(after, value)])
+    tracer.made.append(node.output[0])
+    return Labels(labels.axis, ids, constant)
+
+
+def _resize(tracer: Tracer, position: int, node: onnx.NodeProto, labels: Labels) -> Labels:
+    if tracer.shape(node.output[0])[labels.axis] != len(labels.ids):
+        raise Obstacle("it resizes the channel axis")
+    if len(node.input) > 3 and node.input[3]:
+        order = from_the_front(attribute(node, "axes", None), len(tracer.shape(node.input[0])))
+        if labels.axis in order:
+            tracer.count_entry(position, 3, order.index(labels.axis), labels.ids)
+    exact = attribute(node, "coordinate_transformation_mode", b"half_pixel") != b"tf_crop_and_resize"
+    return labels if exact else replace(labels, constant=varying(len(labels.ids)))
+
+
+def _transpose(tracer: Tracer, position: int, node: onnx.NodeProto, labels: Labels) -> Labels:
+    rank = len(tracer.shape(node.input[0]))
+    order = list(attribute(node, "perm", range(rank)[::-1]))
+    return replace(labels, axis=order.index(labels.axis))
+
+
+def _reshape(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
+    """Reshape, Flatten, Squeeze, Unsqueeze: the channel axis alone, or merged with its neighbours."""
+    labels = tracer.source(node)
+    if labels is None:
+        if node.input[1:] and node.input[1] in tracer.sizes:
+            raise Obstacle("its shape counts channels of another tensor")
+        return
+    before, after = tracer.shape(node.input[0]), tracer.shape(node.output[0])
+    place = _merged_axis(before, after, labels.axis)
+    if place is None:
+        raise Obstacle("it splits the channel axis, or mixes it with the batch")
+    start, stop, axis = place
+    block = before[start:stop]  # [..., C, ...] becomes one axis
+    shape = [1] * len(block)
+    shape[labels.axis - start] = -1
+    merged = labels.along(lambda values: np.broadcast_to(values.reshape(shape), block).reshape(-1), axis)
+    if is_standard(node, "Reshape"):
+        copied = (0,) if not attribute(node, "allowzero", 0) and stop - start == 1 and axis == start else ()
+        tracer.count_entry(position, 1, axis, merged.ids, (-1, *copied))
+    tracer.labels[node.output[0]] = merged
+
+
+def _merged_axis(before: Shape, after: Shape, axis: int) -> tuple[int, int, int] | None:
+    """Run of axes ``start:stop`` around ``axis`` that is one axis afterwards, and that axis."""
+    if before[axis] == 1:
+        return None
+    for start in range(axis, -1, -1):
+        for stop in range(axis + 1, len(before) + 1):
+            for place in range(len(after)):
+                same_prefix = math.prod(before[:start]) == math.prod(after[:place])
+                if same_prefix and math.prod(before[start:stop]) == after[place]:
+                    return start, stop, place
+    return None
+
+
+def _shape(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
+    labels = tracer.source(node)
+    if labels is None:
+        return
+    entries: list[int | Ids | None] = [None] * len(tracer.shape(node.input[0]))
+    entries[labels.axis] = labels.ids
+    part = entries[attribute(node, "start", 0) : attribute(node, "end", len(entries))]
+    if any(entry is not None for entry in part):
+        tracer.sizes[node.output[0]] = part
+
+
+MOVING: dict[str, Rule] = {
+    **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), _reshape),
+    **dict.fromkeys(("Resize", "Upsample"), passing(_resize)),
+    "Concat": _concat,
+    "Pad": passing(_pad),
+    "Shape": _shape,
+    "Slice": passing(_slice),
+    "Split": _split,
+    "Transpose": passing(_transpose),
+}

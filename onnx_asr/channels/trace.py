@@ -1,0 +1,234 @@
+"""Units handed from node to node: the bookkeeping; what each operator does is in ``channel_rules``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnx_asr.channels.units import Channels, Counted, Floats, Ids, Labels, Read, Sliced
+from onnx_asr.graph.index import GraphIndex, attribute, describe, is_standard, node_reads, subgraphs
+from onnx_asr.graph.shapes import Shape, typical_shapes
+
+
+class Obstacle(Exception):
+    """Why a node's channels cannot be followed."""
+
+
+Rule: TypeAlias = Callable[["Tracer", int, onnx.NodeProto], None]
+"""Labels the outputs of a node at a position, or raises an Obstacle."""
+
+
+def passing(rule: Callable[[Tracer, int, onnx.NodeProto, Labels], Labels], axis: int | None = None) -> Rule:
+    """A rule of what hands the channels of its first input on to its first output; see :meth:`Tracer.source`."""
+
+    def follow(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
+        labels = tracer.source(node, axis)
+        if labels is not None:
+            tracer.labels[node.output[0]] = rule(tracer, position, node, labels)
+
+    return follow
+
+
+def from_the_front(axes: Sequence[int] | None, rank: int) -> list[int]:
+    """Axes as numbers from 0 up; all of them where none are given."""
+    return list(range(rank)) if axes is None else [axis % rank for axis in axes]
+
+
+class Tracer:
+    """Hands units from node to node, in file order."""
+
+    def __init__(self, index: GraphIndex, rules: Mapping[str, Rule]) -> None:
+        self.index = index
+        self._rules = rules
+        self.shapes = typical_shapes(index)
+        self.labels: dict[str, Labels] = {}
+        self.made: list[str] = []
+        self.sizes: dict[str, list[int | Ids | None]] = {}  # integer vectors with an entry that counts channels
+        self.slices: list[Sliced] = []
+        self.counts: list[Counted] = []
+        self.reads: list[Read] = []
+        self._parent: list[int] = []
+        self._frozen: dict[int, str] = {}
+        self.opset = next((item.version for item in index.model.opset_import if item.domain in ("", "ai.onnx")), 1)
+
+    def follow(self, position: int) -> None:
+        """Label what a node makes, or freeze what it reads."""
+        node = self.index.nodes[position]
+        if all(self.index.is_constant(name) for name in node.output if name):
+            return
+        handler = self._rules.get(node.op_type) if is_standard(node, node.op_type) else None
+        reads = list(dict.fromkeys(node_reads(node)))
+        if any(name in self.sizes for name in reads) and self._sizes_pass(position):
+            return
+        try:
+            if handler is None or any(True for _ in subgraphs(node)):
+                raise Obstacle("it is not known to treat channels apart")
+            handler(self, position, node)
+        except Obstacle as obstacle:
+            for name in reads:
+                self._freeze_tensor(name, f"{node.op_type} {describe(node, position)}: {obstacle}")
+
+    def result(self) -> Channels:
+        """The channels, with units numbered anew."""
+        for name in self.index.outputs:
+            self._freeze_tensor(name, f"'{name}' is an output of the model")
+        roots = np.array([self._find(unit) for unit in range(len(self._parent))], np.int64)
+        kept, number = np.unique(roots, return_inverse=True)
+        frozen: dict[int, str] = {}
+        for unit, reason in self._frozen.items():
+            frozen.setdefault(int(number[unit]), reason)
+        tensors = {name: replace(item, ids=number[item.ids]) for name, item in self.labels.items()}
+        return Channels(
+            len(kept),
+            tensors,
+            tuple(self.made),
+            tuple(replace(item, ids=number[item.ids]) for item in self.slices),
+            tuple(replace(item, ids=number[item.ids]) for item in self.counts),
+            tuple(Read(item.node, replace(item.labels, ids=number[item.labels.ids])) for item in self.reads),
+            frozen,
+        )
+
+    # Units
+
+    def new(self, count: int) -> Ids:
+        """Units that begin here."""
+        start = len(self._parent)
+        self._parent.extend(range(start, start + count))
+        return np.arange(start, start + count)
+
+    def _find(self, unit: int) -> int:
+        while self._parent[unit] != unit:
+            self._parent[unit] = self._parent[self._parent[unit]]
+            unit = self._parent[unit]
+        return unit
+
+    def join(self, first: Ids, second: Ids) -> None:
+        """Make one unit of each pair."""
+        for a, b in zip(first.tolist(), second.tolist(), strict=True):
+            low, high = sorted((self._find(a), self._find(b)))
+            self._parent[high] = low
+
+    def join_groups(self, ids: Ids, groups: int) -> None:
+        """Join position ``j`` of all groups."""
+        grouped = ids.reshape(groups, -1)
+        for other in grouped[1:]:
+            self.join(grouped[0], other)
+
+    def freeze(self, ids: Ids, reason: str) -> None:
+        """Keep units from being removed."""
+        for unit in ids.tolist():
+            self._frozen.setdefault(unit, reason)
+
+    def _freeze_tensor(self, name: str, reason: str) -> None:
+        if name in self.labels:
+            self.freeze(self.labels[name].ids, reason)
+        for entry in self.sizes.get(name, ()):
+            if isinstance(entry, np.ndarray):
+                self.freeze(entry, reason)
+
+    # What handlers need
+
+    def source(self, node: onnx.NodeProto, axis: int | None = None) -> Labels | None:
+        """Channels of the first input; frozen, and as if there were none, where they are not along ``axis``."""
+        labels = self.labels.get(node.input[0])
+        if labels is None or axis is None or labels.axis == axis:
+            return labels
+        self.freeze(labels.ids, f"{node.op_type} '{node.output[0]}' reads another axis than that of the channels")
+        return None
+
+    def shape(self, name: str) -> Shape:
+        """Shape of a tensor, for a typical input."""
+        if self.index.is_constant(name):
+            return self.index.value(name).shape
+        if name not in self.shapes:
+            raise Obstacle(f"the shape of '{name}' is not known")
+        return self.shapes[name]
+
+    def constant(self, name: str, what: str) -> NDArray[Any]:
+        """Value of a constant; ``what`` it is to the node."""
+        if not self.index.is_constant(name):
+            raise Obstacle(f"its {what} is computed at run time")
+        return self.index.value(name)
+
+    def integers(self, position: int, slot: int, name: str) -> tuple[list[int] | None, int | str]:
+        """A list of integers that newer operator sets keep in an input, older ones in an attribute; and where it is."""
+        node = self.index.nodes[position]
+        if slot < len(node.input) and node.input[slot]:
+            return [int(item) for item in self.constant(node.input[slot], name).reshape(-1)], slot
+        found = attribute(node, name, None)
+        return (None if found is None else [int(item) for item in found]), name
+
+    def make(self, name: str, axis: int, ids: Ids, constant: Floats) -> None:
+        """Label a tensor in which units begin."""
+        self.labels[name] = Labels(axis, ids, constant)
+        self.made.append(name)
+
+    # Vectors of sizes
+
+    def _sizes_pass(self, position: int) -> bool:
+        """Follow a shape vector; False where the node uses it as a shape."""
+        node = self.index.nodes[position]
+        if node.op_type in ("Reshape", "Resize") and node.input[0] not in self.sizes:
+            return False
+        entries: list[int | Ids | None] | None = None
+        if is_standard(node, "Unsqueeze", "Squeeze", "Cast", "Identity"):
+            entries = self.sizes[node.input[0]]
+        elif is_standard(node, "Concat"):
+            entries = self._joined_entries(node)
+        elif is_standard(node, "Gather", "Slice") and all(self.index.is_constant(name) for name in node.input[1:]):
+            before = self.sizes[node.input[0]]
+            feeds = {node.input[0]: np.arange(len(before))}
+            chosen = self.index.evaluate(position, node.output[0], feeds).reshape(-1)
+            entries = [before[number] for number in chosen]
+        if entries is None:
+            for name in node.input:
+                for entry in self.sizes.get(name, ()):
+                    if isinstance(entry, np.ndarray):
+                        self.freeze(entry, f"{node.op_type} {describe(node, position)} computes with their number")
+            return True
+        if any(isinstance(entry, np.ndarray) for entry in entries):
+            self.sizes[node.output[0]] = entries
+        return True
+
+    def entries(self, name: str) -> list[int | Ids | None] | None:
+        """What is known of an integer vector: numbers, units that are counted, None where another size stands."""
+        if self.index.is_constant(name):
+            return [int(item) for item in self.index.value(name).reshape(-1)]
+        if name in self.sizes:
+            return self.sizes[name]
+        maker = self.index.producer.get(name)
+        if maker is not None and is_standard(self.index.nodes[maker], "Concat"):
+            return self._joined_entries(self.index.nodes[maker])
+        shape = self.shapes.get(name)
+        return None if shape is None else [None] * math.prod(shape)
+
+    def _joined_entries(self, node: onnx.NodeProto) -> list[int | Ids | None] | None:
+        joined: list[int | Ids | None] = []
+        for name in node.input:
+            part = self.entries(name)
+            if part is None:
+                return None
+            joined += part
+        return joined
+
+    def count_entry(self, position: int, slot: int, entry: int, ids: Ids, inferred: tuple[int, ...] = ()) -> None:
+        """See that an entry of a shape vector follows the number of channels."""
+        name = self.index.nodes[position].input[slot]
+        entries = self.entries(name)
+        if entries is None or entry >= len(entries):
+            raise Obstacle("its shape is computed at run time")
+        for number, found in enumerate(entries):
+            if isinstance(found, np.ndarray) and not (number == entry and np.array_equal(found, ids)):
+                raise Obstacle("its shape counts other channels")
+        value = entries[entry]
+        if isinstance(value, np.ndarray) or value in inferred:
+            return
+        if value is None or not self.index.is_constant(name):
+            raise Obstacle("its shape is computed at run time")
+        self.counts.append(Counted(position, slot, entry, ids))

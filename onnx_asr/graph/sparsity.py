@@ -1,0 +1,65 @@
+"""Zeros in the weights of a network: how many, and where so many that little passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_asr.graph.points import Point
+
+_NAMED_LAYERS = 3
+
+
+@dataclass(frozen=True)
+class LayerSparsity:
+    """Zeros in one weight before and after pruning."""
+
+    name: str
+    op_type: str
+    channels: int
+    shape: tuple[int, ...]
+    size: int
+    zeros_before: int
+    zeros: int
+
+    @classmethod
+    def of(cls, point: Point, before: NDArray[Any], after: NDArray[Any]) -> LayerSparsity:
+        """Count the zeros of a point's weight."""
+        zeros = [value.size - int(np.count_nonzero(value)) for value in (before, after)]
+        return cls(point.name, point.kind, point.channels, tuple(after.shape), after.size, *zeros)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros."""
+        return self.zeros / max(1, self.size)
+
+    @property
+    def starved(self) -> bool:
+        """Whether pruning, and not the network before it, left a weight to fewer than a tenth of the channels."""
+        few = self.channels / 10
+        return self.size - self.zeros < few <= self.size - self.zeros_before
+
+
+def starved(layers: Sequence[LayerSparsity]) -> tuple[str, ...]:
+    """A note on the layers that pass next to nothing on, where there are such layers."""
+    found = sorted((layer for layer in layers if layer.starved), key=lambda layer: layer.size - layer.zeros)
+    if not found:
+        return ()
+    named = ", ".join(
+        f"{layer.name} ({layer.size - layer.zeros:,} of {layer.size:,})" for layer in found[:_NAMED_LAYERS]
+    )
+    more = ", ..." if len(found) > _NAMED_LAYERS else ""
+    return (
+        f"so few weights are left that over nine tenths of the channels are constant in {len(found)} of {len(layers)} "
+        f"layers: {named}{more}; unless a shortcut goes around such a layer, no repair brings back what it stops: "
+        "prune less, or spare it (--scope erk, --exclude)",
+    )
+
+
+def share_of_zeros(layers: Sequence[LayerSparsity]) -> float:
+    """Over all weights of the layers."""
+    return sum(layer.zeros for layer in layers) / max(1, sum(layer.size for layer in layers))

@@ -1,0 +1,197 @@
+"""What pruning did to the channels: their variances against the dense network's on the same samples, point by point.
+
+A point is measured behind the BatchNormalization that belongs to it, where a correction shows wherever a repair wrote
+it. In a network that was pruned and not repaired, the ratio is the same before that BatchNormalization.
+
+How far a correction could get is told on samples that it was not fitted on. With ``l = log10(v / v_dense)`` of a
+channel in one half of the samples (1) and the other (2), the root mean square over the live channels is
+
+    of ``l_2`` without correction, of ``l_2 - mean(l_1)`` with one factor a layer, of ``l_2 - l_1`` with one a channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import reduce
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_asr.data import Dataset
+from onnx_asr.engine.lockstep import BufferPool, Chunk, Lane, lockstep
+from onnx_asr.graph.index import GraphIndex
+from onnx_asr.graph.points import Point
+from onnx_asr.networks.execution import Execution
+from onnx_asr.networks.pair import Networks
+from onnx_asr.networks.samples import Calibration, batch_size_for, fixed_batch, input_specs, load_calibration
+from onnx_asr.numerics.gains import is_live
+from onnx_asr.numerics.moments import Floats, PairMoments
+
+COLLAPSED_RATIO = 0.01
+"""Variance ratio below which a channel counts as collapsed: its standard deviation is under a tenth of the dense."""
+
+DAMAGE_SAMPLES = 128
+"""Samples that suffice to measure it, unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class LogErrors:
+    """Root mean square of a layer's log10 variance ratios, fitted on one half of the samples, told on the other.
+
+    Attributes:
+        none: Without correction.
+        layer: With one factor for the layer.
+        channel: With one factor a channel.
+    """
+
+    none: float
+    layer: float
+    channel: float
+
+
+@dataclass(frozen=True)
+class PointDamage:
+    """The channels of one point in the dense network and in another version of it, on the same samples.
+
+    Attributes:
+        dense_std: Standard deviations in the dense network, [C].
+        std: In the other, [C].
+        shift: Difference of the means in dense standard deviations, [C]; NaN where the dense channel is constant.
+        ratio: Variance over the dense variance, [C]; 0 for a dead channel, NaN where the dense channel is constant.
+        correlation: Of the two, [C].
+        errors: What corrections could do about it; None with a single chunk of samples, or without a live channel.
+    """
+
+    dense_std: Floats
+    std: Floats
+    shift: Floats
+    ratio: Floats
+    correlation: Floats
+    errors: LogErrors | None
+
+    @classmethod
+    @np.errstate(over="ignore", invalid="ignore")
+    def of(cls, halves: Sequence[PairMoments]) -> PointDamage:
+        """From the moments of one or two halves of the samples."""
+        both = reduce(PairMoments.merge, halves)
+        varies = is_live(None, both.dense)
+        nothing = np.full(len(varies), np.nan)
+        ratio = np.divide(both.pruned.var, both.dense.var, out=nothing.copy(), where=varies)
+        return cls(
+            dense_std=both.dense.std,
+            std=both.pruned.std,
+            shift=np.divide(both.pruned.mean - both.dense.mean, both.dense.std, out=nothing, where=varies),
+            ratio=np.where(varies & ~is_live(both.dense, both.pruned), 0.0, ratio),
+            correlation=both.correlation,
+            errors=_log_errors(*halves) if len(halves) == 2 else None,
+        )
+
+    @property
+    def collapsed(self) -> NDArray[np.bool_]:
+        """Which channels lost nearly all of their variance, dead ones included."""
+        return self.ratio < COLLAPSED_RATIO
+
+    @property
+    def collapsed_share(self) -> float:
+        """Share of collapsed channels."""
+        return float(self.collapsed.mean())
+
+    @property
+    def dead(self) -> int:
+        """Channels without variance that have some in the dense network."""
+        return int((self.ratio == 0).sum())
+
+    @property
+    def median_ratio(self) -> float | None:
+        """Median variance ratio; None where no dense channel varies."""
+        known = self.ratio[~np.isnan(self.ratio)]
+        return float(np.median(known)) if known.size else None
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation of log10 of the live channels' variance ratios: how heterogeneous the damage is."""
+        live = self.ratio[self.ratio > 0]
+        return float(np.log10(live).std()) if live.size else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; a ratio that is not defined becomes None."""
+        return {
+            "collapsed": int(self.collapsed.sum()),
+            "dead": self.dead,
+            "median_ratio": self.median_ratio,
+            "spread": self.spread,
+            "correlation": float(self.correlation.mean()),
+            "log_errors": None if self.errors is None else asdict(self.errors),
+            "ratios": [None if np.isnan(value) else float(value) for value in self.ratio],
+        }
+
+
+def draw_samples(
+    dataset: Dataset, indices: NDArray[np.int64], index: GraphIndex, samples: int, seed: int, batch_size: int | None
+) -> Calibration:
+    """A seeded sample in random order, so that both halves of its chunks stand for the whole, in two chunks at least.
+
+    Raises:
+        DataError: When the samples do not fit, or do not fill a batch that the model fixes.
+    """
+    specs = input_specs(index)
+    size = batch_size_for(specs, batch_size)
+    fixed = fixed_batch(specs) is not None
+    order = np.random.default_rng(seed).permutation(indices)[: max(samples, size) if fixed else samples]
+    if not fixed:
+        size = min(size, max(1, len(order) // 2))
+    return load_calibration(dataset, order, size, fixed)
+
+
+def measure_damage(
+    networks: Networks, versions: Sequence[GraphIndex], calibration: Calibration, execution: Execution
+) -> list[dict[int, PointDamage]]:
+    """The damage in each of several versions of the pruned network: by node position, at every point; in one walk.
+
+    Args:
+        networks: The pruned network with its dense one.
+        versions: The pruned network itself, or repaired copies: graphs in which its tensors keep their names.
+        calibration: The samples.
+        execution: How to run.
+    """
+    points = networks.survey.points
+    tensors = [_measured(networks.pruned, point) for point in points]
+    twins = [networks.dense_tensor(name) for name in tensors]
+    found: list[list[dict[int, PairMoments]]] = [[{} for _ in points] for _ in versions]
+
+    def visit(number: int, chunks: list[Chunk]) -> None:
+        execution.progress("measuring the damage", number / len(calibration.chunks))
+        half = number % 2
+        for chunk, halves in zip(chunks[1:], found, strict=True):
+            for point, name, twin, moments in zip(points, tensors, twins, halves, strict=True):
+                dense = networks.dense_value(chunks[0], twin)
+                pair = PairMoments.of(dense, chunk[name], point.channel_axis)
+                moments[half] = moments[half].merge(pair) if half in moments else pair
+
+    with BufferPool(execution.memory_limit, calibration.nbytes) as pool:
+        lanes = [networks.dense_lane(twins, calibration, pool, execution)]
+        lanes += [Lane(index, tensors, calibration.chunks, pool, execution.runtime) for index in versions]
+        lockstep(lanes, [twins, *[tensors] * len(versions)], visit)
+    return [
+        {point.node: PointDamage.of(list(halves.values())) for point, halves in zip(points, version, strict=True)}
+        for version in found
+    ]
+
+
+def _measured(index: GraphIndex, point: Point) -> str:
+    return point.tensor if point.batchnorm is None else str(index.nodes[point.batchnorm].output[0])
+
+
+def _log_errors(first: PairMoments, second: PairMoments) -> LogErrors | None:
+    live = [is_live(None, half.dense) & is_live(half.dense, half.pruned) for half in (first, second)]
+    usable = live[0] & live[1]
+    if not usable.any():
+        return None
+    fitted, told = (np.log10(half.pruned.var[usable] / half.dense.var[usable]) for half in (first, second))
+    return LogErrors(_rms(told), _rms(told - fitted.mean()), _rms(told - fitted))
+
+
+def _rms(values: Floats) -> float:
+    return float(np.sqrt(np.square(values).mean()))

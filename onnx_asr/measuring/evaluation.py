@@ -1,0 +1,151 @@
+"""The evaluation pipeline: run a model over data once, compare it with labels, with a dense model, or with both."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_asr.data import Dataset, InputSpec, Preprocessing, open_data, sample_indices
+from onnx_asr.data.sources import DataSource
+from onnx_asr.engine.session import Runtime
+from onnx_asr.errors import DataError, OptionError
+from onnx_asr.graph.index import GraphIndex
+from onnx_asr.graph.model_io import ModelSource, load
+from onnx_asr.networks.execution import Progress, silent
+from onnx_asr.networks.fidelity import Fidelity, Outputs, accuracy, collect_outputs, compare, is_classifier
+from onnx_asr.networks.samples import fixed_batch, input_specs
+from onnx_asr.repairing.options import check_at_least
+
+Labels = str | os.PathLike[str] | Sequence[int] | NDArray[np.integer[Any]]
+"""A table of file name and class index (for a folder of images), or the class index of every sample."""
+
+
+def evaluate(
+    model: ModelSource,
+    data: DataSource | Dataset,
+    *,
+    dense: ModelSource | None = None,
+    labels: Labels | None = None,
+    preprocessing: Preprocessing | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+    label_offset: int = 0,
+    batch_size: int | None = None,
+    runtime: Runtime | None = None,
+    progress: Progress = silent,
+) -> Fidelity:
+    """Measure a model: top-1 and top-5 where labels are known, agreement, KL and SNR where a dense model is given.
+
+    Args:
+        model: Path or ModelProto.
+        data: Whatever :func:`onnx_asr.data.open_data` takes, or a Dataset.
+        dense: The model to compare the outputs with.
+        labels: Class indices; None takes those that the data bring along (sub-folders, ``labels`` in an .npz).
+        preprocessing: What to do to images.
+        samples: A seeded sample of this size; None for all.
+        seed: Of the sample.
+        label_offset: Added to a label to give the output's class: 1 for nets whose class 0 is "background".
+        batch_size: Samples a run; None chooses by the input's size.
+        runtime: How to run.
+        progress: Told what is being done.
+
+    Returns:
+        The measures; those without a reference are None. A model with a fixed batch size leaves out the samples that
+        do not fill a batch, and ``samples`` says how many took part.
+
+    Raises:
+        ModelError: A model that cannot be read or run, or has no scores to compare with labels.
+        DataError: Missing, broken or unfitting data or labels.
+        OptionError: Neither labels nor a dense model, or a number out of range.
+    """
+    check_at_least("seed", seed, 0)
+    if batch_size is not None:
+        check_at_least("batch-size", batch_size, 1)
+    runtime = runtime or Runtime()
+    network = load(model)
+    reference = None if dense is None else load(dense)
+    specs = input_specs(GraphIndex.of(network))
+    dataset, classes = _open(data, specs, labels, preprocessing)
+    if classes is None and reference is None:
+        raise OptionError(
+            "there is nothing to compare the model with: give the dense model (--dense), or labels (images in one "
+            "sub-folder a class, --labels TABLE for a folder, 'labels' in an .npz)"
+        )
+    indices = np.arange(len(dataset)) if samples is None else sample_indices(len(dataset), samples, seed)
+    both = [specs] if reference is None else [specs, input_specs(GraphIndex.of(reference))]
+    indices = whole_batches(indices, both)
+    progress("running the model", 0.0)
+    outputs = collect_outputs(network, dataset, indices, runtime, batch_size)
+    dense_outputs = None
+    if reference is not None:
+        progress("running the dense model", 0.5)
+        dense_outputs = collect_outputs(reference, dataset, indices, runtime, batch_size)
+    if labels is None and dense_outputs is not None and not is_classifier(outputs):
+        classes = None  # they came with the data, nobody asked for an accuracy
+    result = measure(outputs, dense_outputs, None if classes is None else classes[indices], label_offset)
+    progress("done", 1.0)
+    return replace(result, samples=len(indices))
+
+
+def measure(
+    outputs: Outputs, dense: Outputs | None = None, labels: NDArray[np.int64] | None = None, label_offset: int = 0
+) -> Fidelity:
+    """The measures of outputs that are already there; see :func:`evaluate`.
+
+    Raises:
+        ModelError: The outputs do not fit the dense model's, or are no class scores.
+        DataError: A label is not among the model's classes.
+    """
+    result = Fidelity(len(outputs[0])) if dense is None else compare(dense, outputs)
+    if labels is None:
+        return result
+    top1, top5 = accuracy(outputs, labels, label_offset)
+    classes = outputs[0].shape[1]
+    low, high = int(labels.min()) + label_offset, int(labels.max()) + label_offset
+    if low < 0 or high >= classes:
+        offset = f" with label offset {label_offset}" if label_offset else ""
+        raise DataError(
+            f"labels from {low - label_offset} to {high - label_offset}{offset} do not fit the model's {classes} "
+            "classes (0 is the first): give the class index of each image, or shift it with --label-offset"
+        )
+    return replace(result, top1=top1, top5=top5)
+
+
+def _open(
+    data: DataSource | Dataset,
+    specs: Sequence[InputSpec],
+    labels: Labels | None,
+    preprocessing: Preprocessing | None,
+) -> tuple[Dataset, NDArray[np.int64] | None]:
+    table = labels if isinstance(labels, (str, os.PathLike)) else None
+    if isinstance(data, Dataset):
+        if table is not None:
+            raise OptionError(
+                "a labels file goes with a folder of images, not with an open dataset: give class indices"
+            )
+        dataset = data
+    else:
+        dataset = open_data(data, specs, preprocessing=preprocessing, labels=table)
+    if labels is None or table is not None:
+        return dataset, dataset.labels
+    given = np.asarray(labels)
+    if given.shape != (len(dataset),) or given.dtype.kind not in "iu":
+        raise DataError(
+            f"labels of {given.dtype} in shape {given.shape} for {len(dataset)} samples: give one class index a sample"
+        )
+    return dataset, given.astype(np.int64)
+
+
+def whole_batches(indices: NDArray[np.int64], inputs: Sequence[Sequence[InputSpec]]) -> NDArray[np.int64]:
+    """Drop what would not fill a batch of every model that fixes one, so that all see the same samples."""
+    step = math.lcm(*(fixed_batch(specs) or 1 for specs in inputs))
+    usable = len(indices) - len(indices) % step
+    if usable == 0:
+        raise DataError(f"{len(indices)} samples do not fill one batch of {step}, which the model fixes: give more")
+    return indices[:usable]

@@ -1,0 +1,339 @@
+"""The inspection pipeline: what is in a model, what a repair could do and, beside its dense model, the damage."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnx_asr.data import Dataset, Preprocessing, open_data
+from onnx_asr.data.sources import DataSource
+from onnx_asr.errors import OptionError
+from onnx_asr.graph.index import GraphIndex
+from onnx_asr.graph.model_io import ModelSource, check_finite, load
+from onnx_asr.graph.points import Point, Skip, Survey, channel_view, survey, weight_of
+from onnx_asr.graph.shapes import compressed_size
+from onnx_asr.measuring.damage import DAMAGE_SAMPLES, PointDamage, draw_samples, measure_damage
+from onnx_asr.networks.execution import Execution
+from onnx_asr.networks.pair import Networks, overflow
+from onnx_asr.networks.samples import input_specs
+from onnx_asr.numerics.masks import find_n_of_m
+from onnx_asr.numerics.moments import Floats
+from onnx_asr.repairing.methods import check_method
+from onnx_asr.repairing.options import METHODS, check_at_least
+
+_CONVOLUTIONS = ("Conv", "ConvTranspose")
+_METADATA_PREFIX = "onnx_asr."
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One correction point.
+
+    Attributes:
+        node: Position of its node in the file.
+        name: What to call it.
+        op_type: Its operator.
+        shape: Of the weight as stored; None for a BatchNormalization that follows no layer.
+        channels: Number of output channels.
+        batchnorm: Whether it has a BatchNormalization, or is one.
+        channel_weights: Weights that feed one channel; 0 without a weight.
+        channel_zeros: How many of them are zero, [C].
+        channel_norm: Euclidean norm of a channel's weights, [C].
+        pattern: "dense", "unstructured", or N:M along the input channels; None without a weight.
+        damage: Against the dense network, where that was measured.
+    """
+
+    node: int
+    name: str
+    op_type: str
+    shape: tuple[int, ...] | None
+    channels: int
+    batchnorm: bool
+    channel_weights: int
+    channel_zeros: NDArray[np.int64]
+    channel_norm: Floats
+    pattern: str | None
+    damage: PointDamage | None
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.channels * self.channel_weights
+
+    @property
+    def zeros(self) -> int:
+        """Number of weights that are zero."""
+        return int(self.channel_zeros.sum())
+
+    @property
+    def sparsity(self) -> float | None:
+        """Share of zeros; None without a weight."""
+        return self.zeros / self.size if self.size else None
+
+    @property
+    def empty(self) -> int:
+        """Channels that have lost all their weights."""
+        return int((self.channel_zeros == self.channel_weights).sum()) if self.size else 0
+
+    @property
+    def writable(self) -> str:
+        """Where a repair can write a correction."""
+        if self.shape is None:
+            return "batchnorm"
+        return "weights+batchnorm" if self.batchnorm else "weights"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; channel by channel only as far as the damage goes."""
+        return {
+            "node": self.node,
+            "name": self.name,
+            "op_type": self.op_type,
+            "shape": None if self.shape is None else list(self.shape),
+            "channels": self.channels,
+            "batchnorm": self.batchnorm,
+            "weights": self.size,
+            "zeros": self.zeros,
+            "sparsity": self.sparsity,
+            "pattern": self.pattern,
+            "empty_channels": self.empty,
+            "writable": self.writable,
+            "damage": None if self.damage is None else self.damage.to_dict(),
+        }
+
+    def channel_table(self) -> list[dict[str, Any]]:
+        """One row a channel, with the damage where it was measured."""
+        rows: list[dict[str, Any]] = []
+        for channel in range(self.channels):
+            row: dict[str, Any] = {
+                "channel": channel,
+                "weights": self.channel_weights,
+                "zeros": int(self.channel_zeros[channel]),
+                "norm": float(self.channel_norm[channel]),
+            }
+            if self.damage is not None:
+                ratio = float(self.damage.ratio[channel])
+                row |= {
+                    "dense_std": float(self.damage.dense_std[channel]),
+                    "std": float(self.damage.std[channel]),
+                    "ratio": None if np.isnan(ratio) else ratio,
+                    "shift": None if np.isnan(ratio) else float(self.damage.shift[channel]),
+                    "correlation": float(self.damage.correlation[channel]),
+                    "collapsed": bool(self.damage.collapsed[channel]),
+                }
+            rows.append(row)
+        return rows
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is in a model.
+
+    Attributes:
+        opset: Version of the standard operators.
+        nodes: Number of nodes.
+        inputs: Name, element type and shape of every input, as text.
+        file_bytes: Size of the model.
+        compressed_bytes: Its size after deflate.
+        layers: Its correction points, in file order.
+        skips: Nodes with parameters that no repair can correct, and why.
+        methods: What ``repair`` could do, with and without the dense model: method to the reason why not, or None.
+        metadata: What this package wrote into the file before.
+        samples: Number of samples the damage was measured on; 0 where it was not.
+    """
+
+    opset: int
+    nodes: int
+    inputs: tuple[str, ...]
+    file_bytes: int
+    compressed_bytes: int
+    layers: tuple[Layer, ...]
+    skips: tuple[Skip, ...]
+    methods: dict[str, dict[str, str | None]]
+    metadata: dict[str, str]
+    samples: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over the weights of all layers."""
+        return sum(layer.zeros for layer in self.layers) / max(1, sum(layer.size for layer in self.layers))
+
+    @property
+    def batchnorm(self) -> str:
+        """Which convolutions kept their BatchNormalization, and how many stand elsewhere."""
+        convolutions = [layer for layer in self.layers if layer.op_type in _CONVOLUTIONS]
+        kept = sum(layer.batchnorm for layer in convolutions)
+        elsewhere = sum(layer.batchnorm for layer in self.layers) - kept
+        if not kept and not elsewhere:
+            return "none: folded into the weights, or never there"
+        return f"behind {kept} of {len(convolutions)} convolutions" + (f", {elsewhere} elsewhere" if elsewhere else "")
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What ``repair`` could do, one sentence for each way to call it."""
+        sentences = []
+        for key, how in (("with_dense", "with --dense"), ("without_dense", "without --dense")):
+            possible = [name for name, obstacle in self.methods[key].items() if obstacle is None]
+            sentences.append(f"repair {how}: {', '.join(possible) or 'nothing'}")
+        return tuple(sentences)
+
+    def layer(self, name: str) -> Layer:
+        """A layer by name.
+
+        Raises:
+            OptionError: When there is none, with the names that come close.
+        """
+        names = [layer.name for layer in self.layers]
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
+            raise OptionError(
+                f"there is no layer '{name}'; names that come close: {', '.join(map(repr, close)) or 'none'} "
+                f"({len(names)} layers in all)"
+            )
+        return self.layers[names.index(name)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "opset": self.opset,
+            "nodes": self.nodes,
+            "inputs": list(self.inputs),
+            "bytes": self.file_bytes,
+            "compressed_bytes": self.compressed_bytes,
+            "sparsity": self.sparsity,
+            "batchnorm": self.batchnorm,
+            "layers": [layer.to_dict() for layer in self.layers],
+            "skipped": [asdict(skip) for skip in self.skips],
+            "repair": self.methods,
+            "metadata": self.metadata,
+            "samples": self.samples,
+        }
+
+
+def inspect(
+    model: ModelSource,
+    *,
+    dense: ModelSource | None = None,
+    data: DataSource | Dataset | None = None,
+    preprocessing: Preprocessing | None = None,
+    samples: int = DAMAGE_SAMPLES,
+    seed: int = 0,
+    batch_size: int | None = None,
+    execution: Execution | None = None,
+) -> Inspection:
+    """Say what is in a model and, with its dense model and data, what pruning did to every channel.
+
+    Args:
+        model: Path or ModelProto; it is not changed.
+        dense: The model that it was made from.
+        data: Samples to measure the damage on; no labels needed.
+        preprocessing: What to do to images.
+        samples: Number of samples, drawn by ``seed``.
+        seed: Of the sample.
+        batch_size: Samples a run; None chooses by the input's size.
+        execution: Execution providers, memory limit, progress.
+
+    Raises:
+        OptionError: One of ``dense`` and ``data`` without the other, or a number out of range.
+        ModelError: A model that cannot be read or run, is quantized, or has activations that are not finite.
+        StructureError: ``dense`` and ``model`` are not the same network.
+        DataError: Missing, broken or unfitting data.
+    """
+    check_at_least("seed", seed, 0)
+    if batch_size is not None:
+        check_at_least("batch-size", batch_size, 1)
+    check_at_least("samples", samples, 1)
+    if (dense is None) != (data is None):
+        given, missing = ("dense model", "--data") if data is None else ("data", "--dense")
+        raise OptionError(
+            f"the {given} came alone: the damage is measured in both models on samples, so give {missing} too"
+        )
+    network = load(model)
+    if dense is None or data is None:
+        return describe(network)
+    execution = execution or Execution()
+    networks = Networks.of(network, load(dense))
+    inputs = input_specs(networks.pruned)
+    dataset = data if isinstance(data, Dataset) else open_data(data, inputs, preprocessing=preprocessing)
+    calibration = draw_samples(dataset, np.arange(len(dataset)), networks.pruned, samples, seed, batch_size)
+    (damage,) = measure_damage(networks, [networks.pruned], calibration, execution)
+    for point in networks.survey.points:
+        channels = damage[point.node]
+        if not np.isfinite([channels.dense_std, channels.std]).all():
+            raise overflow(point)
+    execution.progress("done", 1.0)
+    return describe(network, damage, calibration.count)
+
+
+def describe(model: onnx.ModelProto, damage: Mapping[int, PointDamage] | None = None, samples: int = 0) -> Inspection:
+    """What is in a model, with the damage at each of its points where that was measured.
+
+    Raises:
+        ModelError: When it is quantized, or holds values that are not finite.
+    """
+    index = GraphIndex.of(model)
+    found = survey(index)
+    check_finite(index, "given")
+    layers = [_layer(index, point, (damage or {}).get(point.node)) for point in found.points]
+    return Inspection(
+        opset=next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0),
+        nodes=len(index.nodes),
+        inputs=tuple(_input_text(spec.name, spec.dtype, spec.shape) for spec in input_specs(index)),
+        file_bytes=model.ByteSize(),
+        compressed_bytes=compressed_size(model),
+        layers=tuple(layers),
+        skips=found.skips,
+        methods={"with_dense": _methods(found, dense=True), "without_dense": _methods(found, dense=False)},
+        metadata={item.key: item.value for item in model.metadata_props if item.key.startswith(_METADATA_PREFIX)},
+        samples=samples,
+    )
+
+
+def _layer(index: GraphIndex, point: Point, damage: PointDamage | None) -> Layer:
+    shape, pattern, weights = None, None, 0
+    zeros, norm = np.zeros(point.channels, np.int64), np.zeros(point.channels)
+    if point.weight_slot is not None:
+        value = weight_of(index, point)
+        view = channel_view(point, index.nodes[point.node], value)  # [C_out, C_in / group, taps]
+        kept = view != 0
+        shape, weights = tuple(value.shape), view[0].size
+        zeros = np.asarray(weights - kept.sum(axis=(1, 2)), np.int64)
+        norm = np.sqrt(np.square(view.astype(np.float64)).sum(axis=(1, 2)))
+        found = find_n_of_m(kept)
+        pattern = "dense" if kept.all() else "unstructured" if found is None else f"{found[0]}:{found[1]}"
+    return Layer(
+        node=point.node,
+        name=point.name,
+        op_type=point.kind,
+        shape=shape,
+        channels=point.channels,
+        batchnorm=point.batchnorm is not None,
+        channel_weights=weights,
+        channel_zeros=zeros,
+        channel_norm=norm,
+        pattern=pattern,
+        damage=damage,
+    )
+
+
+def _methods(found: Survey, dense: bool) -> dict[str, str | None]:
+    """Why each method cannot do anything for the model, with its dense one or without, or None."""
+    if not found.points:
+        return dict.fromkeys(METHODS, "nothing in the model can be corrected")
+    reasons: dict[str, str | None] = {}
+    for method in METHODS:
+        try:
+            check_method(method, dense=dense, batchnorm=found.has_batchnorm)
+            reasons[method] = None
+        except OptionError as error:
+            reasons[method] = str(error)
+    return reasons
+
+
+def _input_text(name: str, dtype: np.dtype[Any], shape: Sequence[int | None]) -> str:
+    return f"{name}: {dtype}[{','.join('?' if size is None else str(size) for size in shape)}]"

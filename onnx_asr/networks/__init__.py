@@ -1,0 +1,1 @@
+"""The networks that a command works on: dense and pruned as a pair, their samples, and how close they are."""

@@ -1,0 +1,128 @@
+"""Latency of a pruned model against that of the dense one, on random input."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnx_asr.engine.session import Runtime, Session
+from onnx_asr.errors import ModelError
+from onnx_asr.graph.index import GraphIndex
+from onnx_asr.graph.model_io import ModelSource, load
+from onnx_asr.graph.shapes import InputShapes, fed_shapes
+from onnx_asr.networks.samples import Chunk, input_specs
+
+SECONDS = 3.0
+"""About what a measurement takes."""
+_WARM_UP = 2  # pairs: the first runs allocate
+_LEAST_PAIRS, _MOST_PAIRS = 9, 400
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Run times of two models, in pairs: what else the machine does meets both alike.
+
+    Attributes:
+        seconds_before: Median of a run of the first model.
+        seconds_after: Median of a run of the second.
+        ratio: Median over the pairs of the second's time by the first's.
+        low: The ratio that a quarter of the pairs stays below.
+        high: The ratio that a quarter of the pairs exceeds.
+        pairs: Number of pairs.
+        shapes: What the inputs were.
+    """
+
+    seconds_before: float
+    seconds_after: float
+    ratio: float
+    low: float
+    high: float
+    pairs: int
+    shapes: dict[str, tuple[int, ...]]
+
+
+def time_in_turns(first: Session, second: Session, feeds: Mapping[str, NDArray[Any]], seconds: float) -> Latency:
+    """Run two models A B A B for about so many seconds, at least 9 pairs and at most 400."""
+    times: list[tuple[float, float]] = []
+    end = time.perf_counter() + seconds
+    while len(times) < _WARM_UP + _LEAST_PAIRS or (len(times) < _MOST_PAIRS and time.perf_counter() < end):
+        times.append((_timed(first, feeds), _timed(second, feeds)))
+    pairs = np.array(times[_WARM_UP:])
+    before, after = np.median(pairs, axis=0)
+    low, ratio, high = np.quantile(pairs[:, 1] / pairs[:, 0], (0.25, 0.5, 0.75))
+    shapes = {name: value.shape for name, value in feeds.items()}
+    return Latency(float(before), float(after), float(ratio), float(low), float(high), len(pairs), shapes)
+
+
+def _timed(session: Session, feeds: Mapping[str, NDArray[Any]]) -> float:
+    started = time.perf_counter()
+    session.run(feeds)
+    return time.perf_counter() - started
+
+
+def random_feeds(index: GraphIndex, input_shapes: InputShapes | None = None) -> Chunk:
+    """Standard normal values, and integers 0 and 1, of :func:`onnx_asr.graph.shapes.fed_shapes`."""
+    generator = np.random.default_rng(0)
+    shapes = fed_shapes(index, input_shapes)
+    feeds = {}
+    for spec in input_specs(index):
+        shape = shapes[spec.name]
+        floating = np.issubdtype(spec.dtype, np.floating)
+        values = generator.standard_normal(shape) if floating else generator.integers(0, 2, shape)
+        feeds[spec.name] = values.astype(spec.dtype)
+    return feeds
+
+
+class Stopwatch:
+    """A dense model that is loaded once, to time others against it.
+
+    Raises:
+        ModelError: When onnxruntime cannot run the model.
+        OptionError: When a shape does not fit the model.
+    """
+
+    def __init__(self, dense: GraphIndex, runtime: Runtime | None = None, input_shapes: InputShapes | None = None):
+        self._runtime = runtime or Runtime()
+        self._feeds = random_feeds(dense, input_shapes)
+        self._session = Session(dense.model, self._runtime)
+        try:
+            self._session.run(self._feeds)
+        except ModelError as error:
+            shapes = " ".join(f"{name}:{','.join(map(str, value.shape))}" for name, value in self._feeds.items())
+            raise ModelError(
+                f"{error}; it was fed with {shapes}: give shapes that it takes (--input-shapes)"
+            ) from error
+
+    def time(self, model: onnx.ModelProto, seconds: float = SECONDS) -> Latency:
+        """Run the dense model and another one in turns, on the same random input."""
+        return time_in_turns(self._session, Session(model, self._runtime), self._feeds, seconds)
+
+
+def measure_latency(
+    dense: ModelSource,
+    pruned: ModelSource,
+    *,
+    input_shapes: InputShapes | None = None,
+    runtime: Runtime | None = None,
+    seconds: float = SECONDS,
+) -> Latency:
+    """Time two models in onnxruntime, run in turns on the same random input.
+
+    Args:
+        dense: Path or ModelProto.
+        pruned: Path or ModelProto with the same inputs.
+        input_shapes: Shapes of inputs that leave sizes open; else their batch is 1 and their other open sizes are 224.
+        runtime: Execution providers and threads, as the models are to be run with.
+        seconds: About what it takes; 9 pairs are run in any case.
+
+    Raises:
+        ModelError: Not an ONNX model, or onnxruntime cannot run it.
+        OptionError: When a shape does not fit the model.
+    """
+    return Stopwatch(GraphIndex.of(load(dense)), runtime, input_shapes).time(load(pruned), seconds)

@@ -1,0 +1,1 @@
+"""Pruning: scores, masks, channels, budgets, and pruning together with repair."""

@@ -1,0 +1,128 @@
+"""How zeros are shared out between the weights of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+from numpy.typing import NDArray
+
+from onnx_asr.errors import ModelError
+from onnx_asr.graph.index import GraphIndex
+from onnx_asr.graph.shapes import InputShapes, flops_by_node
+from onnx_asr.graph.sparsity import LayerSparsity
+from onnx_asr.networks.execution import Execution
+from onnx_asr.networks.fidelity import Fidelity
+from onnx_asr.networks.samples import Calibration
+from onnx_asr.numerics.masks import keep_count
+from onnx_asr.numerics.patterns import Pattern
+from onnx_asr.numerics.scores import cheapest_keep
+from onnx_asr.pruning.masks import PrunableWeight, Scope, apply_masks, make_masks, units_of
+from onnx_asr.pruning.trials import try_masks
+from onnx_asr.repairing.pipeline import RepairJob
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """What zeros cost in every weight, as measured.
+
+    Attributes:
+        sizes: Units (weights, or blocks) of every weight.
+        zeros: Numbers of zeros that were tried in it, rising.
+        costs: Distance of the outputs from the dense model's at each.
+        prices: What a unit of it is worth; None where all are worth the same.
+    """
+
+    sizes: Sequence[int]
+    zeros: Sequence[Sequence[int]]
+    costs: Sequence[Sequence[float]]
+    prices: Sequence[float] | None = None
+
+    def keep(self, sparsity: float) -> list[int]:
+        """Units that every weight keeps where the sparsity is the share of all their prices that goes."""
+        if self.prices is None:
+            return cheapest_keep(self.sizes, self.zeros, self.costs, keep_count(sum(self.sizes), sparsity))
+        total = sum(size * price for size, price in zip(self.sizes, self.prices, strict=True))
+        return cheapest_keep(self.sizes, self.zeros, self.costs, (1 - sparsity) * total, self.prices)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What is zeroed in a model at any sparsity.
+
+    Attributes:
+        index: The model.
+        weights: Weights that take part.
+        scores: Of their entries, in the weights' stored shapes.
+        pattern: Which sets of weights may survive.
+        scope: Where scores are compared.
+        costs: What zeros cost, for scope "sensitivity".
+    """
+
+    index: GraphIndex
+    weights: Sequence[PrunableWeight]
+    scores: Sequence[NDArray[Any]]
+    pattern: Pattern
+    scope: Scope
+    costs: LayerCosts | None = None
+
+    def pruned(self, sparsity: float | None) -> tuple[onnx.ModelProto, tuple[LayerSparsity, ...]]:
+        """A copy of the model with its zeros; the sparsity is None where the pattern sets it."""
+        counts = None
+        if self.costs is not None:
+            assert sparsity is not None
+            counts = self.costs.keep(sparsity)
+        masks = make_masks(self.index, self.weights, self.scores, self.pattern, sparsity, self.scope, counts)
+        return apply_masks(self.index, self.weights, masks)
+
+
+def sensitivities(
+    job: RepairJob,
+    weights: Sequence[PrunableWeight],
+    scores: Sequence[NDArray[Any]],
+    pattern: Pattern,
+    sparsities: Sequence[float],
+    calibration: Calibration,
+    execution: Execution,
+) -> list[list[Fidelity]]:
+    """Fidelity to the dense network with one weight alone at each of the sparsities, refitted."""
+    index = job.networks.pruned
+    masks = [
+        [make_masks(index, [weight], [values], pattern, share, "layer")[0] for share in sparsities]
+        for weight, values in zip(weights, scores, strict=True)
+    ]
+    return try_masks(job, [weight.points for weight in weights], masks, calibration, execution)
+
+
+def layer_costs(
+    index: GraphIndex,
+    weights: Sequence[PrunableWeight],
+    scores: Sequence[NDArray[Any]],
+    pattern: Pattern,
+    sparsities: Sequence[float],
+    found: Sequence[Sequence[Fidelity]],
+) -> LayerCosts:
+    """What :func:`sensitivities` found, as costs of zeros."""
+    sizes = [units_of(index, weight, values, pattern).size for weight, values in zip(weights, scores, strict=True)]
+    zeros = [[size - keep_count(size, share) for share in sparsities] for size in sizes]
+    return LayerCosts(sizes, zeros, [[fidelity.distance for fidelity in tried] for tried in found])
+
+
+def unit_flops(
+    index: GraphIndex, weights: Sequence[PrunableWeight], sizes: Sequence[int], input_shapes: InputShapes | None
+) -> list[float]:
+    """Operations that a unit of every weight takes part in.
+
+    Raises:
+        ModelError: When they are not known.
+    """
+    known = flops_by_node(index, input_shapes)
+    prices = []
+    for weight, size in zip(weights, sizes, strict=True):
+        count = sum(known.get(point.node, 0) for point in weight.points)
+        if not count:
+            raise ModelError(f"the FLOPs of {weight.name} are not known, as the shapes of its tensors are not")
+        prices.append(count / size)
+    return prices

@@ -1,0 +1,204 @@
+"""Masks: which weights of a model take part, scores to masks, masks to zeros in a copy of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnx_asr.errors import ModelError, OptionError
+from onnx_asr.graph.edit import EditPlan, apply, set_metadata
+from onnx_asr.graph.index import GraphIndex
+from onnx_asr.graph.points import Point, Skip, channel_view, rows_to_weight, survey, weight_blocks
+from onnx_asr.graph.sparsity import LayerSparsity, share_of_zeros
+from onnx_asr.numerics.masks import Mask, block_scores, keep_count, keep_largest, keep_n_of_m, spread_blocks
+from onnx_asr.numerics.patterns import Pattern
+from onnx_asr.numerics.scores import erk_keep
+from onnx_asr.version import __version__
+
+Scope = Literal["global", "layer", "erk", "sensitivity"]
+"""Where scores are compared."""
+
+
+@dataclass(frozen=True)
+class PrunableWeight:
+    """A constant weight, and every point that reads it."""
+
+    tensor: str
+    points: tuple[Point, ...]
+
+    @property
+    def name(self) -> str:
+        """The first reader's name."""
+        return self.points[0].name
+
+
+def prunable_weights(
+    index: GraphIndex, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> tuple[list[PrunableWeight], list[Skip]]:
+    """Weights of Conv, ConvTranspose, Gemm and MatMul nodes chosen by patterns.
+
+    Args:
+        index: The graph.
+        include: Regular expressions; a node takes part when one is found in its name or its weight's. Empty: all.
+        exclude: Regular expressions that take nodes out again.
+
+    Raises:
+        OptionError: When a pattern is not a regular expression, or none is left.
+        ModelError: When the graph has no weights.
+    """
+    found = survey(index)
+    readers: dict[str, list[Point]] = {}
+    for point in found.points:
+        if point.weight_slot is not None:
+            readers.setdefault(index.nodes[point.node].input[point.weight_slot], []).append(point)
+    if not readers:
+        raise ModelError("the model has no Conv, ConvTranspose, Gemm or MatMul with constant weights: nothing to prune")
+    wanted, unwanted = _compile(include), _compile(exclude)
+    weights, skips = [], list(found.skips)
+    for tensor, points in readers.items():
+        texts = [tensor, *(point.name for point in points)]
+        chosen = not wanted or any(pattern.search(text) for pattern in wanted for text in texts)
+        barred = any(pattern.search(text) for pattern in unwanted for text in texts)
+        if chosen and not barred:
+            weights.append(PrunableWeight(tensor, tuple(points)))
+        else:
+            reason = "excluded by a pattern" if barred else "not included by a pattern"
+            skips.append(Skip(points[0].node, points[0].name, points[0].kind, reason))
+    if not weights:
+        raise OptionError(
+            f"--include {list(include)} and --exclude {list(exclude)} leave no weight to prune; "
+            f"names look like '{next(iter(readers.values()))[0].name}' and '{next(iter(readers))}'"
+        )
+    return weights, skips
+
+
+def _compile(patterns: Sequence[str]) -> list[re.Pattern[str]]:
+    compiled = []
+    for pattern in patterns:
+        try:
+            compiled.append(re.compile(pattern))
+        except re.error as error:
+            raise OptionError(
+                f"'{pattern}' is not a regular expression: {error}; give one that Python's re takes"
+            ) from error
+    return compiled
+
+
+def split_narrow(
+    index: GraphIndex, weights: Sequence[PrunableWeight], pattern: Pattern
+) -> tuple[list[PrunableWeight], list[Skip]]:
+    """Weights that have at least one whole group of an N:M pattern, and the others as skips.
+
+    Raises:
+        OptionError: When none has.
+    """
+    wide, skips = [], []
+    for weight in weights:
+        point = weight.points[0]
+        inputs = channel_view(point, index.nodes[point.node], index.value(weight.tensor)).shape[1]
+        if pattern.n is None or inputs >= pattern.m:
+            wide.append(weight)
+        else:
+            reason = f"{inputs} input channels a group are fewer than the {pattern.m} of pattern {pattern}: stays dense"
+            skips.append(Skip(point.node, weight.name, point.kind, reason))
+    if not wide:
+        raise OptionError(
+            f"no weight has the {pattern.m} input channels that pattern {pattern} needs: give one of smaller groups"
+        )
+    return wide, skips
+
+
+def make_masks(
+    index: GraphIndex,
+    weights: Sequence[PrunableWeight],
+    scores: Sequence[NDArray[Any]],
+    pattern: Pattern,
+    sparsity: float | None,
+    scope: Scope,
+    counts: Sequence[int] | None = None,
+) -> list[Mask]:
+    """Masks of what has the largest score, in the weights' stored shapes.
+
+    Args:
+        index: The graph.
+        weights: The weights.
+        scores: Of every weight's entries, in its stored shape.
+        pattern: Which sets of weights may survive.
+        sparsity: Share of units (weights, or blocks) to drop; None for N:M.
+        scope: Where scores are compared; of no account for N:M.
+        counts: Units that every weight keeps, for scope "sensitivity".
+    """
+    if pattern.n is not None:
+        n, m = pattern.n, pattern.m
+        return [_pattern_mask(index, weight, values, n, m) for weight, values in zip(weights, scores, strict=True)]
+    assert sparsity is not None
+    units = [units_of(index, weight, values, pattern) for weight, values in zip(weights, scores, strict=True)]
+    total = keep_count(sum(unit.size for unit in units), sparsity)
+    if scope == "global":
+        masks = keep_largest(units, total)
+    else:
+        if scope == "layer":
+            counts = [keep_count(unit.size, sparsity) for unit in units]
+        elif scope == "erk":
+            counts = erk_keep(
+                [_kernel_shape(index, weight) for weight in weights], [unit.size for unit in units], total
+            )
+        assert counts is not None
+        masks = [keep_largest([unit], count)[0] for unit, count in zip(units, counts, strict=True)]
+    return [_spread(index, weight, mask, pattern) for weight, mask in zip(weights, masks, strict=True)]
+
+
+def _pattern_mask(index: GraphIndex, weight: PrunableWeight, scores: NDArray[Any], n: int, m: int) -> Mask:
+    point = weight.points[0]
+    node = index.nodes[point.node]
+    mask = keep_n_of_m(channel_view(point, node, scores), n, m)
+    return rows_to_weight(point, node, mask.reshape(len(mask), -1), scores.shape)
+
+
+def units_of(index: GraphIndex, weight: PrunableWeight, scores: NDArray[Any], pattern: Pattern) -> NDArray[Any]:
+    """Scores of what is kept or dropped as one: entries as stored, or blocks [G, ceil(O / height), I, taps]."""
+    if pattern.height == 1:
+        return scores
+    point = weight.points[0]
+    return block_scores(weight_blocks(point, index.nodes[point.node], scores), pattern.height)
+
+
+def _spread(index: GraphIndex, weight: PrunableWeight, mask: Mask, pattern: Pattern) -> Mask:
+    """The mask of a weight's entries, of that of its units."""
+    if pattern.height == 1:
+        return mask
+    point = weight.points[0]
+    rows = spread_blocks(mask, pattern.height, point.channels // len(mask)).reshape(point.channels, -1)
+    return rows_to_weight(point, index.nodes[point.node], rows, index.value(weight.tensor).shape)
+
+
+def _kernel_shape(index: GraphIndex, weight: PrunableWeight) -> tuple[int, ...]:
+    """[C_out, C_in / group, *kernel]."""
+    point, value = weight.points[0], index.value(weight.tensor)
+    kernel = value.shape[2:] if point.kind in ("Conv", "ConvTranspose") else ()
+    return (*channel_view(point, index.nodes[point.node], value).shape[:2], *kernel)
+
+
+def apply_masks(
+    index: GraphIndex, weights: Sequence[PrunableWeight], masks: Sequence[Mask]
+) -> tuple[onnx.ModelProto, tuple[LayerSparsity, ...]]:
+    """A copy of the model with zeros where the masks are False, and how many there are in each weight."""
+    plan = EditPlan()
+    layers = []
+    for weight, mask in zip(weights, masks, strict=True):
+        before = index.value(weight.tensor)
+        after = np.where(mask, before, np.zeros((), before.dtype))
+        for point in weight.points:
+            assert point.weight_slot is not None
+            plan.values[point.node, point.weight_slot] = after
+        layers.append(LayerSparsity.of(weight.points[0], before, after))
+    pruned = apply(index, plan)
+    set_metadata(pruned, "onnx_asr.version", __version__)
+    set_metadata(pruned, "onnx_asr.sparsity", f"{share_of_zeros(layers):.6f}")
+    return pruned, tuple(layers)

@@ -1,0 +1,166 @@
+"""Scores of weights, from the weights alone or from what the dense network does on calibration samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_asr.engine.lockstep import BufferPool, Chunk, lockstep
+from onnx_asr.graph.edit import EditPlan
+from onnx_asr.graph.index import GraphIndex, attribute
+from onnx_asr.graph.points import Point, rows_to_weight, weight_of, weight_rows
+from onnx_asr.networks.execution import Execution
+from onnx_asr.networks.pair import Networks, overflow
+from onnx_asr.networks.samples import Calibration
+from onnx_asr.numerics.moments import Moments
+from onnx_asr.numerics.patches import channel_major, tap_major
+from onnx_asr.numerics.refit import covariance
+from onnx_asr.numerics.scores import lamp, row_normalised, saliency
+from onnx_asr.repairing.options import DATA_AWARE, RefitRecipe, Score
+from onnx_asr.repairing.rows import RowSampler, dense_rows
+
+_Channels = tuple[str, int]
+"""A tensor and the axis of its channels."""
+
+Values = list[NDArray[np.float64]]
+
+
+def weight_scores(
+    networks: Networks, points: Sequence[Point], score: Score, calibration: Calibration, execution: Execution
+) -> Values:
+    """Scores of the points' weights, each in its stored shape, by whatever the score looks at.
+
+    Args:
+        networks: The dense model, paired with itself.
+        points: Points with weights.
+        score: Any of them; those in ``DATA_AWARE`` look at the samples.
+        calibration: The samples.
+        execution: Execution providers, memory limit, progress.
+    """
+    if score in DATA_AWARE:
+        return data_aware_scores(networks, points, score, calibration, execution)
+    return data_free_scores(networks.pruned, points, score)
+
+
+def data_free_scores(index: GraphIndex, points: Sequence[Point], score: Score) -> Values:
+    """Scores of the points' weights, each in its stored shape.
+
+    * magnitude: ``|w|``
+    * row: ``|w| / rms`` of its output channel
+    * lamp: ``w^2`` by the sum of all larger ones in its weight
+    """
+    scores = []
+    for point in points:
+        node, value = index.nodes[point.node], weight_of(index, point)
+        if score == "lamp":
+            scores.append(lamp(value))
+        elif score == "row":
+            rows = row_normalised(weight_rows(point, node, value))
+            scores.append(rows_to_weight(point, node, rows, value.shape))
+        else:
+            scores.append(np.abs(value.astype(np.float64)))
+    return scores
+
+
+def data_aware_scores(
+    networks: Networks, points: Sequence[Point], score: Score, calibration: Calibration, execution: Execution
+) -> Values:
+    """Scores of the points' weights, each in its stored shape.
+
+    * activation: ``|w| rms(x_j)`` (Wanda, arXiv 2306.11695)
+    * variance: ``|w| std(x_j) / sqrt(mean_i var(y_i))``, the root of the share of the layer's output variance that goes
+      through the weight
+    * gram: ``w^2 / [(H + R I)^-1]_jj``, ``H`` the covariance of the layer's inputs (optimal brain surgeon)
+
+    Args:
+        networks: The dense model, paired with itself.
+        points: Points with weights.
+        score: One of the three.
+        calibration: The samples.
+        execution: Execution providers, memory limit, progress.
+
+    Raises:
+        ModelError: When activations are not finite.
+    """
+    execution.progress("measuring the dense network", 0.0)
+    if score == "gram":
+        return _saliencies(networks, points, calibration, execution)
+    factors = input_factors(networks, points, score, calibration, execution)
+    return [
+        np.abs(weight_of(networks.pruned, point).astype(np.float64)) * factor
+        for point, factor in zip(points, factors, strict=True)
+    ]
+
+
+def input_factors(
+    networks: Networks, points: Sequence[Point], score: Score, calibration: Calibration, execution: Execution
+) -> Values:
+    """What the magnitude is multiplied by in "activation" and "variance", in the shape of each point's weight.
+
+    Raises:
+        ModelError: When activations are not finite.
+    """
+    index = networks.pruned
+    wanted = {tensor for point in points for tensor in (_inputs_of(index, point), (point.tensor, point.channel_axis))}
+    names = sorted({name for name, _ in wanted})
+    moments: dict[_Channels, Moments] = {}
+
+    def visit(_: int, chunks: list[Chunk]) -> None:
+        for name, axis in wanted:
+            chunk = Moments.of(chunks[0][name], axis)
+            moments[name, axis] = moments[name, axis].merge(chunk) if (name, axis) in moments else chunk
+
+    with BufferPool(execution.memory_limit, calibration.nbytes) as pool:
+        lane = networks.pruned_lane(names, calibration, pool, execution, EditPlan())
+        lockstep([lane], [names], visit)
+    factors = []
+    for point in points:
+        source, target = moments[_inputs_of(index, point)], moments[point.tensor, point.channel_axis]
+        if not (source.is_finite and target.is_finite):
+            raise overflow(point)
+        if score == "variance":
+            output = float(np.sqrt(target.var.mean())) or 1.0
+            factors.append(_by_input(index, point, source.std / output))
+        else:
+            factors.append(_by_input(index, point, np.sqrt(source.var + np.square(source.mean))))
+    return factors
+
+
+def _saliencies(networks: Networks, points: Sequence[Point], calibration: Calibration, execution: Execution) -> Values:
+    recipe = RefitRecipe(block_targets=False)
+    scores = {
+        job.point.node: _saliency(networks.pruned, job, recipe.ridge)
+        for job in dense_rows(networks, points, recipe, calibration, execution)
+    }
+    return [scores[point.node] for point in points]
+
+
+def _saliency(index: GraphIndex, job: RowSampler, ridge: float) -> NDArray[np.float64]:
+    point, node = job.point, index.nodes[job.point.node]
+    value = weight_of(index, point)
+    rows = tap_major(weight_rows(point, node, value), job.taps)
+    score = saliency(rows, covariance(job.inputs), ridge)
+    if not np.isfinite(score).all():
+        raise overflow(point)
+    return rows_to_weight(point, node, channel_major(score, job.taps), value.shape)
+
+
+def _by_input(index: GraphIndex, point: Point, inputs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """One value for each input channel, spread over a weight's stored shape."""
+    node, shape = index.nodes[point.node], weight_of(index, point).shape
+    groups, taps = 1, 1
+    if point.kind in ("Conv", "ConvTranspose"):
+        taps = int(np.prod(shape[2:]))
+        groups = len(inputs) // shape[1] if point.kind == "Conv" else point.channels // shape[1]
+    per_group = inputs.reshape(groups, 1, -1, 1)  # [G, 1, C_in / G, 1]
+    rows = np.broadcast_to(per_group, (groups, point.channels // groups, per_group.shape[2], taps))
+    return rows_to_weight(point, node, rows.reshape(point.channels, -1), shape)
+
+
+def _inputs_of(index: GraphIndex, point: Point) -> _Channels:
+    node = index.nodes[point.node]
+    assert point.weight_slot is not None
+    transposed = point.kind == "Gemm" and attribute(node, "transA", 0)
+    return node.input[1 - point.weight_slot], 0 if transposed else point.channel_axis

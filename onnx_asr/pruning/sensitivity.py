@@ -1,0 +1,173 @@
+"""The sensitivity pipeline: how far the outputs move when one weight alone is pruned and refitted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from onnx_asr.data import Dataset, Preprocessing
+from onnx_asr.data.sources import DataSource
+from onnx_asr.errors import OptionError
+from onnx_asr.graph.index import GraphIndex
+from onnx_asr.graph.model_io import ModelSource, load
+from onnx_asr.graph.points import Skip
+from onnx_asr.networks.execution import Execution
+from onnx_asr.networks.fidelity import Fidelity
+from onnx_asr.numerics.patterns import Pattern, check_share
+from onnx_asr.pruning.allocation import sensitivities
+from onnx_asr.pruning.masks import prunable_weights
+from onnx_asr.pruning.scores import weight_scores
+from onnx_asr.repairing.options import SCORES, SENSITIVITY_SPARSITIES, RepairOptions, Score, check_choice
+from onnx_asr.repairing.pipeline import RepairJob
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """What pruning one weight does to the outputs.
+
+    Attributes:
+        name: Its first reader.
+        op_type: That node's operator.
+        shape: Of the weight as stored.
+        size: Number of weights.
+        fidelities: To the dense model, one a sparsity.
+    """
+
+    name: str
+    op_type: str
+    shape: tuple[int, ...]
+    size: int
+    fidelities: tuple[Fidelity, ...]
+
+
+@dataclass(frozen=True)
+class SensitivityResult:
+    """What pruning every weight alone does to the outputs.
+
+    Attributes:
+        layers: Weights that took part, in file order.
+        skips: Nodes with weights that took no part, and why.
+        sparsities: What was tried, rising.
+        score: What ranked the weights of a layer.
+        samples: Held-out samples measured on.
+        calibration_samples: Samples refitted on.
+        notes: What else a user should know.
+        seconds: Wall time.
+    """
+
+    layers: tuple[LayerSensitivity, ...]
+    skips: tuple[Skip, ...]
+    sparsities: tuple[float, ...]
+    score: Score
+    samples: int
+    calibration_samples: int
+    notes: tuple[str, ...]
+    seconds: float
+
+    @property
+    def distance_name(self) -> str:
+        """What the distances are."""
+        first = self.layers[0].fidelities[0]
+        if first.kl is not None:
+            return "KL divergence"
+        return "share of unequal outputs" if first.snr_db is None else "relative output error"
+
+    @property
+    def measure(self) -> str:
+        """What was measured."""
+        classifier = self.layers[0].fidelities[0].kl is not None
+        return f"{self.distance_name} and agreement" if classifier else self.distance_name
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "sparsities": list(self.sparsities),
+            "score": self.score,
+            "measure": self.measure,
+            "samples": self.samples,
+            "calibration_samples": self.calibration_samples,
+            "seconds": self.seconds,
+            "layers": [
+                {
+                    "name": layer.name,
+                    "op_type": layer.op_type,
+                    "shape": list(layer.shape),
+                    "size": layer.size,
+                    "tried": [
+                        {"sparsity": share, "distance": item.distance, **item.to_dict()}
+                        for share, item in zip(self.sparsities, layer.fidelities, strict=True)
+                    ],
+                }
+                for layer in self.layers
+            ],
+            "skipped": [asdict(skip) for skip in self.skips],
+            "notes": list(self.notes),
+        }
+
+
+def sensitivity(
+    dense: ModelSource,
+    data: DataSource | Dataset,
+    *,
+    sparsities: Sequence[float] = SENSITIVITY_SPARSITIES,
+    score: Score = "magnitude",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    options: RepairOptions | None = None,
+    preprocessing: Preprocessing | None = None,
+    execution: Execution | None = None,
+) -> SensitivityResult:
+    """Measure, for every weight alone, how far pruning and refitting it moves the outputs from the dense model's.
+
+    The distance is the KL divergence for classifiers, the relative error otherwise. It takes one pass over the
+    calibration samples and, for every weight and sparsity, one refit of that layer and one pass over the held-out
+    samples: ``calibration + layers * sparsities * held-out`` samples run through the network.
+
+    Args:
+        dense: Path or ModelProto; it is not changed.
+        data: Samples, no labels needed, as for :func:`onnx_asr.repair`.
+        sparsities: What to try, each above 0 and below 1.
+        score: What ranks the weights of a layer, as in :func:`onnx_asr.prune`.
+        include: Regular expressions on node or weight names that take part; empty for all.
+        exclude: Regular expressions that do not.
+        options: Numbers of samples, seed and refit recipe; the method is always ``refit``.
+        preprocessing: What to do to images.
+        execution: Execution providers, memory limit, progress.
+
+    Raises:
+        OptionError: Options out of range, or nothing left to try.
+        ModelError: A model that cannot be pruned or refitted.
+        DataError: Missing, broken or unfitting data.
+    """
+    started = time.perf_counter()
+    check_choice("score", score, SCORES)
+    shares = tuple(sorted({check_share(share, "weights to zero") for share in sparsities}))
+    if not shares or shares[0] == 0:
+        raise OptionError("sparsities have to be above 0: give at least one, as 0.5,0.9")
+    settings = replace(options or RepairOptions(), method="refit")
+    if settings.verify_samples < 1:
+        raise OptionError("verify-samples 0 leaves nothing to measure on: give at least 1")
+    model, execution = load(dense), execution or Execution()
+    index = GraphIndex.of(model)
+    weights, skips = prunable_weights(index, include, exclude)
+    job = RepairJob.of(model, model, data, settings, preprocessing)
+    calibration = job.load_calibration()
+    scores = weight_scores(job.networks, [weight.points[0] for weight in weights], score, calibration, execution)
+    found = sensitivities(job, weights, scores, Pattern(), shares, calibration, execution)
+    execution.progress("done", 1.0)
+    layers = [
+        LayerSensitivity(weight.name, weight.points[0].kind, values.shape, values.size, tuple(tried))
+        for weight, values, tried in zip(weights, scores, found, strict=True)
+    ]
+    return SensitivityResult(
+        layers=tuple(layers),
+        skips=tuple(skips),
+        sparsities=shares,
+        score=score,
+        samples=found[0][0].samples,
+        calibration_samples=calibration.count,
+        notes=tuple(job.notes),
+        seconds=time.perf_counter() - started,
+    )

@@ -1,0 +1,201 @@
+"""Removal of channels that do nothing, without changing what the model computes.
+
+Two kinds do nothing: channels whose columns are zero in every weight that reads them, and channels whose producing
+weights are all zero. The latter carry a constant ``c`` (the bias, through BatchNormalization and activations), which
+goes into the bias of each reader,
+
+    b' = b + sum over taps of W[:, channel] * c.
+
+That is exact where the reader sees nothing but the channel: at a padded convolution ``c`` has to be 0, and at a
+transposed one, too. Rows can become zero when what they read is removed, so this is repeated until nothing changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnx_asr.channels.computing import pads
+from onnx_asr.channels.rules import trace
+from onnx_asr.channels.units import Channels, Flags, Read, cut
+from onnx_asr.engine.session import Runtime, Session
+from onnx_asr.errors import ModelError
+from onnx_asr.graph.edit import EditPlan, set_metadata
+from onnx_asr.graph.index import GraphIndex
+from onnx_asr.graph.model_io import ModelSource, check_finite, load
+from onnx_asr.graph.points import Point, survey
+from onnx_asr.graph.shapes import Cost, InputShapes, cost
+from onnx_asr.networks.execution import Progress, silent
+from onnx_asr.networks.latency import random_feeds
+from onnx_asr.networks.parameters import plan_affine, read_alpha, read_blocks
+from onnx_asr.networks.samples import Chunk
+from onnx_asr.numerics.gains import ChannelAffine
+from onnx_asr.pruning.channels import CHANNELS_HELP, ChannelGroup
+from onnx_asr.version import __version__
+
+MAX_ERROR, MAX_HALF_ERROR = 1e-5, 4e-3
+"""Largest ``|y - y'| / |y|`` of an output that rounding may make, and that where weights are float16."""
+
+
+@dataclass(frozen=True)
+class ShrinkResult:
+    """A smaller model that computes the same.
+
+    Attributes:
+        model: The smaller copy.
+        layers: Layers that lost output channels.
+        notes: What else a user should know.
+        error: Largest relative difference of an output on random input, ``|y - y'| / |y|``.
+        before: Size of the model that was given.
+        after: Size of the smaller one.
+    """
+
+    model: onnx.ModelProto
+    layers: tuple[ChannelGroup, ...]
+    notes: tuple[str, ...]
+    error: float
+    before: Cost
+    after: Cost
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "before": asdict(self.before),
+            "after": asdict(self.after),
+            "helps": CHANNELS_HELP,
+            "error": self.error,
+            "layers": [asdict(layer) for layer in self.layers],
+            "notes": list(self.notes),
+        }
+
+
+def shrink(
+    model: ModelSource,
+    *,
+    input_shapes: InputShapes | None = None,
+    runtime: Runtime | None = None,
+    progress: Progress = silent,
+) -> ShrinkResult:
+    """Remove channels that are constant or that nobody reads.
+
+    Args:
+        model: Path or ModelProto; it is not changed.
+        input_shapes: Shapes of inputs that leave sizes open, for FLOPs and the comparison; else their batch is 1 and
+            their other open sizes are 224.
+        runtime: How to run the models that are compared in the end.
+        progress: Told what is being done.
+
+    Raises:
+        ModelError: Not an ONNX model, quantized, weights not finite; or the smaller model computes something else.
+        OptionError: When a shape does not fit the model.
+    """
+    original = load(model)
+    index = GraphIndex.of(original)
+    check_finite(index, "given")
+    points = survey(index).points
+    widths = {point.name: (point.tensor, point.channels) for point in points if point.weight_slot is not None}
+    before = cost(index, input_shapes)
+    progress("removing channels", 0.0)
+    while True:
+        channels = trace(index)
+        drop, held = _idle(index, channels)
+        if not drop.any():
+            break
+        plan = EditPlan()
+        _fold_constants(index, channels, drop, plan)
+        index = GraphIndex.of(cut(index, channels, drop, plan))
+    smaller = index.model
+    layers = []
+    for name, (tensor, width) in widths.items():
+        kept = len(channels.tensors[tensor].ids) if tensor in channels.tensors else width
+        if kept < width:
+            layers.append(ChannelGroup((name,), width, kept))
+    notes = []
+    if held:
+        notes.append(
+            f"{held} channels carry a constant other than 0 into a padded or transposed convolution and stay: there "
+            "it is no constant at the borders"
+        )
+    progress("comparing", 0.5)
+    error = _difference(original, smaller, random_feeds(GraphIndex.of(original), input_shapes), runtime or Runtime())
+    half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in original.graph.initializer)
+    limit = MAX_HALF_ERROR if half else MAX_ERROR
+    if not error <= limit:
+        raise ModelError(
+            f"the smaller model's outputs differ from the given one's by {error:.2g} of their size on random input, "
+            f"more than the {limit:g} that rounding explains, so it is not written: report the model's structure"
+        )
+    if layers:
+        set_metadata(smaller, "onnx_asr.version", __version__)
+    progress("done", 1.0)
+    return ShrinkResult(smaller, tuple(layers), tuple(notes), error, before, cost(index, input_shapes))
+
+
+def _idle(index: GraphIndex, channels: Channels) -> tuple[Flags, int]:
+    """[units] that can go, and the number of those that would but for a padded reader."""
+    free, dead = channels.removable, channels.removable
+    points = {point.node: point for point in survey(index).points}
+    for read in channels.reads:
+        used = _used(index, points.get(read.node), read)
+        constant = read.labels.constant
+        known = ~used | ~np.isnan(constant)
+        exact = ~used | (constant == 0) | (known & _folds(index, points.get(read.node)))
+        dead[read.labels.ids[~known]] = False
+        free[read.labels.ids[~exact]] = False
+    for group in channels.groups():
+        if free[group].all():
+            free[group[0]] = False
+            dead[group[0]] = False
+    return free, int((dead & ~free).sum())
+
+
+def _used(index: GraphIndex, point: Point | None, read: Read) -> Flags:
+    """[C] whether a weight other than zero reads the channel."""
+    if point is None:
+        return np.ones(len(read.labels.ids), bool)
+    return np.asarray((read_blocks(index, EditPlan(), point) != 0).any(axis=(1, 3)).reshape(-1))
+
+
+def _folds(index: GraphIndex, point: Point | None) -> bool:
+    """Whether a constant channel that the point reads is the same as a bias."""
+    if point is None or point.kind == "ConvTranspose":
+        return False
+    if point.kind == "Conv" and pads(index.nodes[point.node]):
+        return False
+    bias = None if point.bias_node is None else EditPlan().current(index, point.bias_node, point.bias_slot)
+    return bias is None or bias.size == point.channels
+
+
+def _fold_constants(index: GraphIndex, channels: Channels, drop: Flags, plan: EditPlan) -> None:
+    """Put what the dropped channels carry into their readers."""
+    points = {point.node: point for point in survey(index).points}
+    for read in channels.reads:
+        gone = drop[read.labels.ids] & ~np.isnan(read.labels.constant)
+        carried = np.where(gone, read.labels.constant, 0.0)
+        point = points.get(read.node)
+        if point is None or not carried.any():
+            continue
+        blocks = read_blocks(index, plan, point).sum(axis=3)  # [G, O, I]
+        shift = read_alpha(index, point) * np.einsum("goi,gi->go", blocks, carried.reshape(len(blocks), -1))
+        if shift.any():
+            plan_affine(index, plan, point, ChannelAffine(np.ones(point.channels), shift.reshape(-1)))
+
+
+def _difference(model: onnx.ModelProto, other: onnx.ModelProto, feeds: Chunk, runtime: Runtime) -> float:
+    """Largest ``|y - y'| / |y|`` of an output; of integers the share of unequal ones."""
+    results = zip(Session(model, runtime).run(feeds).values(), Session(other, runtime).run(feeds).values(), strict=True)
+    return max(_distance(first, second) for first, second in results)
+
+
+def _distance(first: NDArray[Any], second: NDArray[Any]) -> float:
+    if first.shape != second.shape:
+        return float("inf")
+    if not np.issubdtype(first.dtype, np.floating):
+        return float(np.mean(first != second))
+    exact = first.astype(np.float64)
+    size = float(np.linalg.norm(exact)) or 1.0
+    return float(np.linalg.norm(exact - second)) / size

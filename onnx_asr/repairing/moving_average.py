@@ -1,0 +1,103 @@
+"""BatchNormalization re-estimated by a moving average over batches, as frameworks in training mode do it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_asr.engine.lockstep import BufferPool, Chunk, Lane, lockstep
+from onnx_asr.graph.edit import EditPlan
+from onnx_asr.graph.points import Point
+from onnx_asr.networks.execution import Execution
+from onnx_asr.networks.pair import Networks, by_level, overflow
+from onnx_asr.networks.parameters import plan_batchnorm, read_batchnorm
+from onnx_asr.networks.samples import Calibration
+from onnx_asr.numerics.gains import BatchNormParameters, is_live, recalibrate
+from onnx_asr.numerics.moments import Moments
+from onnx_asr.repairing.point_report import PointReport, Reports
+
+
+def recalibrate_ema(
+    networks: Networks,
+    calibration: Calibration,
+    execution: Execution,
+    plan: EditPlan,
+    momentum: float,
+    batch_samples: int,
+) -> Reports:
+    """Re-estimate every BatchNormalization as a framework in training mode does (the ASR paper's protocol).
+
+    The running statistics are reset to mean 0 and variance 1; then, batch by batch,
+    ``running <- (1 - momentum) running + momentum batch`` with the batch's mean and unbiased variance, while the
+    network itself normalises with the batch's mean and biased variance.
+
+    Args:
+        networks: The pruned network (a dense one is not needed).
+        calibration: Samples in the order of the batches; ``batch_samples`` is a multiple of its chunk size.
+        execution: How to run.
+        plan: The plan to add to.
+        momentum: Weight of a new batch; frameworks' default is 0.1.
+        batch_samples: Samples a batch.
+    """
+    points = [point for point in networks.survey.points if point.batchnorm is not None]
+    index = networks.pruned
+    per_batch = batch_samples // calibration.batch_size
+    reports: Reports = {}
+    with BufferPool(execution.memory_limit, calibration.nbytes) as pool:
+        lane = networks.pruned_lane([point.tensor for point in points], calibration, pool, execution, plan)
+        done = 0
+        for group in by_level(points):
+            batches = _measure_batches(lane, group, per_batch)
+            for point in group:
+                assert point.batchnorm is not None
+                old = read_batchnorm(index, plan, point.batchnorm)
+                mean, var = np.zeros(point.channels), np.ones(point.channels)
+                for batch in batches[point]:
+                    if not batch.is_finite:
+                        raise overflow(point)
+                    unbiased = batch.m2 / max(batch.count - 1, 1)
+                    mean = (1 - momentum) * mean + momentum * batch.mean
+                    var = (1 - momentum) * var + momentum * unbiased
+                lane.replace(point.batchnorm, _training_mode(old, batches[point], per_batch))
+                plan_batchnorm(index, plan, point.batchnorm, recalibrate(old, mean, var))
+                dead = ~np.any([is_live(None, batch) for batch in batches[point]], axis=0)
+                reports[point.node] = PointReport.of(index, point, "batchnorm", int(dead.sum()))
+            pool.trim()
+            done += len(group)
+            execution.progress("re-estimating batch by batch", done / len(points))
+    return reports
+
+
+def _measure_batches(lane: Lane, group: list[Point], per_batch: int) -> dict[Point, list[Moments]]:
+    result: dict[Point, list[Moments]] = {point: [] for point in group}
+
+    def visit(number: int, chunks: list[Chunk]) -> None:
+        for point, batches in result.items():
+            moments = Moments.of(chunks[0][point.tensor], point.channel_axis)
+            if number % per_batch == 0:
+                batches.append(moments)
+            else:
+                batches[-1] = batches[-1].merge(moments)
+
+    lockstep([lane], [[point.tensor for point in group]], visit)
+    return result
+
+
+def _training_mode(
+    parameters: BatchNormParameters, batches: list[Moments], per_batch: int
+) -> Callable[[int, NDArray[Any]], NDArray[Any]]:
+    """A BatchNormalization in training mode, as a function of chunk number and input."""
+
+    def normalise(number: int, tensor: NDArray[Any]) -> NDArray[Any]:
+        batch = batches[number // per_batch]
+        factor = parameters.scale / np.sqrt(batch.var + parameters.epsilon)
+        offset = parameters.bias - factor * batch.mean
+        shape = [1, -1] + [1] * (tensor.ndim - 2)
+        kind = np.promote_types(tensor.dtype, np.float32)  # float16 would round factors of large activations to zero
+        result = tensor * factor.reshape(shape).astype(kind) + offset.reshape(shape).astype(kind)
+        return np.asarray(result.astype(tensor.dtype, copy=False))
+
+    return normalise

@@ -1,0 +1,116 @@
+"""What a repair gives back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import onnx
+
+from onnx_asr.graph.points import Skip
+from onnx_asr.networks.fidelity import Fidelity
+from onnx_asr.repairing.options import RepairOptions
+from onnx_asr.repairing.point_report import PointReport
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Fidelity to the dense model on samples that took no part in the calibration.
+
+    Attributes:
+        before: The pruned model's.
+        after: The repaired model's.
+        held_out: Whether the samples were really held out (False where the data had too few).
+    """
+
+    before: Fidelity
+    after: Fidelity
+    held_out: bool
+
+    @property
+    def improved(self) -> bool:
+        """Whether the repair brought the model closer to the dense one, or left it as close as it was."""
+        return self.after.distance <= self.before.distance
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method that "auto" tried on part of the calibration samples.
+
+    Attributes:
+        options: What was tried.
+        fidelity: To the dense model, on the held-out samples.
+        seconds: What it took.
+    """
+
+    options: RepairOptions
+    fidelity: Fidelity
+    seconds: float
+
+    @property
+    def label(self) -> str:
+        """The method, with what sets it apart."""
+        if self.options.method == "paired" and self.options.reliability_power:
+            return f"paired (rho^{self.options.reliability_power:g})"
+        return self.options.method
+
+
+@dataclass(frozen=True)
+class RepairResult:
+    """A repaired model and how it came about.
+
+    Attributes:
+        model: The repaired copy; the inputs are unchanged.
+        options: What was done; where "auto" was asked for, what it chose.
+        candidates: What "auto" tried; empty where a method was given.
+        points: What was done at each correction point, in file order.
+        skips: What was not repaired, and why.
+        notes: What else a user should know.
+        verification: Fidelity before and after; None without a dense model or where switched off.
+        calibration_samples: Number of samples the statistics come from.
+        calibration_digest: SHA-256 over these samples.
+        sparsity: Share of zeros in the repaired weights, by point, overall.
+        seconds: Wall time by stage.
+    """
+
+    model: onnx.ModelProto
+    options: RepairOptions
+    candidates: tuple[Candidate, ...]
+    points: tuple[PointReport, ...]
+    skips: tuple[Skip, ...]
+    notes: tuple[str, ...]
+    verification: Verification | None
+    calibration_samples: int
+    calibration_digest: str
+    sparsity: float
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def improved(self) -> bool:
+        """Whether the result may replace its input: verified as no worse, or not verified at all."""
+        return self.verification is None or self.verification.improved
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        verification = None
+        if self.verification is not None:
+            verification = {
+                "before": self.verification.before.to_dict(),
+                "after": self.verification.after.to_dict(),
+                "held_out": self.verification.held_out,
+                "improved": self.verification.improved,
+            }
+        return {
+            "options": asdict(self.options),
+            "improved": self.improved,
+            "verification": verification,
+            "candidates": [
+                {"method": item.label, "seconds": item.seconds, **item.fidelity.to_dict()} for item in self.candidates
+            ],
+            "sparsity": self.sparsity,
+            "calibration": {"samples": self.calibration_samples, "sha256": self.calibration_digest},
+            "points": [asdict(point) for point in self.points],
+            "skipped": [asdict(skip) for skip in self.skips],
+            "notes": list(self.notes),
+            "seconds": self.seconds,
+        }

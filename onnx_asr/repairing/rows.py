@@ -1,0 +1,430 @@
+"""What a refit needs to see of one point: sampled input patches and targets, collected chunk by chunk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_asr.engine.lockstep import BufferPool, Chunk, lockstep
+from onnx_asr.graph.context import Context, contexts, steps
+from onnx_asr.graph.edit import EditPlan
+from onnx_asr.graph.index import attribute
+from onnx_asr.graph.points import Point
+from onnx_asr.networks.execution import Execution
+from onnx_asr.networks.pair import Networks, overflow, unequal
+from onnx_asr.networks.parameters import read_alpha, read_batchnorm, read_rows
+from onnx_asr.networks.samples import Calibration
+from onnx_asr.numerics.moments import Floats
+from onnx_asr.numerics.patches import (
+    ConvGeometry,
+    channel_major,
+    gather_outputs,
+    gather_patches,
+    input_positions,
+    sample_positions,
+    tap_major,
+)
+from onnx_asr.numerics.refit import Choice, NotFiniteError, RefitOptions, RefitSolution, refit_rows
+from onnx_asr.numerics.rows import MEMORY, Store
+from onnx_asr.repairing.options import FEW_ROWS, FEW_ROWS_RIDGE, RefitRecipe
+
+MAX_ROW_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class DenseRows:
+    """Sampled outputs of the dense network at one point, for one chunk of samples.
+
+    Attributes:
+        shape: Of the whole output.
+        values: [rows, C], with the shortcut where one is added to the whole map.
+        summed: Whether one is.
+    """
+
+    shape: tuple[int, ...]
+    values: NDArray[np.float32]
+    summed: bool
+
+
+class RowSampler:
+    """Sampled rows of one point with weights.
+
+    Args:
+        networks: The pair.
+        context: The point and what follows it.
+        recipe: What to use.
+        calibration: The samples to come.
+        number: Place among the points with weights; seeds the positions, alike in a graph and its folded twin.
+        store: Where input patches and Gram matrices are kept.
+        kept: What another sampler of this point has seen of the dense network, with the same recipe and samples, or an
+            empty list for what this one will see; None to forget it.
+    """
+
+    def __init__(
+        self,
+        networks: Networks,
+        context: Context,
+        recipe: RefitRecipe,
+        calibration: Calibration,
+        number: int,
+        store: Store = MEMORY,
+        kept: list[DenseRows] | None = None,
+    ) -> None:
+        self.networks = networks
+        self.context = context
+        self.point = context.point
+        self._recipe = recipe
+        self._calibration = calibration
+        self._number = number
+        self._seen = 0
+        self.taps = 1
+        self._spatial: _SpatialSampling | None = None
+        self._store = store
+        self._kept = kept
+        self._x = _Rows(len(calibration.chunks), store)
+        self._target = _Rows(len(calibration.chunks), MEMORY)
+        self._floor = _Rows(len(calibration.chunks), MEMORY)
+        self._negative = _Rows(len(calibration.chunks), MEMORY)
+        self._threshold: _Threshold | None = None
+
+    @property
+    def pruned_targets(self) -> list[str]:
+        """Tensors of the pruned network that it reads."""
+        return [self.context.source, *self._shortcut_name()]
+
+    @property
+    def dense_targets(self) -> list[str]:
+        """Tensors of the dense network that it reads."""
+        return [self.networks.dense_tensor(name) for name in (self.context.output, *self._shortcut_name())]
+
+    def _shortcut_name(self) -> list[str]:
+        return [self.context.shortcut] if self.context.shortcut is not None and self._recipe.block_targets else []
+
+    def add(self, dense: Chunk | None, pruned: Chunk) -> None:
+        """Take rows from the next chunk; without the dense network's, those that were kept."""
+        source = pruned[self.context.source]
+        if dense is None:
+            assert self._kept is not None
+            rows = self._kept[self._seen // self._calibration.batch_size]
+            x, pick = self._sample(source, rows.shape)
+        else:
+            output, *added = (self.networks.dense_value(dense, name) for name in self.dense_targets)
+            x, pick = self._sample(source, output.shape)
+            summed = bool(added) and _spreads(added[0].shape, output.shape)
+            values = pick(output) + pick(np.broadcast_to(added[0], output.shape)) if summed else pick(output)
+            rows = DenseRows(output.shape, values, summed)
+            if self._kept is not None:
+                self._kept.append(rows)
+        if self._shortcut_name() and not rows.summed:
+            # one value a channel added to a whole map: the sum has no position of its own for a row
+            self.context = replace(self.context, shortcut=None, batchnorm=None, relu=False)
+        self._x.add(x)
+        shortcut = None
+        if rows.summed:
+            assert self.context.shortcut is not None
+            shortcut = pick(np.broadcast_to(pruned[self.context.shortcut], rows.shape))
+        if self.context.relu and self._recipe.relu_steps:
+            self._add_hidden(rows.values, shortcut)
+        self._target.add(rows.values if shortcut is None else rows.values - shortcut)
+        self._seen += self._calibration.batch_size
+
+    def _add_hidden(self, preactivation: NDArray[np.float32], shortcut: NDArray[np.float32] | None) -> None:
+        """Take where the dense pre-activation is at or below the ReLU's threshold; ``theta`` if rows differ in it."""
+        if self._threshold is None:
+            self._threshold = self._find_threshold()
+        self._negative.add((preactivation <= self._threshold.value) & self._threshold.usable)
+        if shortcut is not None:
+            self._floor.add(self._threshold.value - shortcut)
+
+    def _sample(
+        self, source: NDArray[Any], shape: tuple[int, ...]
+    ) -> tuple[NDArray[np.float32], Callable[[NDArray[Any]], NDArray[np.float32]]]:
+        samples = min(self._calibration.batch_size, self._calibration.count - self._seen)
+        if self.point.kind in ("Gemm", "MatMul"):
+            if self.point.kind == "Gemm" and attribute(self.networks.pruned.nodes[self.point.node], "transA", 0):
+                source = source.T
+            height = math.prod(shape) // self.point.channels
+            if source.size // source.shape[self.point.channel_axis] != height:
+                raise unequal(self.point)
+            rows = self._matrix_positions(height, samples)
+            return self._matrix_rows(source, rows)[:, None, :], lambda tensor: self._matrix_rows(tensor, rows)
+        if len(source) != shape[0]:
+            raise unequal(self.point)
+        images = len(source) // samples  # more than 1 where the model has cut its input into windows
+        shapes = source.shape[2:], shape[2:]
+        if self._spatial is None or self._spatial.shapes != shapes:
+            self._spatial = self._start(source.shape[1], *shapes, images)
+            self.taps = self._spatial.table.shape[1]
+        geometry, table = self._spatial.geometry, self._spatial.table
+        positions = self._spatial.positions[self._seen * images : self._seen * images + len(source)]
+        x = gather_patches(source, table, positions, geometry.groups)
+        return x, lambda tensor: gather_outputs(tensor, positions)
+
+    def _start(
+        self, channels: int, input_shape: tuple[int, ...], output_shape: tuple[int, ...], images: int
+    ) -> _SpatialSampling:
+        geometry = conv_geometry(self.networks, self.point, input_shape, output_shape)
+        width = channels * math.prod(geometry.kernel)
+        rows = min(self._recipe.rows, max(1, MAX_ROW_BYTES // (4 * width)))
+        seed = (self._recipe.seed, self._number)
+        positions = sample_positions(self._calibration.count * images, math.prod(output_shape), rows, seed)
+        table = input_positions(geometry, input_shape, output_shape)
+        return _SpatialSampling((input_shape, output_shape), geometry, table, positions)
+
+    def _matrix_positions(self, height: int, samples: int) -> NDArray[np.int64]:
+        """Which of a chunk's ``height`` rows to take: equally many of every sample's, where they are so many each."""
+        size, rest = divmod(height, samples)
+        if rest:
+            return np.arange(height)
+        seed = (self._recipe.seed, self._number)
+        table = sample_positions(self._calibration.count, size, self._recipe.rows, seed)
+        positions = table[self._seen : self._seen + samples] + size * np.arange(samples)[:, None]
+        return positions.ravel()
+
+    def _matrix_rows(self, tensor: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        if self.point.channel_axis == -2:
+            tensor = np.swapaxes(tensor, -1, -2)
+        return tensor.reshape(-1, tensor.shape[-1])[rows].astype(np.float32, copy=False)
+
+    @property
+    def inputs(self) -> NDArray[np.float32]:
+        """The input patches collected, [rows, groups, taps * C / groups]."""
+        return self._x.array
+
+    def again(self) -> RowSampler:
+        """The same with a copy of the rows, for one more solution: :meth:`solve` uses the rows up."""
+        twin = copy(self)
+        twin._x = self._x.copy()
+        return twin
+
+    def solve(self, plan: EditPlan, narrow: Sequence[Choice] = ()) -> tuple[RefitSolution, Floats]:
+        """Fit the surviving weights; the solution, and its weights as rows [C_out, K] in the file's order.
+
+        The rows are used up.
+
+        Args:
+            plan: What is planned so far; zeros of the weights there stay zeros.
+            narrow: What takes more weights out, one after another, each by such rows of the fit so far.
+
+        Raises:
+            ModelError: When activations are not finite.
+        """
+        index = self.networks.pruned
+        x, target = self._x.array, self._target.array
+        floor, negative = self._hidden_by_relu()
+        groups = x.shape[1]
+        shape = (groups, self.point.channels // groups, x.shape[2])
+        mask = tap_major(read_rows(index, plan, self.point) != 0, self.taps).reshape(shape)
+        ridge = max(self._recipe.ridge, FEW_ROWS_RIDGE) if len(x) < FEW_ROWS else self._recipe.ridge
+        recipe = self._recipe
+        options = RefitOptions(ridge, recipe.relu_steps, recipe.gain_power, class_steps=recipe.class_steps)
+        one_each = groups == 1 and len(x) == self._calibration.count
+        classes = self.context.classes and one_each and len(x) > x.shape[2]  # fewer rows are met as they are
+
+        def rows_of(weight: Floats) -> Floats:
+            return channel_major(weight.reshape(self.point.channels, -1), self.taps)
+
+        def by_group(choose: Choice) -> Choice:
+            return lambda weight: tap_major(choose(rows_of(weight)), self.taps).reshape(shape)
+
+        try:
+            solution = refit_rows(
+                x,
+                target,
+                tap_major(self._dense_rows(), self.taps).reshape(shape),  # held by nobody else: it goes early
+                mask,
+                options,
+                relu_floor=floor,
+                dense_negative=negative,
+                classes=classes,
+                narrow=[by_group(choose) for choose in narrow],
+                store=self._store,
+            )
+        except NotFiniteError as error:
+            raise overflow(self.point) from error
+        self._x.release()
+        return solution, rows_of(solution.weight)
+
+    def _dense_rows(self) -> Floats:
+        """The dense weights, folded with the dense BatchNormalization."""
+        networks, nothing = self.networks, EditPlan()
+        assert networks.dense is not None
+        twin = networks.dense_point(self.point)
+        rows = read_alpha(networks.dense, twin) * read_rows(networks.dense, nothing, twin)
+        if twin.batchnorm is None:
+            return np.asarray(rows)
+        return np.asarray(rows * read_batchnorm(networks.dense, nothing, twin.batchnorm).slope[:, None])
+
+    def _hidden_by_relu(self) -> tuple[NDArray[np.float32] | None, NDArray[np.bool_] | None]:
+        """``theta``, and where the dense pre-activation is at or below the ReLU's threshold."""
+        if not self.context.relu or not self._recipe.relu_steps:
+            return None, None
+        assert self._threshold is not None
+        negative = self._negative.array
+        if self._floor.is_empty:
+            return np.broadcast_to(self._threshold.value, negative.shape), negative
+        return self._floor.array, negative
+
+    def _find_threshold(self) -> _Threshold:
+        threshold = np.zeros(self.point.channels)
+        usable = np.ones(self.point.channels, bool)
+        if self.context.batchnorm is not None:
+            assert self.networks.dense is not None
+            assert self.networks.pairing is not None
+            between = self.networks.pairing.nodes[self.context.batchnorm]
+            parameters = read_batchnorm(self.networks.dense, EditPlan(), between)
+            usable = parameters.slope > 0
+            crossing = parameters.mean - parameters.bias / np.where(usable, parameters.slope, 1.0)
+            threshold = np.where(usable, crossing, 0.0)
+        return _Threshold(threshold.astype(np.float32), usable)
+
+
+class _Rows:
+    """Rows of all chunks, in one array of the final size: joining parts at the end would need it twice."""
+
+    def __init__(self, chunks: int, store: Store) -> None:
+        self._chunks = chunks
+        self._store = store
+        self._all: NDArray[Any] | None = None
+        self._filled = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are none."""
+        return self._all is None
+
+    @property
+    def array(self) -> NDArray[Any]:
+        """The rows so far."""
+        assert self._all is not None
+        return self._all[: self._filled]
+
+    def add(self, part: NDArray[Any]) -> None:
+        """Take the rows of the next chunk; only where samples differ in size may there be more than in the first."""
+        needed = self._filled + len(part)
+        if self._all is None:
+            self._all = self._room(self._chunks * len(part), part)
+        elif needed > len(self._all):
+            larger = self._room(len(self._all) + needed, part)
+            larger[: self._filled] = self.array
+            self.release()
+            self._all = larger
+        self._all[self._filled : needed] = part
+        self._store.set_aside(self._all)
+        self._filled = needed
+
+    def _room(self, rows: int, like: NDArray[Any]) -> NDArray[Any]:
+        return self._store.allocate((rows, *like.shape[1:]), like.dtype)
+
+    def copy(self) -> _Rows:
+        """The same rows, to be changed."""
+        twin = copy(self)
+        twin._all = self._room(self._filled, self.array)
+        twin._all[...] = self.array
+        return twin
+
+    def release(self) -> None:
+        """Let go of them."""
+        if self._all is not None:
+            self._store.release(self._all)
+            self._all = None
+
+
+def _spreads(shape: tuple[int, ...], over: tuple[int, ...]) -> bool:
+    """Whether broadcasting makes one shape the other; where the two cannot be added, onnxruntime says so at the sum."""
+    try:
+        return np.broadcast_shapes(shape, over) == over
+    except ValueError:
+        return False
+
+
+def dense_rows(
+    networks: Networks, points: Sequence[Point], recipe: RefitRecipe, calibration: Calibration, execution: Execution
+) -> Iterator[RowSampler]:
+    """Every point's sampler with the rows that the dense network gives it, upstream first, in one walk.
+
+    Args:
+        networks: The dense model, paired with itself.
+        points: Points with weights.
+        recipe: Number of rows, and whether what is added behind a point is sampled.
+        calibration: The samples.
+        execution: Execution providers and memory limit.
+    """
+    index = networks.pruned
+    items = contexts(index, points)
+    numbers = {item.point.node: number for number, item in enumerate(items)}
+    schedule = [
+        [RowSampler(networks, item, recipe, calibration, numbers[item.point.node]) for item in group]
+        for group in steps(index, items)
+    ]
+    with BufferPool(execution.memory_limit, calibration.nbytes) as pool:
+        names = [name for group in schedule for job in group for name in (*job.pruned_targets, *job.dense_targets)]
+        lane = networks.pruned_lane(names, calibration, pool, execution, EditPlan())
+        for number in range(len(schedule)):
+            group, schedule[number] = schedule[number], []  # its rows are free once they were used
+
+            def visit(_: int, chunks: list[Chunk], group: list[RowSampler] = group) -> None:
+                for job in group:
+                    job.add(chunks[0], chunks[0])
+
+            lockstep([lane], [[name for job in group for name in (*job.pruned_targets, *job.dense_targets)]], visit)
+            pool.trim()
+            yield from group
+
+
+@dataclass(frozen=True)
+class _Threshold:
+    """The value [C] up to which the dense pre-activation is hidden by the ReLU, for the channels [C] where one is."""
+
+    value: NDArray[np.float32]
+    usable: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class _SpatialSampling:
+    """Where the rows of a convolution come from, for inputs and outputs of one size."""
+
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    geometry: ConvGeometry
+    table: NDArray[np.int64]
+    positions: NDArray[np.int64]
+
+
+def conv_geometry(
+    networks: Networks, point: Point, input_shape: tuple[int, ...], output_shape: tuple[int, ...]
+) -> ConvGeometry:
+    """Kernel, strides, dilations, groups and leading pads of a Conv or ConvTranspose (ONNX defaults filled in)."""
+    index = networks.pruned
+    node = index.nodes[point.node]
+    kernel = tuple(index.value(node.input[1]).shape[2:])
+    axes = len(kernel)
+    strides = tuple(attribute(node, "strides", [1] * axes))
+    dilations = tuple(attribute(node, "dilations", [1] * axes))
+    pads = tuple(attribute(node, "pads", [0] * (2 * axes)))[:axes]
+    mode = attribute(node, "auto_pad", b"NOTSET").decode()
+    transposed = point.kind == "ConvTranspose"
+    if mode == "VALID":
+        pads = (0,) * axes
+    elif mode != "NOTSET" or (transposed and attribute(node, "output_shape", None)):
+        extra = tuple(attribute(node, "output_padding", [0] * axes))
+        pads = tuple(
+            _leading_pad(
+                (input_shape[a] - 1) * strides[a] + extra[a] + (kernel[a] - 1) * dilations[a] + 1 - output_shape[a]
+                if transposed
+                else (output_shape[a] - 1) * strides[a] + (kernel[a] - 1) * dilations[a] + 1 - input_shape[a],
+                larger_first=(mode != "SAME_UPPER") if transposed else mode == "SAME_LOWER",
+            )
+            for a in range(axes)
+        )
+    return ConvGeometry(kernel, strides, dilations, pads, int(attribute(node, "group", 1)), transposed)
+
+
+def _leading_pad(total: int, larger_first: bool) -> int:
+    total = max(total, 0)
+    return total - total // 2 if larger_first else total // 2

@@ -1,0 +1,541 @@
+"""Channels: what goes together, what stays and why; a cut model computes what the masked one does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import helper, numpy_helper
+
+import onnx_asr
+from onnx_asr.channels.rules import trace
+from onnx_asr.channels.units import Channels, Flags, cut, read_kept, units_left_out
+from onnx_asr.errors import ModelError, OptionError, StructureError
+from onnx_asr.graph.points import survey
+from onnx_asr.graph.shapes import cost
+from onnx_asr.networks.latency import random_feeds
+from onnx_asr.pruning.channels import channel_scores, prune_channels
+from onnx_asr.repairing.options import RepairOptions
+from tests.graphs import (
+    bn,
+    copy,
+    dense_net,
+    digit_images,
+    digits,
+    first_output,
+    images,
+    index,
+    net,
+    parameter,
+    positions,
+    random_net,
+    residual_net,
+    run,
+)
+
+# name: (body of the graph from x [N,4,8,8] to y, weights, units that can be removed)
+GRAPHS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "chain": (
+        "a = Conv <pads=[1,1,1,1]> (x, wa, ba) b = Relu (a) y = Conv (b, wy)",
+        {"wa": (6, 4, 3, 3), "ba": (6,), "wy": (5, 6, 3, 3)},
+        6,
+    ),
+    "residual": (
+        """a = Conv (x, wa) n = BatchNormalization (a, n_gamma, n_beta, n_mean, n_var) r = Relu (n)
+        b = Conv <pads=[1,1,1,1]> (r, wb) c = Conv (b, wc) s = Add (c, r) t = Relu (s) y = Conv (t, wy)""",
+        {"wa": (6, 4, 1, 1), "wb": (8, 6, 3, 3), "wc": (6, 8, 1, 1), "wy": (5, 6, 1, 1), **bn("n", channels=6)},
+        14,
+    ),
+    "dense": (
+        """a = Conv (x, wa) b = Conv <pads=[1,1,1,1]> (a, wb) c = Concat <axis=1> (a, b)
+        n = BatchNormalization (c, n_gamma, n_beta, n_mean, n_var) d = Relu (n) e = Conv (d, we)
+        f = Concat <axis=-3> (c, e) y = Conv (f, wy)""",
+        {
+            "wa": (6, 4, 1, 1),
+            "wb": (5, 6, 3, 3),
+            "we": (3, 11, 1, 1),
+            "wy": (5, 14, 1, 1),
+            **bn("n", channels=11),
+        },
+        14,
+    ),
+    "depthwise": (
+        """a = Conv (x, wa) d = Conv <group=6, pads=[1,1,1,1]> (a, wd, bd) r = Clip (d, low, high)
+        y = Conv (r, wy)""",
+        {
+            "wa": (6, 4, 1, 1),
+            "wd": (12, 1, 3, 3),
+            "bd": (12,),
+            "wy": (5, 12, 1, 1),
+            "low": np.float32(0),
+            "high": np.float32(6),
+        },
+        6,
+    ),
+    "grouped": (
+        "a = Conv (x, wa) g = Conv <group=2> (a, wg, bg) r = Sigmoid (g) y = Conv (r, wy)",
+        {"wa": (6, 4, 1, 1), "wg": (8, 3, 3, 3), "bg": (8,), "wy": (5, 8, 1, 1)},
+        7,
+    ),
+    "squeeze and excitation": (
+        """a = Conv (x, wa) p = GlobalAveragePool (a) s = Conv (p, ws) t = Relu (s) u = Conv (t, wu)
+        v = HardSigmoid (u) m = Mul (a, v) y = Conv (m, wy)""",
+        {"wa": (6, 4, 1, 1), "ws": (3, 6, 1, 1), "wu": (6, 3, 1, 1), "wy": (5, 6, 1, 1)},
+        9,
+    ),
+    "split": (
+        """a = Conv (x, wa) b, c = Split <axis=1> (a, sizes) d = Tanh (b) e = Conv (c, we) f = Conv (d, wf)
+        y = Add (e, f)""",
+        {"wa": (7, 4, 1, 1), "sizes": np.array([3, 4]), "we": (5, 4, 1, 1), "wf": (5, 3, 1, 1)},
+        7,
+    ),
+    "equal split": (
+        "a = Conv (x, wa) b, c = Split <axis=1> (a) d = Mul (b, c) y = Conv (d, wy)",
+        {"wa": (8, 4, 1, 1), "wy": (5, 4, 1, 1)},
+        4,
+    ),
+    "slice": (
+        "a = Conv (x, wa) b = Slice (a, starts, ends, axes) c = Conv (b, wc) d = Conv (a, wd) y = Add (c, d)",
+        {
+            "wa": (9, 4, 1, 1),
+            "starts": np.array([2, 0]),
+            "ends": np.array([-1, 2**63 - 1]),
+            "axes": np.array([1, 2]),
+            "wc": (5, 6, 1, 1),
+            "wd": (5, 9, 1, 1),
+        },
+        9,
+    ),
+    "option A": (
+        """a = Conv (x, wa) b = Conv <strides=[2,2]> (a, wb) s = Slice (a, starts, ends, axes, steps)
+        p = Pad (s, pads) c = Add (b, p) d = Relu (c) y = Conv (d, wy)""",
+        {
+            "wa": (4, 4, 1, 1),
+            "wb": (8, 4, 1, 1),
+            "starts": np.array([0, 0]),
+            "ends": np.array([2**63 - 1, 2**63 - 1]),
+            "axes": np.array([2, 3]),
+            "steps": np.array([2, 2]),
+            "pads": np.array([0, 1, 0, 0, 0, 3, 0, 0]),
+            "wy": (5, 8, 1, 1),
+        },
+        8,
+    ),
+    "flatten": (
+        """a = Conv <strides=[4,4]> (x, wa) f = Flatten (a) h = Gemm <transB=1> (f, wh, bh) r = Relu (h)
+        y = Gemm (r, wy)""",
+        {"wa": (6, 4, 1, 1), "wh": (7, 24), "bh": (7,), "wy": (7, 5)},
+        13,
+    ),
+    "reshape": (
+        "a = Conv <strides=[4,4]> (x, wa) f = Reshape (a, shape) h = MatMul (f, wh) b = Add (h, bh) y = MatMul (b, wy)",
+        {"wa": (6, 4, 1, 1), "shape": np.array([-1, 24]), "wh": (24, 7), "bh": (7,), "wy": (7, 5)},
+        13,
+    ),
+    "reshape at run time": (
+        """a = Conv <strides=[4,4]> (x, wa) s = Shape (a) n = Gather (s, zero) u = Unsqueeze (n, zeros)
+        t = Concat <axis=0> (u, rest) f = Reshape (a, t) y = Gemm (f, wy)""",
+        {
+            "wa": (6, 4, 1, 1),
+            "zero": np.int64(0),
+            "zeros": np.array([0]),
+            "rest": np.array([-1]),
+            "wy": (24, 5),
+        },
+        6,
+    ),
+    "reshape that counts channels at run time": (
+        """a = Conv (x, wa) s = Shape (a) h = Slice (s, zeros, two) t = Concat <axis=0> (h, rest) f = Reshape (a, t)
+        m = ReduceMean <axes=[2], keepdims=0> (f) y = Gemm (m, wy)""",
+        {
+            "wa": (6, 4, 1, 1),
+            "zeros": np.array([0]),
+            "two": np.array([2]),
+            "rest": np.array([-1]),
+            "wy": (6, 5),
+        },
+        6,
+    ),
+    "channels last": (
+        """a = Conv <strides=[4,4]> (x, wa) t = Transpose <perm=[0,2,3,1]> (a) m = MatMul (t, wm) b = Add (m, bm)
+        f = Reshape (b, shape) y = Gemm (f, wy)""",
+        {
+            "wa": (6, 4, 1, 1),
+            "wm": (6, 7),
+            "bm": (7,),
+            "shape": np.array([0, 28]),
+            "wy": (28, 5),
+        },
+        13,
+    ),
+    "prelu and constants": (
+        """a = Conv (x, wa) p = PRelu (a, slope) q = Mul (p, gain) r = Sub (shift, q) s = Div (r, two)
+        y = Conv (s, wy)""",
+        {
+            "wa": (6, 4, 1, 1),
+            "slope": (6, 1, 1),
+            "gain": (1, 6, 1, 1),
+            "shift": (6, 1, 1),
+            "two": np.array([2.0], np.float32),
+            "wy": (5, 6, 1, 1),
+        },
+        6,
+    ),
+    "transposed": (
+        """a = Conv (x, wa) t = ConvTranspose <strides=[2,2]> (a, wt, bt)
+        g = ConvTranspose <group=3> (t, wg, bg) d = ConvTranspose <group=6> (g, wd) y = Conv (d, wy)""",
+        {
+            "wa": (5, 4, 1, 1),
+            "wt": (5, 6, 2, 2),
+            "bt": (6,),
+            "wg": (6, 2, 2, 2),
+            "bg": (6,),
+            "wd": (6, 1, 2, 2),
+            "wy": (5, 6, 1, 1),
+        },
+        9,
+    ),
+    "pool and resize": (
+        """a = Conv (x, wa) b = MaxPool <kernel_shape=[2,2], strides=[2,2]> (a) c = Resize (b, none, none, sizes)
+        d = AveragePool <kernel_shape=[2,2]> (c) i = InstanceNormalization (d, ig, ib) m = ReduceMax <axes=[2,3]> (i)
+        s = Squeeze (m, axes) y = Gemm (s, wy)""",
+        {
+            "wa": (6, 4, 1, 1),
+            "none": np.empty(0, np.float32),
+            "sizes": np.array([1, 6, 9, 9]),
+            "ig": (6,),
+            "ib": (6,),
+            "axes": np.array([2, 3]),
+            "wy": (6, 5),
+        },
+        6,
+    ),
+    "shared constants": (
+        """a = Conv (x, wa) b = Conv (x, wb) n = BatchNormalization (a, n_gamma, n_beta, n_mean, n_var)
+        m = BatchNormalization (b, n_gamma, n_beta, n_mean, n_var) c = Conv (n, wc) d = Conv (m, wc) y = Add (c, d)""",
+        {"wa": (6, 4, 1, 1), "wb": (6, 4, 1, 1), "wc": (5, 6, 1, 1), **bn("n", channels=6)},
+        12,
+    ),
+}
+
+
+def typed(model: onnx.ModelProto) -> onnx.ModelProto:
+    """With the shapes of all tensors written down."""
+    return onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+
+
+def graph(name: str, seed: int = 0) -> onnx.ModelProto:
+    body, weights, _ = GRAPHS[name]
+    model = net(f"g (float[1,4,8,8] x) => (y) {{ {body} }}", seed=seed, **weights)
+    return typed(model)
+
+
+def some_units(channels: Channels, seed: int, share: float = 0.4) -> Flags:
+    """A random part of every group that can be cut."""
+    generator = np.random.default_rng(seed)
+    drop = np.zeros(channels.units, bool)
+    for group in channels.groups():
+        if channels.removable[group].all():
+            drop[generator.permutation(group)[: max(int(len(group) > 1), int(share * len(group)))]] = True
+    return drop
+
+
+def masked(model: onnx.ModelProto, channels: Channels, drop: Flags) -> onnx.ModelProto:
+    """A model of the same size in which every reader sees zeros instead of the dropped channels."""
+    result = copy(model)
+    found = index(model)
+    for read in sorted(channels.reads, key=lambda item: -item.node):
+        node = result.graph.node[read.node]
+        slot = next(number for number, name in enumerate(node.input) if not found.is_constant(name))
+        trailing = {"Gemm": 0, "MatMul": 0}.get(node.op_type, 2)
+        mask = (~drop[read.labels.ids]).astype(np.float32).reshape(-1, *[1] * trailing)
+        result.graph.initializer.append(numpy_helper.from_array(mask, f"mask{read.node}"))
+        product = helper.make_node("Mul", [node.input[slot], f"mask{read.node}"], [f"masked{read.node}"])
+        node.input[slot] = product.output[0]
+        result.graph.node.insert(read.node, product)
+    return result
+
+
+def assert_cut_equals_mask(model: onnx.ModelProto, feeds: dict[str, np.ndarray], seed: int = 0) -> onnx.ModelProto:
+    found = index(model)
+    channels = trace(found)
+    drop = some_units(channels, seed)
+    assert drop.any()
+    smaller = cut(found, channels, drop)
+    onnx.checker.check_model(smaller, full_check=True)
+    expected = run(masked(model, channels, drop), feeds)
+    for name, value in run(smaller, feeds).items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-4 * np.abs(expected[name]).max())
+    assert cost(index(smaller)).flops < cost(found).flops
+    return smaller
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_cut_model_computes_what_the_masked_one_does(name: str, seed: int) -> None:
+    model = graph(name, seed)
+    assert int(trace(index(model)).removable.sum()) == GRAPHS[name][2]
+    assert_cut_equals_mask(model, {"x": images(1, seed=seed, shape=(4, 8, 8))}, seed)
+
+
+@given(st.integers(0, 10**6))
+def test_random_graphs_can_be_cut(seed: int) -> None:
+    model = random_net(seed)
+    if trace(index(model)).removable.any():
+        assert_cut_equals_mask(model, {"x": images(1, seed=seed, shape=(4, 5, 5))}, seed)
+
+
+@pytest.mark.parametrize("name", ["resnet", "mobilenet", "densenet", "vgg"])
+def test_trained_nets_can_be_cut(name: str) -> None:
+    model = digits(name)
+    smaller = assert_cut_equals_mask(model, {model.graph.input[0].name: digit_images()[0][:8]})
+    if name == "resnet":  # two layers share parameters through an Identity, of which both now have their own
+        assert len(smaller.graph.node) == len(model.graph.node) - 1
+        return
+    assert [node.op_type for node in smaller.graph.node] == [node.op_type for node in model.graph.node]
+    assert [t.name for t in smaller.graph.initializer] == [t.name for t in model.graph.initializer]
+
+
+ASSETS = Path(__file__).parents[4] / "shared" / "assets"
+REAL = (
+    "cifar10/resnet20_bn",
+    "cifar10/resnet20_folded",
+    "cifar10/resnet56_bn3_l1sparse_bn",
+    "cifar10/resnet8_mlperftiny_tf2onnx_bn",
+    "imagenet/resnet18_ktb_bn",
+    "imagenet/mobilenetv2_1.0_224_tfqat_folded",
+    "graphs/ultraface_rfb320",
+    "graphs/yolox_nano_coco",
+    "graphs/ppocr_mobile_v2_det_paddle2onnx",
+    "graphs/deeplabv3_mnv2_dm05_tf2onnx",
+)
+
+
+@pytest.mark.skipif(not ASSETS.exists(), reason="needs ../shared/assets")
+@pytest.mark.parametrize("name", REAL)
+def test_real_nets_can_be_cut(name: str) -> None:
+    model = onnx.load(ASSETS / f"{name}.onnx")
+    assert_cut_equals_mask(model, random_feeds(index(model)))
+
+
+@pytest.mark.parametrize("make", [residual_net, dense_net])
+def test_seeded_nets_can_be_cut(make: Any) -> None:
+    assert_cut_equals_mask(make(), {"x": images(4, seed=1)})
+
+
+def test_a_cut_in_an_old_file_where_constants_are_inputs() -> None:
+    model = net(
+        "g (float[1,4,8,8] x, float[6,4,1,1] wa, float[5,6,1,1] wy) => (y) { a = Conv (x, wa) y = Conv (a, wy) }",
+        ir=3,
+        opset=8,
+        wa=(6, 4, 1, 1),
+        wy=(5, 6, 1, 1),
+    )
+    smaller = assert_cut_equals_mask(typed(model), {"x": images(1, seed=0, shape=(4, 8, 8))})
+    assert [d.dim_value for d in smaller.graph.input[1].type.tensor_type.shape.dim] == [4, 4, 1, 1]
+
+
+def test_sizes_in_attributes_follow() -> None:
+    model = net(
+        """
+        g (float[1,4,8,8] x) => (y) {
+          a = Conv (x, wa)
+          b, c = Split <axis=1, split=[2,4]> (a)
+          d = Slice <axes=[1], starts=[1], ends=[4]> (c)
+          e = Pad <pads=[0,2,0,0,0,1,0,0]> (d)
+          f = Concat <axis=1> (b, e)
+          y = Conv (f, wy)
+        }
+        """,
+        opset=9,
+        wa=(6, 4, 1, 1),
+        wy=(5, 8, 1, 1),
+    )
+    for seed in range(3):
+        assert_cut_equals_mask(typed(model), {"x": images(1, seed=0, shape=(4, 8, 8))}, seed)
+
+
+FROZEN: dict[str, tuple[str, dict[str, Any], str]] = {
+    "output": ("y = Conv (x, wa)", {}, "'y' is an output of the model"),
+    "unknown": ("a = Conv (x, wa) y = LRN <size=3> (a)", {}, "LRN LRN:y: it is not known to treat channels apart"),
+    "shuffle": ("a = Conv (x, wa) y = Reshape (a, shape)", {"shape": np.array([1, 2, 3, 8, 8])}, "splits the channel"),
+    "reduction": ("a = Conv (x, wa) y = ReduceMean <axes=[1]> (a)", {}, "it sums over channels"),
+    "softmax": ("a = Conv (x, wa) y = Softmax <axis=1> (a)", {}, "it mixes channels"),
+    "input": ("a = Conv (x, wb) y = Add (a, x)", {}, "meets a tensor whose channels cannot be removed"),
+    "depthwise input": ("a = Conv <group=4> (x, wd) y = Conv (a, wb)", {}, "depthwise Conv:a reads channels"),
+    "run-time weight": ("a = Conv (x, wa) w = Relu (wa) y = Conv (a, w)", {}, "its weight is computed at run time"),
+    "every other": (
+        "a = Conv (x, wa) y = Slice (a, s, e, c, p)",
+        {"s": np.array([0]), "e": np.array([6]), "c": np.array([1]), "p": np.array([2])},
+        "it takes every so many channels",
+    ),
+    "mirrored": (
+        'a = Conv (x, wa) y = Pad <mode="reflect"> (a, p)',
+        {"p": np.array([0, 1, 0, 0, 0, 1, 0, 0])},
+        "it adds channels that are not constant",
+    ),
+    "computed with": (
+        "a = Conv (x, wa) s = Shape (a) c = Cast <to=1> (s) m = ReduceProd (c) b = Conv (a, wy) y = Div (b, m)",
+        {"wy": (6, 6, 1, 1)},
+        "computes with their number",
+    ),
+    "spread": ("a = Conv (x, w1) b = Conv (x, wa) y = Mul (a, b)", {"w1": (1, 4, 1, 1)}, "spreads one channel"),
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_channels_that_stay_say_why(name: str) -> None:
+    body, weights, reason = FROZEN[name]
+    shapes = {"wa": (6, 4, 1, 1), "wb": (4, 4, 1, 1), "wd": (4, 1, 1, 1)}
+    used = {key: value for key, value in shapes.items() if key in body}
+    model = net(f"g (float[1,4,8,8] x) => (y) {{ {body} }}", **used, **weights)
+    found = index(model)
+    channels = trace(found)
+    assert not channels.removable[channels.tensors[found.nodes[0].output[0]].ids].any()
+    assert any(reason in text for text in channels.frozen.values()), channels.frozen
+    drop = np.zeros(channels.units, bool)
+    drop[0] = True
+    with pytest.raises(ModelError, match="cannot be removed"):
+        cut(found, channels, drop)
+
+
+def test_a_tensor_never_loses_all_its_channels() -> None:
+    found = index(graph("chain"))
+    channels = trace(found)
+    with pytest.raises(ModelError, match="left without channels"):
+        cut(found, channels, channels.removable)
+
+
+def test_what_was_kept_is_told_in_terms_of_the_first_model() -> None:
+    model = residual_net()
+    first = index(model)
+    channels = trace(first)
+    once = cut(first, channels, some_units(channels, 1))
+    again = index(once)
+    channels = trace(again)
+    twice = cut(again, channels, some_units(channels, 2))
+    kept = read_kept(twice)
+    stem = parameter(model, 0, 1)
+    np.testing.assert_array_equal(parameter(twice, 0, 1), stem[kept["stem"]])
+    # the rest of the dense model is found from the first model and from the one cut once alike
+    for dense in (model, once):
+        found = index(dense)
+        channels = trace(found)
+        rest = cut(found, channels, units_left_out(found, channels, kept))
+        np.testing.assert_array_equal(parameter(rest, 0, 1), stem[kept["stem"]])
+        assert read_kept(rest) == kept
+    with pytest.raises(StructureError, match="does not have"):
+        units_left_out(index(dense_net()), trace(index(dense_net())), kept)
+
+
+def test_broken_metadata_are_an_error() -> None:
+    model = residual_net()
+    model.metadata_props.add(key="onnx_asr.kept_channels", value="[1, 2")
+    with pytest.raises(ModelError, match="kept_channels"):
+        read_kept(model)
+
+
+# Pruning
+
+
+def test_layer_scope_takes_its_share_of_every_group() -> None:
+    result = prune_channels(digits("mobilenet"), 0.3)
+    for group in result.groups:
+        assert group.kept == group.channels - round(0.3 * group.channels)
+    assert result.after.parameters < 0.6 * result.before.parameters
+    assert [skip.op_type for skip in result.skips] == ["Gemm"]
+    assert "output of the model" in result.skips[0].reason
+
+
+def test_global_scope_counts_all_channels_together() -> None:
+    result = prune_channels(digits("vgg"), 0.4, scope="global")
+    total = sum(group.channels for group in result.groups)
+    assert sum(group.kept for group in result.groups) == total - round(0.4 * total)
+    assert len({group.kept / group.channels for group in result.groups}) > 1
+    extreme = prune_channels(digits("vgg"), 0.999, scope="global")
+    assert [group.kept for group in extreme.groups] == [1] * len(extreme.groups)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_multiples_of_channels_are_left(scope: Any) -> None:
+    result = prune_channels(digits("mobilenet"), 0.35, scope=scope, multiple=16)
+    for group in result.groups:
+        assert group.kept % 16 == 0 or group.kept == group.channels
+        assert group.kept >= 16
+        if scope == "layer":
+            assert abs(group.kept - 0.65 * group.channels) <= 8.5
+
+
+def test_the_channels_of_smallest_score_go() -> None:
+    model = graph("chain")
+    found = index(model)
+    channels = trace(found)
+    scores = channel_scores(found, channels, survey(found).points)[channels.tensors["a"].ids]
+    rows, columns = parameter(model, 0, 1), parameter(model, 2, 1)
+    norms = np.linalg.norm(rows.reshape(6, -1), axis=1) * np.linalg.norm(columns.swapaxes(0, 1).reshape(6, -1), axis=1)
+    np.testing.assert_allclose(scores, norms, rtol=1e-6)
+    kept = np.sort(np.argsort(norms)[2:])
+    np.testing.assert_array_equal(parameter(prune_channels(model, 1 / 3).model, 0, 1), rows[kept])
+
+
+def test_a_group_is_cut_only_if_all_its_layers_are_chosen() -> None:
+    result = prune_channels(residual_net(), 0.5, exclude=["^b_w$"])
+    assert all("Conv:stem" not in group.layers for group in result.groups)
+    assert {skip.name: skip.reason for skip in result.skips}["Conv:stem"].startswith("its channels go only together")
+    inner = prune_channels(digits("resnet"), 0.5, include=[r"body\.0"])
+    assert all(len(group.layers) == 1 for group in inner.groups)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"sparsity": 1.0}, OptionError, "out of range: give the share of channels"),
+        ({}, OptionError, "missing"),
+        ({"sparsity": 0.5, "scope": "world"}, OptionError, "scope 'world' is unknown"),
+        ({"sparsity": 0.5, "multiple": 0}, OptionError, "multiple 0 is out of range"),
+        ({"sparsity": 0.5, "include": ["nobody"]}, OptionError, "leave no weight"),
+        ({"sparsity": 0.5, "include": ["fc"]}, ModelError, "no channel of the model can be removed"),
+    ],
+)
+def test_bad_options_are_refused(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        prune_channels(residual_net(), **arguments)
+
+
+# Repair
+
+
+@pytest.mark.parametrize("method", ["refit", "paired", "bn"])
+@pytest.mark.parametrize("name", ["resnet", "mobilenet", "densenet"])
+def test_a_cut_net_is_repaired_against_the_dense_one(name: str, method: str) -> None:
+    dense = digits(name)
+    smaller = prune_channels(dense, 0.4).model
+    options = RepairOptions(method=method, samples=256, verify_samples=128)  # type: ignore[arg-type]
+    result = onnx_asr.repair(smaller, digit_images()[0], dense=dense, options=options)
+    assert result.verification is not None
+    before, after = result.verification.before.distance, result.verification.after.distance
+    assert after < {"refit": 0.1, "paired": 0.8, "bn": 0.9}[method] * before
+    assert cost(index(result.model)).flops == cost(index(smaller)).flops
+    assert read_kept(result.model) == read_kept(smaller)
+
+
+def test_an_uncut_dense_net_is_not_repaired_at_all() -> None:
+    """Nothing is missing where only channels were removed that nobody reads."""
+    dense = digits("vgg")
+    conv = positions(dense, "Conv")[1]
+    weight = parameter(dense, conv, 1).copy()
+    weight[:, 3] = 0
+    next(t for t in dense.graph.initializer if t.name == dense.graph.node[conv].input[1]).CopyFrom(
+        numpy_helper.from_array(weight, dense.graph.node[conv].input[1])
+    )
+    smaller = onnx_asr.shrink(dense).model
+    assert len(read_kept(smaller)) == 1
+    options = RepairOptions(method="paired", samples=128, verify_samples=64)
+    data = digit_images()[0]
+    result = onnx_asr.repair(smaller, data, dense=dense, options=options)
+    np.testing.assert_allclose(first_output(result.model, data[:8]), first_output(dense, data[:8]), atol=1e-3)
