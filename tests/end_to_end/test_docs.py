@@ -116,11 +116,11 @@ def test_the_tutorial(folder: Path) -> None:
 
 
 def test_the_options_are_those_of_the_code() -> None:
-    script = "from tools.options_reference import reference; print(reference(), end='')"
+    script = "from tools.docs.options_reference import reference; print(reference(), end='')"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
     )
-    assert done.stdout == (DOCS / "options.md").read_text(encoding="utf-8"), "run python tools/options_reference.py"
+    assert done.stdout == (DOCS / "options.md").read_text(encoding="utf-8"), "run tools.docs.options_reference"
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda path: path.name)

@@ -1,10 +1,9 @@
-"""tools/reproduce_paper.py on a tiny net: the grid, its resumption, its tables; training where torch is installed."""
+"""tools/paper/reproduce.py on a tiny net: the grid, its resumption, its tables; training where torch is installed."""
 
 from __future__ import annotations
 
 import ast
 import contextlib
-import importlib
 import io
 import json
 import os
@@ -22,6 +21,7 @@ from PIL import Image
 
 import onnx_asr
 from tests.end_to_end.conftest import ROOT, environment
+from tools.paper.grid import scaled
 
 NET = "resnet50"  # the one that the paper's ablation is about; what stands in for it is a net of models/
 SPARSITY, IMAGES, SCORED = "0.9", 256, 200
@@ -34,12 +34,12 @@ PAGE = ROOT / "docs" / "paper.md"
 
 
 def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, str(ROOT / "tools" / "reproduce_paper.py"), *map(str, arguments)]
+    return [sys.executable, "-m", "tools.paper.reproduce", *map(str, arguments)]
 
 
 def script(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
     line = command(*arguments)
-    return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=240, check=check)
+    return subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240, check=check)
 
 
 def repair(work: Path, methods: tuple[str, ...] = METHODS, images: int = IMAGES, jobs: int = 1) -> list[str]:
@@ -97,9 +97,7 @@ def test_a_cell_is_what_the_public_api_gives(finished: Path) -> None:
 
 
 @pytest.mark.parametrize("net", ["resnet", "vgg", "densenet"])
-def test_a_scaled_net_is_the_same_function(net: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    scaled = importlib.import_module("paper_grid").scaled
+def test_a_scaled_net_is_the_same_function(net: str) -> None:
     model = onnx.load(ROOT / "models" / f"digits_{net}.onnx")
     with np.load(ROOT / "models" / "data" / "digits_validation.npz") as arrays:
         data, labels = {"images": arrays["images"][:64]}, arrays["labels"][:64]
@@ -129,7 +127,7 @@ def test_nothing_goes_on_after_a_run_was_killed(work: Path) -> None:
     shutil.rmtree(work / "cells")
     grid = ("--images", "128", "--score-images", "100", "--batches", "20", "--threads", "1")
     line = command("repair", "--work", work, *grid, "--jobs", "2")
-    run = subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True)
+    run = subprocess.Popen(line, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
         assert run.stdout is not None
         assert run.stdout.readline()
@@ -211,7 +209,7 @@ def test_the_tables_of_the_page_are_those_of_its_json(tmp_path: Path) -> None:
     page = tmp_path / "paper.md"
     shutil.copy(PAGE, page)
     script("table", "--page", page)
-    assert page.read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8"), "run tools/reproduce_paper.py table"
+    assert page.read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8"), "run tools/paper/reproduce.py table"
 
 
 @pytest.mark.parametrize(
@@ -229,9 +227,9 @@ def test_what_cannot_be_done_is_said(work: Path, arguments: tuple[str, ...], mes
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["reproduce_paper", "paper_grid", "paper_work", "paper_tables"])
+@pytest.mark.parametrize("name", ["reproduce", "grid", "work", "tables"])
 def test_only_training_needs_torch_and_only_public_names_are_used(name: str) -> None:
-    tree = ast.parse((ROOT / "tools" / f"{name}.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "tools" / "paper" / f"{name}.py").read_text(encoding="utf-8"))
     used = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "onnx_asr":
@@ -242,7 +240,7 @@ def test_only_training_needs_torch_and_only_public_names_are_used(name: str) -> 
         elif isinstance(node, ast.Import):
             assert not [item.name for item in node.names if item.name.startswith(("torch", "onnx_asr."))]
     assert used <= set(onnx_asr.__all__)
-    if name == "paper_grid":
+    if name == "grid":
         assert used >= {"prune", "repair", "evaluate", "inspect", "RepairOptions"}
 
 
@@ -262,7 +260,7 @@ def archive(path: Path, classes: tuple[str, ...], count: int) -> None:
 
 @pytest.mark.parametrize("net", ["resnet18", "resnet50", "densenet121", "vgg16"])
 def test_training(net: str, tmp_path: Path) -> None:
-    pytest.importorskip("torch", reason="training needs torch: tools/requirements-paper.txt")
+    pytest.importorskip("torch", reason="training needs torch: tools/paper/requirements.txt")
     images = tmp_path / "images.tar.xz"
     archive(images, ("ant", "bee", "cat"), 30)
     size = ("--width", "0.0625", "--epochs", "1", "--batch", "32", "--images", "64", "--float16")

@@ -1,8 +1,8 @@
 """SHA-256 of every model that the commands write, to show that a change of the code left all results as they were.
 
-    python tools/check/model_digests.py --tool .venv-test/bin/onnx-resuscitate -o after.json
-    python tools/check/model_digests.py --tool ../before/.venv-test/bin/onnx-resuscitate -o before.json
-    python tools/check/model_digests.py --compare before.json after.json
+    python -m tools.check.model_digests --tool .venv-test/bin/onnx-resuscitate -o after.json
+    python -m tools.check.model_digests --tool ../before/.venv-test/bin/onnx-resuscitate -o before.json
+    python -m tools.check.model_digests --compare before.json after.json
 
 The four embedded nets, and the CIFAR nets of ../shared/assets where that folder exists, go through `prune`, `repair` by
 every method, `compress`, `prune --pattern channel` with a `repair` after it, and `shrink`. `metadata_props` are set
@@ -11,7 +11,6 @@ aside; everything else in the file counts, doc strings of nodes included.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import subprocess
@@ -24,8 +23,9 @@ from pathlib import Path
 
 import onnx
 
-ROOT = Path(__file__).resolve().parents[2]
-ASSETS = ROOT.parent / "shared" / "assets"
+from tools.arguments import script_parser
+from tools.paths import ASSETS, MODELS
+
 SHARED_NETS = {
     "resnet20": ("--scale", "0.00392156862745098", "--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225"),
     "resnet56_bn3_l1sparse": (
@@ -53,8 +53,8 @@ class Net:
 def nets() -> Iterator[Net]:
     """The embedded nets, then the shared ones."""
     samples = ("--samples", "128", "--verify-samples", "64")
-    embedded = ("--data", str(ROOT / "models/data/digits_calibration"), "--preset", "digits", *samples)
-    for path in sorted((ROOT / "models").glob("*.onnx")):
+    embedded = ("--data", str(MODELS / "data/digits_calibration"), "--preset", "digits", *samples)
+    for path in sorted(MODELS.glob("*.onnx")):
         yield Net(path.stem, path, embedded)
     if ASSETS.exists():
         images = ("--data", str(ASSETS / "data/cifar10_train4k_lossless.npz"), *samples)
@@ -123,7 +123,7 @@ def compare(first: Path, second: Path) -> int:
 
 def main() -> int:
     """Write digests, or compare two files of them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--tool", default="onnx-resuscitate", help="the console script to run")
     parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
     parser.add_argument("--nets", nargs="*", default=[], help="names that take part; all where none are given")

@@ -1,4 +1,4 @@
-"""Files that are broken or mean harm: refused with one clear error. Most were found by tools/fuzz.py."""
+"""Files that are broken or mean harm: refused with one clear error. Most were found by tools/check/fuzz.py."""
 
 from __future__ import annotations
 

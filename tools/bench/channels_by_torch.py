@@ -1,25 +1,21 @@
-"""Channel pruning of ResNet-18 by hand in PyTorch, to compare `bench_pruning.py channels --net resnet18` with.
+"""Channel pruning of ResNet-18 by hand in PyTorch, to compare `tools.bench.pruning channels --net resnet18` with.
 
-    PYTHONPATH=. python tools/bench_torch_pruning.py [--goals 0.2 0.3 0.5 flops:0.5] [--importance magnitude group bn]
+    python -m tools.bench.channels_by_torch [--goals 0.2 0.3 0.5 flops:0.5] [--importance magnitude group bn]
 
 The weights of the ONNX file go into torchvision's resnet18, whose outputs have to agree with onnxruntime's; then
 Torch-Pruning's dependency graph removes a share of the channels of every layer but the classifier, or the smallest
 share that leaves so many of the FLOPs, and BatchNormalization is re-estimated as a cumulative average over the images
-that bench_pruning.py repairs from. There is no fine-tuning. "no repair" is before the re-estimation. Needs
+that `tools.bench.pruning` repairs from. There is no fine-tuning. "no repair" is before the re-estimation. Needs
 torch, torchvision and torch-pruning, which nothing else of this project does.
 """
 
 from __future__ import annotations
-
-import argparse
-from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import torch
 import torch_pruning
-from bench_accuracy import ASSETS, NETS, imagenet
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch.nn.functional import log_softmax
@@ -28,6 +24,8 @@ from torchvision.models import resnet18
 from onnx_asr.data import open_data
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.networks.samples import input_specs
+from tools.arguments import add_assets, add_threads, script_parser
+from tools.bench.nets import NETS, imagenet
 
 BATCH = 50
 MAX_DIFFERENCE = 1e-4
@@ -106,11 +104,11 @@ def reestimate(network: torch.nn.Module, images: NDArray[np.float32]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--goals", nargs="+", default=["0.2", "0.3", "0.5", "flops:0.5"])
     parser.add_argument("--importance", nargs="+", default=["magnitude", "group"], choices=IMPORTANCES)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--assets", type=Path, default=ASSETS)
+    add_threads(parser, 2)
+    add_assets(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     net, pixels = NETS["resnet18"], imagenet(arguments.assets)

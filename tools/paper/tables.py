@@ -1,4 +1,4 @@
-"""The tables of docs/paper.md: what tools/reproduce_paper.py measured beside what the paper printed.
+"""The tables of docs/paper.md: what tools/paper/reproduce.py measured beside what the paper printed.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; `filled` writes them all anew.
 The paper's figures are those of arXiv 2605.21426: CIFAR-10, top-1 in percent, 20 batches.
@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from paper_grid import (
+
+from tools.paper.grid import (
     ABLATION_SPARSITY,
     BATCH,
     GAIN_SAMPLES,

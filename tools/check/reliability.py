@@ -1,20 +1,19 @@
 """The figures of docs/reliability.md: minutes to an hour, by what is asked for.
 
-    python tools/reliability.py memory --images 1024 --limits 4GiB none
-    python tools/reliability.py memory --images 64 --limits 100MB 1GiB --method refit
-    python tools/reliability.py repeat
-    python tools/reliability.py fuzz --count 2500
-    python tools/reliability.py kills --count 60
+    python -m tools.check.reliability memory --images 1024 --limits 4GiB none
+    python -m tools.check.reliability memory --images 64 --limits 100MB 1GiB --method refit
+    python -m tools.check.reliability repeat
+    python -m tools.check.reliability fuzz --count 2500
+    python -m tools.check.reliability kills --count 60
 
 memory   peak resident memory of a repair of ResNet-50 at 224x224 (random weights, random images) for each limit
 repeat   whether a second run of every method writes the same bytes, with one thread, two, and a memory limit
-fuzz     tools/fuzz.py: broken models and data by the thousand
+fuzz     tools/check/fuzz.py: broken models and data by the thousand
 kills    tests/end_to_end/test_interruption.py: commands that are stopped at random moments
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import multiprocessing
 import os
@@ -27,14 +26,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from architectures import build
 from PIL import Image
 
 from onnx_asr.pruning.zeros import prune
 from onnx_asr.repairing.options import METHODS
+from tools.arguments import script_parser
+from tools.bench.architectures import build
+from tools.paths import MODELS, ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-MODELS = ROOT / "models"
 SIZE = 224
 
 
@@ -107,7 +106,7 @@ def repeat() -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("what", choices=["memory", "repeat", "fuzz", "kills"])
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--limits", nargs="+", default=["100MB", "none"])
@@ -121,7 +120,7 @@ def main() -> int:
         repeat()
         return 0
     if arguments.what == "fuzz":
-        return subprocess.call([sys.executable, ROOT / "tools" / "fuzz.py", "--count", str(arguments.count)])
+        return subprocess.call([sys.executable, "-m", "tools.check.fuzz", "--count", str(arguments.count)], cwd=ROOT)
     test = ROOT / "tests" / "end_to_end" / "test_interruption.py"
     environment = os.environ | {"KILLS": str(arguments.count)}
     return subprocess.call([sys.executable, "-m", "pytest", "-q", "-s", test], cwd=ROOT, env=environment)

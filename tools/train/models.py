@@ -5,7 +5,7 @@ Writes `digits_{resnet,vgg,mobilenet,densenet}.onnx`, the calibration and valida
 
     pip install torch --index-url https://download.pytorch.org/whl/cpu
     pip install scikit-learn onnx onnxruntime pillow
-    python tools/train_models.py [--output models] [--seed 0]
+    python -m tools.train.models [--output models] [--seed 0]
 
 Input of every net: float32 [N, 1, 8, 8], (pixel / 255 - 0.5) / 0.5 with 8-bit grey pixels. Output: logits [N, 10].
 The same machine and package versions give the same bytes.
@@ -20,7 +20,6 @@ What the families have that matters to channel repair:
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import shutil
@@ -33,12 +32,15 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 import torch
-from exporting import OPSET, exported
 from PIL import Image
 from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from tools.arguments import script_parser
+from tools.paths import MODELS
+from tools.train.exporting import OPSET, exported
 
 VALIDATION_IMAGES = 600
 CALIBRATION_IMAGES = 512
@@ -253,8 +255,8 @@ def write_data(folder: Path, calibration: Digits, validation: Digits) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the small digit nets in models/.")
-    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parents[1] / "models")
+    parser = script_parser(__doc__)
+    parser.add_argument("--output", type=Path, default=MODELS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=40)
     args = parser.parse_args()
@@ -284,7 +286,7 @@ def main() -> None:
             }
         )
     manifest = {
-        "generator": "tools/train_models.py",
+        "generator": "tools/train/models.py",
         "seed": args.seed,
         "epochs": args.epochs,
         "torch": torch.__version__,

@@ -1,6 +1,6 @@
 """The paper's four architectures for 32x32 images, trained with torch and written as ONNX with BatchNormalization kept.
 
-Only `train` of tools/reproduce_paper.py imports this, and only this needs torch (tools/requirements-paper.txt).
+Only `train` of tools/paper/reproduce.py imports this, and only this needs torch (tools/paper/requirements.txt).
 
     resnet18, resnet50   torchvision's, stem conv 3x3 / 1 without the pooling behind it
     densenet121          the same stem, with its BatchNormalization; growth 32, transitions halve

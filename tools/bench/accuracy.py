@@ -1,8 +1,8 @@
 """Accuracy of every repair method on the nets and images of ../shared/assets (see MANIFEST.md there).
 
-    python tools/bench_accuracy.py --nets resnet20 --sparsities 0.7 0.8 0.9 --methods bn paired --images 512
-    python tools/bench_accuracy.py --methods paired:reliability_power=0.25 asr:bn=ema,prior=mean refit:relu_steps=0
-    python tools/bench_accuracy.py --nets resnet20 --sparsities 0.9 2:4 --methods compress:rounds=5 --images 1024
+    python -m tools.bench.accuracy --nets resnet20 --sparsities 0.7 0.8 0.9 --methods bn paired --images 512
+    python -m tools.bench.accuracy --methods paired:reliability_power=0.25 asr:bn=ema,prior=mean refit:relu_steps=0
+    python -m tools.bench.accuracy --nets resnet20 --sparsities 0.9 2:4 --methods compress:rounds=5 --images 1024
 
 A method is a name of onnx_asr.repairing.options.METHODS or "compress", with options after a colon. Pruning is by
 global magnitude over all weights, or N:M. Nets come with BatchNormalization kept ("bn"), folded ("folded"),
@@ -14,22 +14,19 @@ scores are of the other part: top-1 in percent, and the KL divergence dense || r
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
-from PIL import Image
 
 import onnx_asr
-from onnx_asr.data import Preprocessing, open_data
+from onnx_asr.data import open_data
 from onnx_asr.engine.session import Runtime
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.edit import EditPlan, apply
@@ -38,57 +35,12 @@ from onnx_asr.graph.points import survey
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Outputs, accuracy, collect_outputs, compare
 from onnx_asr.networks.samples import input_specs
-from onnx_asr.repairing.options import METHODS, RefitRecipe, RepairOptions
+from onnx_asr.repairing.options import METHODS, RepairOptions
+from tools.arguments import add_assets, add_threads, script_parser
+from tools.bench.methods import method_options, parse_method, recipe_of
+from tools.bench.nets import NETS, Images, Net, cifar10, imagenet
 
 MASK_OF_BN = "folded, mask of bn"
-ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class Net:
-    """Files of one net, what its images go through, and the sparsities it is measured at."""
-
-    graphs: dict[str, str]
-    preprocessing: Preprocessing
-    sparsities: tuple[str, ...] = ("0.7", "0.8", "0.9", "0.95")
-    data: str = "cifar10"
-    label_offset: int = 0
-
-
-NETS = {
-    "resnet20": Net(
-        {"bn": "cifar10/resnet20_bn.onnx", "folded": "cifar10/resnet20_folded.onnx"},
-        Preprocessing(scale=1 / 255, mean=_IMAGENET_MEAN, std=_IMAGENET_STD),
-    ),
-    "resnet56": Net(
-        {
-            "bn": "cifar10/resnet56_bn3_l1sparse_bn.onnx",
-            "folded": "cifar10/resnet56_bn3_l1sparse_folded.onnx",
-        },
-        Preprocessing(scale=1 / 255, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)),
-    ),
-    "resnet8": Net(
-        {
-            "bn": "cifar10/resnet8_mlperftiny_tf2onnx_bn.onnx",
-            "folded": "cifar10/resnet8_mlperftiny_tf2onnx_folded.onnx",
-        },
-        Preprocessing(scale=1.0),
-    ),
-    "resnet18": Net(
-        {"bn": "imagenet/resnet18_ktb_bn.onnx"},
-        Preprocessing(scale=1 / 255, mean=_IMAGENET_MEAN, std=_IMAGENET_STD),
-        ("0.5", "0.7", "0.8", "0.9"),
-        "imagenet",
-    ),
-    "mobilenetv2": Net(
-        {"folded": "imagenet/mobilenetv2_1.0_224_tfqat_folded.onnx"},
-        Preprocessing(scale=1 / 127.5, mean=(1.0,)),
-        ("0.3", "0.5", "0.7"),
-        "imagenet",
-        1,
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -105,61 +57,6 @@ class Record:
     kl: float
     agreement: float
     seconds: float
-
-
-@dataclass(frozen=True)
-class Images:
-    """uint8 pixels (N, H, W, C) for calibration; pixels and labels for scoring."""
-
-    calibration: NDArray[np.uint8]
-    scored: NDArray[np.uint8]
-    labels: NDArray[np.int64]
-
-
-def parse_method(text: str) -> tuple[str, dict[str, Any]]:
-    """Split "name" or "name:key=value,key=value" into the name and its options."""
-    method, _, rest = text.partition(":")
-    overrides: dict[str, Any] = {}
-    for item in filter(None, rest.split(",")):
-        key, _, value = item.partition("=")
-        try:
-            overrides[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            overrides[key] = value
-    return method, overrides
-
-
-def recipe_of(overrides: dict[str, Any]) -> RefitRecipe:
-    """Take the parts of the refit recipe, which go by their own names, out of a method's options."""
-    parts = {item.name for item in fields(RefitRecipe)} - {"seed"}
-    return RefitRecipe(**{key: overrides.pop(key) for key in list(overrides) if key in parts})
-
-
-def method_options(text: str, **defaults: Any) -> RepairOptions:
-    """Repair options of a method, on top of the defaults."""
-    method, overrides = parse_method(text)
-    return RepairOptions(**{**defaults, "method": method, "refit": recipe_of(overrides), **overrides})
-
-
-def cifar10(assets: Path) -> Images:
-    with (
-        np.load(assets / "data/cifar10_train4k_lossless.npz") as train,
-        np.load(assets / "data/cifar10_test1k_lossless.npz") as test,
-    ):
-        return Images(train["images"], test["images"], test["labels"])
-
-
-def imagenet(assets: Path) -> Images:
-    """Short side 256, centre crop 224; every fifth class index calibrates, the others are scored."""
-    frame = Preprocessing(resize=256, crop=224)
-    paths = sorted((assets / "data/imagenet1k").glob("*.jpg"))
-    labels = np.array([int(path.name.partition("_")[0]) for path in paths], np.int64)
-    pixels = np.empty((len(paths), 224, 224, 3), np.uint8)
-    for row, path in zip(pixels, paths, strict=True):
-        with Image.open(path) as image:
-            row[:] = np.asarray(frame.frame(image.convert("RGB"), path.name))
-    calibrate = labels % 5 == 0
-    return Images(pixels[calibrate], pixels[~calibrate], labels[~calibrate])
 
 
 def with_mask_of(dense: onnx.ModelProto, pruned: onnx.ModelProto) -> onnx.ModelProto:
@@ -311,14 +208,14 @@ def choices(records: Sequence[Record]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
     parser.add_argument("--graphs", nargs="+", help='of "bn", "folded", "folded, mask of bn"; default: all')
     parser.add_argument("--sparsities", nargs="+", help="shares of zeros, or N:M; default: by net")
     parser.add_argument("--methods", nargs="+", default=[name for name in METHODS if name != "auto"])
     parser.add_argument("--images", type=int, default=512, help="calibration images")
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--assets", type=Path, default=ASSETS)
+    add_threads(parser)
+    add_assets(parser)
     parser.add_argument("--json", type=Path, help="file for all records")
     arguments = parser.parse_args()
     everything: list[Record] = []

@@ -1,7 +1,7 @@
 """Broken and hostile models, by the thousand: what the tool makes of them.
 
-    python tools/fuzz.py --count 2000
-    python tools/fuzz.py --first 1234 --count 1 --keep broken/      the one mutation again, its file kept
+    python -m tools.check.fuzz --count 2000
+    python -m tools.check.fuzz --first 1234 --count 1 --keep broken/      the one mutation again, its file kept
 
 Every mutation is a function of its number: a real graph of models/ or, where that folder is there, ../shared/assets
 (see MANIFEST.md there), spoilt in its bytes (bits flipped, cut off, pieces moved, noise) or in its fields (attributes,
@@ -16,7 +16,6 @@ own with a time limit; what comes out must be a sound file or a clear error.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import multiprocessing.connection
 import random
@@ -34,7 +33,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from fuzz_data import BYTES, outside, reads_outside, remove, spoilt_arrays, spoilt_images
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from onnx import numpy_helper
@@ -49,10 +47,11 @@ from onnx_asr.networks.samples import input_specs
 from onnx_asr.pruning.zeros import prune
 from onnx_asr.repairing.options import METHODS, RepairOptions
 from onnx_asr.repairing.pipeline import repair
+from tools.arguments import script_parser
+from tools.check.hostile_data import BYTES, outside, reads_outside, remove, spoilt_arrays, spoilt_images
+from tools.paths import ASSETS, MODELS
 
-ROOT = Path(__file__).resolve().parents[1]
-DIGITS = ROOT / "models" / "digits_vgg.onnx"
-ASSETS = ROOT.parent / "shared" / "assets"
+DIGITS = MODELS / "digits_vgg.onnx"
 SMALL, LARGE = 1_200_000, 20_000_000  # bytes; graphs between them get one mutation in sixteen, larger ones none
 SAMPLES = 6
 MEMORY = 8 << 30
@@ -310,14 +309,14 @@ def isolated(case: Case, folder: Path, limit: int) -> tuple[str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--count", type=int, default=2000, help="mutations")
     parser.add_argument("--first", type=int, default=0, help="number of the first one")
     parser.add_argument("--limit", type=int, default=60, help="seconds of computing for one")
     parser.add_argument("--keep", type=Path, help="folder for the files that did harm")
     parser.add_argument("--verbose", action="store_true", help="every mutation, not only those that did harm")
     arguments = parser.parse_args()
-    found = [*(ROOT / "models").glob("*.onnx"), *ASSETS.glob("*/*.onnx")]
+    found = [*MODELS.glob("*.onnx"), *ASSETS.glob("*/*.onnx")]
     sources = sorted((path for path in found if path.stat().st_size < LARGE), key=lambda path: path.name)
     counts: dict[str, Counter[str]] = {kind: Counter() for kind in dict.fromkeys(KINDS)}
     started = time.perf_counter()

@@ -1,7 +1,7 @@
 """Takes every graph at hand through pruning and repair, and writes the table of docs/graphs.md.
 
-    python tools/check_graphs.py --markdown docs/graphs.md
-    python tools/check_graphs.py --only yolox deeplab densenet121
+    python -m tools.check.graphs --markdown docs/graphs.md
+    python -m tools.check.graphs --only yolox deeplab densenet121
 
 Graphs: every file of ../shared/assets, the light zoo inside the onnx package (its generated weights replaced by random
 ones), and torchvision's architectures with random weights, exported by both exporters of torch (needs the packages
@@ -14,7 +14,6 @@ and be the pruned file but for the parameters of the points, their doc strings a
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 import tempfile
@@ -29,7 +28,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from bench_accuracy import ASSETS
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from PIL import Image
@@ -40,6 +38,8 @@ from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import survey
 from onnx_asr.networks.execution import Execution
 from onnx_asr.repairing.options import RepairOptions
+from tools.arguments import add_threads, script_parser
+from tools.paths import ASSETS
 
 SPARSITY = 0.5
 METHODS = ("paired", "refit")
@@ -429,11 +429,11 @@ HEADER = """\
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--only", nargs="+", help="parts of names")
     parser.add_argument("--calibration", type=int, default=64, help="calibration samples")
     parser.add_argument("--held-out", type=int, default=16, help="samples for the SNR")
-    parser.add_argument("--threads", type=int, default=0)
+    add_threads(parser)
     parser.add_argument("--markdown", type=Path, help="file whose table is replaced: all between <!-- table --> marks")
     arguments = parser.parse_args()
     cases = [*(assets() if ASSETS.exists() else ()), *light_zoo(), *torchvision_nets()]

@@ -10,12 +10,11 @@
 Weights are He-normal from a seed. The BatchNormalization statistics are those to be expected for inputs of zero mean
 and unit variance, so that activations neither grow nor vanish with depth.
 
-    python tools/architectures.py resnet50 resnet50.onnx
+    python -m tools.bench.architectures resnet50 resnet50.onnx
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -23,6 +22,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+
+from tools.arguments import script_parser
 
 Architecture = Literal["resnet18", "resnet50"]
 BLOCKS: dict[Architecture, tuple[int, ...]] = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}
@@ -133,7 +134,7 @@ def build(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("architecture", choices=BLOCKS)
     parser.add_argument("output", help="file to write")
     parser.add_argument("--size", type=int, choices=(32, 224), default=224, help="side of the images")

@@ -1,4 +1,4 @@
-"""Broken and hostile data for tools/fuzz.py: array files, folders of images, weights kept outside the model.
+"""Broken and hostile data for tools/check/fuzz.py: array files, folders of images, weights kept outside the model.
 
 Whatever is made here follows from the generator that is given.
 """

@@ -1,8 +1,8 @@
 """The experiment of the ASR paper with this tool: its four architectures, its grid on CIFAR-10, its tables.
 
-    python tools/reproduce_paper.py train  --work W     # needs torch: pip install -r tools/requirements-paper.txt
-    python tools/reproduce_paper.py repair --work W     # the package's public API alone, no torch
-    python tools/reproduce_paper.py table  --work W     # docs/data/paper.json, and the tables of docs/paper.md from it
+    python -m tools.paper.reproduce train  --work W     # needs torch: pip install -r tools/paper/requirements.txt
+    python -m tools.paper.reproduce repair --work W     # the package's public API alone, no torch
+    python -m tools.paper.reproduce table  --work W     # docs/data/paper.json, and the tables of docs/paper.md from it
 
 `train` is at full size and on a GPU unless told otherwise: 30 epochs in mixed precision, each net a step of its own
 (`--nets resnet50`). `repair` prunes every net of W to 50, 70, 90% and 2:4, and repairs each with
@@ -17,8 +17,8 @@
 and scores the outcome on test images; `bn` goes over the unpruned net, too. With `--jobs 16` so many cells are computed
 at a time, each in a process of its own (up to 9 GiB for a DenseNet-121). On a CPU, at reduced width:
 
-    python tools/reproduce_paper.py train  --work W --device cpu --width 0.25 --epochs 3 --batch 128
-    python tools/reproduce_paper.py repair --work W --images 1024 --score-images 1000
+    python -m tools.paper.reproduce train  --work W --device cpu --width 0.25 --epochs 3 --batch 128
+    python -m tools.paper.reproduce repair --work W --images 1024 --score-images 1000
 
 W keeps everything: the images as arrays, a trained net as NET.onnx with NET.json (which also say all that `repair` asks
 of a net from elsewhere), a finished cell of the grid as cells/NET/CELL.json. Files are written beside and renamed, so a
@@ -38,26 +38,25 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-import paper_grid
-import paper_tables
-from paper_work import NETS, Work, done_before, read_json, write, write_json
-
 import onnx_asr
+from tools.arguments import script_parser
+from tools.paper import grid, tables
+from tools.paper.work import NETS, Work, done_before, read_json, write, write_json
+from tools.paths import ASSETS, ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-ARCHIVE = ROOT.parent / "shared" / "assets" / "data" / "cifar10_jpeg.tar.xz"
+ARCHIVE = ASSETS / "data" / "cifar10_jpeg.tar.xz"
 PRESET = "cifar10"
 
 
 def train(arguments: argparse.Namespace) -> None:
     """Train and export the nets that are not there yet."""
-    import exporting  # both need torch
-    import paper_nets
+    from tools.paper import nets  # both need torch
+    from tools.train.exporting import exported
 
     if arguments.images < arguments.batch:
         raise SystemExit(f"{arguments.images} images do not fill a batch of {arguments.batch}: give more, or a --batch")
     work = Work(arguments.work)
-    recipe = paper_nets.Recipe(
+    recipe = nets.Recipe(
         arguments.width,
         arguments.epochs,
         arguments.batch,
@@ -67,8 +66,8 @@ def train(arguments: argparse.Namespace) -> None:
         arguments.float16,
     )
     preprocessing = onnx_asr.Preprocessing.from_options(preset=PRESET)
-    normalize = paper_nets.Normalization(preprocessing.mean, preprocessing.std)
-    paper_nets.prepare(arguments.device, arguments.threads)
+    normalize = nets.Normalization(preprocessing.mean, preprocessing.std)
+    nets.prepare(arguments.device, arguments.threads)
     for name in arguments.nets:
         settings = {"images": arguments.images, **asdict(recipe)}
         if done_before(work.record(name), settings):
@@ -77,11 +76,11 @@ def train(arguments: argparse.Namespace) -> None:
         images = work.images("train", arguments.archive).head(arguments.images)
         test = work.images("test", arguments.archive)
         started = time.perf_counter()
-        net = paper_nets.train(name, images.pixels, images.labels, normalize, recipe)
+        net = nets.train(name, images.pixels, images.labels, normalize, recipe)
         seconds = time.perf_counter() - started
-        top1 = paper_nets.top1(net, test.pixels, test.labels, normalize)
+        top1 = nets.top1(net, test.pixels, test.labels, normalize)
         work.record(name).unlink(missing_ok=True)  # the net that is there, if any, is about to go
-        write(work.net(name), exporting.exported(net, (3, paper_nets.SIZE, paper_nets.SIZE)))
+        write(work.net(name), exported(net, (3, nets.SIZE, nets.SIZE)))
         record = {
             "settings": settings,
             "preset": PRESET,
@@ -102,19 +101,19 @@ def repair(arguments: argparse.Namespace) -> None:
         raise SystemExit(f"{work.net(missing[0])} with its .json is missing: train it first")
     calibration = work.images("train", arguments.archive).pixels
     scored = work.images("test", arguments.archive).head(arguments.score_images)
-    needed = max(arguments.images + paper_grid.HELD_OUT, paper_grid.BATCH * max(arguments.batches))
+    needed = max(arguments.images + grid.HELD_OUT, grid.BATCH * max(arguments.batches))
     if needed > len(calibration):
         raise SystemExit(f"{needed} calibration images are needed, and there are {len(calibration)}: ask for fewer")
     limit = None if arguments.memory_limit is None else round(arguments.memory_limit * 2**30)
     threads = arguments.threads or max(1, (os.cpu_count() or 1) // arguments.jobs)
     execution = onnx_asr.Execution(onnx_asr.Runtime(threads=threads), limit)
-    benches = {name: paper_grid.Bench(work, name, calibration[:needed], scored, execution) for name in names}
-    cells = list(paper_grid.cells(arguments.sparsities, arguments.methods, arguments.batches, arguments.images))
+    benches = {name: grid.Bench(work, name, calibration[:needed], scored, execution) for name in names}
+    cells = list(grid.cells(arguments.sparsities, arguments.methods, arguments.batches, arguments.images))
     tasks = [(name, cell) for name in benches for cell in cells]
     os.environ.setdefault("OMP_NUM_THREADS", f"{threads}")  # numpy's, in the processes to come
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.jobs, context, paper_grid.start_worker, (benches,)) as pool:
-        for _ in pool.map(paper_grid.finish, *zip(*tasks, strict=True)):
+    with ProcessPoolExecutor(arguments.jobs, context, grid.start_worker, (benches,)) as pool:
+        for _ in pool.map(grid.finish, *zip(*tasks, strict=True)):
             pass
 
 
@@ -122,11 +121,11 @@ def table(arguments: argparse.Namespace) -> None:
     """Write the JSON from the cells, and the tables of the page from the JSON; nets without cells stay in it."""
     page = arguments.page.read_text(encoding="utf-8")
     if arguments.work is not None:
-        new = paper_grid.collected(Work(arguments.work))
+        new = grid.collected(Work(arguments.work))
         if arguments.data.exists():
-            new = paper_grid.merged(read_json(arguments.data), new)
+            new = grid.merged(read_json(arguments.data), new)
         write_json(arguments.data, new)
-    write(arguments.page, paper_tables.filled(page, read_json(arguments.data)).encode())
+    write(arguments.page, tables.filled(page, read_json(arguments.data)).encode())
 
 
 def positive(text: str) -> int:
@@ -143,7 +142,7 @@ def positive(text: str) -> int:
 
 
 def sparsity(text: str) -> str:
-    """A sparsity for argparse, as `paper_grid.prune` takes it.
+    """A sparsity for argparse, as `grid.prune` takes it.
 
     Raises:
         ValueError: When it begins with no number.
@@ -158,7 +157,7 @@ def sparsity(text: str) -> str:
 
 
 def main(command: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     commands = parser.add_subparsers(required=True)
     training = commands.add_parser("train", help="train and export the nets that are missing")
     repairing = commands.add_parser("repair", help="prune, repair and score: the cells that are missing")
@@ -184,11 +183,11 @@ def main(command: Sequence[str] | None = None) -> None:
         "--sparsities",
         nargs="+",
         type=sparsity,
-        default=paper_grid.SPARSITIES,
+        default=grid.SPARSITIES,
         help="N:M, or shares of zeros, by global magnitude or as in '0.9 erk'",
     )
-    repairing.add_argument("--methods", nargs="+", default=paper_grid.METHODS, choices=paper_grid.METHODS)
-    repairing.add_argument("--batches", nargs="+", type=int, default=paper_grid.BATCHES, help="of the moving average")
+    repairing.add_argument("--methods", nargs="+", default=grid.METHODS, choices=grid.METHODS)
+    repairing.add_argument("--batches", nargs="+", type=int, default=grid.BATCHES, help="of the moving average")
     repairing.add_argument("--images", type=int, default=2048, help="calibration images where no batches are counted")
     repairing.add_argument("--score-images", type=int, default=10_000)
     repairing.add_argument(

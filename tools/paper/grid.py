@@ -1,4 +1,4 @@
-"""The grid of tools/reproduce_paper.py: nets pruned, repaired and measured, by public names of the package alone."""
+"""The grid of tools/paper/reproduce.py: nets pruned, repaired and measured, by public names of the package alone."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from paper_work import NETS, Images, Work, read_json
 
 import onnx_asr
 from onnx_asr import RepairOptions
+from tools.paper.work import NETS, Images, Work, read_json
 
 SPARSITIES = ("0.5", "0.7", "0.9", "2:4")
 BATCHES, MAIN_BATCHES = (10, 20, 30, 50), 20

@@ -1,22 +1,23 @@
 """Write docs/options.md: every command and option, as the command line itself declares them.
 
-python tools/options_reference.py
+python -m tools.docs.options_reference
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import typer
 
 from onnx_asr.cli.app import app
+from tools.arguments import script_parser
+from tools.paths import ROOT
 
-TARGET = Path(__file__).resolve().parents[1] / "docs" / "options.md"
+TARGET = ROOT / "docs" / "options.md"
 HEAD = """# Options
 
-All commands and their options. Written by `python tools/options_reference.py` from the declarations that `--help`
+All commands and their options. Written by `python -m tools.docs.options_reference` from the declarations that `--help`
 shows; a test fails where it is out of date. Where no default is shown, the text tells it, or the option is off.
 """
 
@@ -65,4 +66,5 @@ def cells(*texts: str) -> str:
 
 
 if __name__ == "__main__":
+    script_parser(__doc__).parse_args()
     TARGET.write_text(reference(), encoding="utf-8")

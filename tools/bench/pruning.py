@@ -1,10 +1,10 @@
 """What pruning does, on the nets and images of ../shared/assets (see MANIFEST.md there).
 
-    python tools/bench_pruning.py channels [--graph folded] [--goals 0.3 0.5] [--methods none paired refit]
-    python tools/bench_pruning.py channels --net resnet18 --goals 0.2 0.3 0.5 flops:0.5
-    python tools/bench_pruning.py latency [--goals flops:0.5 latency:0.6] [--multiple 16]
-    python tools/bench_pruning.py scopes [--graph folded] [--goals 0.8 0.9] [--scopes global:variance sensitivity]
-    python tools/bench_pruning.py patterns [--nets resnet20 resnet56 resnet18] [--goals 2:4] [--scores magnitude]
+    python -m tools.bench.pruning channels [--graph folded] [--goals 0.3 0.5] [--methods none paired refit]
+    python -m tools.bench.pruning channels --net resnet18 --goals 0.2 0.3 0.5 flops:0.5
+    python -m tools.bench.pruning latency [--goals flops:0.5 latency:0.6] [--multiple 16]
+    python -m tools.bench.pruning scopes [--graph folded] [--goals 0.8 0.9] [--scopes global:variance sensitivity]
+    python -m tools.bench.pruning patterns [--nets resnet20 resnet56 resnet18] [--goals 2:4] [--scores magnitude]
 
 "channels": shares of the channels are removed, or as many as leave a share of the FLOPs (flops:0.5); of ResNet-20 the
 inner ones of its blocks (those between the two convolutions of a block, which no residual Add couples), of ResNet-18
@@ -20,11 +20,9 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import onnx
-from bench_accuracy import ASSETS, NETS, cifar10, imagenet, method_options
 
 import onnx_asr
 from onnx_asr.data import open_data
@@ -34,6 +32,9 @@ from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Outputs, accuracy, collect_outputs, compare
 from onnx_asr.networks.samples import input_specs
 from onnx_asr.repairing.options import DATA_AWARE
+from tools.arguments import add_assets, add_threads, script_parser
+from tools.bench.methods import method_options
+from tools.bench.nets import NETS, cifar10, imagenet
 
 INNER = {"resnet20": [r"layer\d.*conv1"]}
 """Layers of a net whose channels are removed; all that can be, where none are named."""
@@ -182,7 +183,7 @@ COMMANDS = {
 
 
 def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("--net", choices=NETS, help="default: resnet20; latency: resnet18")
     parser.add_argument("--nets", nargs="+", choices=MOST_LOST, default=list(MOST_LOST), help="of patterns")
@@ -194,8 +195,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=1024, help="calibration images, at most")
     parser.add_argument("--multiple", type=int, default=1, help="leave multiples of so many channels")
     parser.add_argument("--seconds", type=float, default=10.0, help="that a model is timed")
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--assets", type=Path, default=ASSETS)
+    add_threads(parser)
+    add_assets(parser)
     found = parser.parse_args(arguments)
     found.goals = found.goals or DEFAULT_GOALS[found.what]
     found.net = found.net or ("resnet18" if found.what == "latency" else "resnet20")

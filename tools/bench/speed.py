@@ -1,7 +1,7 @@
 """Time and memory of `repair` and `compress` against plain onnxruntime inference of the dense net over the same images.
 
-    python tools/bench_speed.py [--nets resnet18@32 resnet50@224 resnet20] [--methods paired bn] [--json FILE]
-    python tools/bench_speed.py --nets resnet20 --images 1024 --methods refit compress:rounds=5 --no-peak
+    python -m tools.bench.speed [--nets resnet18@32 resnet50@224 resnet20] [--methods paired bn] [--json FILE]
+    python -m tools.bench.speed --nets resnet20 --images 1024 --methods refit compress:rounds=5 --no-peak
 
 A is plain inference: one session with onnxruntime's defaults, made beforehand; B is one whole `repair` (or `compress`)
 call without verification (models in memory, images in an array), with A's threads and batch size. They are run A B A B;
@@ -32,8 +32,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from architectures import build
-from bench_accuracy import ASSETS, method_options, parse_method
 from numpy.typing import NDArray
 
 import onnx_asr
@@ -41,6 +39,10 @@ from onnx_asr.engine.session import Runtime
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.samples import batch_size_for, input_specs
+from tools.arguments import add_threads, script_parser
+from tools.bench.architectures import build
+from tools.bench.methods import method_options, parse_method
+from tools.paths import ASSETS, ROOT
 
 SPARSITY = 0.9
 RATIO_BARS = {
@@ -183,8 +185,18 @@ def peak_memory(net: str, method: str, count: int, threads: int) -> Peak:
         onnx.save(dense, Path(folder) / "dense.onnx")
         onnx.save(onnx_asr.prune(dense, SPARSITY).model, Path(folder) / "pruned.onnx")
         np.save(Path(folder) / "images.npy", random_images(dense, count))
-        command = [sys.executable, __file__, "--probe", folder, "--methods", method, "--threads", str(threads)]
-        probe = subprocess.run(command, check=True, capture_output=True, text=True)
+        command = [
+            sys.executable,
+            "-m",
+            __spec__.name,
+            "--probe",
+            folder,
+            "--methods",
+            method,
+            "--threads",
+            str(threads),
+        ]
+        probe = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
     return Peak(net, method, count, int(probe.stdout))
 
 
@@ -215,13 +227,13 @@ def show(item: Speed) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     default = [name for name in IMAGES if name != "resnet20" or ASSETS.exists()]
     parser.add_argument("--nets", nargs="*", default=default, choices=list(IMAGES))
     parser.add_argument("--methods", nargs="+", default=["paired", "bn"], help="name or name:option=value,...")
     parser.add_argument("--images", type=int, help="images a run; default: by net")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=0, help="threads within an operator; 0: every core")
+    add_threads(parser)
     parser.add_argument("--no-linear", action="store_true", help="leave the runs over twice the images out")
     parser.add_argument("--no-peak", action="store_true", help="leave the memory measurement out")
     parser.add_argument("--json", type=Path, help="file for the results")

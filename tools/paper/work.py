@@ -1,4 +1,4 @@
-"""The folder in which tools/reproduce_paper.py keeps its images, its nets and the finished cells of its grid."""
+"""The folder in which tools/paper/reproduce.py keeps its images, its nets and the finished cells of its grid."""
 
 from __future__ import annotations
 
