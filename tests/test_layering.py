@@ -104,7 +104,7 @@ def test_a_room_may_not_import_other_libraries(name: str) -> None:
         ("numerics.x", "import onnx"),
         ("numerics.x", "from onnx_asr.graph.index import GraphIndex"),
         ("graph.x", "def f():\n    import onnxruntime"),
-        ("graph.x", "from onnx_asr.engine.lockstep import Lane"),
+        ("graph.x", "from onnx_asr.engine.lane import Lane"),
         ("graph.x", "from onnx_asr import networks"),
         ("engine.x", "from onnx_asr.numerics.masks import Mask"),
         ("data.x", "from onnx import helper"),

@@ -20,14 +20,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_asr.data import Dataset
-from onnx_asr.engine.lockstep import BufferPool, Chunk, Lane, lockstep
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import Point
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Networks
-from onnx_asr.networks.samples import Calibration, batch_size_for, fixed_batch, input_specs, load_calibration
+from onnx_asr.networks.samples import (
+    Calibration,
+    batch_size_for,
+    fixed_batch,
+    input_specs,
+    load_calibration,
+    whole_batches,
+)
+from onnx_asr.networks.walk import Walk
 from onnx_asr.numerics.gains import is_live
-from onnx_asr.numerics.moments import Floats, PairMoments
+from onnx_asr.numerics.moments import Accumulator, Floats, PairMoments
 
 COLLAPSED_RATIO = 0.01
 """Variance ratio below which a channel counts as collapsed: its standard deviation is under a tenth of the dense."""
@@ -142,7 +149,7 @@ def draw_samples(
     order = np.random.default_rng(seed).permutation(indices)[: max(samples, size) if fixed else samples]
     if not fixed:
         size = min(size, max(1, len(order) // 2))
-    return load_calibration(dataset, order, size, fixed)
+    return load_calibration(dataset, whole_batches(order, specs), size)
 
 
 def measure_damage(
@@ -159,24 +166,21 @@ def measure_damage(
     points = networks.survey.points
     tensors = [_measured(networks.pruned, point) for point in points]
     twins = [networks.dense_tensor(name) for name in tensors]
-    found: list[list[dict[int, PairMoments]]] = [[{} for _ in points] for _ in versions]
-
-    def visit(number: int, chunks: list[Chunk]) -> None:
-        execution.progress("measuring the damage", number / len(calibration.chunks))
-        half = number % 2
-        for chunk, halves in zip(chunks[1:], found, strict=True):
-            for point, name, twin, moments in zip(points, tensors, twins, halves, strict=True):
-                dense = networks.dense_value(chunks[0], twin)
-                pair = PairMoments.of(dense, chunk[name], point.channel_axis)
-                moments[half] = moments[half].merge(pair) if half in moments else pair
-
-    with BufferPool(execution.memory_limit, calibration.nbytes) as pool:
-        lanes = [networks.dense_lane(twins, calibration, pool, execution)]
-        lanes += [Lane(index, tensors, calibration.chunks, pool, execution.runtime) for index in versions]
-        lockstep(lanes, [twins, *[tensors] * len(versions)], visit)
+    halves = min(2, len(calibration.chunks))
+    found: list[Accumulator[tuple[Point, int], PairMoments]] = [Accumulator() for _ in versions]
+    with Walk(calibration, execution) as walk:
+        assert networks.whole is not None
+        lanes = {walk.lane(networks.whole, twins): twins}
+        lanes |= {walk.lane(index, tensors): tensors for index in versions}
+        for number, (reference, *others) in enumerate(walk.step(lanes)):
+            execution.progress("measuring the damage", number / len(calibration.chunks))
+            for chunk, moments in zip(others, found, strict=True):
+                for point, name, twin in zip(points, tensors, twins, strict=True):
+                    pair = PairMoments.of(networks.dense_value(reference, twin), chunk[name], point.channel_axis)
+                    moments.add((point, number % 2), pair)
     return [
-        {point.node: PointDamage.of(list(halves.values())) for point, halves in zip(points, version, strict=True)}
-        for version in found
+        {point.node: PointDamage.of([moments[point, half] for half in range(halves)]) for point in points}
+        for moments in found
     ]
 
 

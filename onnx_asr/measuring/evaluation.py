@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, load
 from onnx_asr.networks.execution import Progress, silent
 from onnx_asr.networks.fidelity import Fidelity, Outputs, accuracy, collect_outputs, compare, is_classifier
-from onnx_asr.networks.samples import fixed_batch, input_specs
+from onnx_asr.networks.samples import input_specs, whole_batches
 from onnx_asr.repairing.options import check_at_least
 
 Labels = str | os.PathLike[str] | Sequence[int] | NDArray[np.integer[Any]]
@@ -79,7 +78,7 @@ def evaluate(
         )
     indices = np.arange(len(dataset)) if samples is None else sample_indices(len(dataset), samples, seed)
     both = [specs] if reference is None else [specs, input_specs(GraphIndex.of(reference))]
-    indices = whole_batches(indices, both)
+    indices = whole_batches(indices, *both)
     progress("running the model", 0.0)
     outputs = collect_outputs(network, dataset, indices, runtime, batch_size)
     dense_outputs = None
@@ -140,12 +139,3 @@ def _open(
             f"labels of {given.dtype} in shape {given.shape} for {len(dataset)} samples: give one class index a sample"
         )
     return dataset, given.astype(np.int64)
-
-
-def whole_batches(indices: NDArray[np.int64], inputs: Sequence[Sequence[InputSpec]]) -> NDArray[np.int64]:
-    """Drop what would not fill a batch of every model that fixes one, so that all see the same samples."""
-    step = math.lcm(*(fixed_batch(specs) or 1 for specs in inputs))
-    usable = len(indices) - len(indices) % step
-    if usable == 0:
-        raise DataError(f"{len(indices)} samples do not fill one batch of {step}, which the model fixes: give more")
-    return indices[:usable]

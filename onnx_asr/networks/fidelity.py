@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from onnx_asr.data import Dataset
 from onnx_asr.engine.session import Runtime, Session
-from onnx_asr.errors import DataError, ModelError
+from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import GraphIndex, ancestors, is_standard
-from onnx_asr.networks.samples import batch_size_for, fixed_batch, input_specs
+from onnx_asr.networks.samples import batch_size_for, feeds, input_specs, whole_batches
 
 _TINY = 1e-12
 
@@ -66,7 +66,7 @@ Outputs = list[NDArray[Any]]
 def collect_outputs(
     model: onnx.ModelProto,
     data: Dataset,
-    indices: Sequence[int] | NDArray[np.int64],
+    indices: NDArray[np.int64],
     runtime: Runtime,
     batch_size: int | None = None,
 ) -> Outputs:
@@ -83,19 +83,10 @@ def collect_outputs(
     session = Session(_with_outputs(model, _judged(index)), runtime)
     step = batch_size_for(specs, batch_size)
     parts: list[list[NDArray[Any]]] = [[] for _ in session.output_names]
-    usable = len(indices) - len(indices) % step if fixed_batch(specs) is not None else len(indices)
-    if usable == 0:
-        raise DataError(
-            f"{len(indices)} samples do not fill one batch of {step}, which the model's input fixes: give more"
-        )
-    for start in range(0, usable, step):
-        batch = data.batch(indices[start : start + step])
-        if len(batch) != len(specs):
-            raise DataError(f"the model has {len(specs)} inputs, the data are for {len(batch)}: give an array for each")
-        feeds = {
-            spec.name: value.astype(spec.dtype, copy=False) for spec, value in zip(specs, batch.values(), strict=True)
-        }
-        for part, value in zip(parts, session.run(feeds).values(), strict=True):
+    used = whole_batches(indices, specs)
+    for start in range(0, len(used), step):
+        batch = feeds(specs, data.batch(used[start : start + step]))
+        for part, value in zip(parts, session.run(batch).values(), strict=True):
             part.append(value)
     return [_joined(part) for part in parts]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
@@ -13,16 +13,13 @@ from numpy.typing import NDArray
 
 from onnx_asr.channels.rules import trace
 from onnx_asr.channels.units import cut, read_kept, units_left_out
-from onnx_asr.engine.lockstep import BufferPool, Chunk, Lane
+from onnx_asr.engine.lane import Chunk
 from onnx_asr.errors import ModelError
-from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex, ancestors
 from onnx_asr.graph.match import Pairing, match
 from onnx_asr.graph.model_io import check_finite
 from onnx_asr.graph.points import Kind, Point, Survey, survey, weight_of, without_selected
 from onnx_asr.graph.sparsity import LayerSparsity
-from onnx_asr.networks.execution import Execution
-from onnx_asr.networks.samples import Calibration, input_specs
 
 
 @dataclass(frozen=True)
@@ -112,25 +109,6 @@ class Networks:
             if point.weight_slot is not None
         }
         return {node for node, source in sources.items() if sources.keys().isdisjoint(ancestors(self.pruned, [source]))}
-
-    def pruned_lane(
-        self, targets: Iterable[str], calibration: Calibration, pool: BufferPool, execution: Execution, plan: EditPlan
-    ) -> Lane:
-        """The pruned network at the start of a walk."""
-        return Lane(self.pruned, targets, calibration.chunks, pool, execution.runtime, plan)
-
-    def dense_lane(
-        self, targets: Iterable[str], calibration: Calibration, pool: BufferPool, execution: Execution
-    ) -> Lane:
-        """The dense network at the start of a walk, fed with the same samples (in its own type: one may be float16)."""
-        assert self.whole is not None
-        names = [value.name for value in self.pruned.inputs]
-        specs = input_specs(self.whole)
-        chunks = [
-            {spec.name: chunk[name].astype(spec.dtype, copy=False) for name, spec in zip(names, specs, strict=True)}
-            for chunk in calibration.chunks
-        ]
-        return Lane(self.whole, targets, chunks, pool, execution.runtime)
 
     def dense_value(self, chunk: Chunk, name: str) -> NDArray[Any]:
         """A tensor of the dense lane, of the channels that are left in the pruned network."""

@@ -63,6 +63,38 @@ def batch_size_for(specs: Sequence[InputSpec], asked: int | None = None) -> int:
     return int(min(_MAX_BATCH, max(_MIN_BATCH, 2 ** int(math.log2(max(1, _BATCH_ELEMENTS // elements))))))
 
 
+def whole_batches(indices: NDArray[np.int64], *inputs: Sequence[InputSpec]) -> NDArray[np.int64]:
+    """The samples without the last ones, which do not fill a batch of every model that fixes its batch size.
+
+    Args:
+        indices: The samples.
+        inputs: What each of the models takes.
+
+    Raises:
+        DataError: When not even one batch is left.
+    """
+    step = math.lcm(*(fixed_batch(specs) or 1 for specs in inputs))
+    usable = len(indices) - len(indices) % step
+    if usable == 0:
+        raise DataError(
+            f"{len(indices)} samples do not fill one batch: the model's input fixes batches of {step}; "
+            f"give at least {step} samples, or export the model with a dynamic batch axis"
+        )
+    return indices[:usable]
+
+
+def feeds(specs: Sequence[InputSpec], batch: Chunk) -> Chunk:
+    """A batch as a model wants it: its inputs by their order, under their own names and in their own types.
+
+    Raises:
+        DataError: When there are more or fewer arrays than inputs.
+    """
+    if len(batch) != len(specs):
+        wanted, given = (", ".join(map(repr, names)) for names in ([spec.name for spec in specs], batch))
+        raise DataError(f"the model's inputs are {wanted}, the data hold {given}: give one array for each input")
+    return {spec.name: value.astype(spec.dtype, copy=False) for spec, value in zip(specs, batch.values(), strict=True)}
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Calibration samples in chunks, ready to run.
@@ -91,21 +123,18 @@ class Calibration:
         return Calibration(chunks, min(self.count, number * self.batch_size), self.batch_size, self.digest)
 
 
-def load_calibration(data: Dataset, indices: NDArray[np.int64], batch_size: int, fixed: bool) -> Calibration:
-    """Prepare samples; a model with a fixed batch size leaves out what does not fill a batch.
+def load_calibration(data: Dataset, indices: NDArray[np.int64], batch_size: int) -> Calibration:
+    """Prepare samples in chunks of ``batch_size``, the last of which may be shorter.
 
     Raises:
-        DataError: When not even one batch is there, or the samples do not fit.
+        DataError: When a sample is broken or the samples differ in size.
     """
-    usable = len(indices) - len(indices) % batch_size if fixed else len(indices)
-    if usable == 0:
-        raise DataError(f"{len(indices)} samples do not fill one batch of {batch_size}: give more images")
     sha = hashlib.sha256()
     chunks = []
-    for start in range(0, usable, batch_size):
+    for start in range(0, len(indices), batch_size):
         chunk = data.batch(indices[start : start + batch_size])
         for row in range(len(next(iter(chunk.values())))):
             for value in chunk.values():
                 sha.update(np.ascontiguousarray(value[row]).tobytes())
         chunks.append(chunk)
-    return Calibration(tuple(chunks), usable, batch_size, sha.hexdigest())
+    return Calibration(tuple(chunks), len(indices), batch_size, sha.hexdigest())

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,6 +126,18 @@ class PairMoments:
         offsets = (x_means - first.mean) * (y_means - second.mean)  # float64: the means of all samples are
         cross = inner_cross.sum(axis=0, dtype=np.float64) + positions * offsets.sum(axis=0)
         return cls(first, second, cross)
+
+
+Key = TypeVar("Key")
+Found = TypeVar("Found", Moments, PairMoments)
+
+
+class Accumulator(dict[Key, Found]):
+    """Moments by key, of chunks merged in the order in which they come."""
+
+    def add(self, key: Key, chunk: Found) -> None:
+        """Merge the moments of the next chunk into those of the key's earlier ones."""
+        self[key] = self[key].merge(chunk) if key in self else chunk
 
 
 def _by_sample(tensor: NDArray[Any], axis: int) -> NDArray[Any]:

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_asr.engine.lockstep import BufferPool, Chunk, lockstep
-from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex, attribute
 from onnx_asr.graph.points import Point, rows_to_weight, weight_of, weight_rows
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Networks, overflow
 from onnx_asr.networks.samples import Calibration
-from onnx_asr.numerics.moments import Moments
+from onnx_asr.networks.walk import Walk
+from onnx_asr.numerics.moments import Accumulator, Moments
 from onnx_asr.numerics.patches import channel_major, tap_major
 from onnx_asr.numerics.refit import covariance
 from onnx_asr.numerics.scores import lamp, row_normalised, saliency
@@ -105,16 +104,11 @@ def input_factors(
     index = networks.pruned
     wanted = {tensor for point in points for tensor in (_inputs_of(index, point), (point.tensor, point.channel_axis))}
     names = sorted({name for name, _ in wanted})
-    moments: dict[_Channels, Moments] = {}
-
-    def visit(_: int, chunks: list[Chunk]) -> None:
-        for name, axis in wanted:
-            chunk = Moments.of(chunks[0][name], axis)
-            moments[name, axis] = moments[name, axis].merge(chunk) if (name, axis) in moments else chunk
-
-    with BufferPool(execution.memory_limit, calibration.nbytes) as pool:
-        lane = networks.pruned_lane(names, calibration, pool, execution, EditPlan())
-        lockstep([lane], [names], visit)
+    moments: Accumulator[_Channels, Moments] = Accumulator()
+    with Walk(calibration, execution) as walk:
+        for (chunk,) in walk.step({walk.lane(index, names): names}):
+            for name, axis in wanted:
+                moments.add((name, axis), Moments.of(chunk[name], axis))
     factors = []
     for point in points:
         source, target = moments[_inputs_of(index, point)], moments[point.tensor, point.channel_axis]

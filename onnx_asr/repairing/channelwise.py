@@ -13,13 +13,14 @@ from typing import Literal
 
 import numpy as np
 
-from onnx_asr.engine.lockstep import BufferPool, Chunk, Lane, lockstep
+from onnx_asr.engine.lane import Chunk, Lane
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.points import Point
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Networks, by_level, overflow, unequal
 from onnx_asr.networks.parameters import plan_affine, plan_batchnorm, read_batchnorm, read_bias
 from onnx_asr.networks.samples import Calibration
+from onnx_asr.networks.walk import Walk
 from onnx_asr.numerics.gains import (
     BatchNormParameters,
     ChannelAffine,
@@ -34,7 +35,7 @@ from onnx_asr.numerics.gains import (
     raw_gain,
     recalibrate,
 )
-from onnx_asr.numerics.moments import Floats, Moments, PairMoments
+from onnx_asr.numerics.moments import Accumulator, Floats, Moments, PairMoments
 from onnx_asr.repairing.point_report import PointReport, Reports
 
 _LEVELS_AT_ONCE = 4
@@ -150,23 +151,24 @@ def walk(networks: Networks, tracks: Sequence[Track], calibration: Calibration, 
     paired_points = [p for p in every if any(track.paired and p in track.points for track in tracks)]
     twins = {} if networks.dense is None else {point: networks.dense_tensor(point.tensor) for point in paired_points}
     along = bool(twins) and any(track.correlated for track in tracks)
-    with BufferPool(execution.memory_limit, calibration.nbytes) as pool:
+    with Walk(calibration, execution) as steps:
         references: dict[Point, Moments] = {}
-        dense_lanes = [networks.dense_lane(twins.values(), calibration, pool, execution)] if twins else []
+        dense_lanes = []
+        if twins:
+            assert networks.whole is not None
+            dense_lanes.append(steps.lane(networks.whole, twins.values()))
         if twins and not along:
             execution.progress("measuring the dense network", 0.0)
-            references = _dense_moments(networks, dense_lanes.pop(), twins, pool)
-        lanes = [
-            networks.pruned_lane([point.tensor for point in track.points], calibration, pool, execution, track.plan)
-            for track in tracks
-        ]
+            references = _dense_moments(networks, dense_lanes.pop(), twins, steps)
+        lanes = [steps.lane(networks.pruned, [point.tensor for point in track.points], track.plan) for track in tracks]
         done = 0
         for group in by_level(every):
             execution.progress("measuring and correcting", done / len(every))
             level = _Level(
                 networks, tracks, group, {point: twins[point] for point in group if point in twins} if along else {}
             )
-            lockstep([*lanes, *dense_lanes], level.targets, level.visit)
+            for chunks in steps.step(dict(zip([*lanes, *dense_lanes], level.targets, strict=True))):
+                level.add(chunks)
             for lane, track, moments in zip(lanes, tracks, level.moments, strict=True):
                 for point, found in moments.items():
                     measured = _with_reference(networks, track, point, found, references)
@@ -174,7 +176,6 @@ def walk(networks: Networks, tracks: Sequence[Track], calibration: Calibration, 
                         raise overflow(point)
                     track.reports[point.node] = track.rule(lane, point, measured)
             done += len(group)
-            pool.trim()
 
 
 class _Level:
@@ -192,7 +193,7 @@ class _Level:
             self.targets.append(list(twins.values()))
         self.moments: list[dict[Point, Moments | PairMoments]] = [{} for _ in tracks]
 
-    def visit(self, number: int, chunks: list[Chunk]) -> None:
+    def add(self, chunks: list[Chunk]) -> None:
         """Take in a chunk."""
         for track, points, chunk, moments in zip(self._tracks, self._points, chunks, self.moments, strict=False):
             for point in points:
@@ -217,22 +218,15 @@ def _merged(before: Moments | PairMoments | None, found: Moments | PairMoments) 
     return found
 
 
-def _dense_moments(
-    networks: Networks, lane: Lane, twins: Mapping[Point, str], pool: BufferPool
-) -> dict[Point, Moments]:
+def _dense_moments(networks: Networks, lane: Lane, twins: Mapping[Point, str], walk: Walk) -> dict[Point, Moments]:
     """Moments of the dense network: a few levels at once, as what one session gives out takes memory all at once."""
-    result: dict[Point, Moments] = {}
+    result: Accumulator[Point, Moments] = Accumulator()
     levels = by_level(list(twins))
     for start in range(0, len(levels), _LEVELS_AT_ONCE):
         points = [point for group in levels[start : start + _LEVELS_AT_ONCE] for point in group]
-
-        def visit(number: int, chunks: list[Chunk], points: list[Point] = points) -> None:
+        for (chunk,) in walk.step({lane: [twins[point] for point in points]}):
             for point in points:
-                moments = Moments.of(networks.dense_value(chunks[0], twins[point]), point.channel_axis)
-                result[point] = result[point].merge(moments) if point in result else moments
-
-        lockstep([lane], [[twins[point] for point in points]], visit)
-        pool.trim()
+                result.add(point, Moments.of(networks.dense_value(chunk, twins[point]), point.channel_axis))
     return result
 
 

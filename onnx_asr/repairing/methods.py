@@ -108,7 +108,7 @@ def _ema_batches(dataset: Dataset, chosen: NDArray[np.int64], batch_size: int, o
         order = generator.permutation(chosen)
         rounds.append(order[: len(order) - len(order) % options.ema_batch_size])
     order = np.concatenate(rounds)[: options.ema_batches * options.ema_batch_size]
-    return load_calibration(dataset, order, batch_size, fixed=True)
+    return load_calibration(dataset, order, batch_size)
 
 
 def _joined(gains: Reports, statistics: Reports) -> Reports:

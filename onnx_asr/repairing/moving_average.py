@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_asr.engine.lockstep import BufferPool, Chunk, Lane, lockstep
+from onnx_asr.engine.lane import Lane
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.points import Point
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Networks, by_level, overflow
 from onnx_asr.networks.parameters import plan_batchnorm, read_batchnorm
 from onnx_asr.networks.samples import Calibration
+from onnx_asr.networks.walk import Walk
 from onnx_asr.numerics.gains import BatchNormParameters, is_live, recalibrate
-from onnx_asr.numerics.moments import Moments
+from onnx_asr.numerics.moments import Accumulator, Moments
 from onnx_asr.repairing.point_report import PointReport, Reports
 
 
@@ -46,11 +47,11 @@ def recalibrate_ema(
     index = networks.pruned
     per_batch = batch_samples // calibration.batch_size
     reports: Reports = {}
-    with BufferPool(execution.memory_limit, calibration.nbytes) as pool:
-        lane = networks.pruned_lane([point.tensor for point in points], calibration, pool, execution, plan)
+    with Walk(calibration, execution) as walk:
+        lane = walk.lane(index, [point.tensor for point in points], plan)
         done = 0
         for group in by_level(points):
-            batches = _measure_batches(lane, group, per_batch)
+            batches = _measure_batches(walk, lane, group, per_batch)
             for point in group:
                 assert point.batchnorm is not None
                 old = read_batchnorm(index, plan, point.batchnorm)
@@ -65,25 +66,18 @@ def recalibrate_ema(
                 plan_batchnorm(index, plan, point.batchnorm, recalibrate(old, mean, var))
                 dead = ~np.any([is_live(None, batch) for batch in batches[point]], axis=0)
                 reports[point.node] = PointReport.of(index, point, "batchnorm", int(dead.sum()))
-            pool.trim()
             done += len(group)
             execution.progress("re-estimating batch by batch", done / len(points))
     return reports
 
 
-def _measure_batches(lane: Lane, group: list[Point], per_batch: int) -> dict[Point, list[Moments]]:
-    result: dict[Point, list[Moments]] = {point: [] for point in group}
-
-    def visit(number: int, chunks: list[Chunk]) -> None:
-        for point, batches in result.items():
-            moments = Moments.of(chunks[0][point.tensor], point.channel_axis)
-            if number % per_batch == 0:
-                batches.append(moments)
-            else:
-                batches[-1] = batches[-1].merge(moments)
-
-    lockstep([lane], [[point.tensor for point in group]], visit)
-    return result
+def _measure_batches(walk: Walk, lane: Lane, group: list[Point], per_batch: int) -> dict[Point, list[Moments]]:
+    """Moments of every batch, in order, of which ``per_batch`` chunks make one."""
+    found: Accumulator[tuple[Point, int], Moments] = Accumulator()
+    for number, (chunk,) in enumerate(walk.step({lane: [point.tensor for point in group]})):
+        for point in group:
+            found.add((point, number // per_batch), Moments.of(chunk[point.tensor], point.channel_axis))
+    return {point: [moments for (measured, _), moments in found.items() if measured == point] for point in group}
 
 
 def _training_mode(

@@ -19,7 +19,7 @@ from onnx_asr.graph.sparsity import share_of_zeros, starved
 from onnx_asr.networks.execution import Execution, silent
 from onnx_asr.networks.fidelity import Fidelity, Outputs, collect_outputs, compare
 from onnx_asr.networks.pair import Networks
-from onnx_asr.networks.samples import Calibration, batch_size_for, fixed_batch, input_specs, load_calibration
+from onnx_asr.networks.samples import Calibration, batch_size_for, input_specs, load_calibration, whole_batches
 from onnx_asr.repairing.channelwise import Track, batchnorm_track, paired_track, walk
 from onnx_asr.repairing.methods import check_method, correct, untouched
 from onnx_asr.repairing.options import Method, RepairOptions
@@ -169,7 +169,7 @@ class RepairJob:
         batch_size = batch_size_for(specs, self.options.batch_size)
         if self.options.bn == "ema":
             batch_size = math.gcd(batch_size, self.options.ema_batch_size)
-        return load_calibration(self.dataset, self.chosen, batch_size, fixed=fixed_batch(specs) is not None)
+        return load_calibration(self.dataset, whole_batches(self.chosen, specs), batch_size)
 
     def correct(self, calibration: Calibration, execution: Execution) -> tuple[onnx.ModelProto, Reports]:
         """The repaired copy, and what was done at each point."""
@@ -188,9 +188,8 @@ class RepairJob:
         assert self.dense is not None
         if not self.reference:
             self.reference.append(self._outputs(self.dense, execution))
-        step = fixed_batch(input_specs(self.networks.pruned)) or 1
-        samples = len(self.held_out) - len(self.held_out) % step
-        return replace(compare(self.reference[0], self._outputs(model, execution)), samples=samples)
+        samples = whole_batches(self.held_out, input_specs(self.networks.pruned))
+        return replace(compare(self.reference[0], self._outputs(model, execution)), samples=len(samples))
 
     def _outputs(self, model: onnx.ModelProto, execution: Execution) -> Outputs:
         return collect_outputs(model, self.dataset, self.held_out, execution.runtime, self.options.batch_size)

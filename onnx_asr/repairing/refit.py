@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from onnx_asr.engine.lockstep import BufferPool, Chunk, Lane, lockstep
+from onnx_asr.engine.lane import Lane
 from onnx_asr.graph.context import Context, contexts, steps
 from onnx_asr.graph.edit import EditPlan, stored
 from onnx_asr.graph.index import GraphIndex
@@ -30,11 +30,11 @@ from onnx_asr.networks.parameters import (
     read_rows,
 )
 from onnx_asr.networks.samples import Calibration
+from onnx_asr.networks.walk import Walk
 from onnx_asr.numerics.gains import BatchNormParameters
 from onnx_asr.numerics.masks import Mask
 from onnx_asr.numerics.moments import Floats
 from onnx_asr.numerics.refit import Choice
-from onnx_asr.numerics.rows import MEMORY
 from onnx_asr.repairing.options import RefitRecipe
 from onnx_asr.repairing.point_report import PointReport, Reports
 from onnx_asr.repairing.rows import DenseRows, RowSampler
@@ -75,25 +75,24 @@ def repair_refit(
     numbers = {item.point.node: number for number, item in enumerate(items)}
     reports: Reports = {}
     known = bool(kept)
-    with BufferPool(execution.memory_limit, calibration.nbytes) as pool:
-        store = MEMORY if execution.memory_limit is None else pool
+    with Walk(calibration, execution) as walk:
 
         def sampler(item: Context) -> RowSampler:
             node = item.point.node
             rows = None if kept is None else kept.setdefault(node, [])
-            return RowSampler(networks, item, recipe, calibration, numbers[node], store, rows)
+            return RowSampler(networks, item, recipe, calibration, numbers[node], walk.store, rows)
 
         schedule = [[sampler(item) for item in group] for group in steps(index, items)]
         pruned_names = [name for group in schedule for job in group for name in job.pruned_targets]
         dense_names = [name for group in schedule for job in group for name in job.dense_targets]
-        lanes = [networks.pruned_lane(pruned_names, calibration, pool, execution, plan)]
+        lanes = [walk.lane(index, pruned_names, plan)]
         if not known:
-            lanes.append(networks.dense_lane(dense_names, calibration, pool, execution))
+            assert networks.whole is not None
+            lanes.append(walk.lane(networks.whole, dense_names))
         for number in range(len(schedule)):
             execution.progress("refitting", number / len(schedule))
             group = schedule[number]
-            _sample(lanes, group)
-            pool.trim()
+            _sample(walk, lanes, group)
             while group:  # nothing but the call holds a point's rows while it is fitted
                 node = group[0].point.node
                 report = write_refit(networks, plan, group.pop(0), narrow.get(node, ()))
@@ -103,16 +102,14 @@ def repair_refit(
     return reports
 
 
-def _sample(lanes: list[Lane], group: Sequence[RowSampler]) -> None:
-    def visit(_: int, chunks: list[Chunk]) -> None:
-        for job in group:
-            job.add(chunks[1] if len(chunks) > 1 else None, chunks[0])
-
+def _sample(walk: Walk, lanes: list[Lane], group: Sequence[RowSampler]) -> None:
     wanted = [
         [name for job in group for name in job.pruned_targets],
         [name for job in group for name in job.dense_targets],
     ]
-    lockstep(lanes, wanted[: len(lanes)], visit)
+    for pruned, *dense in walk.step(dict(zip(lanes, wanted, strict=False))):
+        for job in group:
+            job.add(dense[0] if dense else None, pruned)
 
 
 def write_refit(networks: Networks, plan: EditPlan, job: RowSampler, narrow: Sequence[Choice] = ()) -> PointReport:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_asr.engine.lockstep import BufferPool, Chunk, lockstep
+from onnx_asr.engine.lane import Chunk
 from onnx_asr.graph.context import Context, contexts, steps
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import attribute
@@ -20,6 +20,7 @@ from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Networks, overflow, unequal
 from onnx_asr.networks.parameters import read_alpha, read_batchnorm, read_rows
 from onnx_asr.networks.samples import Calibration
+from onnx_asr.networks.walk import Walk
 from onnx_asr.numerics.moments import Floats
 from onnx_asr.numerics.patches import (
     ConvGeometry,
@@ -363,19 +364,19 @@ def dense_rows(
         [RowSampler(networks, item, recipe, calibration, numbers[item.point.node]) for item in group]
         for group in steps(index, items)
     ]
-    with BufferPool(execution.memory_limit, calibration.nbytes) as pool:
-        names = [name for group in schedule for job in group for name in (*job.pruned_targets, *job.dense_targets)]
-        lane = networks.pruned_lane(names, calibration, pool, execution, EditPlan())
+    with Walk(calibration, execution) as walk:
+        lane = walk.lane(index, [name for group in schedule for name in _both_targets(group)])
         for number in range(len(schedule)):
             group, schedule[number] = schedule[number], []  # its rows are free once they were used
-
-            def visit(_: int, chunks: list[Chunk], group: list[RowSampler] = group) -> None:
+            for (chunk,) in walk.step({lane: _both_targets(group)}):
                 for job in group:
-                    job.add(chunks[0], chunks[0])
-
-            lockstep([lane], [[name for job in group for name in (*job.pruned_targets, *job.dense_targets)]], visit)
-            pool.trim()
+                    job.add(chunk, chunk)
+                del chunk
             yield from group
+
+
+def _both_targets(group: Sequence[RowSampler]) -> list[str]:
+    return [name for job in group for name in (*job.pruned_targets, *job.dense_targets)]
 
 
 @dataclass(frozen=True)

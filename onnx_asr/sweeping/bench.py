@@ -16,10 +16,10 @@ from onnx_asr.errors import OptionError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, digest, load
 from onnx_asr.graph.points import survey, weight_of
-from onnx_asr.measuring.evaluation import measure, whole_batches
+from onnx_asr.measuring.evaluation import measure
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Fidelity, Outputs, collect_outputs, is_classifier
-from onnx_asr.networks.samples import input_specs
+from onnx_asr.networks.samples import input_specs, whole_batches
 from onnx_asr.pruning.channels import prune_channels
 from onnx_asr.pruning.compression import CompressOptions, compress
 from onnx_asr.pruning.zeros import prune
@@ -101,7 +101,7 @@ class Bench:
         if setup.test is not None:
             scored = _opened(setup, dense, setup.test, setup.labels)
             indices = np.arange(len(scored))
-        indices = whole_batches(indices, [input_specs(GraphIndex.of(dense))])
+        indices = whole_batches(indices, input_specs(GraphIndex.of(dense)))
         execution.progress("running the dense model", 0.0)
         reference = collect_outputs(dense, scored, indices, execution.runtime, options.batch_size)
         labels = None

@@ -15,7 +15,8 @@ import onnxruntime
 import pytest
 from onnx import helper
 
-from onnx_asr.engine.lockstep import BufferPool, Lane
+from onnx_asr.engine.buffers import BufferPool
+from onnx_asr.engine.lane import Lane
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError, OutputError
 from onnx_asr.graph import tensors

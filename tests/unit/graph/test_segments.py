@@ -10,8 +10,9 @@ import numpy as np
 import onnx
 import pytest
 
-import onnx_asr.engine.lockstep as lockstep_module
-from onnx_asr.engine.lockstep import BufferPool, Lane
+import onnx_asr.engine.lane as lane_module
+from onnx_asr.engine.buffers import BufferPool
+from onnx_asr.engine.lane import Lane
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex
@@ -192,7 +193,7 @@ def test_every_node_runs_once(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
         seen.update(p for p in at if not all(found.is_constant(output) for output in found.nodes[p].output))
         return cut(found, at, *rest)
 
-    monkeypatch.setattr(lockstep_module, "cut", counting)
+    monkeypatch.setattr(lane_module, "cut", counting)
     walk(model, stages_of(model), inputs_of(name, model))
     assert set(seen.values()) == {1}
     constants = {p for p, node in enumerate(model.graph.node) if all(map(index(model).is_constant, node.output))}

@@ -12,9 +12,9 @@ import onnx
 import pytest
 
 from onnx_asr.errors import OptionError
+from onnx_asr.graph.index import GraphIndex
 from onnx_asr.networks.execution import Execution
-from onnx_asr.networks.pair import Networks
-from onnx_asr.networks.samples import Calibration
+from onnx_asr.networks.walk import Walk
 from onnx_asr.pruning.compression import CompressOptions, compress
 from onnx_asr.pruning.zeros import prune
 from onnx_asr.repairing.options import RepairOptions
@@ -178,13 +178,14 @@ def test_the_dense_network_is_run_once_for_all_rounds_that_rank(
 ) -> None:
     """What it put out is kept, and with a memory limit computed again: the results are the same."""
     runs: list[int] = []
-    original = Networks.dense_lane
 
-    def spy(self: Networks, targets: Any, calibration: Calibration, *args: Any) -> Any:
-        runs.append(calibration.count)
-        return original(self, targets, calibration, *args)
+    class Counting(Walk):
+        def lane(self, index: GraphIndex, targets: Any, plan: Any = None) -> Any:
+            if plan is None:  # the dense network is the one that is not changed
+                runs.append(self.calibration.count)
+            return super().lane(index, targets, plan)
 
-    monkeypatch.setattr(Networks, "dense_lane", spy)
+    monkeypatch.setattr(importlib.import_module("onnx_asr.repairing.refit"), "Walk", Counting)
     options = RepairOptions(samples=50, verify_samples=0, refit=recipe, batch_size=9)
     models = [
         compress(

@@ -10,7 +10,8 @@ import numpy as np
 import onnx
 import pytest
 
-from onnx_asr.engine.lockstep import BufferPool, Lane, lockstep
+from onnx_asr.engine.buffers import BufferPool
+from onnx_asr.engine.lane import Lane
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.graph.edit import EditPlan, apply
@@ -207,19 +208,6 @@ def test_inputs_that_are_targets_and_repeated_targets() -> None:
     np.testing.assert_array_equal(first, x)
     np.testing.assert_array_equal(twice[0], twice[1])
     np.testing.assert_allclose(twice[0], run(model, {"x": x}, ["stem"])["stem"], atol=2e-5)
-
-
-def test_lanes_go_chunk_by_chunk_together() -> None:
-    model, x = residual_net(), images(20, seed=1)
-    seen: list[tuple[int, list[int]]] = []
-    with BufferPool() as pool:
-        lanes = [Lane(index(model), ["stem"], chunks_of(x, 8), pool, Runtime(threads=1)) for _ in range(2)]
-        lockstep(
-            lanes,
-            [["stem"], ["stem"]],
-            lambda number, chunks: seen.append((number, [len(chunk["stem"]) for chunk in chunks])),
-        )
-    assert seen == [(0, [8, 8]), (1, [8, 8]), (2, [4, 4])]
 
 
 def test_the_callers_chunks_are_only_read() -> None:

@@ -1,0 +1,56 @@
+"""A walk over the calibration samples: the lanes of one or more networks, and the buffers that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from onnx_asr.engine.buffers import BufferPool
+from onnx_asr.engine.lane import Chunk, Lane
+from onnx_asr.graph.edit import EditPlan
+from onnx_asr.graph.index import GraphIndex
+from onnx_asr.networks.execution import Execution
+from onnx_asr.networks.samples import Calibration, feeds, input_specs
+from onnx_asr.numerics.rows import MEMORY, Store
+
+
+class Walk:
+    """Takes networks through the calibration samples, as a context manager that holds their buffers.
+
+    Attributes:
+        calibration: The samples.
+        store: Where else to keep what may have to leave memory: within the same limit.
+    """
+
+    def __init__(self, calibration: Calibration, execution: Execution) -> None:
+        self.calibration = calibration
+        self._runtime = execution.runtime
+        self._pool = BufferPool(execution.memory_limit, calibration.nbytes)
+        self.store: Store = MEMORY if execution.memory_limit is None else self._pool
+
+    def __enter__(self) -> Walk:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.__exit__(*exc)
+
+    def lane(self, index: GraphIndex, targets: Iterable[str], plan: EditPlan | None = None) -> Lane:
+        """A network before its first step.
+
+        Args:
+            index: The network; it is fed with the samples in its own input types.
+            targets: Every tensor that the steps will ask for, as often as they will.
+            plan: Edits that the network runs with; what is added to it counts from the next step on.
+        """
+        specs = input_specs(index)
+        chunks = [feeds(specs, chunk) for chunk in self.calibration.chunks]
+        return Lane(index, targets, chunks, self._pool, self._runtime, plan)
+
+    def step(self, targets: Mapping[Lane, Sequence[str]]) -> Iterator[list[Chunk]]:
+        """Run every lane up to its targets, all of them on one chunk before any is run on the next.
+
+        Yields:
+            For each chunk of samples, the targets of every lane; see :meth:`Lane.advance` for how long they are valid.
+        """
+        for chunks in zip(*(lane.advance(names) for lane, names in targets.items()), strict=True):
+            yield list(chunks)
+        self._pool.trim()
