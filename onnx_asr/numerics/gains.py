@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 
 from onnx_asr.numerics.moments import Floats, Moments
 
-Prior = Literal["median", "mean"] | float
-
 DEAD_RATIO = 1e-5
 """A channel whose standard deviation is below this share of its reference's, or of its own mean, carries rounding
 noise, not signal: the float32 mean of a constant channel is off by up to 3e-7 of it, which looks like a deviation."""
@@ -106,7 +104,7 @@ def layerwise_gain(dense: Moments, pruned: Moments) -> Floats:
     return np.full_like(pruned.mean, factor)
 
 
-def asr_gain(dense: Moments, pruned: Moments, prior: Prior = "median") -> Floats:
+def asr_gain(dense: Moments, pruned: Moments, prior: Literal["median", "mean"] | float = "median") -> Floats:
     """Raw gain shrunk toward the identity by the channel's share of the variance (ASR paper, Algorithm 1).
 
         s = v_p / (v_p + lam),  gain = s sqrt(v_d / v_p) + (1 - s)
@@ -121,7 +119,7 @@ def asr_gain(dense: Moments, pruned: Moments, prior: Prior = "median") -> Floats
     return reliability * raw_gain(dense, pruned) + (1.0 - reliability)
 
 
-def asr_reliability(pruned: Moments, prior: Prior = "median") -> Floats:
+def asr_reliability(pruned: Moments, prior: Literal["median", "mean"] | float = "median") -> Floats:
     """Share of the raw gain that :func:`asr_gain` trusts, ``s = v_p / (v_p + lam)``."""
     variance = pruned.var
     if prior == "median":

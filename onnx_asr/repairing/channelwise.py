@@ -24,7 +24,6 @@ from onnx_asr.networks.walk import Walk
 from onnx_asr.numerics.gains import (
     BatchNormParameters,
     ChannelAffine,
-    Prior,
     absorb,
     asr_gain,
     asr_reliability,
@@ -36,6 +35,7 @@ from onnx_asr.numerics.gains import (
     recalibrate,
 )
 from onnx_asr.numerics.moments import Accumulator, Floats, Moments, PairMoments
+from onnx_asr.repairing.options import Prior
 from onnx_asr.repairing.point_report import PointReport, Reports
 
 _LEVELS_AT_ONCE = 4

@@ -1,15 +1,17 @@
-"""What a repair can be asked to do, checked."""
+"""Options of a repair, checked.
+
+The command line takes its options from these classes: names, defaults, and the help from the docstrings. Nothing heavy
+is imported here, so that help is quick.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 from onnx_asr.errors import OptionError
-from onnx_asr.numerics.gains import Prior
 
 FEW_ROWS, FEW_ROWS_RIDGE = 5000, 0.1
 
@@ -18,6 +20,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 SWEEP_METHODS = ("none", *reversed(METHODS), "compress")
 """What the cells of a sweep are made by: no repair, one of the methods, or pruning and repair in rounds."""
 BatchNormMode = Literal["exact", "ema"]
+Prior = Literal["median", "mean"] | float
 Score = Literal["magnitude", "row", "lamp", "activation", "variance", "gram"]
 SCORES: tuple[Score, ...] = get_args(Score)
 DATA_AWARE: tuple[Score, ...] = ("activation", "variance", "gram")
@@ -59,17 +62,18 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RefitRecipe:
-    """The parts of the recipe; each can be switched off.
+    """The parts of the recipe of ``refit``; each can be switched off.
 
     Attributes:
-        rows: Sampled output positions a point, over all images; the last round of ``compress`` takes twice as many.
-        ridge: Pull toward the dense weights; where there are few rows at least ``FEW_ROWS_RIDGE``.
-        relu_steps: ReLU-aware steps; 0 switches them off.
-        gain_power: Exponent of the final gain; 0 switches it off.
-        block_targets: Match the sum at residual Adds.
-        classifier: Refit Gemm and MatMul nodes, too.
-        class_steps: Steps that bring the classes' probabilities closer to the dense network's; 0 switches them off.
-        seed: Of the positions.
+        rows: Output positions, sampled over all images, that each layer is fitted on; the last round of ``compress``
+            takes twice as many.
+        ridge: Strength of the pull toward the dense weights; at least 0.1 where a layer has fewer than 5000 rows.
+        relu_steps: Steps that ignore errors which the following ReLU hides; 0 for none.
+        gain_power: Exponent of the final gain per channel; 0 for none.
+        block_targets: Match the sum behind a residual Add instead of the layer's own output.
+        classifier: Refit Gemm and MatMul nodes too.
+        class_steps: Steps that lower the KL divergence of a classifier's outputs; 0 for none.
+        seed: Seed of the sampled positions.
     """
 
     rows: int = 12_000
@@ -84,33 +88,34 @@ class RefitRecipe:
     def __post_init__(self) -> None:
         for name in ("ridge", "gain_power", "relu_steps", "class_steps", "seed"):
             value = getattr(self, name)
-            if not (np.isfinite(value) and value >= 0):
+            if not (math.isfinite(value) and value >= 0):
                 raise OptionError(f"{name.replace('_', '-')} {value} is out of range: give a number from 0 up")
         check_at_least("refit-rows", self.rows, 1)
 
 
 @dataclass(frozen=True)
 class RepairOptions:
-    """What a repair does; everything but paths, data and execution.
+    """How to repair; everything but paths, data and execution.
 
     Attributes:
-        method: What to repair with; "auto" tries several and keeps the one closest to the dense model.
-        bn: How ``bn``, ``asr``, ``raw`` and ``layerwise`` re-estimate BatchNormalization: "exact" over the whole
-            calibration set, or "ema", the moving average over batches of the ASR paper.
-        momentum: Weight of a new batch in "ema".
-        ema_batches: Number of batches in "ema".
-        ema_batch_size: Samples a batch in "ema".
-        prior: Shrinkage baseline of ``asr``.
-        bias_correction: Whether ``asr``, ``raw`` and ``layerwise`` also restore the channel means.
-        reliability_power: ``k`` in ``paired``'s gain ``s_d / s_p * rho^k``; 0 trusts every gain fully.
+        method: Repair method; "auto" tries several and keeps the one closest to the dense model.
+        bn: How the methods "bn", "asr", "raw" and "layerwise" re-estimate BatchNormalization: "exact" over all samples,
+            or "ema", a moving average over batches as in training.
+        momentum: Weight of a new batch in the moving average, 0 < m <= 1.
+        ema_batches: Number of batches in the moving average.
+        ema_batch_size: Samples per batch in the moving average.
+        prior: Variance at which "asr" trusts half of a channel's gain: the layer's "median" or "mean", or a number.
+        bias_correction: Let "asr", "raw" and "layerwise" restore the channel means too.
+        reliability_power: Exponent k in the gain of "paired", s_d / s_p * rho^k, with the correlation rho of a channel
+            with its dense one; 0 trusts every gain fully.
         samples: Calibration samples.
-        gain_samples: Samples for the gains of ``asr``, ``raw`` and ``layerwise``; None for all calibration samples.
-        verify_samples: Held-out samples for the verification; 0 switches it off.
-        batch_size: Samples a run; None chooses by the input's size.
-        seed: Of the sample.
-        refit: The parts of ``refit``'s recipe.
-        time_budget: Seconds that "auto" may spend on trying candidates; None for no limit.
-        skip_bad_images: Pass over the files of an image folder that cannot be read, instead of refusing it.
+        gain_samples: Samples for the gains of "asr", "raw" and "layerwise"; all calibration samples by default.
+        verify_samples: Held-out samples that the result is verified on; 0 to skip the verification.
+        batch_size: Samples per run; by default chosen by the size of the input.
+        seed: Seed of every random choice.
+        refit: Recipe of "refit".
+        time_budget: Seconds that "auto" may spend on trying candidates; no limit by default.
+        skip_bad_images: Skip images of a folder that cannot be read, and report how many.
     """
 
     method: Method = "auto"
@@ -136,13 +141,13 @@ class RepairOptions:
             raise OptionError(f"BatchNormalization mode '{self.bn}' is unknown: give 'exact' or 'ema'")
         if isinstance(self.prior, str) and self.prior not in ("median", "mean"):
             raise OptionError(f"prior '{self.prior}' is unknown: give 'median', 'mean' or a number")
-        if not isinstance(self.prior, str) and not (np.isfinite(self.prior) and self.prior >= 0):
+        if not isinstance(self.prior, str) and not (math.isfinite(self.prior) and self.prior >= 0):
             raise OptionError(f"prior {self.prior} is out of range: give a number from 0 up")
         if not 0 < self.momentum <= 1:
             raise OptionError(f"momentum {self.momentum} is out of range: give the weight of a new batch, 0 < m <= 1")
         if self.time_budget is not None and not self.time_budget >= 0:
             raise OptionError(f"time-budget {self.time_budget} is out of range: give seconds from 0 up")
-        if not (np.isfinite(self.reliability_power) and self.reliability_power >= 0):
+        if not (math.isfinite(self.reliability_power) and self.reliability_power >= 0):
             raise OptionError(f"reliability-power {self.reliability_power} is out of range: give a number from 0 up")
         for name, least in (
             ("samples", 1),
