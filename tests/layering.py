@@ -50,6 +50,7 @@ TABLE: dict[str, Room] = {
     "blas": room("threads of matrix products"),
     "numerics": room("mathematics", _ROOT, "numpy"),
     "graph": room("ONNX graphs and files", _ROOT, "numpy onnx google"),
+    "graph.foreign": room("models of other libraries", "errors", "onnx onnx_graphsurgeon onnx_ir"),
     "data": room("samples", _ROOT, "numpy PIL tomli"),
     "channels": room("channels and their removal", f"{_ROOT} graph", "numpy onnx"),
     "engine": room("sessions, lanes, buffers", f"{_ROOT} graph", "numpy onnx onnxruntime"),
@@ -133,7 +134,7 @@ def floor(name: str) -> int:
 def drawing() -> str:
     """The rooms by floor, the highest first, as a table of Markdown."""
     packages = [name for name in TABLE if (PACKAGE / name).is_dir()]
-    ground = [name for name in TABLE if floor(name) <= 1 and name not in packages]
+    ground = [name for name in TABLE if floor(name) <= 1 and "." not in name and name not in packages]
     rows = ["| floor | room | holds | imports | libraries |", "|---|---|---|---|---|"]
     heights = {name: floor(name) for name in packages}
     numbers = {height: number for number, height in enumerate(sorted(set(heights.values())), start=1)}

@@ -18,8 +18,9 @@ import onnx
 
 from onnx_asr.data import PRESETS, Preprocessing, open_data
 from onnx_asr.errors import ModelError, OptionError, OutputError
+from onnx_asr.graph.files import check_writable
 from onnx_asr.graph.index import GraphIndex
-from onnx_asr.graph.model_io import check_writable, load, save
+from onnx_asr.graph.model_io import load, save
 from onnx_asr.measuring.evaluation import measure
 from onnx_asr.networks.execution import Execution, silent
 from onnx_asr.networks.fidelity import Fidelity, collect_outputs

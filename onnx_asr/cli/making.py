@@ -106,7 +106,8 @@ def prune(
     report: Report = None,
 ) -> int:
     """Zero the weights of smallest score, or remove the weakest channels."""
-    from onnx_asr.graph.model_io import check_writable, is_external, save
+    from onnx_asr.graph.files import check_writable
+    from onnx_asr.graph.model_io import is_external, save
     from onnx_asr.pruning.channels import prune_channels
     from onnx_asr.pruning.zeros import prune as run
     from onnx_asr.report.data import prune_data
@@ -163,7 +164,8 @@ def repair(
     report: Report = None,
 ) -> int:
     """Give a pruned model its accuracy back, from unlabelled samples."""
-    from onnx_asr.graph.model_io import check_writable, is_external, save
+    from onnx_asr.graph.files import check_writable
+    from onnx_asr.graph.model_io import is_external, save
     from onnx_asr.repairing.pipeline import repair as run
     from onnx_asr.report.data import repair_data
 
@@ -217,7 +219,8 @@ def compress(
     report: Report = None,
 ) -> int:
     """Prune and repair jointly, in rounds: better than one after the other, and slower."""
-    from onnx_asr.graph.model_io import check_writable, is_external, save
+    from onnx_asr.graph.files import check_writable
+    from onnx_asr.graph.model_io import is_external, save
     from onnx_asr.pruning.compression import CompressOptions
     from onnx_asr.pruning.compression import compress as run
     from onnx_asr.report.data import compress_data
@@ -263,7 +266,8 @@ def compress(
 @command("shrink")
 def shrink(model: Model, output: Output, timing: Timing, machine: Machine, display: Display) -> int:
     """Remove channels that are dead or that nobody reads; the model computes what it did, in less time."""
-    from onnx_asr.graph.model_io import check_writable, is_external, save
+    from onnx_asr.graph.files import check_writable
+    from onnx_asr.graph.model_io import is_external, save
     from onnx_asr.pruning.shrinking import shrink as run
 
     target = check_writable(output)

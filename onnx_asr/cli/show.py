@@ -97,7 +97,7 @@ def compress(
 
 def inspection(result: Inspection, verbose: bool) -> Iterator[RenderableType]:
     """What is in the model and what a repair could do; with the damage where it was measured."""
-    from onnx_asr.graph.model_io import size_text
+    from onnx_asr.graph.files import size_text
 
     measured = result.samples > 0
     size, deflated = size_text(result.file_bytes), size_text(result.compressed_bytes)
@@ -377,7 +377,7 @@ def _verification(check: Verification, before: str, after: str) -> Iterator[Rend
 
 
 def _written(path: str | None) -> str:
-    from onnx_asr.graph.model_io import size_text
+    from onnx_asr.graph.files import size_text
 
     return "nothing was written" if path is None else f"written: {path} ({size_text(os.path.getsize(path))})"
 

@@ -96,7 +96,7 @@ def sweep(
     report: Report = None,
 ) -> int:
     """Prune at several sparsities, repair with several methods, score every model; go on where an earlier run ended."""
-    from onnx_asr.graph.model_io import check_writable
+    from onnx_asr.graph.files import check_writable
     from onnx_asr.report import check_plot
     from onnx_asr.report.sweep_data import sweep_data
     from onnx_asr.sweeping import SweepGrid, SweepSettings

@@ -1,8 +1,8 @@
 """Load, check and save models; the only place that touches model files.
 
-A file is written beside its destination and then renamed over it, so that an existing file is either kept whole or
-replaced whole. External data goes into a file of its own whose name carries a digest: the old pair stays valid until
-the rename.
+A model is written beside its destination and then renamed over it, so that an existing file is either kept whole or
+replaced whole. External data goes into a separate file whose name carries a digest: the old pair stays valid until the
+rename.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 from pathlib import Path
-from typing import get_args
+from typing import TypeAlias, get_args
 
 import numpy as np
 import onnx
@@ -21,6 +21,8 @@ from onnx.external_data_helper import load_external_data_for_model, uses_externa
 
 from onnx_asr.errors import ModelError, OutputError
 from onnx_asr.graph.edit import set_metadata
+from onnx_asr.graph.files import cannot_write, check_writable, permissions, write_through
+from onnx_asr.graph.foreign import ForeignModel, exported
 from onnx_asr.graph.index import FLOAT_TYPES, STANDARD_DOMAINS, GraphIndex, is_standard, subgraphs
 from onnx_asr.graph.order import in_order
 from onnx_asr.graph.points import Kind
@@ -36,55 +38,62 @@ from onnx_asr.graph.tensors import (
     weights_fit,
 )
 
-ModelSource = onnx.ModelProto | str | os.PathLike[str]
+ModelSource: TypeAlias = "onnx.ModelProto | str | os.PathLike[str] | ForeignModel"
+"""Whatever an entry point takes as a model: a path, or a model of onnx, onnx-graphsurgeon or onnx-ir."""
 
 _EXTERNAL_THRESHOLD = 1024
 _INLINED = "onnx_asr.inlined_functions"
-_WITH_SUBGRAPHS = frozenset({"If", "Loop", "Scan", "SequenceMap"})  # whose insides onnx checks as part of a whole only
-_ALIGNMENT = 4096  # of weights in a data file, so that they can be mapped
+_WITH_SUBGRAPHS = frozenset({"If", "Loop", "Scan", "SequenceMap"})  # onnx checks their bodies only with the whole model
+_ALIGNMENT = 4096  # of weights in a data file: they can be memory-mapped
 
 
 def load(source: ModelSource) -> onnx.ModelProto:
     """Load a model, external data included, nodes in order; a ModelProto that is so already is returned as it is.
 
     Of a model over protobuf's 2 GB the large weights are left in their file (see ``graph/tensors.py``). Model-local
-    functions are written out in place, with a metadata entry that names them: only there have their nodes weights.
+    functions are inlined, with a metadata entry that names them: only then do their nodes have weights.
+
+    Args:
+        source: A path, or a model of onnx, onnx-graphsurgeon or onnx-ir; it is not modified.
 
     Raises:
-        ModelError: When there is no such file, it is not an ONNX model, or its weights are not finite.
+        ModelError: There is no such file, it is not an ONNX model, or the object cannot be exported to one.
     """
-    if isinstance(source, onnx.ModelProto):
-        model = source
+    if isinstance(source, (str, os.PathLike)):
+        model = _read(Path(source))
+    else:
+        model = source if isinstance(source, onnx.ModelProto) else exported(source)
         missing = [tensor.name for tensor in model.graph.initializer if is_left(tensor) and not location_of(tensor)[0]]
         if missing:
-            raise ModelError(f"the value of '{missing[0]}' is external data that was not loaded: give the model's path")
-    else:
-        path = Path(source)
-        if not path.is_file():
-            what = "is a folder" if path.is_dir() else "does not exist"
-            raise ModelError(f"model file '{path}' {what}; give the path of an .onnx file")
-        try:
-            model = onnx.load(path, format="protobuf", load_external_data=False)
-            _load_external_data(model, path.parent)
-        except (DecodeError, ValueError, TypeError) as error:
-            raise ModelError(
-                f"'{path}' is not an ONNX model ({error}); give a file written by an ONNX exporter"
-            ) from error
-        except (OSError, RuntimeError, onnx.checker.ValidationError) as error:
-            raise ModelError(
-                f"cannot read the model '{path}': {error}; weights outside the file must be plain files in its folder"
-            ) from error
+            raise ModelError(f"the value of '{missing[0]}' is external data that was not loaded; give the model's path")
     if not model.graph.node or not model.opset_import:
+        what = "opset" if model.graph.node else "nodes"
         raise ModelError(
-            f"{_named(source)} is not an ONNX model, or an empty one: it has no nodes; give an exported network"
+            f"{_named(source)} is not an ONNX model, or an empty one: it has no {what}; give an exported network"
         )
     model = in_order(_inlined(model) if model.functions else model)
     _check_valid(model, source)
     return model
 
 
+def _read(path: Path) -> onnx.ModelProto:
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ModelError(f"model file '{path}' {what}; give the path of an .onnx file")
+    try:
+        model = onnx.load(path, format="protobuf", load_external_data=False)
+        _load_external_data(model, path.parent)
+    except (DecodeError, ValueError, TypeError) as error:
+        raise ModelError(f"'{path}' is not an ONNX model ({error}); give a file written by an ONNX exporter") from error
+    except (OSError, RuntimeError, onnx.checker.ValidationError) as error:
+        raise ModelError(
+            f"cannot read the model '{path}': {error}; weights outside the file must be plain files in its folder"
+        ) from error
+    return model
+
+
 def inlined_functions(model: onnx.ModelProto) -> str | None:
-    """Names of the model-local functions that were written out in place when the model was loaded."""
+    """Names of the model-local functions that were inlined when the model was loaded."""
     return next((entry.value for entry in model.metadata_props if entry.key == _INLINED), None)
 
 
@@ -108,13 +117,13 @@ def _load_external_data(model: onnx.ModelProto, folder: Path) -> None:
 
 
 def _check_valid(model: onnx.ModelProto, source: ModelSource) -> None:
-    """Have onnx check operators and tensors, whose inputs, attributes and sizes the rest of the package relies on.
+    """Have onnx check operators and tensors; the package relies on their inputs, attributes and sizes.
 
     Not the whole model: onnxruntime runs many that the checker refuses for a missing graph name or output type.
     """
     versions = {entry.domain: entry.version for entry in model.opset_import}
     for domain, version in versions.items():
-        if not 0 < version < 2**31 or isinstance(domain, bytes):  # protobuf gives out as bytes what is no text
+        if not 0 < version < 2**31 or isinstance(domain, bytes):  # protobuf returns undecodable text as bytes
             raise ModelError(
                 f"{_named(source)} is not a valid ONNX model: it asks for version {version} of the operators of "
                 f"domain {domain!r}; export it again"
@@ -129,13 +138,13 @@ def _check_valid(model: onnx.ModelProto, source: ModelSource) -> None:
         for node in model.graph.node:
             if node.domain in STANDARD_DOMAINS and not (node.op_type in _WITH_SUBGRAPHS and any(subgraphs(node))):
                 onnx.checker.check_node(node, context)
-    except (onnx.checker.ValidationError, UnicodeDecodeError) as error:  # it may quote bytes that are no text
+    except (onnx.checker.ValidationError, UnicodeDecodeError) as error:  # it may quote undecodable bytes
         reason = " ".join(str(error).split())
         raise ModelError(f"{_named(source)} is not a valid ONNX model: {reason}; export it again") from error
 
 
 def _named(source: ModelSource) -> str:
-    return "the model" if isinstance(source, onnx.ModelProto) else f"'{source}'"
+    return f"'{source}'" if isinstance(source, (str, os.PathLike)) else "the model"
 
 
 def check_finite(index: GraphIndex, what: str) -> None:
@@ -159,7 +168,7 @@ def check_finite(index: GraphIndex, what: str) -> None:
 
 
 def digest(model: onnx.ModelProto) -> str:
-    """SHA-256 of a model's serialized form (graph first, then its large weights, where it is over 2 GB)."""
+    """SHA-256 of a serialized model; of one over 2 GB, of the graph followed by its large weights."""
     sha = hashlib.sha256()
     if is_self_contained(model):
         sha.update(model.SerializeToString(deterministic=True))
@@ -171,41 +180,16 @@ def digest(model: onnx.ModelProto) -> str:
     return sha.hexdigest()
 
 
-def check_writable(path: str | os.PathLike[str]) -> Path:
-    """The destination as a path, after making sure that a file can be made there.
-
-    Raises:
-        OutputError: When the folder is missing or not writable, or the path is a folder.
-    """
-    target = Path(path)
-    if target.is_dir():
-        raise OutputError(f"output path '{target}' is a folder; give the name of the file to write")
-    folder = target.parent
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist; create it first"
-        raise OutputError(f"output folder '{folder}' {what}")
-    probe = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OutputError(f"cannot write to '{folder}': {error.strerror}; choose another output path") from error
-    except BaseException:
-        probe.unlink(missing_ok=True)
-        raise
-    return target
-
-
 def save(model: onnx.ModelProto, path: str | os.PathLike[str], *, external_data: bool = False) -> Path:
-    """Write a model atomically; external data where asked for or where the model is over protobuf's 2 GB.
+    """Write a model atomically, with external data on request or where it is over protobuf's 2 GB.
 
     Raises:
-        OutputError: When it cannot be written; an existing file is then as it was.
+        OutputError: It cannot be written; an existing file is unchanged.
     """
     target = check_writable(path)
     external = external_data or not is_self_contained(model)
     new = target.with_name(f".{target.name}.{os.getpid()}.onnx")
-    leftovers = [new]  # named before they are made: an interrupt may come at any time
+    leftovers = [new]  # listed before they exist: an interrupt may come at any time
     whole = False
     try:
         if external:
@@ -218,22 +202,25 @@ def save(model: onnx.ModelProto, path: str | os.PathLike[str], *, external_data:
             part.replace(data)
         onnx.save(model, new)
         write_through(new)
-        mode = target.stat().st_mode if target.exists() else 0o666 & ~_umask()
-        new.chmod(mode & 0o777)
+        new.chmod(permissions(target))
         whole = True
         new.replace(target)
     except BaseException as error:
-        if not whole or new.exists():  # else it is in place, and reads its data file
+        if not whole or new.exists():  # else it is in place and needs its data file
             for leftover in leftovers:
                 leftover.unlink(missing_ok=True)
-        if isinstance(error, (OSError, ValueError, onnx.checker.ValidationError)):
-            raise OutputError(f"cannot write '{target}': {error}") from error
+        if isinstance(error, OSError):
+            raise cannot_write(target, error) from error
+        if isinstance(error, (ValueError, onnx.checker.ValidationError)):
+            raise OutputError(
+                f"cannot write '{target}': {error}; keep large constants as initializers, which may be external data"
+            ) from error
         raise
     return target
 
 
 def _write_data(model: onnx.ModelProto, path: Path, location: str) -> onnx.ModelProto:
-    """Write weights into a data file; a copy of the model that has them there, under the name ``location``."""
+    """Write weights into a data file; return a copy of the model that refers to them by the name ``location``."""
     light, large = detached(model, _EXTERNAL_THRESHOLD)
     with path.open("wb") as file:
         for position, tensor in large.items():
@@ -245,62 +232,9 @@ def _write_data(model: onnx.ModelProto, path: Path, location: str) -> onnx.Model
     return light
 
 
-def write_text(text: str, path: str | os.PathLike[str]) -> Path:
-    """Write a text file atomically, in UTF-8; bytes of file names that are no text are escaped.
-
-    Raises:
-        OutputError: When it cannot be written.
-    """
-    return write_bytes(text.encode(errors="backslashreplace"), path)
-
-
-def write_bytes(content: bytes, path: str | os.PathLike[str]) -> Path:
-    """Write a file atomically.
-
-    Raises:
-        OutputError: When it cannot be written.
-    """
-    target = check_writable(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(target)
-    except OSError as error:
-        raise OutputError(f"cannot write '{target}': {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return target
-
-
-def size_text(size: float) -> str:
-    """A number of bytes for a reader."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB"
-
-
-def is_external(source: ModelSource) -> bool:
+def is_external(path: str | os.PathLike[str]) -> bool:
     """Whether a model file keeps its weights in external data files."""
-    if isinstance(source, onnx.ModelProto):
-        return False
     with contextlib.suppress(DecodeError, OSError):
-        model = onnx.load(source, format="protobuf", load_external_data=False)
+        model = onnx.load(path, format="protobuf", load_external_data=False)
         return any(uses_external_data(tensor) for tensor in model.graph.initializer)
     return False
-
-
-def write_through(path: Path) -> None:
-    """Have the operating system put a file's content on the disk before it is renamed into place."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from onnx_asr.errors import OptionError
-from onnx_asr.graph.model_io import check_writable
+from onnx_asr.graph.files import check_writable
 from onnx_asr.ownership import DISTRIBUTION
 
 _NEEDED = {"--report": ("jinja2", "matplotlib"), "--plot": ("matplotlib",)}

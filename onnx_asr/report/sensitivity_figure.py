@@ -10,7 +10,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation
 
-from onnx_asr.graph.model_io import write_bytes
+from onnx_asr.graph.files import write_bytes
 from onnx_asr.pruning.sensitivity import SensitivityResult
 from onnx_asr.report.figures import RESOLUTION, SMALL, TEXT, svg
 

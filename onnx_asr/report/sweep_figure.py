@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from onnx_asr.graph.model_io import write_bytes
+from onnx_asr.graph.files import write_bytes
 from onnx_asr.report.figures import RESOLUTION, SMALL, TEXT, WIDTH, svg
 from onnx_asr.report.sweep_data import MEASURES, PATTERNS, panels
 from onnx_asr.sweeping.result import SweepResult

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onnx_asr.errors import OutputError
-from onnx_asr.graph.model_io import check_writable, write_text
+from onnx_asr.graph.files import check_writable, write_text
 from onnx_asr.repairing.options import flattened
 from onnx_asr.sweeping.grid import Cell
 from onnx_asr.sweeping.result import Outcome, SweepResult, cell_from_dict

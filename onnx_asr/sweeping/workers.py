@@ -224,13 +224,13 @@ def _here(plugin: str) -> _BenchPlugin:
 
 def _sendable(setup: Setup, bench: Bench) -> Setup:
     """With absolute paths, and opened what is no path: a reader can be read only once."""
-    dense = bench.dense if isinstance(setup.dense, onnx.ModelProto) else os.path.abspath(setup.dense)
+    dense = _path_or(setup.dense, bench.dense)
     data, test = _path_or(setup.data, bench.calibration), _path_or(setup.test, bench.scored)
     labels = None if setup.labels is None else os.path.abspath(setup.labels)
     return replace(setup, dense=dense, data=data, test=test, labels=labels)
 
 
-def _path_or(source: Any, opened: Dataset) -> Any:
+def _path_or(source: Any, opened: Dataset | onnx.ModelProto) -> Any:
     if source is None:
         return None
     return os.path.abspath(source) if isinstance(source, (str, os.PathLike)) else opened

@@ -15,9 +15,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-import onnx_asr.graph.model_io as model_io
 from onnx_asr.errors import ModelError, OutputError
-from onnx_asr.graph.model_io import check_finite, check_writable, digest, is_external, load, save, write_text
+from onnx_asr.graph import files, model_io
+from onnx_asr.graph.files import check_writable, write_text
+from onnx_asr.graph.model_io import check_finite, digest, is_external, load, save
 from tests.graphs import images, index, net, parameter, residual_net, run, set_parameter
 
 
@@ -104,12 +105,12 @@ def test_an_existing_file_survives_every_failure(
 
 
 def interrupted(function: Callable[[], object], count: int) -> bool:
-    """Whether an interrupt at the n-th line that ``model_io`` executes came before the function's end."""
+    """Whether an interrupt at the n-th line that ``model_io`` and ``files`` execute came before the function's end."""
     left = count
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
         nonlocal left
-        if frame.f_code.co_filename != model_io.__file__:
+        if frame.f_code.co_filename not in (model_io.__file__, files.__file__):
             return None
         left -= event == "line"
         if event == "line" and left == 0:

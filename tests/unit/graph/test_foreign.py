@@ -1,0 +1,190 @@
+"""Models of onnx-graphsurgeon and onnx-ir: the same results as from the file they came from."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+import onnx_asr
+from onnx_asr.errors import ModelError
+from onnx_asr.graph.model_io import digest, load, save
+from onnx_asr.pruning.compression import CompressOptions
+from onnx_asr.repairing.options import RepairOptions
+from onnx_asr.sweeping import SweepGrid, SweepSettings
+from tests.graphs import MODELS, first_output, images, pruned, residual_net
+
+Source = Any
+X = images(96, seed=1)
+DATA = {"x": X}
+OPTIONS = RepairOptions(method="paired", samples=48, verify_samples=40)
+
+
+def graphsurgeon(path: Path) -> Source:
+    gs = pytest.importorskip("onnx_graphsurgeon")
+    return gs.import_onnx(onnx.load(path))
+
+
+def ir(path: Path) -> Source:
+    return pytest.importorskip("onnx_ir").load(path)
+
+
+LIBRARIES = {"onnx_graphsurgeon": graphsurgeon, "onnx_ir": ir}
+library = pytest.mark.parametrize("imported", LIBRARIES.values(), ids=LIBRARIES)
+
+
+def cells(dense: Source, _: Source) -> list[object]:
+    grid = SweepGrid((0.5,), ("unstructured",), ("none", "paired"))
+    result = onnx_asr.sweep(dense, DATA, grid, settings=SweepSettings(repair=OPTIONS))
+    return [outcome.fidelity for outcome in result.cells.values()]
+
+
+def layers(dense: Source, sparse: Source) -> object:
+    found = onnx_asr.inspect(sparse, dense=dense, data=DATA, samples=48)
+    return [(layer.name, layer.damage.to_dict() if layer.damage else None) for layer in found.layers]
+
+
+ENTRIES: dict[str, Callable[[Source, Source], object]] = {
+    "load": lambda dense, _: load(dense),
+    "prune": lambda dense, _: onnx_asr.prune(dense, 0.6).model,
+    "prune_channels": lambda dense, _: onnx_asr.prune_channels(dense, 0.5).model,
+    "shrink": lambda _, sparse: onnx_asr.shrink(sparse).model,
+    "repair": lambda dense, sparse: onnx_asr.repair(sparse, DATA, dense=dense, options=OPTIONS).model,
+    "compress": lambda dense, _: (
+        onnx_asr.compress(dense, DATA, CompressOptions(sparsity=0.6, rounds=1), repair_options=OPTIONS).model
+    ),
+    "evaluate": lambda dense, sparse: onnx_asr.evaluate(sparse, DATA, dense=dense),
+    "inspect": layers,
+    "sensitivity": lambda dense, _: onnx_asr.sensitivity(dense, DATA, sparsities=(0.8,), options=OPTIONS).layers,
+    "sweep": cells,
+    "measure_latency": lambda dense, sparse: onnx_asr.measure_latency(dense, sparse, seconds=0.01).shapes,
+}
+
+
+def comparable(result: object) -> object:
+    return first_output(result, X).tobytes() if isinstance(result, onnx.ModelProto) else result
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> tuple[Path, Path]:
+    dense = residual_net()
+    return save(dense, tmp_path / "dense.onnx"), save(pruned(dense, 0.7), tmp_path / "pruned.onnx")
+
+
+@library
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
+def test_every_entry_point_takes_them(
+    entry: Callable[[Source, Source], object], imported: Callable[[Path], Source], paths: tuple[Path, Path]
+) -> None:
+    dense, sparse = map(imported, paths)
+    assert comparable(entry(dense, sparse)) == comparable(entry(*paths))
+
+
+def state(model: Source) -> str:
+    domains = getattr(model, "import_domains", None)
+    return f"{model} {domains} {id(domains)}"
+
+
+@library
+def test_they_are_not_modified(imported: Callable[[Path], Source], tmp_path: Path) -> None:
+    """Not even by the domain of a node, which an export of graphsurgeon adds to the graph; nor by loading weights."""
+    path = save(residual_net(), tmp_path / "m.onnx", external_data=True)
+    model = imported(path)
+    if imported is graphsurgeon:
+        model.nodes[0].domain = "elsewhere"
+    before = state(model)
+    digests = {digest(load(model)) for _ in range(2)}
+    assert state(model) == before
+    assert len(digests) == 1
+    if imported is ir:
+        tensors = [value.const_value for value in model.graph.initializers.values()]
+        assert any(type(tensor).__name__ == "ExternalTensor" for tensor in tensors)
+
+
+@library
+def test_external_data_are_loaded(imported: Callable[[Path], Source], tmp_path: Path) -> None:
+    dense = residual_net()
+    loaded = load(imported(save(dense, tmp_path / "m.onnx", external_data=True)))
+    np.testing.assert_array_equal(first_output(loaded, X), first_output(dense, X))
+    for path in tmp_path.glob("*.data"):
+        path.unlink()
+    np.testing.assert_array_equal(first_output(loaded, X), first_output(dense, X))
+
+
+def test_external_data_that_are_gone_are_an_error(tmp_path: Path) -> None:
+    model = ir(save(residual_net(), tmp_path / "m.onnx", external_data=True))
+    for path in tmp_path.glob("*.data"):
+        path.unlink()
+    with pytest.raises(ModelError, match=r"onnx_ir cannot export the graph \(FileNotFoundError: .*\); repair it there"):
+        load(model)
+
+
+def no_opset(graph: Source) -> None:
+    graph.opset = graph.import_domains = None
+
+
+def no_operator(graph: Source) -> None:
+    graph.nodes[0].op = None
+
+
+def no_output(graph: Source) -> None:
+    graph.nodes[1].outputs.clear()
+
+
+def no_nodes(graph: Source) -> None:
+    graph.nodes.clear()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (no_opset, r"onnx_graphsurgeon cannot export the graph \(ValueError: it has no opset\)"),
+        (no_operator, r"onnx_graphsurgeon cannot export the graph \(TypeError: .*\); repair it there"),
+        (no_output, r"the model is not a valid ONNX model: .* output size 0"),
+        (no_nodes, r"the model is not an ONNX model, or an empty one: it has no nodes"),
+    ],
+)
+def test_a_broken_graph_of_graphsurgeon_is_an_error(
+    spoil: Callable[[Source], None], message: str, paths: tuple[Path, Path]
+) -> None:
+    graph = graphsurgeon(paths[0])
+    spoil(graph)
+    with pytest.raises(ModelError, match=message) as caught:
+        load(graph)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_model_of_onnx_ir_is_an_error(paths: tuple[Path, Path]) -> None:
+    model = ir(paths[0])
+    model.graph.inputs[0].name = None
+    with pytest.raises(ModelError, match=r"onnx_ir cannot export the graph \(\w+: .*\); repair it there"):
+        load(model)
+    model = ir(paths[0])
+    model.graph.opset_imports.clear()
+    with pytest.raises(ModelError, match="it has no opset"):
+        load(model)
+
+
+@pytest.mark.parametrize(
+    "given", [None, 3, b"model", onnx.GraphProto(), np.zeros(3)], ids=lambda value: str(type(value))
+)
+def test_other_objects_are_refused(given: Source) -> None:
+    with pytest.raises(
+        ModelError, match=r"the model is of type .*\.(NoneType|int|bytes|GraphProto|ndarray); give a path"
+    ):
+        load(given)
+
+
+def test_the_libraries_are_not_imported() -> None:
+    script = (
+        "import sys, onnx_asr\n"
+        f"onnx_asr.prune({str(MODELS / 'digits_resnet.onnx')!r}, 0.5)\n"
+        "assert not {'onnx_graphsurgeon', 'onnx_ir'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
