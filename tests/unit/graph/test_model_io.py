@@ -242,8 +242,11 @@ def test_constants_that_are_no_weights_may_be_infinite_but_not_nan() -> None:
 
 
 def test_integers_may_be_anything() -> None:
-    model = net("g (float[N,4] x) => (float[M,K] y) { y = Reshape (x, s) }", s=np.array([-1, 2], np.int64))
-    check_finite(index(model), "pruned")
+    text = "g (float[N,4] x) => (float[M,K] y) { r = Reshape (x, s) y = Add (r, f) }"
+    extremes = np.array([np.iinfo(np.int64).min, np.iinfo(np.int64).max])
+    check_finite(index(net(text, s=extremes, f=np.float32(1))), "pruned")
+    with pytest.raises(ModelError, match="'f' of the pruned model"):
+        check_finite(index(net(text, s=extremes, f=np.float32(np.nan))), "pruned")
 
 
 def test_a_digest_tells_models_apart() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import math
 from typing import Any
 
@@ -11,7 +12,9 @@ import onnx
 import pytest
 
 import onnx_asr
+import onnx_asr.networks.latency as latency
 import onnx_asr.pruning.channels as channel_pruning
+from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.graph.shapes import cost, fed_shapes
 from onnx_asr.networks.latency import Latency, Stopwatch, measure_latency, random_feeds, time_in_turns
@@ -201,32 +204,73 @@ def test_open_sizes_are_filled_in_or_given() -> None:
             fed_shapes(found, {"x": shape})
 
 
-def test_less_work_takes_less_time() -> None:
-    """An eighth of the channels; the bound leaves room for any noise."""
-    model, given = wide(), {"x": [1, 3, 48, 48]}
+class Clock:
+    """Stands still but for what is added to it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(latency.time, "perf_counter", lambda: self.now)
+
+
+def test_latencies_are_those_of_the_two_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run takes a second per thousand parameters; an eighth of the inner channels is left."""
+    clock = Clock(monkeypatch)
+
+    class Timed(Session):
+        def __init__(self, model: onnx.ModelProto, runtime: Runtime) -> None:
+            super().__init__(model, runtime)
+            self.seconds = weights(model) / 1000
+
+        def run(self, feeds: Any, *rest: Any) -> Any:
+            clock.now += self.seconds
+            return super().run(feeds, *rest)
+
+    monkeypatch.setattr(latency, "Session", Timed)
+    model, given = wide(), {"x": [1, 3, 16, 16]}
     smaller = onnx_asr.prune_channels(model, 0.875, input_shapes=given).model
-    found = measure_latency(model, smaller, input_shapes=given, seconds=0.3)
-    assert found.ratio < 0.7
-    assert found.low <= found.ratio <= found.high
-    assert 9 <= found.pairs <= 400
-    assert found.shapes == {"x": (1, 3, 48, 48), "k": (1,)}
-    assert found.seconds_after < found.seconds_before
+    found = measure_latency(model, smaller, input_shapes=given, seconds=0)
+    assert (weights(model), weights(smaller)) == (9 * 256 * (3 + 8), 9 * 32 * (3 + 8))
+    assert found.seconds_before == pytest.approx(25.344)
+    assert found.seconds_after == pytest.approx(25.344 / 8)
+    assert (found.low, found.ratio, found.high) == pytest.approx((0.125, 0.125, 0.125))
+    assert found.shapes == {"x": (1, 3, 16, 16), "k": (1,)}
 
 
-def test_runs_are_taken_in_turns_and_medians_of_pairs() -> None:
-    """With a clock of our own: every run of the second takes half of the run before it."""
-    order: list[str] = []
+@pytest.mark.parametrize(("seconds", "pairs"), [(0.0, 9), (59.0, 18), (60.1, 19), (1e6, 398)])
+def test_runs_are_taken_in_turns_for_the_time_that_is_given(
+    seconds: float, pairs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs of the first take two seconds, runs of the second take one."""
+    clock, order = Clock(monkeypatch), []
 
     class Fake:
-        def __init__(self, name: str) -> None:
-            self.name = name
+        def __init__(self, name: str, seconds: float) -> None:
+            self.name, self.seconds = name, seconds
 
         def run(self, feeds: Any) -> None:
             order.append(self.name)
+            clock.now += self.seconds
 
-    found = time_in_turns(Fake("a"), Fake("b"), {}, 0.0)  # type: ignore[arg-type]
-    assert found.pairs == 9
-    assert order == ["a", "b"] * 11
+    found = time_in_turns(Fake("a", 2.0), Fake("b", 1.0), {}, seconds)  # type: ignore[arg-type]
+    assert order == ["a", "b"] * (pairs + 2)  # two to warm up
+    assert found == Latency(2.0, 1.0, 0.5, 0.5, 0.5, pairs, {})
+
+
+def test_the_ratio_is_a_median_over_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine slows down threefold half-way, and one pair is disturbed."""
+    clock, run_number = Clock(monkeypatch), itertools.count()
+
+    class Fake:
+        def __init__(self, seconds: float) -> None:
+            self.seconds = seconds
+
+        def run(self, feeds: Any) -> None:
+            number = next(run_number)
+            clock.now += self.seconds * (3 if number >= 12 else 1) * (100 if number == 9 else 1)
+
+    found = time_in_turns(Fake(2.0), Fake(1.0), {}, 0)  # type: ignore[arg-type]
+    assert (found.low, found.ratio, found.high) == (0.5, 0.5, 0.5)
+    assert (found.seconds_before, found.seconds_after) == (6.0, 3.0)
 
 
 def test_a_shape_that_the_model_does_not_take_is_named() -> None:
