@@ -1,4 +1,4 @@
-"""The scripts of tools/: each shows its help, and documents name the ones that exist."""
+"""The scripts of tools/: each shows its help; documents name scripts and tests that exist."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_every_script_has_a_help(
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_every_script_that_is_named_exists(document: Path) -> None:
+def test_scripts_and_tests_that_are_named_exist(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     modules = [name.replace(".", "/") + ".py" for name in re.findall(r"\bpython -m (tools[\w.]+\w)", text)]
-    paths = re.findall(r"\btools/[\w/]+\.(?:py|sh|txt)\b", text)
+    paths = re.findall(r"\b(?:tools|tests)/[\w/]+\.(?:py|sh|txt)\b", text)
     assert [name for name in (*modules, *paths) if not (ROOT / name).is_file()] == []
