@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -78,6 +80,32 @@ def cli(*arguments: object, cwd: Path | None = None) -> Done:
         check=False,
     )
     return Done(done.returncode, done.stdout, done.stderr)
+
+
+def run_blocks(text: str, folder: Path) -> str:
+    """Run the sh and Python blocks of a Markdown text in order, and return what they print."""
+    printed = ""
+    for language, code in re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL):
+        if language == "text":
+            continue
+        line = {"sh": ["sh", "-e", "-c", code], "python": [sys.executable, "-c", code]}[language]
+        values = environment()
+        values["PATH"] = f"{folder / 'bin'}{os.pathsep}{values['PATH']}"
+        done = subprocess.run(line, cwd=folder, env=values, capture_output=True, text=True, timeout=_LIMIT, check=False)
+        assert done.returncode == 0, done.stderr
+        printed += done.stdout
+    return printed
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder that contains the models and, first on the path of run_blocks, the command under test."""
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / "onnx-resuscitate"
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(command())} "$@"\n')
+    script.chmod(0o755)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

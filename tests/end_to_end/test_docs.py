@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,38 +14,12 @@ import pytest
 from onnx import numpy_helper
 from PIL import Image
 
-from tests.end_to_end.conftest import PRESET, ROOT, VALIDATION, cli, command, environment
+from tests.end_to_end.conftest import PRESET, ROOT, VALIDATION, cli, environment, run_blocks
 from tests.graphs import net
 
 DOCS = ROOT / "docs"
 SECTIONS = re.findall(r"^## (.*)\n((?:(?!^## ).*\n)*)", (DOCS / "howto.md").read_text(), re.MULTILINE)
 QUANTIZE, OPENVINO, TENSORRT = (text for _, text in SECTIONS)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder with the models in it and, first on the path, the command and the interpreter under test."""
-    (tmp_path / "models").symlink_to(ROOT / "models")
-    (tmp_path / "bin").mkdir()
-    script = tmp_path / "bin" / "onnx-resuscitate"
-    script.write_text(f'#!/bin/sh\nexec {shlex.join(command())} "$@"\n')
-    script.chmod(0o755)
-    return tmp_path
-
-
-def run(text: str, folder: Path) -> str:
-    """Run the blocks of a text in order; what they print."""
-    printed = ""
-    for language, code in re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL):
-        if language == "text":
-            continue
-        line = {"sh": ["sh", "-e", "-c", code], "python": [sys.executable, "-c", code]}[language]
-        values = environment()
-        values["PATH"] = f"{folder / 'bin'}{os.pathsep}{values['PATH']}"
-        done = subprocess.run(line, cwd=folder, env=values, capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
-        printed += done.stdout
-    return printed
 
 
 def agreement(path: Path, dense: str) -> float:
@@ -56,7 +28,7 @@ def agreement(path: Path, dense: str) -> float:
 
 
 def test_quantization(folder: Path) -> None:
-    assert "agreement" in run(QUANTIZE, folder)
+    assert "agreement" in run_blocks(QUANTIZE, folder)
     assert agreement(folder / "int8.onnx", "digits_resnet.onnx") > 0.95
     weights = [numpy_helper.to_array(item) for item in onnx.load(folder / "int8.onnx").graph.initializer]
     weights = [value for value in weights if value.dtype == np.int8 and value.ndim >= 2]
@@ -65,13 +37,13 @@ def test_quantization(folder: Path) -> None:
 
 def test_openvino(folder: Path) -> None:
     pytest.importorskip("openvino")
-    printed = run(OPENVINO, folder)
+    printed = run_blocks(OPENVINO, folder)
     assert float(printed.split("same class:")[1]) > 0.99
     assert agreement(folder / "repaired.onnx", "digits_mobilenet.onnx") > 0.95
 
 
 def test_the_pattern_for_tensorrt(folder: Path) -> None:
-    run(TENSORRT, folder)
+    run_blocks(TENSORRT, folder)
     first, *others = cli("inspect", folder / "repaired.onnx", "--json").json["layers"]
     assert first["pattern"] == "dense"
     assert {layer["pattern"] for layer in others} == {"2:4"}
@@ -107,7 +79,7 @@ def test_the_tutorial(folder: Path) -> None:
     (folder / "labels.tsv").write_text("".join(f"{number}.jpg\t{number}\n" for number in range(10)))
     text = (DOCS / "tutorial.md").read_text()
     (export,) = re.findall(r"```python\n.*?```\n", text, re.DOTALL)
-    printed = run(text.replace(export, ""), folder)
+    printed = run_blocks(text.replace(export, ""), folder)
     for words in ("BatchNormalization: none", "agreement (KL)", "collapsed", "auto tried", "top-1", "mask rounds"):
         assert words in printed, words
     assert len(json.loads((folder / "sweep.json").read_text())["cells"]) == 9
@@ -123,7 +95,19 @@ def test_the_options_are_those_of_the_code() -> None:
     assert done.stdout == (DOCS / "options.md").read_text(encoding="utf-8"), "run tools.docs.options_reference"
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda path: path.name)
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "models/README.md")), *sorted(DOCS.glob("*.md"))]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(path: Path) -> None:
-    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", path.read_text(encoding="utf-8"))
-    assert [target for target in targets if not (path.parent / target).exists()] == []
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for file, anchor in re.findall(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)", text):
+        target = path.parent / file if file else path
+        assert target.exists(), file
+        assert not anchor or anchor in anchors(target), f"{file}#{anchor}"
