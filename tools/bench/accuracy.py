@@ -204,7 +204,7 @@ def choices(records: Sequence[Record]) -> str:
             )
     if not costs:
         return ""
-    return "\n".join([f"`auto` against the best by labels: {np.mean(costs):.2f} points on average", "", *lines])
+    return "\n".join([f"`auto` is {np.mean(costs):.2f} points behind the best method by labels, on average", "", *lines])
 
 
 def main() -> None:
