@@ -204,7 +204,8 @@ def choices(records: Sequence[Record]) -> str:
             )
     if not costs:
         return ""
-    return "\n".join([f"`auto` is {np.mean(costs):.2f} points behind the best method by labels, on average", "", *lines])
+    head = f"`auto` is {np.mean(costs):.2f} points behind the best method by labels, on average"
+    return "\n".join([head, "", *lines])
 
 
 def main() -> None:
