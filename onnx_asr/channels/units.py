@@ -25,14 +25,13 @@ from numpy.typing import NDArray
 from onnx_asr.errors import ModelError, StructureError
 from onnx_asr.graph.edit import EditPlan, apply, set_metadata, stored, stored_bias
 from onnx_asr.graph.index import GraphIndex, attribute
+from onnx_asr.graph.match import KEPT_CHANNELS
 
 Ids: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float64]
 Flags: TypeAlias = NDArray[np.bool_]
 Kept: TypeAlias = dict[str, list[int]]
 """Tensor to the positions along its channel axis that were kept."""
-
-KEPT_CHANNELS = "onnx_asr.kept_channels"
 
 
 @dataclass(frozen=True)

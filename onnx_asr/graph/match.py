@@ -1,15 +1,15 @@
 """Pair the nodes of a dense and a pruned model by structure, never by name.
 
-Both graphs are walked backward together from their outputs; operators, attributes, the order of the inputs and the
-shapes of the weights have to agree. A bias may be missing in one; node names, node order, tensor names, the place where
-constants are stored, the order of a sum's or product's operands, and what ``graph/forms.py`` sees as one form, may
-differ.
+Both graphs are walked backward together from their outputs. Operators, attributes, the order of the inputs and the
+shapes of the weights have to agree. Node names, node order, tensor names, where constants are stored, the order of a
+sum's or product's operands and whatever ``graph/forms.py`` reduces to one form may differ, and one may lack a bias.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import le
 
 import onnx
 
@@ -18,19 +18,33 @@ from onnx_asr.graph.forms import Form, form_of
 from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex, attribute, captured, is_standard
 from onnx_asr.graph.tensors import dtype_of
 
+KEPT_CHANNELS = "onnx_asr.kept_channels"
+"""Key of the metadata entry in which a model with removed channels records those that it kept."""
+
+_BATCHNORM = "BatchNormalization"
 _TRANSPARENT = ("Identity", "Dropout")
+_OTHER_FILE = "give the dense file that the pruned one was made from, exported the same way"
+_FOLDED = (
+    "a tool seems to have folded BatchNormalization in only one of them: fold it in both or in neither, or give the "
+    "dense file that the pruned one was made from"
+)
+_UNRECORDED = (
+    f"the pruned model is smaller but has no record of the channels it kept ('{KEPT_CHANNELS}' in metadata_props): "
+    "if a tool dropped it after prune or shrink, copy that entry back; if another tool removed the channels, the two "
+    "models cannot be paired; else give the dense file that the pruned one was made from"
+)
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """Which dense node and tensor stand where a pruned one does."""
+    """The dense node and tensor that correspond to each pruned one."""
 
     nodes: dict[int, int]
     tensors: dict[str, str]
 
 
 def match(pruned: GraphIndex, dense: GraphIndex) -> Pairing:
-    """Pair two models that are the same network with other weights.
+    """Pair two models that are the same network with different weights.
 
     Raises:
         StructureError: Naming the first difference, walking backward from the outputs.
@@ -39,26 +53,26 @@ def match(pruned: GraphIndex, dense: GraphIndex) -> Pairing:
     pruned_inputs = {value.name: position for position, value in enumerate(pruned.inputs)}
     dense_inputs = {value.name: position for position, value in enumerate(dense.inputs)}
     shapes: dict[tuple[object, ...], int] = {}
-    mine, its = _Side(pruned, shapes), _Side(dense, shapes)
+    pruned_side, dense_side = _Side(pruned, shapes), _Side(dense, shapes)
     visited: dict[int, int] = {}
     nodes: dict[int, int] = {}
     tensors: dict[str, str] = {}
     stack = list(zip(pruned.outputs, dense.outputs, strict=True))
     while stack:
-        name, other = stack.pop()
-        source, twin = _through(pruned, name), _through(dense, other)
-        tensors[name], tensors[source] = other, twin
-        if source in pruned_inputs or twin in dense_inputs:
-            if pruned_inputs.get(source) != dense_inputs.get(twin):
-                raise _differ(f"tensor '{source}' of the pruned one stands where the dense one has '{twin}'")
+        name, dense_name = stack.pop()
+        source, dense_source = _through(pruned, name), _through(dense, dense_name)
+        tensors[name], tensors[source] = dense_name, dense_source
+        if source in pruned_inputs or dense_source in dense_inputs:
+            if pruned_inputs.get(source) != dense_inputs.get(dense_source):
+                raise _differ(f"the pruned model has tensor '{source}' where the dense model has '{dense_source}'")
             continue
-        if pruned.is_constant(source) or dense.is_constant(twin):
-            if pruned.is_constant(source) != dense.is_constant(twin):
-                raise _differ(f"'{source}' ('{twin}' in the dense one) is a constant in only one of them")
+        if pruned.is_constant(source) or dense.is_constant(dense_source):
+            if pruned.is_constant(source) != dense.is_constant(dense_source):
+                raise _differ(f"'{source}' ('{dense_source}' in the dense model) is a constant in only one of them")
             continue
-        if source not in pruned.producer or twin not in dense.producer:
-            raise _differ(f"'{source}' ('{twin}' in the dense one) is produced in only one of them")
-        position, counterpart = pruned.producer[source], dense.producer[twin]
+        if source not in pruned.producer or dense_source not in dense.producer:
+            raise _differ(f"'{source}' ('{dense_source}' in the dense model) is produced in only one of them")
+        position, counterpart = pruned.producer[source], dense.producer[dense_source]
         if position in visited:
             if visited[position] != counterpart:
                 raise _differ(
@@ -67,13 +81,13 @@ def match(pruned: GraphIndex, dense: GraphIndex) -> Pairing:
                 )
             continue
         visited[position] = counterpart
-        form, partner = mine.form(position), its.form(counterpart)
-        _compare(mine, position, its, counterpart)
+        form, partner = pruned_side.form(position), dense_side.form(counterpart)
+        _compare(pruned_side, position, dense_side, counterpart)
         nodes |= {position: counterpart, form.bias: partner.bias, form.node: partner.node}
         tensors.update(zip(pruned.nodes[position].output, dense.nodes[counterpart].output, strict=False))
         if form.node != position and partner.node != counterpart:
             tensors.update(zip(pruned.nodes[form.node].output, dense.nodes[partner.node].output, strict=True))
-        stack.extend(_operands(mine, form, its, partner))
+        stack.extend(_operands(pruned_side, form, dense_side, partner))
         stack.extend(_captured(pruned, position, dense, counterpart))
     return Pairing(nodes, tensors)
 
@@ -81,14 +95,14 @@ def match(pruned: GraphIndex, dense: GraphIndex) -> Pairing:
 def _compare_interfaces(pruned: GraphIndex, dense: GraphIndex) -> None:
     """Numbers of inputs and outputs, and types of inputs, have to agree."""
     if len(pruned.outputs) != len(dense.outputs):
-        raise _differ(f"the pruned one has {len(pruned.outputs)} outputs, the dense one {len(dense.outputs)}")
+        raise _differ(f"the pruned model has {len(pruned.outputs)} outputs, the dense model {len(dense.outputs)}")
     if len(pruned.inputs) != len(dense.inputs):
-        raise _differ(f"the pruned one has {len(pruned.inputs)} inputs, the dense one {len(dense.inputs)}")
+        raise _differ(f"the pruned model has {len(pruned.inputs)} inputs, the dense model {len(dense.inputs)}")
     for value, other_value in zip(pruned.inputs, dense.inputs, strict=True):
         types = [item.type.tensor_type.elem_type for item in (value, other_value)]
         if types[0] != types[1] and not FLOAT_TYPES.issuperset(types):
             first, second = (dtype_of(item, f"input '{value.name}'").name for item in types)
-            raise _differ(f"input '{value.name}' is of type {first}, '{other_value.name}' in the dense one {second}")
+            raise _differ(f"input '{value.name}' is {first}, '{other_value.name}' in the dense model is {second}")
 
 
 @dataclass(frozen=True)
@@ -97,7 +111,7 @@ class _Side:
 
     Attributes:
         index: The graph.
-        shapes: Numbers the structures met so far, in both graphs.
+        shapes: A number for each structure met so far, in both graphs.
     """
 
     index: GraphIndex
@@ -112,7 +126,7 @@ class _Side:
         return self._forms[position]
 
     def structure(self, name: str) -> int:
-        """A number that two tensors share where operators and weight shapes on the way from the inputs are the same."""
+        """A number that two tensors share when they are computed by the same operators with weights of equal shapes."""
         if not self._structures:
             self._structures.update((value.name, self._number("input", i)) for i, value in enumerate(self.index.inputs))
             for position, node in enumerate(self.index.nodes):
@@ -135,21 +149,18 @@ class _Side:
         return self.shapes.setdefault(key, len(self.shapes))
 
 
-def _operands(mine: _Side, form: Form, its: _Side, partner: Form) -> Iterator[tuple[str, str]]:
-    """The inputs of two paired nodes, pair by pair; those of a sum or product by structure where that tells them."""
-    own, other = form.inputs, partner.inputs
+def _operands(pruned: _Side, form: Form, dense: _Side, dense_form: Form) -> Iterator[tuple[str, str]]:
+    """The inputs of two paired nodes, pair by pair; those of a sum or product by structure if that is unambiguous."""
+    names, dense_names = form.inputs, dense_form.inputs
     if form.commutative:
-        left, right = sorted(own, key=mine.structure), sorted(other, key=its.structure)
-        if [mine.structure(name) for name in left] == [its.structure(name) for name in right]:
-            own, other = left, right
-    return zip(own, other, strict=True)
+        left, right = sorted(names, key=pruned.structure), sorted(dense_names, key=dense.structure)
+        if [pruned.structure(name) for name in left] == [dense.structure(name) for name in right]:
+            names, dense_names = left, right
+    return zip(names, dense_names, strict=True)
 
 
-def _differ(what: str) -> StructureError:
-    return StructureError(
-        f"the dense and the pruned model are not the same network: {what}; give the dense file that the pruned one "
-        "was made from, exported the same way (both with BatchNormalization kept, or both folded)"
-    )
+def _differ(difference: str, advice: str = _OTHER_FILE) -> StructureError:
+    return StructureError(f"the dense and the pruned model are not the same network: {difference}; {advice}")
 
 
 def _through(index: GraphIndex, name: str) -> str:
@@ -163,40 +174,50 @@ def _through(index: GraphIndex, name: str) -> str:
     return name
 
 
-def _compare(mine: _Side, position: int, its: _Side, counterpart: int) -> None:
-    pruned, dense = mine.index, its.index
-    form, partner = mine.form(position), its.form(counterpart)
-    here = f"node {pruned.label(position)} ({pruned.nodes[position].op_type})"
-    there = f"{dense.label(counterpart)} ({dense.nodes[counterpart].op_type})"
-    if form.operator != partner.operator:
-        raise _differ(f"{here} stands where the dense one has {there}")
-    if len(form.inputs) != len(partner.inputs):
-        raise _differ(f"{here} has {len(form.inputs)} inputs, {there} in the dense one has {len(partner.inputs)}")
-    name = form.differing(partner)
+def _compare(pruned: _Side, position: int, dense: _Side, counterpart: int) -> None:
+    form, dense_form = pruned.form(position), dense.form(counterpart)
+    here = f"{pruned.index.label(position)} ({pruned.index.nodes[position].op_type})"
+    there = f"{dense.index.label(counterpart)} ({dense.index.nodes[counterpart].op_type})"
+    if form.operator != dense_form.operator:
+        counts = [sum(is_standard(node, _BATCHNORM) for node in side.index.nodes) for side in (pruned, dense)]
+        folded = _BATCHNORM in form.operator + dense_form.operator and counts[0] != counts[1]
+        raise _differ(
+            f"the pruned model has node {here} where the dense model has {there}", _FOLDED if folded else _OTHER_FILE
+        )
+    here, there = f"node {here}", f"{there} in the dense model"
+    if len(form.inputs) != len(dense_form.inputs):
+        raise _differ(f"{here} has {len(form.inputs)} inputs, {there} has {len(dense_form.inputs)}")
+    name = form.differing(dense_form)
     if name is not None:
-        own, other = (side.parameters.get(name) or "the default" for side in (form, partner))
-        raise _differ(f"{here} has {name}={own}, {there} in the dense one {other}")
-    shapes = [(form.weight_shape, partner.weight_shape)]
-    for read, twin in _operands(mine, form, its, partner):
-        if pruned.is_constant(read) and dense.is_constant(twin):
-            shapes.append((pruned.value(read).shape, dense.value(twin).shape))
-    for shape, other_shape in shapes:
-        if shape != other_shape and max(len(shape or ()), len(other_shape or ())) > 1:
+        value, dense_value = (item.parameters.get(name) or "the default" for item in (form, dense_form))
+        raise _differ(f"{here} has {name}={value}, {there} has {dense_value}")
+    shapes = [(form.weight_shape or (), dense_form.weight_shape or ())]
+    for read, dense_read in _operands(pruned, form, dense, dense_form):
+        if pruned.index.is_constant(read) and dense.index.is_constant(dense_read):
+            shapes.append((pruned.index.value(read).shape, dense.index.value(dense_read).shape))
+    for shape, dense_shape in shapes:
+        if shape != dense_shape and max(len(shape), len(dense_shape)) > 1:
             raise _differ(
-                f"{here} has a parameter of shape {shape}, {there} in the dense one {other_shape} (which channels are "
-                "left is known only of models that prune or shrink made smaller)"
+                f"{here} has a parameter of shape {shape}, {there} one of shape {dense_shape}",
+                _UNRECORDED if _lost_channels(pruned.index, shape, dense_shape) else _OTHER_FILE,
             )
 
 
+def _lost_channels(pruned: GraphIndex, shape: tuple[int, ...], dense_shape: tuple[int, ...]) -> bool:
+    """Whether a weight looks like the dense one without some channels (axes 0 and 1), and no record says which."""
+    smaller = len(shape) == len(dense_shape) and shape[2:] == dense_shape[2:] and all(map(le, shape, dense_shape))
+    return smaller and all(entry.key != KEPT_CHANNELS for entry in pruned.model.metadata_props)
+
+
 def _captured(pruned: GraphIndex, position: int, dense: GraphIndex, counterpart: int) -> list[tuple[str, str]]:
-    """What the control-flow bodies of two paired nodes read from outside themselves, pair by pair."""
-    mine, its = _captures(pruned.nodes[position]), _captures(dense.nodes[counterpart])
-    if len(mine) != len(its):
+    """The outer tensors that the subgraphs of two paired nodes read, pair by pair."""
+    names, dense_names = _captures(pruned.nodes[position]), _captures(dense.nodes[counterpart])
+    if len(names) != len(dense_names):
         raise _differ(
-            f"the subgraphs of node {pruned.label(position)} read {len(mine)} outer tensors, those of "
-            f"{dense.label(counterpart)} in the dense one {len(its)}"
+            f"the subgraphs of node {pruned.label(position)} read {len(names)} outer tensors, those of "
+            f"{dense.label(counterpart)} in the dense model read {len(dense_names)}"
         )
-    return list(zip(mine, its, strict=True))
+    return list(zip(names, dense_names, strict=True))
 
 
 def _captures(node: onnx.NodeProto) -> list[str]:

@@ -263,7 +263,7 @@ def test_weights_of_the_wrong_rank_are_skipped() -> None:
 
 def test_a_weight_that_is_a_vector_in_one_network_is_no_match() -> None:
     text = "g (float[N,4] x) => (float[N,K] y) { h = Gemm (x, v) y = MatMul (h, w) }"
-    with pytest.raises(StructureError, match="stands where the dense one has"):
+    with pytest.raises(StructureError, match="where the dense model has"):
         Networks.of(net(text, v=(4, 4), w=(4,)), net(text, v=(4, 4), w=(4, 4)))
 
 
@@ -271,7 +271,7 @@ def test_another_number_of_inputs_is_another_network() -> None:
     text = "g (float[N,4] x) => (float[N,4] y) { y = MatMul (x, w) }"
     dense = net(text, w=(4, 4))
     dense.graph.input.append(helper.make_tensor_value_info("idle", onnx.TensorProto.FLOAT, ["N", 4]))
-    with pytest.raises(StructureError, match="1 inputs, the dense one 2"):
+    with pytest.raises(StructureError, match="1 inputs, the dense model 2"):
         Networks.of(net(text, w=(4, 4)), dense)
     data = open_data(np.zeros((4, 4), np.float32), input_specs(index(net(text, w=(4, 4)))))
     with pytest.raises(DataError, match="inputs are 'x', 'idle', the data hold 'x'"):

@@ -8,9 +8,11 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+import onnx_asr
 from onnx_asr.errors import StructureError
 from onnx_asr.graph.match import match
 from onnx_asr.graph.points import survey
+from onnx_asr.networks.pair import Networks
 from tests.graphs import (
     constant,
     copy,
@@ -408,8 +410,50 @@ def test_folded_and_unfolded_do_not_match() -> None:
         w=(3, 3, 1, 1),
         **shapes,
     )
-    with pytest.raises(StructureError, match="both folded"):
-        match(index(folded), index(kept))
+    for pair in ((folded, kept), (kept, folded)):
+        with pytest.raises(StructureError, match="fold it in both or in neither"):
+            match(*map(index, pair))
+
+
+def test_batchnorm_is_only_suspected_where_one_of_the_two_has_less_of_it() -> None:
+    text = "g (float[N,3,4,4] x) => (float[N,3,4,4] y) {{ {} }}"
+    shapes = {f"n_{part}": (3,) for part in ("gamma", "beta", "mean", "var")}
+    norm = "BatchNormalization ({}, n_gamma, n_beta, n_mean, n_var)"
+    last = net(text.format(f"z = Conv (x, w)  y = {norm.format('z')}"), w=(3, 3, 1, 1), **shapes)
+    first = net(text.format(f"z = {norm.format('x')}  y = Conv (z, w)"), w=(3, 3, 1, 1), **shapes)
+    with pytest.raises(StructureError, match=r"has node .* where the dense model has .*; give the dense file that"):
+        match(index(last), index(first))
+
+
+LOST = "the pruned model is smaller but has no record of the channels it kept"
+OTHER = "in the dense model one of shape .*; give the dense file that the pruned one was made from"
+
+
+def test_a_lost_record_of_the_channels_is_suspected() -> None:
+    dense = residual_net()
+    cut = onnx_asr.prune_channels(dense, 0.5).model
+    Networks.of(cut, dense)
+    del cut.metadata_props[:]
+    with pytest.raises(StructureError, match=LOST):
+        Networks.of(cut, dense)
+    with pytest.raises(StructureError, match=OTHER):  # the larger one cannot come from the smaller one
+        Networks.of(dense, cut)
+
+
+def test_a_record_rules_that_cause_out() -> None:
+    dense = residual_net()
+    smaller = other_weight(dense)
+    with pytest.raises(StructureError, match=LOST):
+        match(index(smaller), index(dense))
+    smaller.metadata_props.add(key="onnx_asr.kept_channels", value="{}")
+    with pytest.raises(StructureError, match=OTHER):
+        match(index(smaller), index(dense))
+
+
+def test_smaller_kernels_are_another_network() -> None:
+    text = "g (float[N,3,4,4] x) => (float[N,3,H,W] y) { y = Conv (x, w) }"
+    with pytest.raises(StructureError, match=OTHER):
+        match(index(net(text, w=(3, 3, 1, 1))), index(net(text, w=(3, 3, 3, 3))))
 
 
 def test_the_variants_do_what_they_say() -> None:
