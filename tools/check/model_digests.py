@@ -38,11 +38,16 @@ SHARED_NETS = {
 
 @dataclass(frozen=True)
 class Net:
-    """A dense model, and what its calibration samples are read with."""
+    """A dense model, and the options that say which images it is fed with and how."""
 
     name: str
     path: Path
-    data: tuple[str, ...]
+    images: tuple[str, ...]
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        """Options of commands that also verify."""
+        return (*self.images, "--verify-samples", "64")
 
     @property
     def has_batchnorm(self) -> bool:
@@ -52,7 +57,7 @@ class Net:
 
 def nets() -> Iterator[Net]:
     """The embedded nets, then the shared ones."""
-    samples = ("--samples", "128", "--verify-samples", "64")
+    samples = ("--samples", "128")
     embedded = ("--data", str(MODELS / "data/digits_calibration"), "--preset", "digits", *samples)
     for path in sorted(MODELS.glob("*.onnx")):
         yield Net(path.stem, path, embedded)
@@ -99,7 +104,7 @@ def digests(tool: str, net: Net, folder: Path) -> dict[str, str]:
         share = () if pattern == "2:4" else ("--sparsity", "0.5")
         path = made(f"prune {pattern}", "prune", dense, "--pattern", pattern, *share)
         made(f"repair {pattern}", "repair", str(path), *pair, "--method", "refit")
-    made("prune gram", "prune", dense, "--sparsity", "0.7", "--score", "gram", *net.data[:-2], "--scope", "erk")
+    made("prune gram", "prune", dense, "--sparsity", "0.7", "--score", "gram", "--scope", "erk", *net.images)
     made("compress", "compress", dense, *net.data, "--sparsity", "0.9", "--rounds", "3", "--force")
     made("compress 2:4", "compress", dense, *net.data, "--pattern", "2:4", "--force")
     smaller = made("prune channel", "prune", dense, "--pattern", "channel", "--sparsity", "0.3")
