@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
 
 from onnx_asr.graph.index import GraphIndex
-from onnx_asr.graph.points import Point, survey
+from onnx_asr.graph.points import LayerPoint, survey
 
 MODELS = Path(__file__).parent.parent / "models"
 BN_SLOTS = (1, 2, 3, 4)
@@ -526,11 +526,11 @@ LAYERS: dict[str, tuple[str, dict[str, Any], tuple[int, ...], int, int]] = {
 }
 
 
-def layer(name: str) -> tuple[onnx.ModelProto, np.ndarray, Point]:
+def layer(name: str) -> tuple[onnx.ModelProto, np.ndarray, LayerPoint]:
     """One of ``LAYERS``, an input for it, and its correction point."""
     text, weights, shape, _, _ = LAYERS[name]
     model = net(text, seed=3, **weights)
-    (point,) = survey(index(model)).points
+    (point,) = survey(index(model)).layers
     return model, np.random.default_rng(4).normal(size=shape).astype(np.float32), point
 
 

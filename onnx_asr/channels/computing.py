@@ -12,47 +12,64 @@ import onnx
 from onnx_asr.channels.trace import Obstacle, Rule, Tracer, from_the_front, passing
 from onnx_asr.channels.units import Counted, Floats, Labels, Read, Sliced, varying
 from onnx_asr.graph.index import attribute, describe
-from onnx_asr.graph.points import BN_BIAS, BN_MEAN, BN_SCALE, BN_VAR
+from onnx_asr.graph.layers import LAYERS, NORMALIZATION, PER_CHANNEL_SLOTS, Layer
+from onnx_asr.graph.skips import Reason
 
 
-def _convolution(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
-    weight = tracer.constant(node.input[1], "weight")
-    bias = tracer.constant(node.input[2], "bias") if len(node.input) > 2 and node.input[2] else None
-    transposed = node.op_type == "ConvTranspose"
-    groups = int(attribute(node, "group", 1))
-    inputs, outputs = weight.shape[:2] if transposed else weight.shape[1::-1]
-    # [G, O, I, taps] -> the rows that are all zero carry nothing but their bias
-    if transposed:
-        inputs //= groups
-        live = (weight.reshape(groups, inputs, outputs, -1) != 0).any(axis=(1, 3)).reshape(-1)
-    else:
-        outputs //= groups
-        live = (weight != 0).reshape(len(weight), -1).any(axis=1)
-    labels = tracer.source(node, axis=1)
-    ids = tracer.new(groups * outputs)
-    constant = np.where(live, np.nan, np.zeros(len(ids)) if bias is None else bias)
-    in_axis, out_axis = (0, 1) if transposed else (1, 0)
-    if groups == 1 or inputs > 1:
-        tracer.join_groups(ids, groups)
+def _layer(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
+    """Make new units for the output, and sum over those of the input; a depthwise convolution hands them on."""
+    layer = Layer.of(tracer.index, position)
+    if isinstance(layer, Reason):
+        raise Obstacle(layer.text)
+    layout, slot = layer.layout, layer.weight_slot
+    bias_name = layer.bias_name(node)
+    bias = tracer.constant(bias_name, "bias") if bias_name else None
+    labels, out_axis = _source(tracer, node, layer)
+    ids = tracer.new(layout.channels)
+    blocks = layout.to_blocks(tracer.index.value(node.input[slot]))
+    # rows that are all zero carry nothing but their bias
+    constant = np.where((blocks != 0).any(axis=(2, 3)).reshape(-1), np.nan, 0.0)
+    added: Floats | float = 0.0
+    if bias is not None:
+        per_channel = bias.size == (bias.shape[-1] if bias.ndim else 1)
+        added = layer.beta * bias.reshape(-1) if per_channel else varying(len(ids))
+    constant = constant + added
+    in_axis = layout.input_axis
+    if layout.groups == 1 or layout.inputs > 1:
+        tracer.join_groups(ids, layout.groups)
         if labels is not None:
-            tracer.join_groups(labels.ids, groups)
-            per_group = labels.ids if transposed else labels.ids[:inputs]
-            tracer.slices.append(Sliced(position, 1, in_axis, per_group))
+            tracer.join_groups(labels.ids, layout.groups)
+            tracer.slices.append(Sliced(position, slot, in_axis, labels.ids[: layout.shape[in_axis]]))
             tracer.reads.append(Read(position, labels))
-        tracer.slices.append(Sliced(position, 1, out_axis, ids[:outputs] if transposed else ids))
+        tracer.slices.append(Sliced(position, slot, layout.output_axis, ids[: layout.shape[layout.output_axis]]))
     elif labels is None:
         tracer.freeze(ids, f"depthwise {describe(node, position)} reads channels that cannot be removed")
     else:
-        tracer.join(ids, np.repeat(labels.ids, outputs))
-        tracer.slices.append(Sliced(position, 1, 0, labels.ids if transposed else ids))
+        tracer.join(ids, np.repeat(labels.ids, layout.outputs))
+        tracer.slices.append(Sliced(position, slot, 0, labels.ids if layer.is_transposed else ids))
         tracer.counts.append(Counted(position, "group", 0, labels.ids))
-        carried = np.repeat(labels.constant, outputs)
-        taps = weight.astype(np.float64).reshape(len(ids), -1).sum(axis=1)
-        exact = (carried == 0) | (not pads(node) and not transposed)
+        carried = np.repeat(labels.constant, layout.outputs)
+        taps = blocks.astype(np.float64).reshape(len(ids), -1).sum(axis=1)
+        exact = (carried == 0) | (not pads(node) and not layer.is_transposed)
         through = np.where(exact & ~np.isnan(carried), carried, np.nan) * taps
-        constant = np.where(np.isnan(constant), through + (0 if bias is None else bias), constant)
-    tracer.slices.append(Sliced(position, 2, 0, ids))
-    tracer.make(node.output[0], 1, ids, constant)
+        constant = np.where(np.isnan(constant), through + added, constant)
+    if layer.bias_slot is not None and (bias is None or (bias.ndim and bias.shape[-1] > 1)):
+        tracer.slices.append(Sliced(position, layer.bias_slot, 0 if bias is None else bias.ndim - 1, ids))
+    tracer.make(node.output[0], out_axis, ids, constant)
+
+
+def _source(tracer: Tracer, node: onnx.NodeProto, layer: Layer) -> tuple[Labels | None, int]:
+    """The channels that a layer reads, where it sums over them, and the axis of those it makes."""
+    if layer.input_axis >= 0:
+        return tracer.source(node, layer.input_axis), layer.output_axis
+    name = node.input[layer.data_slot]
+    rank = len(tracer.shape(name))
+    if rank < 2:
+        raise Obstacle("it multiplies with a vector")
+    labels, axis = tracer.labels.get(name), layer.input_axis % rank
+    if labels is not None and labels.axis != axis:
+        raise Obstacle("it sums over another axis than that of the channels")
+    return labels, axis
 
 
 def pads(node: onnx.NodeProto) -> bool:
@@ -60,59 +77,14 @@ def pads(node: onnx.NodeProto) -> bool:
     return attribute(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID") or any(attribute(node, "pads", ()))
 
 
-def _gemm(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
-    weight = tracer.constant(node.input[1], "weight")
-    inner, outer = (1, 0) if attribute(node, "transB", 0) else (0, 1)
-    bias = None
-    if len(node.input) > 2 and node.input[2]:
-        bias = tracer.constant(node.input[2], "bias")
-    labels = tracer.source(node, axis=0 if attribute(node, "transA", 0) else 1)
-    if labels is not None:
-        tracer.slices.append(Sliced(position, 1, inner, labels.ids))
-        tracer.reads.append(Read(position, labels))
-    ids = tracer.new(weight.shape[outer])
-    tracer.slices.append(Sliced(position, 1, outer, ids))
-    constant = np.where(weight.any(axis=inner), np.nan, 0.0)
-    if bias is None:
-        tracer.slices.append(Sliced(position, 2, 0, ids))
-    else:
-        if bias.ndim and bias.shape[-1] > 1:
-            tracer.slices.append(Sliced(position, 2, bias.ndim - 1, ids))
-        per_channel = bias.size == (bias.shape[-1] if bias.ndim else 1)
-        added = bias.reshape(-1) if per_channel else varying(len(ids))
-        constant = constant + attribute(node, "beta", 1.0) * added
-    tracer.make(node.output[0], 1, ids, constant)
-
-
-def _matmul(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
-    constants = [slot for slot in (0, 1) if tracer.index.is_constant(node.input[slot])]
-    if len(constants) != 1:
-        raise Obstacle("it multiplies two activations")
-    slot = constants[0]
-    weight = tracer.index.value(node.input[slot])
-    rank = len(tracer.shape(node.input[1 - slot]))
-    if weight.ndim != 2 or rank < 2:
-        raise Obstacle("its weight is no matrix")
-    inner, axis = (0, rank - 1) if slot == 1 else (1, rank - 2)
-    labels = tracer.labels.get(node.input[1 - slot])
-    if labels is not None and labels.axis != axis:
-        raise Obstacle("it sums over another axis than that of the channels")
-    if labels is not None:
-        tracer.slices.append(Sliced(position, slot, inner, labels.ids))
-        tracer.reads.append(Read(position, labels))
-    ids = tracer.new(weight.shape[1 - inner])
-    tracer.slices.append(Sliced(position, slot, 1 - inner, ids))
-    tracer.make(node.output[0], axis, ids, np.where(weight.any(axis=inner), np.nan, 0.0))
-
-
 def _normalization(tracer: Tracer, position: int, node: onnx.NodeProto, labels: Labels) -> Labels:
-    slots = (BN_SCALE, BN_BIAS, BN_MEAN, BN_VAR) if node.op_type == "BatchNormalization" else (1, 2)
+    slots = PER_CHANNEL_SLOTS[node.op_type]
     values = [tracer.constant(node.input[slot], "parameters") for slot in slots]
     if any(value.shape != labels.ids.shape for value in values) or len([name for name in node.output if name]) > 1:
         raise Obstacle("it does not normalise channel by channel")
     tracer.slices.extend(Sliced(position, slot, 0, labels.ids) for slot in slots)
     constant = varying(len(labels.ids))
-    if node.op_type == "BatchNormalization":
+    if node.op_type == NORMALIZATION:
         constant = _evaluated(tracer, position, node, labels, [labels.constant])
         constant = np.where(values[0] == 0, values[1].astype(np.float64), constant)
     return replace(labels, constant=constant)
@@ -226,11 +198,9 @@ _REDUCE = "ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin ReduceSum ReduceSumS
 COMPUTING: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE.split(), _elementwise),
     **dict.fromkeys(_REDUCE.split(), passing(_reduce)),
-    **dict.fromkeys(("Conv", "ConvTranspose"), _convolution),
-    **dict.fromkeys(("BatchNormalization", "InstanceNormalization"), passing(_normalization, axis=1)),
+    **dict.fromkeys(LAYERS, _layer),
+    **dict.fromkeys(PER_CHANNEL_SLOTS, passing(_normalization, axis=1)),
     **dict.fromkeys(("AveragePool", "MaxPool", "LpPool"), passing(_pool, axis=1)),
     **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool"), passing(_pool, axis=1)),
     **dict.fromkeys(("Softmax", "LogSoftmax"), passing(_softmax)),
-    "Gemm": _gemm,
-    "MatMul": _matmul,
 }

@@ -13,8 +13,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from onnx_asr.cli.demo import DemoResult
-    from onnx_asr.graph.points import Skip
     from onnx_asr.graph.shapes import Cost
+    from onnx_asr.graph.skips import Skip
     from onnx_asr.graph.sparsity import LayerSparsity
     from onnx_asr.measuring.inspection import Inspection, Layer
     from onnx_asr.networks.fidelity import Fidelity

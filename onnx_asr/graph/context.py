@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from onnx_asr.graph.index import GraphIndex, ancestors, is_standard
-from onnx_asr.graph.points import Point, following_batchnorm
+from onnx_asr.graph.points import LayerPoint, Point, following_batchnorm
 
 _CLASS_SHAPING = ("Softmax", "LogSoftmax", "Identity", "Flatten", "Reshape", "Squeeze", "Dropout")
 
@@ -26,7 +26,7 @@ class Context:
             changes of shape: where it is one row a sample, it holds logits of classes.
     """
 
-    point: Point
+    point: LayerPoint
     source: str
     output: str
     shortcut: str | None
@@ -41,7 +41,7 @@ def contexts(index: GraphIndex, points: Sequence[Point]) -> list[Context]:
     Where two branches meet in an Add, the branch whose last point comes later takes the other one as its shortcut, so
     that it corrects the sum.
     """
-    ordered = sorted((point for point in points if point.weight_slot is not None), key=lambda p: (p.level, p.node))
+    ordered = sorted((point for point in points if isinstance(point, LayerPoint)), key=lambda p: (p.level, p.node))
     rank = {point.node: number for number, point in enumerate(ordered)}
     return [_context(index, point, rank) for point in ordered]
 
@@ -66,10 +66,8 @@ def _shortcut_nodes(index: GraphIndex, item: Context) -> set[int]:
     return set() if item.shortcut is None else ancestors(index, [item.shortcut])
 
 
-def _context(index: GraphIndex, point: Point, rank: dict[int, int]) -> Context:
-    node = index.nodes[point.node]
-    assert point.weight_slot is not None
-    source = node.input[1 - point.weight_slot]
+def _context(index: GraphIndex, point: LayerPoint, rank: dict[int, int]) -> Context:
+    source = index.nodes[point.node].input[point.layer.data_slot]
     output = point.tensor if point.batchnorm is None else index.nodes[point.batchnorm].output[0]
     shortcut = _shortcut(index, point, output, rank)
     result = output

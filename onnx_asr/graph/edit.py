@@ -17,10 +17,8 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from onnx_asr.errors import ModelError
-from onnx_asr.graph.index import GraphIndex, node_reads
+from onnx_asr.graph.index import GraphIndex, Slot, node_reads
 from onnx_asr.graph.tensors import copied, set_sparse_value
-
-Slot = tuple[int, int]
 
 
 @dataclass

@@ -29,6 +29,9 @@ _FOLDABLE = {"Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze",
 _FOLDABLE |= {"Shape", "Gather", "Slice", "Concat", "ConstantOfShape", "Add", "Sub", "Mul"}  # how exporters build pads
 STANDARD_DOMAINS = {"", "ai.onnx"}
 
+Slot = tuple[int, int]
+"""Position of a node, and one of its inputs."""
+
 
 @dataclass(frozen=True)
 class GraphIndex:

@@ -2,7 +2,7 @@
 
 Both graphs are walked backward together from their outputs. Operators, attributes, the order of the inputs and the
 shapes of the weights have to agree. Node names, node order, tensor names, where constants are stored, the order of a
-sum's or product's operands and whatever ``graph/forms.py`` reduces to one form may differ, and one may lack a bias.
+sum's or product's operands and whatever ``graph/canonical.py`` reduces to one form may differ, and one may lack a bias.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from operator import le
 import onnx
 
 from onnx_asr.errors import StructureError
-from onnx_asr.graph.forms import Form, form_of
+from onnx_asr.graph.canonical import Form, form_of
 from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex, attribute, captured, is_standard
 from onnx_asr.graph.tensors import dtype_of
 

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 from pathlib import Path
-from typing import TypeAlias, get_args
+from typing import TypeAlias
 
 import numpy as np
 import onnx
@@ -24,8 +24,8 @@ from onnx_asr.graph.edit import set_metadata
 from onnx_asr.graph.files import cannot_write, check_writable, permissions, write_through
 from onnx_asr.graph.foreign import ForeignModel, exported
 from onnx_asr.graph.index import FLOAT_TYPES, STANDARD_DOMAINS, GraphIndex, is_standard, subgraphs
+from onnx_asr.graph.layers import LAYERS, NORMALIZATION
 from onnx_asr.graph.order import in_order
-from onnx_asr.graph.points import Kind
 from onnx_asr.graph.tensors import (
     can_be_left,
     content_of,
@@ -153,7 +153,7 @@ def check_finite(index: GraphIndex, what: str) -> None:
     Raises:
         ModelError: Naming the first constant that is not finite.
     """
-    layers = (node for node in index.nodes if is_standard(node, *get_args(Kind)))
+    layers = (node for node in index.nodes if is_standard(node, *LAYERS, NORMALIZATION))
     weights = {name for node in layers for name in node.input if name and index.is_constant(name)}
     stored = [output for node in index.nodes if is_standard(node, "Constant") for output in node.output]
     for name in dict.fromkeys([*index.initializers, *stored, *sorted(weights)]):

@@ -7,12 +7,10 @@ BatchNormalization that directly and alone follows it, or the input of a BatchNo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeAlias
 
-import numpy as np
 import onnx
 from numpy.typing import NDArray
 
@@ -20,17 +18,23 @@ from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import (
     FLOAT_TYPES,
     GraphIndex,
+    Slot,
     ancestors,
     attribute,
     is_standard,
     node_reads,
     subgraphs,
 )
+from onnx_asr.graph.layers import (
+    LAYERS,
+    NORMALIZATION,
+    PER_CHANNEL_SLOTS,
+    Layer,
+    LayerKind,
+    is_channel_bias,
+)
+from onnx_asr.graph.skips import Reason, Skip
 
-Kind = Literal["Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization"]
-
-WEIGHT_SLOT = 1
-BN_SCALE, BN_BIAS, BN_MEAN, BN_VAR = 1, 2, 3, 4
 _QUANTIZED = {
     "QuantizeLinear",
     "DequantizeLinear",
@@ -56,46 +60,108 @@ _OTHER_LAYERS = {
     "NhwcFusedConv",
 }
 
+READS_NO_DATA = Reason("reads-only-constants", "reads only constants, no data")
+NOT_READ = Reason("no-output-depends-on-it", "no output of the model depends on it")
+WEIGHT_NOT_FLOAT = Reason("weight-not-floating-point", "weight is not a floating-point tensor")
+WEIGHT_EMPTY = Reason("weight-empty", "weight is empty")
+BIAS_COMPUTED = Reason("bias-computed-at-run-time", "bias is computed at run time")
+BIAS_NOT_PER_CHANNEL = Reason("bias-not-per-channel", "Gemm bias of shape {shape} is not one value per channel")
+KERNEL_MISFIT = Reason("attribute-does-not-fit-kernel", "{name} {given} do not fit a kernel of {axes} axes")
+WITHOUT_EFFECT = Reason("factor-of-zero", "Gemm with alpha or beta of zero ignores its weight or bias")
+TRAINING_MODE = Reason(
+    "batchnorm-in-training-mode", "BatchNormalization in training mode: export the model in evaluation mode"
+)
+TRAINING_OUTPUTS = Reason(
+    "batchnorm-with-training-outputs", "BatchNormalization with training outputs: export the model in evaluation mode"
+)
+NOT_SPATIAL = Reason("batchnorm-not-spatial", "BatchNormalization with spatial=0 has no channel statistics")
+STATISTICS_COMPUTED = Reason(
+    "batchnorm-computed-at-run-time", "BatchNormalization whose parameters are computed at run time"
+)
+SIZES_DIFFER = Reason(
+    "batchnorm-sizes-differ",
+    "BatchNormalization whose parameters differ in size: the file is damaged, export the model again",
+)
+OTHER_OPERATOR = Reason(
+    "operator-not-supported", "{operator} is not supported; export its parts as separate nodes where you can"
+)
+IN_SUBGRAPH = Reason("layer-in-subgraph", "{operator} with a {inner} in a subgraph, which is not changed")
+BEHIND_SELECTION = Reason(
+    "behind-non-max-suppression",
+    "follows a NonMaxSuppression, which selects different boxes in the dense and the pruned model",
+)
 
-@dataclass(frozen=True)
-class Point:
-    """One correction point.
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPoint:
+    """The output of a layer with a constant weight.
 
     Attributes:
-        kind: Operator of the node that owns the rewritable parameters.
-        node: Position of that node.
-        tensor: The measured tensor: the node's output (after a MatMul's Add), or a lone BatchNormalization's input.
-        channel_axis: Axis of the channels in ``tensor``; negative counts from the end.
-        channels: Number of channels.
-        weight_slot: Input slot of the weight; None for a lone BatchNormalization.
-        bias_node: Node that holds the bias: ``node`` itself, the Add behind a MatMul, or None (MatMul without Add).
-        bias_slot: Input slot of the bias in ``bias_node``; the slot may be empty or missing.
+        layer: How the node holds its parameters.
+        node: Position of the node.
+        tensor: The measured tensor: the node's output, or that of the Add behind a MatMul.
+        bias: (node, slot) of the bias, which may be empty or missing; None for a MatMul without Add.
         batchnorm: Position of the BatchNormalization that belongs to the point, if any.
         level: Largest number of points on a path from the inputs to this one, itself included.
         name: What to call the point in reports.
     """
 
-    kind: Kind
+    layer: Layer
     node: int
     tensor: str
-    channel_axis: int
-    channels: int
-    weight_slot: int | None
-    bias_node: int | None
-    bias_slot: int
+    bias: Slot | None
     batchnorm: int | None
     level: int
     name: str
 
+    @property
+    def kind(self) -> LayerKind:
+        """Operator of the node."""
+        return self.layer.kind
 
-@dataclass(frozen=True)
-class Skip:
-    """A node that has parameters but cannot be repaired, and why."""
+    @property
+    def channels(self) -> int:
+        """Number of output channels."""
+        return self.layer.layout.channels
+
+    @property
+    def channel_axis(self) -> int:
+        """Axis of the channels in ``tensor``; negative counts from the end."""
+        return self.layer.output_axis
+
+    @property
+    def weight(self) -> Slot:
+        """(node, slot) of the weight."""
+        return self.node, self.layer.weight_slot
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormPoint:
+    """The input of a BatchNormalization that belongs to no layer.
+
+    Attributes:
+        node: Position of the BatchNormalization.
+        tensor: The measured tensor: its input.
+        channels: Number of channels.
+        level: Largest number of points on a path from the inputs to this one, itself included.
+        name: What to call the point in reports.
+    """
 
     node: int
+    tensor: str
+    channels: int
+    level: int
     name: str
-    op_type: str
-    reason: str
+    kind: ClassVar[Literal["BatchNormalization"]] = "BatchNormalization"
+    channel_axis: ClassVar[int] = 1
+
+    @property
+    def batchnorm(self) -> int:
+        """Position of the BatchNormalization, as for a layer's."""
+        return self.node
+
+
+Point: TypeAlias = LayerPoint | NormPoint
 
 
 @dataclass(frozen=True)
@@ -104,6 +170,11 @@ class Survey:
 
     points: tuple[Point, ...]
     skips: tuple[Skip, ...]
+
+    @property
+    def layers(self) -> tuple[LayerPoint, ...]:
+        """The points that have weights."""
+        return tuple(point for point in self.points if isinstance(point, LayerPoint))
 
     @property
     def has_batchnorm(self) -> bool:
@@ -142,14 +213,14 @@ def survey(index: GraphIndex) -> Survey:
         if position not in owned:
             found = _examine(index, position, depth + 1)
             if found is not None and position not in alive:
-                found = _skip(index, position, "no output of the model depends on it")
-            if isinstance(found, Point):
+                found = NOT_READ
+            if isinstance(found, Reason):
+                skips.append(Skip(position, index.label(position), node.op_type, found.text, found.code))
+            elif found is not None:
                 points.append(found)
                 if found.batchnorm is not None:
                     owned.add(found.batchnorm)
                 depth += 1
-            elif found is not None:
-                skips.append(found)
         for name in node.output:
             level[name] = depth
     return Survey(tuple(points), tuple(skips))
@@ -165,46 +236,26 @@ def without_selected(index: GraphIndex, found: Survey) -> Survey:
         if is_standard(node, "NonMaxSuppression") or not selected.isdisjoint(node_reads(node)):
             selected.update(node.output)
     behind = [point for point in found.points if not selected.isdisjoint(node_reads(index.nodes[point.node]))]
-    reason = "it follows a NonMaxSuppression, which keeps other boxes in the dense model than in the pruned one"
-    skips = [*found.skips, *(_skip(index, point.node, reason) for point in behind)]
+    skips = [*found.skips, *(Skip.of(point, BEHIND_SELECTION) for point in behind)]
     points = tuple(point for point in found.points if point not in behind)
     return Survey(points, tuple(sorted(skips, key=lambda skip: skip.node)))
 
 
-def _examine(index: GraphIndex, position: int, level: int) -> Point | Skip | None:
+def _examine(index: GraphIndex, position: int, level: int) -> Point | Reason | None:
     node = index.nodes[position]
-    if is_standard(node, "Conv", "ConvTranspose", "Gemm", "BatchNormalization") and index.is_constant(node.input[0]):
-        return _skip(index, position, "it reads no data, only constants")
-    if is_standard(node, "Conv", "ConvTranspose"):
-        return _convolution(index, position, level)
-    if is_standard(node, "Gemm"):
-        return _gemm(index, position, level)
-    if is_standard(node, "MatMul"):
-        return _matmul(index, position, level)
-    if is_standard(node, "BatchNormalization"):
+    if is_standard(node, *LAYERS):
+        return _layer_point(index, position, level)
+    if is_standard(node, NORMALIZATION):
         reason = _batchnorm_obstacle(index, position)
-        if reason:
-            return _skip(index, position, reason)
-        channels = int(index.value(node.input[BN_SCALE]).size)
-        return Point(
-            "BatchNormalization",
-            position,
-            node.input[0],
-            1,
-            channels,
-            None,
-            None,
-            0,
-            position,
-            level,
-            index.label(position),
-        )
+        if reason is not None:
+            return reason
+        channels = int(index.value(node.input[1]).size)
+        name = index.label(position)
+        return NormPoint(node=position, tensor=node.input[0], channels=channels, level=level, name=name)
     if node.op_type in _OTHER_LAYERS and any(index.is_constant(name) for name in node.input if name):
-        return _skip(index, position, f"{node.op_type} is not repaired; fused layers are when exported one by one")
-    inner = next((item for item in _inner_nodes(node) if is_standard(item, *get_args(Kind))), None)
-    if inner is not None:
-        return _skip(index, position, f"{node.op_type} with a {inner.op_type} in a subgraph, which is left as it is")
-    return None
+        return OTHER_OPERATOR.format(operator=node.op_type)
+    inner = next((item for item in _inner_nodes(node) if is_standard(item, *LAYERS, NORMALIZATION)), None)
+    return None if inner is None else IN_SUBGRAPH.format(operator=node.op_type, inner=inner.op_type)
 
 
 def _inner_nodes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
@@ -214,39 +265,79 @@ def _inner_nodes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
             yield from _inner_nodes(item)
 
 
-def _skip(index: GraphIndex, position: int, reason: str) -> Skip:
-    return Skip(position, index.label(position), index.nodes[position].op_type, reason)
-
-
-def _weight_obstacle(index: GraphIndex, name: str) -> str | None:
-    if not index.is_constant(name):
-        return "its weight is computed at run time"
-    if index.element_type(name) not in FLOAT_TYPES:
-        return "its weight is not a floating-point tensor"
-    if index.value(name).size == 0:
-        return "its weight is empty"
-    return None
-
-
-def _bias_obstacle(index: GraphIndex, node: onnx.NodeProto, slot: int) -> str | None:
-    if len(node.input) > slot and node.input[slot] and not index.is_constant(node.input[slot]):
-        return "its bias is computed at run time"
-    return None
-
-
-def _batchnorm_obstacle(index: GraphIndex, position: int) -> str | None:
+def _layer_point(index: GraphIndex, position: int, level: int) -> LayerPoint | Reason:
     node = index.nodes[position]
+    layer = Layer.of(index, position)
+    if isinstance(layer, Reason):
+        return layer
+    obstacle = _layer_obstacle(index, node, layer)
+    if obstacle is not None:
+        return obstacle
+    tensor, bias, batchnorm = node.output[0], None, None
+    if layer.bias_slot is not None:
+        bias, batchnorm = (position, layer.bias_slot), following_batchnorm(index, tensor)
+    else:
+        following = index.sole_consumer(tensor)
+        if following is not None and is_standard(index.nodes[following], "Add"):
+            add = index.nodes[following]
+            other = 1 if add.input[0] == tensor else 0
+            if index.is_constant(add.input[other]) and is_channel_bias(
+                index.value(add.input[other]), layer.layout.channels, layer.output_axis
+            ):
+                tensor, bias = add.output[0], (following, other)
+    return LayerPoint(
+        layer=layer,
+        node=position,
+        tensor=tensor,
+        bias=bias,
+        batchnorm=batchnorm,
+        level=level,
+        name=index.label(position),
+    )
+
+
+def _layer_obstacle(index: GraphIndex, node: onnx.NodeProto, layer: Layer) -> Reason | None:
+    weight, layout = node.input[layer.weight_slot], layer.layout
+    if index.is_constant(node.input[layer.data_slot]):
+        return READS_NO_DATA
+    if index.element_type(weight) not in FLOAT_TYPES:
+        return WEIGHT_NOT_FLOAT
+    if 0 in layout.shape:
+        return WEIGHT_EMPTY
+    if layer.alpha == 0.0 or layer.beta == 0.0:
+        return WITHOUT_EFFECT
+    axes = len(layout.shape) - 2
+    if layer.is_convolution:
+        for name, length in (("strides", axes), ("dilations", axes), ("pads", 2 * axes), ("output_padding", axes)):
+            given = attribute(node, name, None)
+            if given is not None and len(given) != length:
+                return KERNEL_MISFIT.format(name=name, given=list(given), axes=axes)
+    name = layer.bias_name(node)
+    if not name:
+        return None
+    if not index.is_constant(name):
+        return BIAS_COMPUTED
+    bias = index.value(name)
+    if layer.kind == "Gemm" and (bias.size not in (1, layout.channels) or (bias.ndim == 2 and bias.shape[0] != 1)):
+        return BIAS_NOT_PER_CHANNEL.format(shape=bias.shape)
+    return None
+
+
+def _batchnorm_obstacle(index: GraphIndex, position: int) -> Reason | None:
+    node = index.nodes[position]
+    if index.is_constant(node.input[0]):
+        return READS_NO_DATA
     if attribute(node, "training_mode", 0):
-        return "BatchNormalization in training mode: export the model in evaluation mode"
+        return TRAINING_MODE
     if len([name for name in node.output if name]) > 1:
-        return "BatchNormalization with training outputs: export the model in evaluation mode"
+        return TRAINING_OUTPUTS
     if attribute(node, "spatial", 1) != 1:
-        return "BatchNormalization with spatial=0 has no channel statistics"
-    for slot in (BN_SCALE, BN_BIAS, BN_MEAN, BN_VAR):
-        if not index.is_constant(node.input[slot]):
-            return "BatchNormalization whose parameters are computed at run time"
-    if len({index.value(node.input[slot]).size for slot in (BN_SCALE, BN_BIAS, BN_MEAN, BN_VAR)}) > 1:
-        return "BatchNormalization whose parameters differ in size: the file is damaged, export the model again"
+        return NOT_SPATIAL
+    parameters = [node.input[slot] for slot in PER_CHANNEL_SLOTS[NORMALIZATION]]
+    if not all(index.is_constant(name) for name in parameters):
+        return STATISTICS_COMPUTED
+    if len({index.value(name).size for name in parameters}) > 1:
+        return SIZES_DIFFER
     return None
 
 
@@ -256,146 +347,11 @@ def following_batchnorm(index: GraphIndex, tensor: str) -> int | None:
     if consumer is None:
         return None
     node = index.nodes[consumer]
-    if not is_standard(node, "BatchNormalization") or node.input[0] != tensor:
+    if not is_standard(node, NORMALIZATION) or node.input[0] != tensor:
         return None
     return None if _batchnorm_obstacle(index, consumer) else consumer
 
 
-def _convolution(index: GraphIndex, position: int, level: int) -> Point | Skip:
-    node = index.nodes[position]
-    reason = _weight_obstacle(index, node.input[1]) or _bias_obstacle(index, node, 2)
-    if reason:
-        return _skip(index, position, reason)
-    weight = index.value(node.input[1])
-    if weight.ndim < 3:
-        return _skip(index, position, f"a weight of rank {weight.ndim} has no kernel")
-    transposed = node.op_type == "ConvTranspose"
-    groups = int(attribute(node, "group", 1))
-    if groups < 1 or weight.shape[0] % groups:
-        return _skip(index, position, f"a weight of shape {weight.shape} does not divide into {groups} groups")
-    axes = weight.ndim - 2
-    for name, length in (("strides", axes), ("dilations", axes), ("pads", 2 * axes), ("output_padding", axes)):
-        given = attribute(node, name, None)
-        if given is not None and len(given) != length:
-            return _skip(index, position, f"{name} {list(given)} do not fit a kernel of {axes} axes")
-    channels = weight.shape[1] * groups if transposed else weight.shape[0]
-    tensor = node.output[0]
-    kind: Kind = "ConvTranspose" if transposed else "Conv"
-    batchnorm = following_batchnorm(index, tensor)
-    return Point(
-        kind, position, tensor, 1, int(channels), WEIGHT_SLOT, position, 2, batchnorm, level, index.label(position)
-    )
-
-
-def _gemm(index: GraphIndex, position: int, level: int) -> Point | Skip:
-    node = index.nodes[position]
-    reason = _weight_obstacle(index, node.input[1]) or _bias_obstacle(index, node, 2)
-    if reason:
-        return _skip(index, position, reason)
-    if attribute(node, "alpha", 1.0) == 0.0 or attribute(node, "beta", 1.0) == 0.0:
-        return _skip(index, position, "Gemm with alpha or beta of zero ignores its weight or bias")
-    weight = index.value(node.input[1])
-    if weight.ndim != 2:
-        return _skip(index, position, f"Gemm weight of rank {weight.ndim}, not 2")
-    channels = weight.shape[0] if attribute(node, "transB", 0) else weight.shape[1]
-    if len(node.input) > 2 and node.input[2]:
-        bias = index.value(node.input[2])
-        if bias.size not in (1, channels) or (bias.ndim == 2 and bias.shape[0] != 1):
-            return _skip(index, position, f"Gemm bias of shape {bias.shape} is not one value a channel")
-    tensor = node.output[0]
-    batchnorm = following_batchnorm(index, tensor)
-    return Point(
-        "Gemm", position, tensor, 1, int(channels), WEIGHT_SLOT, position, 2, batchnorm, level, index.label(position)
-    )
-
-
-def _matmul(index: GraphIndex, position: int, level: int) -> Point | Skip:
-    node = index.nodes[position]
-    constant = [slot for slot in (0, 1) if index.is_constant(node.input[slot])]
-    if not constant:
-        return _skip(index, position, "MatMul of two activations has no weight")
-    if len(constant) == 2:
-        return _skip(index, position, "MatMul of two constants")
-    slot = constant[0]
-    reason = _weight_obstacle(index, node.input[slot])
-    if reason:
-        return _skip(index, position, reason)
-    weight = index.value(node.input[slot])
-    if weight.ndim != 2:
-        return _skip(index, position, f"MatMul weight of rank {weight.ndim}, not 2, has no single channel axis")
-    channels, axis = (weight.shape[1], -1) if slot == 1 else (weight.shape[0], -2)
-    tensor, bias_node, bias_slot = node.output[0], None, 0
-    following = index.sole_consumer(tensor)
-    if following is not None and is_standard(index.nodes[following], "Add"):
-        add = index.nodes[following]
-        other = 1 if add.input[0] == tensor else 0
-        if index.is_constant(add.input[other]) and is_channel_bias(index.value(add.input[other]), channels, axis):
-            tensor, bias_node, bias_slot = add.output[0], following, other
-    return Point(
-        "MatMul", position, tensor, axis, int(channels), slot, bias_node, bias_slot, None, level, index.label(position)
-    )
-
-
-def is_channel_bias(bias: NDArray[Any], channels: int, axis: int) -> bool:
-    """Whether a constant operand of an Add is one value a channel, or one for all."""
-    if bias.ndim < -axis:
-        return bias.size == 1 and axis == -1
-    return bias.size in (1, channels) and bias.shape[axis] in (1, channels) and bias.size == bias.shape[axis]
-
-
-def weight_of(index: GraphIndex, point: Point) -> NDArray[Any]:
-    """The weight of a point that has one, as stored."""
-    assert point.weight_slot is not None
-    return index.value(index.nodes[point.node].input[point.weight_slot])
-
-
-def weight_rows(point: Point, node: onnx.NodeProto, weight: NDArray[Any]) -> NDArray[Any]:
-    """A weight as one row per output channel.
-
-    ``rows[i]`` holds every weight that feeds output channel ``i``, shape [C_out, K]: Conv [C_out, C_in/group, *k];
-    ConvTranspose [C_in, C_out/group, *k] regrouped (ONNX operator ConvTranspose); Gemm and MatMul transposed as needed.
-    """
-    if point.kind == "Conv":
-        return weight.reshape(weight.shape[0], -1)
-    if point.kind == "ConvTranspose":
-        groups = int(attribute(node, "group", 1))
-        inputs, per_group = weight.shape[0] // groups, weight.shape[1]
-        grouped = weight.reshape(groups, inputs, per_group, -1)  # [G, I, O, k]
-        return np.ascontiguousarray(grouped.transpose(0, 2, 1, 3)).reshape(groups * per_group, -1)
-    if _rows_are_transposed(point, node):
-        return np.ascontiguousarray(weight.T)
-    return weight
-
-
-def weight_blocks(point: Point, node: onnx.NodeProto, weight: NDArray[Any]) -> NDArray[Any]:
-    """A weight by group, output channel in the group, input channel in the group and tap: [G, O, I, taps]."""
-    convolution = point.kind in ("Conv", "ConvTranspose")
-    groups = int(attribute(node, "group", 1)) if convolution else 1
-    taps = math.prod(weight.shape[2:]) if convolution else 1
-    return weight_rows(point, node, weight).reshape(groups, point.channels // groups, -1, taps)
-
-
-def channel_view(point: Point, node: onnx.NodeProto, weight: NDArray[Any]) -> NDArray[Any]:
-    """A weight as [C_out, C_in / group, taps]."""
-    blocks = weight_blocks(point, node, weight)
-    return blocks.reshape(-1, *blocks.shape[2:])
-
-
-def rows_to_weight(point: Point, node: onnx.NodeProto, rows: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """Inverse of :func:`weight_rows`, back to the stored shape."""
-    if point.kind == "Conv":
-        return rows.reshape(shape)
-    if point.kind == "ConvTranspose":
-        groups = int(attribute(node, "group", 1))
-        inputs, per_group = shape[0] // groups, shape[1]
-        grouped = rows.reshape(groups, per_group, inputs, -1).transpose(0, 2, 1, 3)  # [G, I, O, k]
-        return np.ascontiguousarray(grouped).reshape(shape)
-    if _rows_are_transposed(point, node):
-        return np.ascontiguousarray(rows.T)
-    return rows.reshape(shape)
-
-
-def _rows_are_transposed(point: Point, node: onnx.NodeProto) -> bool:
-    if point.kind == "Gemm":
-        return not attribute(node, "transB", 0)
-    return point.weight_slot == 1
+def weight_of(index: GraphIndex, point: LayerPoint) -> NDArray[Any]:
+    """The weight of a point, as stored."""
+    return index.value(index.nodes[point.node].input[point.layer.weight_slot])

@@ -12,7 +12,8 @@ import onnx
 from onnx import numpy_helper
 
 from onnx_asr.errors import ModelError, OptionError
-from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex, attribute, is_standard
+from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex, is_standard
+from onnx_asr.graph.layers import LAYERS, Layer
 from onnx_asr.graph.segments import MIN_IR_VERSION
 
 Shape = tuple[int, ...]
@@ -134,7 +135,7 @@ def compressed_size(model: onnx.ModelProto) -> int:
 def flops_by_node(index: GraphIndex, given: InputShapes | None = None) -> dict[int, int]:
     """Operations of every node that multiplies with a constant weight, for :func:`fed_shapes`."""
     shapes = typical_shapes(index, given)
-    found = {position: 2 * _multiplications(index, node, shapes) for position, node in enumerate(index.nodes)}
+    found = {position: 2 * _multiplications(index, position, shapes) for position in range(len(index.nodes))}
     return {position: count for position, count in found.items() if count}
 
 
@@ -150,21 +151,21 @@ def _nonzero_share(index: GraphIndex, position: int) -> float:
     return float(np.count_nonzero(weight) / weight.size)
 
 
-def _multiplications(index: GraphIndex, node: onnx.NodeProto, shapes: dict[str, Shape]) -> int:
-    if not is_standard(node, "Conv", "ConvTranspose", "Gemm", "MatMul"):
+def _multiplications(index: GraphIndex, position: int, shapes: dict[str, Shape]) -> int:
+    node = index.nodes[position]
+    if not is_standard(node, *LAYERS):
         return 0
-    constant = [name for name in node.input[:2] if index.is_constant(name)]
+    constant = [index.is_constant(name) for name in node.input[:2]]
     output = shapes.get(node.output[0])
-    if len(constant) != 1 or output is None:
+    if sum(constant) != 1 or output is None:
         return 0
-    weight = index.value(constant[0]).shape
-    if node.op_type == "Conv":
-        return math.prod(output) * math.prod(weight[1:])
-    if node.op_type == "ConvTranspose":
-        source = shapes.get(node.input[0])
-        return 0 if source is None else math.prod(source) * math.prod(weight[1:])
-    if node.op_type == "Gemm":
-        inner = weight[1] if attribute(node, "transB", 0) else weight[0]
-    else:
-        inner = weight[-2] if node.input[1] == constant[0] else weight[-1]
-    return math.prod(output) * int(inner)
+    layer = Layer.of(index, position)
+    if isinstance(layer, Layer) and layer.is_transposed:
+        source = shapes.get(node.input[layer.data_slot])
+        return 0 if source is None else math.prod(source) * layer.layout.outputs * layer.layout.taps
+    if isinstance(layer, Layer):
+        return math.prod(output) * layer.layout.inputs * layer.layout.taps
+    if node.op_type != "MatMul":
+        return 0
+    weight = index.value(node.input[constant.index(True)]).shape  # a stack of matrices
+    return math.prod(output) * int(weight[-2:][0] if constant[1] else weight[-1])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_asr.graph.points import Point
+from onnx_asr.graph.points import LayerPoint
 
 _NAMED_LAYERS = 3
 
@@ -27,7 +27,7 @@ class LayerSparsity:
     zeros: int
 
     @classmethod
-    def of(cls, point: Point, before: NDArray[Any], after: NDArray[Any]) -> LayerSparsity:
+    def of(cls, point: LayerPoint, before: NDArray[Any], after: NDArray[Any]) -> LayerSparsity:
         """Count the zeros of a point's weight."""
         zeros = [value.size - int(np.count_nonzero(value)) for value in (before, after)]
         return cls(point.name, point.kind, point.channels, tuple(after.shape), after.size, *zeros)

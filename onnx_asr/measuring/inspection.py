@@ -15,9 +15,11 @@ from onnx_asr.data import Dataset, Preprocessing, open_data
 from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.index import GraphIndex
+from onnx_asr.graph.layers import CONVOLUTIONS
 from onnx_asr.graph.model_io import ModelSource, check_finite, load
-from onnx_asr.graph.points import Point, Skip, Survey, channel_view, survey, weight_of
+from onnx_asr.graph.points import LayerPoint, Point, Survey, survey, weight_of
 from onnx_asr.graph.shapes import compressed_size
+from onnx_asr.graph.skips import Skip
 from onnx_asr.measuring.damage import DAMAGE_SAMPLES, PointDamage, draw_samples, measure_damage
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Networks, overflow
@@ -27,7 +29,6 @@ from onnx_asr.numerics.moments import Floats
 from onnx_asr.repairing.methods import check_method
 from onnx_asr.repairing.options import METHODS, check_at_least
 
-_CONVOLUTIONS = ("Conv", "ConvTranspose")
 _METADATA_PREFIX = "onnx_asr."
 
 
@@ -166,7 +167,7 @@ class Inspection:
     @property
     def batchnorm(self) -> str:
         """Which convolutions kept their BatchNormalization, and how many stand elsewhere."""
-        convolutions = [layer for layer in self.layers if layer.op_type in _CONVOLUTIONS]
+        convolutions = [layer for layer in self.layers if layer.op_type in CONVOLUTIONS]
         kept = sum(layer.batchnorm for layer in convolutions)
         elsewhere = sum(layer.batchnorm for layer in self.layers) - kept
         if not kept and not elsewhere:
@@ -297,9 +298,9 @@ def describe(model: onnx.ModelProto, damage: Mapping[int, PointDamage] | None = 
 def _layer(index: GraphIndex, point: Point, damage: PointDamage | None) -> Layer:
     shape, pattern, weights = None, None, 0
     zeros, norm = np.zeros(point.channels, np.int64), np.zeros(point.channels)
-    if point.weight_slot is not None:
-        value = weight_of(index, point)
-        view = channel_view(point, index.nodes[point.node], value)  # [C_out, C_in / group, taps]
+    if isinstance(point, LayerPoint):
+        value, layout = weight_of(index, point), point.layer.layout
+        view = layout.to_blocks(value).reshape(layout.channels, layout.inputs, layout.taps)
         kept = view != 0
         shape, weights = tuple(value.shape), view[0].size
         zeros = np.asarray(weights - kept.sum(axis=(1, 2)), np.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,9 +16,10 @@ from onnx_asr.channels.units import cut, read_kept, units_left_out
 from onnx_asr.engine.lane import Chunk
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import GraphIndex, ancestors
+from onnx_asr.graph.layers import Layer
 from onnx_asr.graph.match import Pairing, match
 from onnx_asr.graph.model_io import check_finite
-from onnx_asr.graph.points import Kind, Point, Survey, survey, weight_of, without_selected
+from onnx_asr.graph.points import LayerPoint, Point, Survey, survey, weight_of, without_selected
 from onnx_asr.graph.sparsity import LayerSparsity
 
 
@@ -76,17 +77,19 @@ class Networks:
         assert self.pairing is not None
         return self.pairing.tensors[name]
 
-    def dense_point(self, point: Point) -> Point:
-        """The dense network's counterpart of a point with weights."""
+    def dense_point(self, point: LayerPoint) -> LayerPoint:
+        """The dense network's counterpart of a point with weights; its bias is not looked for."""
         assert self.dense is not None
         assert self.pairing is not None
         nodes = self.pairing.nodes
+        layer = Layer.of(self.dense, nodes[point.node])
+        assert isinstance(layer, Layer), "paired weights have the same shape"
         return replace(
             point,
-            kind=cast(Kind, self.dense.nodes[nodes[point.node]].op_type),
+            layer=layer,
             node=nodes[point.node],
             tensor=self.dense_tensor(point.tensor),
-            bias_node=None if point.bias_node is None else nodes[point.bias_node],
+            bias=None,
             batchnorm=None if point.batchnorm is None else nodes[point.batchnorm],
         )
 
@@ -94,19 +97,16 @@ class Networks:
     def sparsities(self) -> tuple[LayerSparsity, ...]:
         """Zeros in the weights of all points; those of before are the dense network's, or none where there is none."""
         found = []
-        for point in self.survey.points:
-            if point.weight_slot is not None:
-                after = weight_of(self.pruned, point)
-                before = np.ones_like(after) if self.dense is None else weight_of(self.dense, self.dense_point(point))
-                found.append(LayerSparsity.of(point, before, after))
+        for point in self.survey.layers:
+            after = weight_of(self.pruned, point)
+            before = np.ones_like(after) if self.dense is None else weight_of(self.dense, self.dense_point(point))
+            found.append(LayerSparsity.of(point, before, after))
         return tuple(found)
 
     def first_layers(self) -> set[int]:
         """Nodes with weights that no other node with weights stands before: their input is the raw data."""
         sources = {
-            point.node: self.pruned.nodes[point.node].input[1 - point.weight_slot]
-            for point in self.survey.points
-            if point.weight_slot is not None
+            point.node: self.pruned.nodes[point.node].input[point.layer.data_slot] for point in self.survey.layers
         }
         return {node for node, source in sources.items() if sources.keys().isdisjoint(ancestors(self.pruned, [source]))}
 

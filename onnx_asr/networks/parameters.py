@@ -8,29 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_asr.graph.edit import EditPlan
-from onnx_asr.graph.index import GraphIndex, attribute
-from onnx_asr.graph.points import (
-    BN_BIAS,
-    BN_MEAN,
-    BN_SCALE,
-    BN_VAR,
-    Point,
-    rows_to_weight,
-    weight_blocks,
-    weight_of,
-    weight_rows,
-)
+from onnx_asr.graph.index import GraphIndex
+from onnx_asr.graph.layers import BN_BIAS, BN_MEAN, BN_SCALE, BN_VAR, batchnorm_epsilon
+from onnx_asr.graph.points import LayerPoint
 from onnx_asr.numerics.gains import BatchNormParameters, ChannelAffine
 from onnx_asr.numerics.moments import Floats
-
-_BN_EPSILON = 1e-5  # the ONNX operator's default
 
 
 def read_batchnorm(index: GraphIndex, plan: EditPlan, position: int) -> BatchNormParameters:
     """Parameters of a BatchNormalization as planned so far, in float64."""
     scale, bias, mean, var = (_read(index, plan, position, slot) for slot in (BN_SCALE, BN_BIAS, BN_MEAN, BN_VAR))
-    epsilon = float(attribute(index.nodes[position], "epsilon", _BN_EPSILON))
-    return BatchNormParameters(scale, bias, mean, var, epsilon)
+    return BatchNormParameters(scale, bias, mean, var, batchnorm_epsilon(index.nodes[position]))
 
 
 def plan_batchnorm(index: GraphIndex, plan: EditPlan, position: int, new: BatchNormParameters) -> None:
@@ -46,54 +34,48 @@ def plan_batchnorm(index: GraphIndex, plan: EditPlan, position: int, new: BatchN
             plan.values[position, slot] = after
 
 
-def read_rows(index: GraphIndex, plan: EditPlan, point: Point) -> NDArray[Any]:
+def read_rows(index: GraphIndex, plan: EditPlan, point: LayerPoint) -> NDArray[Any]:
     """The weight of a point as [C_out, K] in float64."""
-    assert point.weight_slot is not None
-    weight = _read(index, plan, point.node, point.weight_slot)
-    return weight_rows(point, index.nodes[point.node], weight)
+    return point.layer.layout.to_rows(_read(index, plan, *point.weight))
 
 
-def read_blocks(index: GraphIndex, plan: EditPlan, point: Point) -> Floats:
-    """The weight of a point as [G, O, I, taps] in float64, see :func:`onnx_asr.graph.points.weight_blocks`."""
-    assert point.weight_slot is not None
-    weight = _read(index, plan, point.node, point.weight_slot)
-    return np.asarray(weight_blocks(point, index.nodes[point.node], weight))
+def read_blocks(index: GraphIndex, plan: EditPlan, point: LayerPoint) -> Floats:
+    """The weight of a point as [G, O, I, taps] in float64."""
+    return point.layer.layout.to_blocks(_read(index, plan, *point.weight))
 
 
-def plan_rows(index: GraphIndex, plan: EditPlan, point: Point, rows: NDArray[Any]) -> None:
+def plan_rows(index: GraphIndex, plan: EditPlan, point: LayerPoint, rows: NDArray[Any]) -> None:
     """Plan a new weight given as [C_out, K]."""
-    assert point.weight_slot is not None
-    value = rows_to_weight(point, index.nodes[point.node], rows, weight_of(index, point).shape)
-    plan.values[point.node, point.weight_slot] = value
+    plan.values[point.weight] = point.layer.layout.from_rows(rows)
 
 
-def read_bias(index: GraphIndex, plan: EditPlan, point: Point) -> Floats:
+def read_bias(index: GraphIndex, plan: EditPlan, point: LayerPoint) -> Floats:
     """What the point's bias adds to every channel, [C]; zeros where there is none."""
-    if point.bias_node is None:
+    if point.bias is None:
         added = plan.added_bias.get(point.node)
         return np.zeros(point.channels) if added is None else added.reshape(-1).astype(np.float64)
-    stored = plan.current(index, point.bias_node, point.bias_slot)
+    stored = plan.current(index, *point.bias)
     if stored is None:
         return np.zeros(point.channels)
     bias: Floats = np.broadcast_to(stored.astype(np.float64).reshape(-1), (point.channels,))
-    return bias * _beta(index, point)
+    return bias * point.layer.beta
 
 
-def plan_bias(index: GraphIndex, plan: EditPlan, point: Point, bias: Floats) -> None:
+def plan_bias(index: GraphIndex, plan: EditPlan, point: LayerPoint, bias: Floats) -> None:
     """Plan a new bias, per channel; the slot, or the Add behind a MatMul, is made where there is none."""
-    if point.kind != "MatMul":
-        assert point.bias_node is not None
-        plan.values[point.bias_node, point.bias_slot] = bias / _beta(index, point)
+    if point.layer.bias_slot is not None:
+        plan.values[point.node, point.layer.bias_slot] = bias / point.layer.beta
         return
     shaped = bias.reshape([-1] + [1] * (-point.channel_axis - 1))
-    if point.bias_node is None:
+    if point.bias is None:
         plan.added_bias[point.node] = shaped
     else:
-        rank = index.value(index.nodes[point.bias_node].input[point.bias_slot]).ndim  # it may set the rank of the sum
-        plan.values[point.bias_node, point.bias_slot] = shaped.reshape([1] * (rank - shaped.ndim) + list(shaped.shape))
+        node, slot = point.bias
+        rank = index.value(index.nodes[node].input[slot]).ndim  # it may set the rank of the sum
+        plan.values[point.bias] = shaped.reshape([1] * (rank - shaped.ndim) + list(shaped.shape))
 
 
-def plan_affine(index: GraphIndex, plan: EditPlan, point: Point, affine: ChannelAffine) -> None:
+def plan_affine(index: GraphIndex, plan: EditPlan, point: LayerPoint, affine: ChannelAffine) -> None:
     """Plan ``z -> gain z + shift`` at the output of a point's producer.
 
     Weight rows and bias take the gain. The shift goes to the bias, or to the mean of the BatchNormalization that
@@ -111,16 +93,7 @@ def plan_affine(index: GraphIndex, plan: EditPlan, point: Point, affine: Channel
     plan_batchnorm(index, plan, point.batchnorm, shifted)
 
 
-def read_alpha(index: GraphIndex, point: Point) -> float:
-    """Factor on the weights: Gemm's ``alpha``, 1 elsewhere."""
-    return float(attribute(index.nodes[point.node], "alpha", 1.0)) if point.kind == "Gemm" else 1.0
-
-
 def _read(index: GraphIndex, plan: EditPlan, position: int, slot: int) -> Floats:
     value = plan.current(index, position, slot)
     assert value is not None, f"input {slot} of node {index.label(position)} is absent"
     return value.astype(np.float64)
-
-
-def _beta(index: GraphIndex, point: Point) -> float:
-    return float(attribute(index.nodes[point.node], "beta", 1.0)) if point.kind == "Gemm" else 1.0

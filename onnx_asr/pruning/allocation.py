@@ -74,7 +74,7 @@ class Allocation:
         if self.costs is not None:
             assert sparsity is not None
             counts = self.costs.keep(sparsity)
-        masks = make_masks(self.index, self.weights, self.scores, self.pattern, sparsity, self.scope, counts)
+        masks = make_masks(self.weights, self.scores, self.pattern, sparsity, self.scope, counts)
         return apply_masks(self.index, self.weights, masks)
 
 
@@ -88,9 +88,8 @@ def sensitivities(
     execution: Execution,
 ) -> list[list[Fidelity]]:
     """Fidelity to the dense network with one weight alone at each of the sparsities, refitted."""
-    index = job.networks.pruned
     masks = [
-        [make_masks(index, [weight], [values], pattern, share, "layer")[0] for share in sparsities]
+        [make_masks([weight], [values], pattern, share, "layer")[0] for share in sparsities]
         for weight, values in zip(weights, scores, strict=True)
     ]
     return try_masks(job, [weight.points for weight in weights], masks, calibration, execution)
@@ -105,7 +104,7 @@ def layer_costs(
     found: Sequence[Sequence[Fidelity]],
 ) -> LayerCosts:
     """What :func:`sensitivities` found, as costs of zeros."""
-    sizes = [units_of(index, weight, values, pattern).size for weight, values in zip(weights, scores, strict=True)]
+    sizes = [units_of(weight, values, pattern).size for weight, values in zip(weights, scores, strict=True)]
     zeros = [[size - keep_count(size, share) for share in sparsities] for size in sizes]
     return LayerCosts(sizes, zeros, [[fidelity.distance for fidelity in tried] for tried in found])
 

@@ -28,8 +28,9 @@ from onnx_asr.errors import ModelError
 from onnx_asr.graph.edit import EditPlan, set_metadata
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, check_finite, load
-from onnx_asr.graph.points import Point, Skip, survey
+from onnx_asr.graph.points import LayerPoint, survey
 from onnx_asr.graph.shapes import Cost, InputShapes, cost, flops
+from onnx_asr.graph.skips import Reason, Skip
 from onnx_asr.networks.execution import Progress, silent
 from onnx_asr.networks.latency import Latency, Stopwatch
 from onnx_asr.networks.parameters import read_batchnorm, read_blocks
@@ -44,6 +45,12 @@ Scope = Literal["layer", "global"]
 
 _GLANCE = 0.7  # seconds a model is timed in a search
 _STEP = 0.01  # of the sparsity
+
+CHANNELS_TIED = Reason(
+    "channels-tied-to-skipped-layer", "its channels can only be removed together with those of a layer that is skipped"
+)
+CHANNELS_UNKNOWN = Reason("channels-unknown", "its output channels cannot be told apart")
+CHANNELS_FROZEN = Reason("channels-cannot-be-removed", "its channels cannot be removed: {why}")
 
 CHANNELS_HELP = "fewer channels take less time and memory in every runtime, on any hardware"
 """What the removal of channels is good for."""
@@ -150,7 +157,7 @@ def prune_channels(
     before = cost(index, input_shapes)
     weights, skips = prunable_weights(index, include, exclude)
     channels = trace(index)
-    points = [point for point in survey(index).points if point.weight_slot is not None]
+    points = survey(index).layers
     chosen = {point.node for weight in weights for point in weight.points}
     groups, makers = _prunable_groups(channels, points, chosen)
     skipped = [*skips, *_uncut(channels, [point for point in points if point.node in chosen], groups)]
@@ -255,7 +262,7 @@ def _more(cutter: _Cutter, share: float) -> float:
     return next((higher for higher in further if not np.array_equal(cutter.drop(higher), here)), 1.0)
 
 
-def channel_scores(index: GraphIndex, channels: Channels, points: Sequence[Point]) -> Floats:
+def channel_scores(index: GraphIndex, channels: Channels, points: Sequence[LayerPoint]) -> Floats:
     """[units] the norm of all rows that make a unit times the norm of all columns that read it."""
     nothing = EditPlan()
     rows, columns = np.zeros(channels.units), np.zeros(channels.units)
@@ -277,10 +284,10 @@ def channel_scores(index: GraphIndex, channels: Channels, points: Sequence[Point
 
 
 def _prunable_groups(
-    channels: Channels, points: Sequence[Point], chosen: set[int]
-) -> tuple[list[Ids], list[list[Point]]]:
+    channels: Channels, points: Sequence[LayerPoint], chosen: set[int]
+) -> tuple[list[Ids], list[list[LayerPoint]]]:
     """Groups that can be cut, all whose layers were chosen; and those layers."""
-    makers: dict[int, list[Point]] = {}
+    makers: dict[int, list[LayerPoint]] = {}
     for point in points:
         if point.tensor in channels.tensors:
             for unit in np.unique(channels.tensors[point.tensor].ids).tolist():
@@ -293,7 +300,7 @@ def _prunable_groups(
     return groups, [makers[int(group[0])] for group in groups]
 
 
-def _uncut(channels: Channels, points: Sequence[Point], groups: Sequence[Ids]) -> list[Skip]:
+def _uncut(channels: Channels, points: Sequence[LayerPoint], groups: Sequence[Ids]) -> list[Skip]:
     """Chosen layers none of whose channels take part."""
     part = np.zeros(channels.units, bool)
     for group in groups:
@@ -303,13 +310,11 @@ def _uncut(channels: Channels, points: Sequence[Point], groups: Sequence[Ids]) -
         labels = channels.tensors.get(point.tensor)
         if labels is not None and part[labels.ids].any():
             continue
-        reason = "its channels go only together with those of a layer that was left out"
-        if labels is None:
-            reason = "its output channels could not be told apart"
-        else:
+        reason = CHANNELS_UNKNOWN
+        if labels is not None:
             frozen = next((channels.frozen[unit] for unit in labels.ids.tolist() if unit in channels.frozen), None)
-            reason = reason if frozen is None else f"its channels stay: {frozen}"
-        skips.append(Skip(point.node, point.name, point.kind, reason))
+            reason = CHANNELS_TIED if frozen is None else CHANNELS_FROZEN.format(why=frozen)
+        skips.append(Skip.of(point, reason))
     return skips
 
 

@@ -29,7 +29,6 @@ from onnx_asr.errors import OptionError
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, load
-from onnx_asr.graph.points import rows_to_weight, weight_rows
 from onnx_asr.graph.shapes import Cost, InputShapes, cost
 from onnx_asr.graph.sparsity import LayerSparsity, starved
 from onnx_asr.networks.execution import Execution, silent
@@ -38,7 +37,15 @@ from onnx_asr.networks.samples import Calibration
 from onnx_asr.numerics.masks import Mask
 from onnx_asr.numerics.patterns import Pattern, check_sparsity
 from onnx_asr.numerics.refit import Choice
-from onnx_asr.pruning.masks import PrunableWeight, apply_masks, make_masks, prunable_weights, split_narrow, units_of
+from onnx_asr.pruning.masks import (
+    PrunableWeight,
+    apply_masks,
+    keep_units,
+    make_masks,
+    prunable_weights,
+    split_narrow,
+    units_of,
+)
 from onnx_asr.pruning.scores import input_factors
 from onnx_asr.repairing.options import RepairOptions, check_at_least
 from onnx_asr.repairing.pipeline import RepairJob, finish
@@ -164,7 +171,7 @@ def compress(
     before = cost(index, input_shapes)
     pattern = Pattern.parse(options.pattern)
     weights, _ = prunable_weights(index, options.include, options.exclude)
-    weights, _ = split_narrow(index, weights, pattern)
+    weights, _ = split_narrow(weights, pattern)
     ranking = replace(settings.refit, relu_steps=min(settings.refit.relu_steps, 1))
     factors = _factors(job.networks, weights, calibration, execution)
     values = [index.value(weight.tensor) for weight in weights]
@@ -174,7 +181,7 @@ def compress(
     schedule = _schedule(options, pattern)
     for number, step in enumerate(schedule):
         begun = time.perf_counter()
-        goal = make_masks(index, weights, _scores(values, factors, masks), *step, "global")
+        goal = make_masks(weights, _scores(values, factors, masks), *step, "global")
         narrowed = pattern.n is None and 0 < number < len(schedule) - 1
         given = masks if narrowed else goal
         masked, layers = apply_masks(index, weights, given)
@@ -187,7 +194,7 @@ def compress(
         quiet = replace(execution, progress=silent)
         nodes = _pruned_nodes(job.networks, weights)
         chosen: dict[int, Mask] = {}
-        narrow = _narrowing(index, weights, nodes, factors, pattern, given, goal, chosen) if narrowed else {}
+        narrow = _narrowing(weights, nodes, factors, pattern, given, goal, chosen) if narrowed else {}
         repair_refit(job.networks, part, quiet, plan, ranking, precise=True, kept=kept, narrow=narrow)
         masks = [chosen.get(node, mask) for node, mask in zip(nodes, goal, strict=True)]
         values = _refitted(job.networks, weights, nodes, plan)
@@ -251,7 +258,6 @@ def _scores(
 
 
 def _narrowing(
-    index: GraphIndex,
     weights: Sequence[PrunableWeight],
     nodes: Sequence[int],
     factors: Sequence[NDArray[np.float64]],
@@ -263,7 +269,6 @@ def _narrowing(
     """By node, what takes entries (or blocks) out of a weight's mask until there are as many as in the goal's.
 
     Args:
-        index: The dense graph.
         weights: The weights.
         nodes: Their nodes.
         factors: Of their magnitudes.
@@ -275,15 +280,13 @@ def _narrowing(
 
     def choice(number: int, keep: int) -> Choice:
         weight = weights[number]
-        point = weight.points[0]
-        node = index.nodes[point.node]
+        layout = weight.layout
 
         def choose(rows: NDArray[np.float64]) -> Mask:
             mask = chosen.get(nodes[number], given[number])
-            scores = _scores([rows_to_weight(point, node, rows, mask.shape)], [factors[number]], [mask])
-            (mask,) = make_masks(index, [weight], scores, pattern, 0.0, "sensitivity", [keep])
-            chosen[nodes[number]] = mask
-            return np.asarray(weight_rows(point, node, mask))
+            (scores,) = _scores([layout.from_rows(rows)], [factors[number]], [mask])
+            chosen[nodes[number]] = mask = keep_units(weight, scores, pattern, keep)
+            return layout.to_rows(mask)
 
         return choose
 
@@ -291,7 +294,7 @@ def _narrowing(
     shares = [step / NARROWING for step in range(1, NARROWING + 1)]
     for number, weight in enumerate(weights):
         begin, end = (
-            np.count_nonzero(units_of(index, weight, mask.astype(np.float64), pattern))
+            np.count_nonzero(units_of(weight, mask.astype(np.float64), pattern))
             for mask in (given[number], goal[number])
         )
         choices[nodes[number]] = [choice(number, round(begin ** (1 - share) * end**share)) for share in shares]
@@ -311,9 +314,7 @@ def _refitted(
     """What a refit of the pruned model made of the dense model's weights."""
     values = []
     for weight, node in zip(weights, nodes, strict=True):
-        slot = weight.points[0].weight_slot
-        assert slot is not None
-        value = plan.current(networks.pruned, node, slot)
+        value = plan.current(networks.pruned, node, weight.points[0].layer.weight_slot)
         assert value is not None
         values.append(value)
     return values

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.graph.edit import EditPlan, apply, set_metadata
 from onnx_asr.graph.index import GraphIndex
-from onnx_asr.graph.points import Point, Skip, channel_view, rows_to_weight, survey, weight_blocks
+from onnx_asr.graph.layers import WeightLayout
+from onnx_asr.graph.points import LayerPoint, survey
+from onnx_asr.graph.skips import Reason, Skip
 from onnx_asr.graph.sparsity import LayerSparsity, share_of_zeros
 from onnx_asr.numerics.masks import Mask, block_scores, keep_count, keep_largest, keep_n_of_m, spread_blocks
 from onnx_asr.numerics.patterns import Pattern
@@ -24,18 +26,30 @@ from onnx_asr.version import __version__
 Scope = Literal["global", "layer", "erk", "sensitivity"]
 """Where scores are compared."""
 
+EXCLUDED = Reason("excluded-by-pattern", "excluded by a pattern")
+NOT_INCLUDED = Reason("not-included-by-pattern", "not included by a pattern")
+TOO_NARROW = Reason(
+    "fewer-inputs-than-pattern",
+    "{inputs} input channels per group, fewer than the {m} of pattern {pattern}: stays dense",
+)
+
 
 @dataclass(frozen=True)
 class PrunableWeight:
     """A constant weight, and every point that reads it."""
 
     tensor: str
-    points: tuple[Point, ...]
+    points: tuple[LayerPoint, ...]
 
     @property
     def name(self) -> str:
         """The first reader's name."""
         return self.points[0].name
+
+    @property
+    def layout(self) -> WeightLayout:
+        """How the first reader lays it out."""
+        return self.points[0].layer.layout
 
 
 def prunable_weights(
@@ -53,10 +67,9 @@ def prunable_weights(
         ModelError: When the graph has no weights.
     """
     found = survey(index)
-    readers: dict[str, list[Point]] = {}
-    for point in found.points:
-        if point.weight_slot is not None:
-            readers.setdefault(index.nodes[point.node].input[point.weight_slot], []).append(point)
+    readers: dict[str, list[LayerPoint]] = {}
+    for point in found.layers:
+        readers.setdefault(index.nodes[point.node].input[point.layer.weight_slot], []).append(point)
     if not readers:
         raise ModelError("the model has no Conv, ConvTranspose, Gemm or MatMul with constant weights: nothing to prune")
     wanted, unwanted = _compile(include), _compile(exclude)
@@ -68,8 +81,7 @@ def prunable_weights(
         if chosen and not barred:
             weights.append(PrunableWeight(tensor, tuple(points)))
         else:
-            reason = "excluded by a pattern" if barred else "not included by a pattern"
-            skips.append(Skip(points[0].node, points[0].name, points[0].kind, reason))
+            skips.append(Skip.of(points[0], EXCLUDED if barred else NOT_INCLUDED))
     if not weights:
         raise OptionError(
             f"--include {list(include)} and --exclude {list(exclude)} leave no weight to prune; "
@@ -90,9 +102,7 @@ def _compile(patterns: Sequence[str]) -> list[re.Pattern[str]]:
     return compiled
 
 
-def split_narrow(
-    index: GraphIndex, weights: Sequence[PrunableWeight], pattern: Pattern
-) -> tuple[list[PrunableWeight], list[Skip]]:
+def split_narrow(weights: Sequence[PrunableWeight], pattern: Pattern) -> tuple[list[PrunableWeight], list[Skip]]:
     """Weights that have at least one whole group of an N:M pattern, and the others as skips.
 
     Raises:
@@ -100,13 +110,11 @@ def split_narrow(
     """
     wide, skips = [], []
     for weight in weights:
-        point = weight.points[0]
-        inputs = channel_view(point, index.nodes[point.node], index.value(weight.tensor)).shape[1]
+        inputs = weight.layout.inputs
         if pattern.n is None or inputs >= pattern.m:
             wide.append(weight)
         else:
-            reason = f"{inputs} input channels a group are fewer than the {pattern.m} of pattern {pattern}: stays dense"
-            skips.append(Skip(point.node, weight.name, point.kind, reason))
+            skips.append(Skip.of(weight.points[0], TOO_NARROW.format(inputs=inputs, m=pattern.m, pattern=pattern)))
     if not wide:
         raise OptionError(
             f"no weight has the {pattern.m} input channels that pattern {pattern} needs: give one of smaller groups"
@@ -115,7 +123,6 @@ def split_narrow(
 
 
 def make_masks(
-    index: GraphIndex,
     weights: Sequence[PrunableWeight],
     scores: Sequence[NDArray[Any]],
     pattern: Pattern,
@@ -126,7 +133,6 @@ def make_masks(
     """Masks of what has the largest score, in the weights' stored shapes.
 
     Args:
-        index: The graph.
         weights: The weights.
         scores: Of every weight's entries, in its stored shape.
         pattern: Which sets of weights may survive.
@@ -136,9 +142,9 @@ def make_masks(
     """
     if pattern.n is not None:
         n, m = pattern.n, pattern.m
-        return [_pattern_mask(index, weight, values, n, m) for weight, values in zip(weights, scores, strict=True)]
+        return [_pattern_mask(weight, values, n, m) for weight, values in zip(weights, scores, strict=True)]
     assert sparsity is not None
-    units = [units_of(index, weight, values, pattern) for weight, values in zip(weights, scores, strict=True)]
+    units = [units_of(weight, values, pattern) for weight, values in zip(weights, scores, strict=True)]
     total = keep_count(sum(unit.size for unit in units), sparsity)
     if scope == "global":
         masks = keep_largest(units, total)
@@ -146,43 +152,39 @@ def make_masks(
         if scope == "layer":
             counts = [keep_count(unit.size, sparsity) for unit in units]
         elif scope == "erk":
-            counts = erk_keep(
-                [_kernel_shape(index, weight) for weight in weights], [unit.size for unit in units], total
-            )
+            counts = erk_keep([_kernel_shape(weight) for weight in weights], [unit.size for unit in units], total)
         assert counts is not None
         masks = [keep_largest([unit], count)[0] for unit, count in zip(units, counts, strict=True)]
-    return [_spread(index, weight, mask, pattern) for weight, mask in zip(weights, masks, strict=True)]
+    return [_spread(weight, mask, pattern) for weight, mask in zip(weights, masks, strict=True)]
 
 
-def _pattern_mask(index: GraphIndex, weight: PrunableWeight, scores: NDArray[Any], n: int, m: int) -> Mask:
-    point = weight.points[0]
-    node = index.nodes[point.node]
-    mask = keep_n_of_m(channel_view(point, node, scores), n, m)
-    return rows_to_weight(point, node, mask.reshape(len(mask), -1), scores.shape)
+def keep_units(weight: PrunableWeight, scores: NDArray[Any], pattern: Pattern, count: int) -> Mask:
+    """The mask of one weight, in its stored shape, that keeps the ``count`` units of largest score."""
+    (mask,) = keep_largest([units_of(weight, scores, pattern)], count)
+    return _spread(weight, mask, pattern)
 
 
-def units_of(index: GraphIndex, weight: PrunableWeight, scores: NDArray[Any], pattern: Pattern) -> NDArray[Any]:
+def _pattern_mask(weight: PrunableWeight, scores: NDArray[Any], n: int, m: int) -> Mask:
+    layout = weight.layout
+    channels = layout.to_blocks(scores).reshape(layout.channels, layout.inputs, layout.taps)
+    return layout.from_rows(keep_n_of_m(channels, n, m))
+
+
+def units_of(weight: PrunableWeight, scores: NDArray[Any], pattern: Pattern) -> NDArray[Any]:
     """Scores of what is kept or dropped as one: entries as stored, or blocks [G, ceil(O / height), I, taps]."""
-    if pattern.height == 1:
-        return scores
-    point = weight.points[0]
-    return block_scores(weight_blocks(point, index.nodes[point.node], scores), pattern.height)
+    return scores if pattern.height == 1 else block_scores(weight.layout.to_blocks(scores), pattern.height)
 
 
-def _spread(index: GraphIndex, weight: PrunableWeight, mask: Mask, pattern: Pattern) -> Mask:
-    """The mask of a weight's entries, of that of its units."""
+def _spread(weight: PrunableWeight, mask: Mask, pattern: Pattern) -> Mask:
+    """Expand a mask of units to the weight's stored shape."""
     if pattern.height == 1:
         return mask
-    point = weight.points[0]
-    rows = spread_blocks(mask, pattern.height, point.channels // len(mask)).reshape(point.channels, -1)
-    return rows_to_weight(point, index.nodes[point.node], rows, index.value(weight.tensor).shape)
+    return weight.layout.from_blocks(spread_blocks(mask, pattern.height, weight.layout.outputs))
 
 
-def _kernel_shape(index: GraphIndex, weight: PrunableWeight) -> tuple[int, ...]:
+def _kernel_shape(weight: PrunableWeight) -> tuple[int, ...]:
     """[C_out, C_in / group, *kernel]."""
-    point, value = weight.points[0], index.value(weight.tensor)
-    kernel = value.shape[2:] if point.kind in ("Conv", "ConvTranspose") else ()
-    return (*channel_view(point, index.nodes[point.node], value).shape[:2], *kernel)
+    return (weight.layout.channels, weight.layout.inputs, *weight.layout.shape[2:])
 
 
 def apply_masks(
@@ -195,8 +197,7 @@ def apply_masks(
         before = index.value(weight.tensor)
         after = np.where(mask, before, np.zeros((), before.dtype))
         for point in weight.points:
-            assert point.weight_slot is not None
-            plan.values[point.node, point.weight_slot] = after
+            plan.values[point.weight] = after
         layers.append(LayerSparsity.of(weight.points[0], before, after))
     pruned = apply(index, plan)
     set_metadata(pruned, "onnx_asr.version", __version__)

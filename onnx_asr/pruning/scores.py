@@ -7,14 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_asr.graph.index import GraphIndex, attribute
-from onnx_asr.graph.points import Point, rows_to_weight, weight_of, weight_rows
+from onnx_asr.graph.index import GraphIndex
+from onnx_asr.graph.points import LayerPoint, weight_of
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Networks, overflow
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.walk import Walk
 from onnx_asr.numerics.moments import Accumulator, Moments
-from onnx_asr.numerics.patches import channel_major, tap_major
 from onnx_asr.numerics.refit import covariance
 from onnx_asr.numerics.scores import lamp, row_normalised, saliency
 from onnx_asr.repairing.options import DATA_AWARE, RefitRecipe, Score
@@ -27,7 +26,7 @@ Values = list[NDArray[np.float64]]
 
 
 def weight_scores(
-    networks: Networks, points: Sequence[Point], score: Score, calibration: Calibration, execution: Execution
+    networks: Networks, points: Sequence[LayerPoint], score: Score, calibration: Calibration, execution: Execution
 ) -> Values:
     """Scores of the points' weights, each in its stored shape, by whatever the score looks at.
 
@@ -43,7 +42,7 @@ def weight_scores(
     return data_free_scores(networks.pruned, points, score)
 
 
-def data_free_scores(index: GraphIndex, points: Sequence[Point], score: Score) -> Values:
+def data_free_scores(index: GraphIndex, points: Sequence[LayerPoint], score: Score) -> Values:
     """Scores of the points' weights, each in its stored shape.
 
     * magnitude: ``|w|``
@@ -52,19 +51,18 @@ def data_free_scores(index: GraphIndex, points: Sequence[Point], score: Score) -
     """
     scores = []
     for point in points:
-        node, value = index.nodes[point.node], weight_of(index, point)
+        layout, value = point.layer.layout, weight_of(index, point)
         if score == "lamp":
             scores.append(lamp(value))
         elif score == "row":
-            rows = row_normalised(weight_rows(point, node, value))
-            scores.append(rows_to_weight(point, node, rows, value.shape))
+            scores.append(layout.from_rows(row_normalised(layout.to_rows(value))))
         else:
             scores.append(np.abs(value.astype(np.float64)))
     return scores
 
 
 def data_aware_scores(
-    networks: Networks, points: Sequence[Point], score: Score, calibration: Calibration, execution: Execution
+    networks: Networks, points: Sequence[LayerPoint], score: Score, calibration: Calibration, execution: Execution
 ) -> Values:
     """Scores of the points' weights, each in its stored shape.
 
@@ -94,7 +92,7 @@ def data_aware_scores(
 
 
 def input_factors(
-    networks: Networks, points: Sequence[Point], score: Score, calibration: Calibration, execution: Execution
+    networks: Networks, points: Sequence[LayerPoint], score: Score, calibration: Calibration, execution: Execution
 ) -> Values:
     """What the magnitude is multiplied by in "activation" and "variance", in the shape of each point's weight.
 
@@ -116,13 +114,15 @@ def input_factors(
             raise overflow(point)
         if score == "variance":
             output = float(np.sqrt(target.var.mean())) or 1.0
-            factors.append(_by_input(index, point, source.std / output))
+            factors.append(_by_input(point, source.std / output))
         else:
-            factors.append(_by_input(index, point, np.sqrt(source.var + np.square(source.mean))))
+            factors.append(_by_input(point, np.sqrt(source.var + np.square(source.mean))))
     return factors
 
 
-def _saliencies(networks: Networks, points: Sequence[Point], calibration: Calibration, execution: Execution) -> Values:
+def _saliencies(
+    networks: Networks, points: Sequence[LayerPoint], calibration: Calibration, execution: Execution
+) -> Values:
     recipe = RefitRecipe(block_targets=False)
     scores = {
         job.point.node: _saliency(networks.pruned, job, recipe.ridge)
@@ -132,29 +132,20 @@ def _saliencies(networks: Networks, points: Sequence[Point], calibration: Calibr
 
 
 def _saliency(index: GraphIndex, job: RowSampler, ridge: float) -> NDArray[np.float64]:
-    point, node = job.point, index.nodes[job.point.node]
-    value = weight_of(index, point)
-    rows = tap_major(weight_rows(point, node, value), job.taps)
-    score = saliency(rows, covariance(job.inputs), ridge)
+    point, layout = job.point, job.point.layer.layout
+    patches = layout.to_patches(weight_of(index, point))  # [G, O, k I]
+    score = saliency(patches.reshape(layout.channels, -1), covariance(job.inputs), ridge)
     if not np.isfinite(score).all():
         raise overflow(point)
-    return rows_to_weight(point, node, channel_major(score, job.taps), value.shape)
+    return layout.from_patches(score)
 
 
-def _by_input(index: GraphIndex, point: Point, inputs: NDArray[np.float64]) -> NDArray[np.float64]:
+def _by_input(point: LayerPoint, inputs: NDArray[np.float64]) -> NDArray[np.float64]:
     """One value for each input channel, spread over a weight's stored shape."""
-    node, shape = index.nodes[point.node], weight_of(index, point).shape
-    groups, taps = 1, 1
-    if point.kind in ("Conv", "ConvTranspose"):
-        taps = int(np.prod(shape[2:]))
-        groups = len(inputs) // shape[1] if point.kind == "Conv" else point.channels // shape[1]
-    per_group = inputs.reshape(groups, 1, -1, 1)  # [G, 1, C_in / G, 1]
-    rows = np.broadcast_to(per_group, (groups, point.channels // groups, per_group.shape[2], taps))
-    return rows_to_weight(point, node, rows.reshape(point.channels, -1), shape)
+    layout = point.layer.layout
+    blocks = inputs.reshape(layout.groups, 1, layout.inputs, 1)
+    return layout.from_blocks(np.broadcast_to(blocks, (layout.groups, layout.outputs, layout.inputs, layout.taps)))
 
 
-def _inputs_of(index: GraphIndex, point: Point) -> _Channels:
-    node = index.nodes[point.node]
-    assert point.weight_slot is not None
-    transposed = point.kind == "Gemm" and attribute(node, "transA", 0)
-    return node.input[1 - point.weight_slot], 0 if transposed else point.channel_axis
+def _inputs_of(index: GraphIndex, point: LayerPoint) -> _Channels:
+    return index.nodes[point.node].input[point.layer.data_slot], point.layer.input_axis

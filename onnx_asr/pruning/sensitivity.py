@@ -12,7 +12,7 @@ from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, load
-from onnx_asr.graph.points import Skip
+from onnx_asr.graph.skips import Skip
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Fidelity
 from onnx_asr.numerics.patterns import Pattern, check_share

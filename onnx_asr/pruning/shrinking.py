@@ -27,11 +27,11 @@ from onnx_asr.errors import ModelError
 from onnx_asr.graph.edit import EditPlan, set_metadata
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, check_finite, load
-from onnx_asr.graph.points import Point, survey
+from onnx_asr.graph.points import LayerPoint, survey
 from onnx_asr.graph.shapes import Cost, InputShapes, cost
 from onnx_asr.networks.execution import Progress, silent
 from onnx_asr.networks.latency import random_feeds
-from onnx_asr.networks.parameters import plan_affine, read_alpha, read_blocks
+from onnx_asr.networks.parameters import plan_affine, read_blocks
 from onnx_asr.networks.samples import Chunk
 from onnx_asr.numerics.gains import ChannelAffine
 from onnx_asr.pruning.channels import CHANNELS_HELP, ChannelGroup
@@ -96,8 +96,7 @@ def shrink(
     original = load(model)
     index = GraphIndex.of(original)
     check_finite(index, "given")
-    points = survey(index).points
-    widths = {point.name: (point.tensor, point.channels) for point in points if point.weight_slot is not None}
+    widths = {point.name: (point.tensor, point.channels) for point in survey(index).layers}
     before = cost(index, input_shapes)
     progress("removing channels", 0.0)
     while True:
@@ -138,7 +137,7 @@ def shrink(
 def _idle(index: GraphIndex, channels: Channels) -> tuple[Flags, int]:
     """[units] that can go, and the number of those that would but for a padded reader."""
     free, dead = channels.removable, channels.removable
-    points = {point.node: point for point in survey(index).points}
+    points = {point.node: point for point in survey(index).layers}
     for read in channels.reads:
         used = _used(index, points.get(read.node), read)
         constant = read.labels.constant
@@ -153,26 +152,26 @@ def _idle(index: GraphIndex, channels: Channels) -> tuple[Flags, int]:
     return free, int((dead & ~free).sum())
 
 
-def _used(index: GraphIndex, point: Point | None, read: Read) -> Flags:
+def _used(index: GraphIndex, point: LayerPoint | None, read: Read) -> Flags:
     """[C] whether a weight other than zero reads the channel."""
     if point is None:
         return np.ones(len(read.labels.ids), bool)
     return np.asarray((read_blocks(index, EditPlan(), point) != 0).any(axis=(1, 3)).reshape(-1))
 
 
-def _folds(index: GraphIndex, point: Point | None) -> bool:
+def _folds(index: GraphIndex, point: LayerPoint | None) -> bool:
     """Whether a constant channel that the point reads is the same as a bias."""
-    if point is None or point.kind == "ConvTranspose":
+    if point is None or point.layer.is_transposed:
         return False
-    if point.kind == "Conv" and pads(index.nodes[point.node]):
+    if point.layer.is_convolution and pads(index.nodes[point.node]):
         return False
-    bias = None if point.bias_node is None else EditPlan().current(index, point.bias_node, point.bias_slot)
+    bias = None if point.bias is None else EditPlan().current(index, *point.bias)
     return bias is None or bias.size == point.channels
 
 
 def _fold_constants(index: GraphIndex, channels: Channels, drop: Flags, plan: EditPlan) -> None:
     """Put what the dropped channels carry into their readers."""
-    points = {point.node: point for point in survey(index).points}
+    points = {point.node: point for point in survey(index).layers}
     for read in channels.reads:
         gone = drop[read.labels.ids] & ~np.isnan(read.labels.constant)
         carried = np.where(gone, read.labels.constant, 0.0)
@@ -180,7 +179,7 @@ def _fold_constants(index: GraphIndex, channels: Channels, drop: Flags, plan: Ed
         if point is None or not carried.any():
             continue
         blocks = read_blocks(index, plan, point).sum(axis=3)  # [G, O, I]
-        shift = read_alpha(index, point) * np.einsum("goi,gi->go", blocks, carried.reshape(len(blocks), -1))
+        shift = point.layer.alpha * np.einsum("goi,gi->go", blocks, carried.reshape(len(blocks), -1))
         if shift.any():
             plan_affine(index, plan, point, ChannelAffine(np.ones(point.channels), shift.reshape(-1)))
 

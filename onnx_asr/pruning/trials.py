@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from onnx_asr.graph.edit import EditPlan, apply
-from onnx_asr.graph.points import Point, weight_of
+from onnx_asr.graph.points import LayerPoint, weight_of
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Fidelity
 from onnx_asr.networks.samples import Calibration
@@ -19,7 +19,7 @@ from onnx_asr.repairing.rows import RowSampler, dense_rows
 
 def try_masks(
     job: RepairJob,
-    readers: Sequence[Sequence[Point]],
+    readers: Sequence[Sequence[LayerPoint]],
     masks: Sequence[Sequence[Mask]],
     calibration: Calibration,
     execution: Execution,
@@ -63,8 +63,7 @@ def _trial(job: RepairJob, samplers: Sequence[RowSampler], mask: Mask, execution
     index, plan = job.networks.pruned, EditPlan()
     for sampler in samplers:
         point = sampler.point
-        assert point.weight_slot is not None
         dense = weight_of(index, point)
-        plan.values[point.node, point.weight_slot] = np.where(mask, dense, np.zeros((), dense.dtype))
+        plan.values[point.weight] = np.where(mask, dense, np.zeros((), dense.dtype))
         write_refit(job.networks, plan, sampler.again())
     return job.measure(apply(index, plan), execution)

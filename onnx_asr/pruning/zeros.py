@@ -13,8 +13,8 @@ from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, check_finite, load
-from onnx_asr.graph.points import Skip
 from onnx_asr.graph.shapes import Cost, InputShapes, compressed_size, cost, flops
+from onnx_asr.graph.skips import Skip
 from onnx_asr.graph.sparsity import LayerSparsity, share_of_zeros, starved
 from onnx_asr.networks.execution import Execution, Progress
 from onnx_asr.numerics.patterns import Pattern, check_sparsity
@@ -140,7 +140,7 @@ def prune(
     check_finite(index, "dense")
     before = cost(index, input_shapes)
     weights, skips = prunable_weights(index, include, exclude)
-    weights, narrow = split_narrow(index, weights, shape)
+    weights, narrow = split_narrow(weights, shape)
     points = [weight.points[0] for weight in weights]
     costs = None
     if data is None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from onnx_asr.engine.lane import Chunk, Lane
 from onnx_asr.graph.edit import EditPlan
-from onnx_asr.graph.points import Point
+from onnx_asr.graph.points import LayerPoint, Point
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Networks, by_level, overflow, unequal
 from onnx_asr.networks.parameters import plan_affine, plan_batchnorm, read_batchnorm, read_bias
@@ -97,7 +97,7 @@ def paired_track(networks: Networks, plan: EditPlan, power: float = 0.0) -> Trac
         if correlated:
             assert measured.correlation is not None
             shrinkage = paired_shrinkage(measured.correlation, power)
-        if point.batchnorm is None:
+        if isinstance(point, LayerPoint) and point.batchnorm is None:
             return _into_weights(networks, plan, lane, point, affine, measured, shrinkage)
         return _into_batchnorm(networks, plan, point, affine, measured, shrinkage)
 
@@ -107,11 +107,12 @@ def paired_track(networks: Networks, plan: EditPlan, power: float = 0.0) -> Trac
 def gain_track(networks: Networks, plan: EditPlan, method: GainMethod, prior: Prior, bias_correction: bool) -> Track:
     """Scale the filters of every convolution but the first (ASR paper, Algorithm 1, before its last step)."""
     first = networks.first_layers()
-    points = [p for p in networks.survey.points if p.kind in ("Conv", "ConvTranspose") and p.node not in first]
+    points = [p for p in networks.survey.layers if p.layer.is_convolution and p.node not in first]
 
     def rule(lane: Lane, point: Point, measured: Measured) -> PointReport:
         dense, pruned = measured.dense, measured.pruned
         assert dense is not None
+        assert isinstance(point, LayerPoint)
         shrinkage = None
         if method == "asr":
             gain, shrinkage = asr_gain(dense, pruned, prior), asr_reliability(pruned, prior)
@@ -282,7 +283,7 @@ def _into_weights(
     networks: Networks,
     plan: EditPlan,
     lane: Lane,
-    point: Point,
+    point: LayerPoint,
     affine: ChannelAffine,
     measured: Measured,
     shrinkage: Floats | None,

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from onnx_asr.data import Dataset
 from onnx_asr.errors import DataError, OptionError
 from onnx_asr.graph.edit import EditPlan
-from onnx_asr.graph.points import Skip
+from onnx_asr.graph.points import NormPoint
+from onnx_asr.graph.skips import Reason, Skip
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Networks
 from onnx_asr.networks.samples import Calibration, load_calibration
@@ -19,6 +20,17 @@ from onnx_asr.repairing.moving_average import recalibrate_ema
 from onnx_asr.repairing.options import Method, RepairOptions
 from onnx_asr.repairing.point_report import Reports
 from onnx_asr.repairing.refit import repair_refit
+
+ONLY_BATCHNORM = Reason(
+    "no-batchnorm", "no BatchNormalization belongs to it; method 'bn' changes only BatchNormalizations"
+)
+NO_DENSE = Reason(
+    "no-batchnorm-no-dense", "no BatchNormalization belongs to it, and there is no dense model to compare with"
+)
+MATCHED_BEFORE = Reason("matched-upstream", "its input is already matched by the refit of the layers before it")
+CLASSIFIER_OFF = Reason("classifier-off", "the refit of Gemm and MatMul nodes is switched off")
+FIRST_LAYER = Reason("first-layer", "first layer: method '{method}' does not change it")
+CONVOLUTIONS_ONLY = Reason("convolutions-only", "method '{method}' scales only convolutions")
 
 
 def check_method(method: Method, *, dense: bool, batchnorm: bool) -> None:
@@ -130,16 +142,16 @@ def untouched(networks: Networks, reports: Reports, options: RepairOptions) -> l
         if point.node in reports:
             continue
         if options.method == "bn":
-            reason = "no BatchNormalization belongs to it; method 'bn' changes nothing else"
+            reason = ONLY_BATCHNORM
         elif networks.dense is None:
-            reason = "no BatchNormalization belongs to it, and there is no dense model to compare with"
-        elif options.method == "refit" and point.weight_slot is None:
-            reason = "what it reads is matched by the refit before it"
+            reason = NO_DENSE
+        elif options.method == "refit" and isinstance(point, NormPoint):
+            reason = MATCHED_BEFORE
         elif options.method == "refit":
-            reason = "the refit of Gemm and MatMul nodes was switched off"
+            reason = CLASSIFIER_OFF
         elif point.node in first:
-            reason = f"first layer: method '{options.method}' leaves it alone"
+            reason = FIRST_LAYER.format(method=options.method)
         else:
-            reason = f"method '{options.method}' scales convolutions only"
-        skips.append(Skip(point.node, point.name, point.kind, reason))
+            reason = CONVOLUTIONS_ONLY.format(method=options.method)
+        skips.append(Skip.of(point, reason))
     return skips

@@ -17,14 +17,13 @@ from onnx_asr.engine.lane import Lane
 from onnx_asr.graph.context import Context, contexts, steps
 from onnx_asr.graph.edit import EditPlan, stored
 from onnx_asr.graph.index import GraphIndex
-from onnx_asr.graph.points import Point
+from onnx_asr.graph.points import LayerPoint
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Networks
 from onnx_asr.networks.parameters import (
     plan_batchnorm,
     plan_bias,
     plan_rows,
-    read_alpha,
     read_batchnorm,
     read_bias,
     read_rows,
@@ -71,7 +70,7 @@ def repair_refit(
     index = networks.pruned
     items = contexts(index, networks.survey.points)
     if not recipe.classifier:
-        items = [item for item in items if item.point.kind not in ("Gemm", "MatMul")]
+        items = [item for item in items if item.point.layer.is_convolution]
     numbers = {item.point.node: number for number, item in enumerate(items)}
     reports: Reports = {}
     known = bool(kept)
@@ -122,7 +121,7 @@ def write_refit(networks: Networks, plan: EditPlan, job: RowSampler, narrow: Seq
         narrow: As for :func:`repair_refit`.
     """
     index, point = networks.pruned, job.point
-    alpha = read_alpha(index, point)
+    alpha = point.layer.alpha
 
     def by_folded(choose: Choice) -> Choice:
         return lambda rows: choose(_unfolded(index, plan, point, rows / alpha)[0])
@@ -147,7 +146,7 @@ def _round(index: GraphIndex, plan: EditPlan, node: int) -> None:
         plan.values[key] = stored(index, *key, value)
 
 
-def _unfolded(index: GraphIndex, plan: EditPlan, point: Point, folded: Floats) -> tuple[Floats, Floats, Mask]:
+def _unfolded(index: GraphIndex, plan: EditPlan, point: LayerPoint, folded: Floats) -> tuple[Floats, Floats, Mask]:
     """``V`` as rows ``W`` [C_out, K] of a convolution, the slopes ``a`` [C_out] for it, and which are as they were.
 
     ``W = V / a`` where that stays within ten times the row's largest weight; else the BatchNormalization's scale takes
@@ -164,7 +163,7 @@ def _unfolded(index: GraphIndex, plan: EditPlan, point: Point, folded: Floats) -
     return folded / np.where(slope == 0, 1.0, slope)[:, None], slope, fits
 
 
-def _unfold(index: GraphIndex, plan: EditPlan, point: Point, folded: Floats, bias: Floats) -> None:
+def _unfold(index: GraphIndex, plan: EditPlan, point: LayerPoint, folded: Floats, bias: Floats) -> None:
     """Write ``y = V x + b`` as a convolution and its BatchNormalization."""
     assert point.batchnorm is not None
     old = read_batchnorm(index, plan, point.batchnorm)

@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx
 
-from onnx_asr.graph.points import Skip
+from onnx_asr.graph.skips import Skip
 from onnx_asr.networks.fidelity import Fidelity
 from onnx_asr.repairing.options import RepairOptions
 from onnx_asr.repairing.point_report import PointReport

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from onnx_asr.engine.lane import Chunk
 from onnx_asr.graph.context import Context, contexts, steps
 from onnx_asr.graph.edit import EditPlan
-from onnx_asr.graph.index import attribute
-from onnx_asr.graph.points import Point
+from onnx_asr.graph.index import GraphIndex, attribute
+from onnx_asr.graph.points import LayerPoint, Point
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Networks, overflow, unequal
-from onnx_asr.networks.parameters import read_alpha, read_batchnorm, read_rows
+from onnx_asr.networks.parameters import read_batchnorm, read_rows
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.walk import Walk
 from onnx_asr.numerics.moments import Floats
@@ -147,8 +147,8 @@ class RowSampler:
         self, source: NDArray[Any], shape: tuple[int, ...]
     ) -> tuple[NDArray[np.float32], Callable[[NDArray[Any]], NDArray[np.float32]]]:
         samples = min(self._calibration.batch_size, self._calibration.count - self._seen)
-        if self.point.kind in ("Gemm", "MatMul"):
-            if self.point.kind == "Gemm" and attribute(self.networks.pruned.nodes[self.point.node], "transA", 0):
+        if not self.point.layer.is_convolution:
+            if self.point.layer.input_axis == 0:
                 source = source.T
             height = math.prod(shape) // self.point.channels
             if source.size // source.shape[self.point.channel_axis] != height:
@@ -170,7 +170,7 @@ class RowSampler:
     def _start(
         self, channels: int, input_shape: tuple[int, ...], output_shape: tuple[int, ...], images: int
     ) -> _SpatialSampling:
-        geometry = conv_geometry(self.networks, self.point, input_shape, output_shape)
+        geometry = conv_geometry(self.networks.pruned, self.point, input_shape, output_shape)
         width = channels * math.prod(geometry.kernel)
         rows = min(self._recipe.rows, max(1, MAX_ROW_BYTES // (4 * width)))
         seed = (self._recipe.seed, self._number)
@@ -257,7 +257,7 @@ class RowSampler:
         networks, nothing = self.networks, EditPlan()
         assert networks.dense is not None
         twin = networks.dense_point(self.point)
-        rows = read_alpha(networks.dense, twin) * read_rows(networks.dense, nothing, twin)
+        rows = twin.layer.alpha * read_rows(networks.dense, nothing, twin)
         if twin.batchnorm is None:
             return np.asarray(rows)
         return np.asarray(rows * read_batchnorm(networks.dense, nothing, twin.batchnorm).slope[:, None])
@@ -398,18 +398,18 @@ class _SpatialSampling:
 
 
 def conv_geometry(
-    networks: Networks, point: Point, input_shape: tuple[int, ...], output_shape: tuple[int, ...]
+    index: GraphIndex, point: LayerPoint, input_shape: tuple[int, ...], output_shape: tuple[int, ...]
 ) -> ConvGeometry:
     """Kernel, strides, dilations, groups and leading pads of a Conv or ConvTranspose (ONNX defaults filled in)."""
-    index = networks.pruned
     node = index.nodes[point.node]
-    kernel = tuple(index.value(node.input[1]).shape[2:])
+    layout = point.layer.layout
+    kernel = layout.shape[2:]
     axes = len(kernel)
     strides = tuple(attribute(node, "strides", [1] * axes))
     dilations = tuple(attribute(node, "dilations", [1] * axes))
     pads = tuple(attribute(node, "pads", [0] * (2 * axes)))[:axes]
     mode = attribute(node, "auto_pad", b"NOTSET").decode()
-    transposed = point.kind == "ConvTranspose"
+    transposed = point.layer.is_transposed
     if mode == "VALID":
         pads = (0,) * axes
     elif mode != "NOTSET" or (transposed and attribute(node, "output_shape", None)):
@@ -423,7 +423,7 @@ def conv_geometry(
             )
             for a in range(axes)
         )
-    return ConvGeometry(kernel, strides, dilations, pads, int(attribute(node, "group", 1)), transposed)
+    return ConvGeometry(kernel, strides, dilations, pads, layout.groups, transposed)
 
 
 def _leading_pad(total: int, larger_first: bool) -> int:

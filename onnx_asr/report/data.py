@@ -15,7 +15,7 @@ from onnx_asr.data import Dataset, Preprocessing
 from onnx_asr.errors import DataError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, load
-from onnx_asr.graph.points import Skip
+from onnx_asr.graph.skips import Skip
 from onnx_asr.measuring.damage import COLLAPSED_RATIO, DAMAGE_SAMPLES, PointDamage, draw_samples, measure_damage
 from onnx_asr.measuring.evaluation import measure
 from onnx_asr.measuring.inspection import Inspection, Layer, describe

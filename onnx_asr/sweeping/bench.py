@@ -221,5 +221,5 @@ def _opened(setup: Setup, dense: onnx.ModelProto, data: DataSource | Dataset, la
 def _survivors(model: onnx.ModelProto, zeros: bool = False) -> int:
     """Weights of a model that are not zero, or all of them."""
     index = GraphIndex.of(model)
-    values = [weight_of(index, point) for point in survey(index).points if point.weight_slot is not None]
+    values = [weight_of(index, point) for point in survey(index).layers]
     return sum(value.size if zeros else int(np.count_nonzero(value)) for value in values)

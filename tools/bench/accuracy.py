@@ -63,13 +63,11 @@ def with_mask_of(dense: onnx.ModelProto, pruned: onnx.ModelProto) -> onnx.ModelP
     """Zero the weights of a twin where those of a pruned model are zero, matched by order of correction points."""
     target, source = GraphIndex.of(dense), GraphIndex.of(pruned)
     plan = EditPlan()
-    weights = [[p for p in survey(index).points if p.weight_slot is not None] for index in (target, source)]
+    weights = [survey(index).layers for index in (target, source)]
     for mine, other in zip(*weights, strict=True):
-        assert mine.weight_slot is not None
-        assert other.weight_slot is not None
-        value = target.value(target.nodes[mine.node].input[mine.weight_slot])
-        mask = source.value(source.nodes[other.node].input[other.weight_slot]) != 0
-        plan.values[mine.node, mine.weight_slot] = np.where(mask, value, np.zeros((), value.dtype))
+        value = target.value(target.nodes[mine.node].input[mine.layer.weight_slot])
+        mask = source.value(source.nodes[other.node].input[other.layer.weight_slot]) != 0
+        plan.values[mine.weight] = np.where(mask, value, np.zeros((), value.dtype))
     return apply(target, plan)
 
 

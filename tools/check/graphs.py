@@ -286,7 +286,8 @@ def differences(pruned: onnx.ModelProto, repaired: onnx.ModelProto) -> list[str]
     """What differs besides parameters of points, doc strings of their nodes, and the tool's metadata."""
     index = GraphIndex.of(pruned)
     found = survey(index)
-    allowed = {position for p in found.points for position in (p.node, p.batchnorm, p.bias_node)}
+    allowed = {position for p in found.points for position in (p.node, p.batchnorm)}
+    allowed |= {p.bias[0] for p in found.layers if p.bias is not None}
     reads = set(_reads(index, allowed))
     rest = list(repaired.graph.node)
     wrong = []

@@ -42,14 +42,13 @@ def test_gain_and_shift_are_what_the_layer_does_afterwards(name: str) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_zeros_in_the_weight_stay(name: str) -> None:
     model, _, point = layer(name)
-    assert point.weight_slot is not None
     weight = constant(model, "w").copy()
     weight[np.random.default_rng(0).random(weight.shape) < 0.7] = 0.0
-    set_parameter(model, point.node, point.weight_slot, weight)
+    set_parameter(model, *point.weight, weight)
     found, plan = index(model), EditPlan()
     plan_affine(found, plan, point, ChannelAffine(np.linspace(0.1, 1e6, point.channels), np.ones(point.channels)))
     edited = apply(found, plan)
-    after = constant(edited, edited.graph.node[point.node].input[point.weight_slot])
+    after = constant(edited, edited.graph.node[point.node].input[point.layer.weight_slot])
     np.testing.assert_array_equal(after == 0, weight == 0)
 
 

@@ -14,11 +14,10 @@ from typing import Any
 import onnx
 
 from onnx_asr.graph.index import GraphIndex, attribute, is_standard
-from onnx_asr.graph.points import is_channel_bias
+from onnx_asr.graph.layers import CONVOLUTIONS, Layer, is_channel_bias
 
 _NEUTRAL = {"strides": 1, "dilations": 1, "pads": 0, "output_padding": 0}
 _REDUNDANT = {"kernel_shape", "training_mode", "momentum", "spatial", "consumed_inputs", "storage_order"}
-_BIAS_OPTIONAL = ("Conv", "ConvTranspose")
 _COMMUTATIVE = ("Add", "Mul", "Sum", "Max", "Min")
 _SHAPED = ("Reshape", "Resize", "Upsample", "Expand", "Tile")
 _REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2")
@@ -89,7 +88,7 @@ def form_of(index: GraphIndex, position: int) -> Form:
         return replace(plain, inputs=data)
     if is_standard(node, "Slice"):
         return _sliced(index, plain)
-    if is_standard(node, *_BIAS_OPTIONAL):
+    if is_standard(node, *CONVOLUTIONS):
         return replace(plain, inputs=plain.inputs[:2])
     return plain
 
@@ -143,20 +142,18 @@ def _linear(index: GraphIndex, position: int) -> Form | None:
 
 
 def _linear_form(index: GraphIndex, position: int, bias: int) -> Form | None:
-    node = index.nodes[position]
-    if not index.is_constant(node.input[1]) or attribute(node, "transA", 0):
+    layer = Layer.of(index, position)
+    if not isinstance(layer, Layer) or layer.weight_slot != 1 or layer.input_axis == 0:
         return None
-    shape = index.value(node.input[1]).shape
-    if len(shape) != 2:
-        return None
+    layout = layer.layout
     return Form(
         operator=("", "Gemm"),
-        parameters={name: attribute(node, name, 1.0) for name in ("alpha", "beta")},
+        parameters={"alpha": layer.alpha, "beta": layer.beta},
         defaults={},
-        inputs=[node.input[0]],
+        inputs=[index.nodes[position].input[layer.data_slot]],
         node=position,
         bias=bias,
-        weight_shape=shape if attribute(node, "transB", 0) else shape[::-1],
+        weight_shape=(layout.outputs, layout.inputs),
     )
 
 

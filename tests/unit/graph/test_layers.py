@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import doctest
+
+import numpy as np
+import pytest
+
+from onnx_asr.graph import layers
+from onnx_asr.graph.layers import Layer, WeightLayout
+from tests.graphs import LAYERS, copy, first_output, index, layer, parameter, set_parameter
+
+LAYOUTS = [
+    WeightLayout((6, 2, 3, 5), groups=3),
+    WeightLayout((6, 2, 3, 5), groups=3, inputs_first=True),
+    WeightLayout((4, 1, 3), groups=4),
+    WeightLayout((5, 7)),
+    WeightLayout((5, 7), inputs_first=True),
+]
+
+
+def test_the_examples_in_the_docstrings_are_right() -> None:
+    found = doctest.testmod(layers)
+    assert found.attempted >= 8
+    assert found.failed == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_form_holds_every_weight_once_and_goes_back(layout: WeightLayout) -> None:
+    stored = np.arange(np.prod(layout.shape)).reshape(layout.shape)
+    forms = (
+        (layout.to_rows(stored), layout.from_rows),
+        (layout.to_blocks(stored), layout.from_blocks),
+        (layout.to_patches(stored), layout.from_patches),
+    )
+    for form, back in forms:
+        assert sorted(form.ravel()) == list(range(stored.size))
+        np.testing.assert_array_equal(back(form), stored)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_and_patches_order_the_blocks(layout: WeightLayout) -> None:
+    """Blocks [G, O, I, k] are rows [G O, I k] and, with the last two axes swapped, patches [G, O, k I]."""
+    stored = np.arange(np.prod(layout.shape)).reshape(layout.shape)
+    blocks = layout.to_blocks(stored)
+    assert blocks.shape == (layout.groups, layout.outputs, layout.inputs, layout.taps)
+    np.testing.assert_array_equal(layout.to_rows(stored), blocks.reshape(layout.channels, -1))
+    np.testing.assert_array_equal(layout.to_patches(stored), blocks.swapaxes(2, 3).reshape(*blocks.shape[:2], -1))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_input_channel_is_read_by_its_own_blocks_alone(name: str) -> None:
+    """Zeros in blocks [g, :, i] do what zeros in input channel g I + i do."""
+    model, x, point = layer(name)
+    layout, axis = point.layer.layout, point.layer.input_axis
+    for channel in range(layout.groups * layout.inputs):
+        blocks = layout.to_blocks(parameter(model, *point.weight)).copy()
+        blocks[channel // layout.inputs, :, channel % layout.inputs] = 0.0
+        unread, silent = copy(model), x.copy()
+        set_parameter(unread, *point.weight, layout.from_blocks(blocks))
+        np.moveaxis(silent, axis, 0)[channel] = 0.0
+        np.testing.assert_allclose(first_output(unread, x), first_output(model, silent), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_point_carries_the_layer_of_its_node(name: str) -> None:
+    model, _, point = layer(name)
+    assert Layer.of(index(model), point.node) == point.layer
