@@ -13,12 +13,12 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from onnx_asr.cli.demo import DemoResult
-    from onnx_asr.graph.shapes import Cost
     from onnx_asr.graph.skips import Skip
-    from onnx_asr.graph.sparsity import LayerSparsity
     from onnx_asr.measuring.inspection import Inspection, Layer
+    from onnx_asr.networks.cost import Cost
     from onnx_asr.networks.fidelity import Fidelity
     from onnx_asr.networks.latency import Latency
+    from onnx_asr.networks.sparsity import LayerSparsity
     from onnx_asr.pruning.channels import ChannelGroup, ChannelPruneResult
     from onnx_asr.pruning.compression import CompressResult
     from onnx_asr.pruning.sensitivity import SensitivityResult

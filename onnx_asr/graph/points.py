@@ -25,40 +25,14 @@ from onnx_asr.graph.index import (
     node_reads,
     subgraphs,
 )
-from onnx_asr.graph.layers import (
-    LAYERS,
-    NORMALIZATION,
-    PER_CHANNEL_SLOTS,
-    Layer,
-    LayerKind,
-    is_channel_bias,
-)
+from onnx_asr.graph.layers import LAYERS, NORMALIZATION, PER_CHANNEL_SLOTS, Layer, LayerKind, is_channel_bias
 from onnx_asr.graph.skips import Reason, Skip
 
-_QUANTIZED = {
-    "QuantizeLinear",
-    "DequantizeLinear",
-    "DynamicQuantizeLinear",
-    "QLinearConv",
-    "QLinearMatMul",
-    "ConvInteger",
-    "MatMulInteger",
-    "QLinearAdd",
-    "QGemm",
-    "QAttention",
-}
-_OTHER_LAYERS = {
-    "DeformConv",
-    "Einsum",
-    "GRU",
-    "LSTM",
-    "RNN",
-    "FusedConv",
-    "FusedGemm",
-    "FusedMatMul",
-    "NhwcConv",
-    "NhwcFusedConv",
-}
+_QUANTIZED = (
+    "QuantizeLinear DequantizeLinear DynamicQuantizeLinear QLinearConv QLinearMatMul ConvInteger MatMulInteger "
+    "QLinearAdd QGemm QAttention"
+)
+_OTHER_LAYERS = "DeformConv Einsum GRU LSTM RNN FusedConv FusedGemm FusedMatMul NhwcConv NhwcFusedConv"
 
 READS_NO_DATA = Reason("reads-only-constants", "reads only constants, no data")
 NOT_READ = Reason("no-output-depends-on-it", "no output of the model depends on it")
@@ -189,7 +163,7 @@ def refuse_quantized(index: GraphIndex) -> None:
         ModelError: On QuantizeLinear, QLinearConv and their relatives.
     """
     for position, node in enumerate(index.nodes):
-        if node.op_type in _QUANTIZED:
+        if node.op_type in _QUANTIZED.split():
             raise ModelError(
                 f"the model is already quantized (node {index.label(position)} is a {node.op_type}): its weights "
                 "are integers that cannot be repaired; repair the float model first, then quantize the result"
@@ -236,9 +210,14 @@ def without_selected(index: GraphIndex, found: Survey) -> Survey:
         if is_standard(node, "NonMaxSuppression") or not selected.isdisjoint(node_reads(node)):
             selected.update(node.output)
     behind = [point for point in found.points if not selected.isdisjoint(node_reads(index.nodes[point.node]))]
-    skips = [*found.skips, *(Skip.of(point, BEHIND_SELECTION) for point in behind)]
+    skips = [*found.skips, *(skip(point, BEHIND_SELECTION) for point in behind)]
     points = tuple(point for point in found.points if point not in behind)
-    return Survey(points, tuple(sorted(skips, key=lambda skip: skip.node)))
+    return Survey(points, tuple(sorted(skips, key=lambda item: item.node)))
+
+
+def skip(point: Point, reason: Reason) -> Skip:
+    """A point that is not changed."""
+    return Skip(point.node, point.name, point.kind, reason.text, reason.code)
 
 
 def _examine(index: GraphIndex, position: int, level: int) -> Point | Reason | None:
@@ -252,7 +231,7 @@ def _examine(index: GraphIndex, position: int, level: int) -> Point | Reason | N
         channels = int(index.value(node.input[1]).size)
         name = index.label(position)
         return NormPoint(node=position, tensor=node.input[0], channels=channels, level=level, name=name)
-    if node.op_type in _OTHER_LAYERS and any(index.is_constant(name) for name in node.input if name):
+    if node.op_type in _OTHER_LAYERS.split() and any(index.is_constant(name) for name in node.input if name):
         return OTHER_OPERATOR.format(operator=node.op_type)
     inner = next((item for item in _inner_nodes(node) if is_standard(item, *LAYERS, NORMALIZATION)), None)
     return None if inner is None else IN_SUBGRAPH.format(operator=node.op_type, inner=inner.op_type)
@@ -285,15 +264,8 @@ def _layer_point(index: GraphIndex, position: int, level: int) -> LayerPoint | R
                 index.value(add.input[other]), layer.layout.channels, layer.output_axis
             ):
                 tensor, bias = add.output[0], (following, other)
-    return LayerPoint(
-        layer=layer,
-        node=position,
-        tensor=tensor,
-        bias=bias,
-        batchnorm=batchnorm,
-        level=level,
-        name=index.label(position),
-    )
+    name = index.label(position)
+    return LayerPoint(layer=layer, node=position, tensor=tensor, bias=bias, batchnorm=batchnorm, level=level, name=name)
 
 
 def _layer_obstacle(index: GraphIndex, node: onnx.NodeProto, layer: Layer) -> Reason | None:

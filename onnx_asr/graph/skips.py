@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from onnx_asr.graph.points import Point
 
 
 @dataclass(frozen=True)
@@ -43,8 +39,3 @@ class Skip:
     op_type: str
     reason: str
     code: str
-
-    @classmethod
-    def of(cls, point: Point, reason: Reason) -> Skip:
-        """Skip a correction point."""
-        return cls(point.node, point.name, point.kind, reason.text, reason.code)

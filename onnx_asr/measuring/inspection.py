@@ -18,9 +18,9 @@ from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.layers import CONVOLUTIONS
 from onnx_asr.graph.model_io import ModelSource, check_finite, load
 from onnx_asr.graph.points import LayerPoint, Point, Survey, survey, weight_of
-from onnx_asr.graph.shapes import compressed_size
 from onnx_asr.graph.skips import Skip
 from onnx_asr.measuring.damage import DAMAGE_SAMPLES, PointDamage, draw_samples, measure_damage
+from onnx_asr.networks.cost import compressed_size
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Networks, overflow
 from onnx_asr.networks.samples import input_specs

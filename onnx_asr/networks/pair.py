@@ -20,7 +20,7 @@ from onnx_asr.graph.layers import Layer
 from onnx_asr.graph.match import Pairing, match
 from onnx_asr.graph.model_io import check_finite
 from onnx_asr.graph.points import LayerPoint, Point, Survey, survey, weight_of, without_selected
-from onnx_asr.graph.sparsity import LayerSparsity
+from onnx_asr.networks.sparsity import LayerSparsity
 
 
 @dataclass(frozen=True)

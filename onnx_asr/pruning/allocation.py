@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import GraphIndex
-from onnx_asr.graph.shapes import InputShapes, flops_by_node
-from onnx_asr.graph.sparsity import LayerSparsity
+from onnx_asr.graph.shapes import InputShapes
+from onnx_asr.networks.cost import flops_by_node
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Fidelity
 from onnx_asr.networks.samples import Calibration
+from onnx_asr.networks.sparsity import LayerSparsity
 from onnx_asr.numerics.masks import keep_count
 from onnx_asr.numerics.patterns import Pattern
 from onnx_asr.numerics.scores import cheapest_keep

@@ -28,9 +28,10 @@ from onnx_asr.errors import ModelError
 from onnx_asr.graph.edit import EditPlan, set_metadata
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, check_finite, load
-from onnx_asr.graph.points import LayerPoint, survey
-from onnx_asr.graph.shapes import Cost, InputShapes, cost, flops
+from onnx_asr.graph.points import LayerPoint, skip, survey
+from onnx_asr.graph.shapes import InputShapes
 from onnx_asr.graph.skips import Reason, Skip
+from onnx_asr.networks.cost import Cost, cost, flops
 from onnx_asr.networks.execution import Progress, silent
 from onnx_asr.networks.latency import Latency, Stopwatch
 from onnx_asr.networks.parameters import read_batchnorm, read_blocks
@@ -314,7 +315,7 @@ def _uncut(channels: Channels, points: Sequence[LayerPoint], groups: Sequence[Id
         if labels is not None:
             frozen = next((channels.frozen[unit] for unit in labels.ids.tolist() if unit in channels.frozen), None)
             reason = CHANNELS_TIED if frozen is None else CHANNELS_FROZEN.format(why=frozen)
-        skips.append(Skip.of(point, reason))
+        skips.append(skip(point, reason))
     return skips
 
 

@@ -29,11 +29,12 @@ from onnx_asr.errors import OptionError
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, load
-from onnx_asr.graph.shapes import Cost, InputShapes, cost
-from onnx_asr.graph.sparsity import LayerSparsity, starved
+from onnx_asr.graph.shapes import InputShapes
+from onnx_asr.networks.cost import Cost, cost
 from onnx_asr.networks.execution import Execution, silent
 from onnx_asr.networks.pair import Networks
 from onnx_asr.networks.samples import Calibration
+from onnx_asr.networks.sparsity import LayerSparsity, starved
 from onnx_asr.numerics.masks import Mask
 from onnx_asr.numerics.patterns import Pattern, check_sparsity
 from onnx_asr.numerics.refit import Choice

@@ -15,9 +15,9 @@ from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.graph.edit import EditPlan, apply, set_metadata
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.layers import WeightLayout
-from onnx_asr.graph.points import LayerPoint, survey
+from onnx_asr.graph.points import LayerPoint, skip, survey
 from onnx_asr.graph.skips import Reason, Skip
-from onnx_asr.graph.sparsity import LayerSparsity, share_of_zeros
+from onnx_asr.networks.sparsity import LayerSparsity, share_of_zeros
 from onnx_asr.numerics.masks import Mask, block_scores, keep_count, keep_largest, keep_n_of_m, spread_blocks
 from onnx_asr.numerics.patterns import Pattern
 from onnx_asr.numerics.scores import erk_keep
@@ -81,7 +81,7 @@ def prunable_weights(
         if chosen and not barred:
             weights.append(PrunableWeight(tensor, tuple(points)))
         else:
-            skips.append(Skip.of(points[0], EXCLUDED if barred else NOT_INCLUDED))
+            skips.append(skip(points[0], EXCLUDED if barred else NOT_INCLUDED))
     if not weights:
         raise OptionError(
             f"--include {list(include)} and --exclude {list(exclude)} leave no weight to prune; "
@@ -114,7 +114,7 @@ def split_narrow(weights: Sequence[PrunableWeight], pattern: Pattern) -> tuple[l
         if pattern.n is None or inputs >= pattern.m:
             wide.append(weight)
         else:
-            skips.append(Skip.of(weight.points[0], TOO_NARROW.format(inputs=inputs, m=pattern.m, pattern=pattern)))
+            skips.append(skip(weight.points[0], TOO_NARROW.format(inputs=inputs, m=pattern.m, pattern=pattern)))
     if not wide:
         raise OptionError(
             f"no weight has the {pattern.m} input channels that pattern {pattern} needs: give one of smaller groups"

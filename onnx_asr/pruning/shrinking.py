@@ -28,7 +28,8 @@ from onnx_asr.graph.edit import EditPlan, set_metadata
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, check_finite, load
 from onnx_asr.graph.points import LayerPoint, survey
-from onnx_asr.graph.shapes import Cost, InputShapes, cost
+from onnx_asr.graph.shapes import InputShapes
+from onnx_asr.networks.cost import Cost, cost
 from onnx_asr.networks.execution import Progress, silent
 from onnx_asr.networks.latency import random_feeds
 from onnx_asr.networks.parameters import plan_affine, read_blocks

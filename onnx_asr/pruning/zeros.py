@@ -13,10 +13,11 @@ from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, check_finite, load
-from onnx_asr.graph.shapes import Cost, InputShapes, compressed_size, cost, flops
+from onnx_asr.graph.shapes import InputShapes
 from onnx_asr.graph.skips import Skip
-from onnx_asr.graph.sparsity import LayerSparsity, share_of_zeros, starved
+from onnx_asr.networks.cost import Cost, compressed_size, cost, flops
 from onnx_asr.networks.execution import Execution, Progress
+from onnx_asr.networks.sparsity import LayerSparsity, share_of_zeros, starved
 from onnx_asr.numerics.patterns import Pattern, check_sparsity
 from onnx_asr.pruning.allocation import Allocation, layer_costs, sensitivities, unit_flops
 from onnx_asr.pruning.budget import Budget, smallest_share

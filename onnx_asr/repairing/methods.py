@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx_asr.data import Dataset
 from onnx_asr.errors import DataError, OptionError
 from onnx_asr.graph.edit import EditPlan
-from onnx_asr.graph.points import NormPoint
+from onnx_asr.graph.points import NormPoint, skip
 from onnx_asr.graph.skips import Reason, Skip
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Networks
@@ -153,5 +153,5 @@ def untouched(networks: Networks, reports: Reports, options: RepairOptions) -> l
             reason = FIRST_LAYER.format(method=options.method)
         else:
             reason = CONVOLUTIONS_ONLY.format(method=options.method)
-        skips.append(Skip.of(point, reason))
+        skips.append(skip(point, reason))
     return skips

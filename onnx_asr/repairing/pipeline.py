@@ -15,11 +15,11 @@ from onnx_asr.data import Dataset, Preprocessing, open_data, sample_indices
 from onnx_asr.data.sources import DataSource
 from onnx_asr.graph.edit import EditPlan, apply
 from onnx_asr.graph.model_io import ModelSource, digest, inlined_functions, load
-from onnx_asr.graph.sparsity import share_of_zeros, starved
 from onnx_asr.networks.execution import Execution, silent
 from onnx_asr.networks.fidelity import Fidelity, Outputs, collect_outputs, compare
 from onnx_asr.networks.pair import Networks
 from onnx_asr.networks.samples import Calibration, batch_size_for, input_specs, load_calibration, whole_batches
+from onnx_asr.networks.sparsity import share_of_zeros, starved
 from onnx_asr.repairing.channelwise import Track, batchnorm_track, paired_track, walk
 from onnx_asr.repairing.methods import check_method, correct, untouched
 from onnx_asr.repairing.options import Method, RepairOptions

@@ -17,7 +17,7 @@ from onnx_asr.channels.rules import trace
 from onnx_asr.channels.units import Channels, Flags, cut, read_kept, units_left_out
 from onnx_asr.errors import ModelError, OptionError, StructureError
 from onnx_asr.graph.points import survey
-from onnx_asr.graph.shapes import cost
+from onnx_asr.networks.cost import cost
 from onnx_asr.networks.latency import random_feeds
 from onnx_asr.pruning.channels import channel_scores, prune_channels
 from onnx_asr.repairing.options import RepairOptions

@@ -16,7 +16,8 @@ import onnx_asr.networks.latency as latency
 import onnx_asr.pruning.channels as channel_pruning
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError, OptionError
-from onnx_asr.graph.shapes import cost, fed_shapes
+from onnx_asr.graph.shapes import fed_shapes
+from onnx_asr.networks.cost import cost
 from onnx_asr.networks.latency import Latency, Stopwatch, measure_latency, random_feeds, time_in_turns
 from onnx_asr.numerics.scores import cheapest_keep
 from onnx_asr.pruning.budget import STEPS, Budget, smallest_share
