@@ -20,7 +20,7 @@ from onnx_asr.engine.lane import Lane
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError, OutputError
 from onnx_asr.graph import tensors
-from tests.graphs import images, index, net, residual_net
+from tests.graphs import images, index, net, residual_net, run
 
 
 def walk(limit: int | None) -> Iterator[np.ndarray]:
@@ -68,6 +68,29 @@ def test_results_belong_to_the_caller_and_inputs_may_be_views() -> None:
         session.run({"x": x[1::2] * 3})
     np.testing.assert_array_equal(first, kept)
     np.testing.assert_array_equal(session.run({"x": x[::2]})["logits"], kept)
+
+
+OTHERS = [name for name in onnxruntime.get_available_providers() if name != "CPUExecutionProvider"]
+
+
+@pytest.mark.skipif(not OTHERS, reason="this onnxruntime has the CPU only")
+@pytest.mark.parametrize("batches", [[4], [4, 4, 4], [4, 3, 4]])
+def test_arrays_go_in_and_out_of_another_provider(batches: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second run of a shape binds arrays, which lie in the memory of the CPU, whatever the provider."""
+    model, feeds = residual_net(), [{"x": images(count, seed=number)} for number, count in enumerate(batches)]
+    expected = [run(model, feed)["logits"] for feed in feeds]
+    asked: list[Any] = []
+    make = onnxruntime.InferenceSession
+
+    def spy(*arguments: Any, providers: Any) -> Any:
+        asked.append(providers)
+        return make(*arguments, providers=providers)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", spy)
+    session = Session(model, Runtime((OTHERS[0], "CPUExecutionProvider"), threads=1))
+    for feed, value in zip(feeds, expected, strict=True):
+        np.testing.assert_allclose(session.run(feed)["logits"], value, atol=1e-5)
+    assert asked == [[OTHERS[0], "CPUExecutionProvider"]]
 
 
 def test_errors_of_the_runtime_are_one_line() -> None:

@@ -276,17 +276,32 @@ def test_a_missing_bias_slot_is_filled() -> None:
     np.testing.assert_allclose(first_output(result, x), first_output(model, x) + bias.reshape(-1, 1, 1), atol=1e-6)
 
 
-def test_new_names_never_collide() -> None:
-    model = net(
-        "g (float[N,2] x) => (float[N,2] w_repaired) { a = MatMul (x, w)  w_repaired = MatMul (a, w) }", w=(2, 2)
-    )
+@pytest.mark.parametrize(
+    "text",
+    [
+        "g (float[N,2] x) => (float[N,2] y) { w_repaired = MatMul (x, w)  y = MatMul (w_repaired, w) }",
+        "g (float[N,2] x) => (float[N,2] w_repaired) { a = MatMul (x, w)  w_repaired = MatMul (a, w) }",
+        "g (float[N,2] x) => (float[N,2] y) { a = MatMul (x, w)  y = MatMul (a, w)  w_repaired = Relu (a) }",
+        "g (float[N,2] x, float[N,2] w_repaired) => (float[N,2] y) { a = MatMul (x, w)  y = MatMul (a, w) }",
+        "g (float[N,2] x) => (float[N,2] y) <float w_repaired = {1.0}> { a = MatMul (x, w)  y = MatMul (a, w) }",
+    ],
+    ids=["inner tensor", "graph output", "tensor that nobody reads", "graph input", "initializer that nobody reads"],
+)
+def test_a_new_name_is_not_one_that_is_there(text: str) -> None:
+    model = net(text, w=(2, 2))
     result = edited(model, {(0, 1): np.zeros((2, 2), np.float32)})
     onnx.checker.check_model(result, full_check=True)
-    every = [name for node in result.graph.node for name in node.output] + names(result)
+    assert list(result.graph.node[0].input) == ["x", "w_repaired_1"]
+    every = [*(name for node in result.graph.node for name in node.output), *names(result), *input_names(result)]
     assert len(set(every)) == len(every)
+
+
+def test_unique_names_are_counted_up_and_taken() -> None:
     taken = {"n", "n_1"}
     assert unique_name(taken, "n") == "n_2"
-    assert "n_2" in taken
+    assert unique_name(taken, "n") == "n_3"
+    assert unique_name(taken, "m") == "m"
+    assert taken == {"n", "n_1", "n_2", "n_3", "m"}
 
 
 def test_notes_are_added_to_doc_strings_and_metadata_is_set() -> None:

@@ -15,6 +15,8 @@ from onnx_asr.numerics.gains import (
     ChannelAffine,
     absorb,
     asr_gain,
+    asr_reliability,
+    is_live,
     layerwise_gain,
     paired,
     raw_gain,
@@ -133,6 +135,46 @@ def test_absorbed_parameters_fit_half_precision(gain: float, shift: float, var: 
     new = absorb(bn, ChannelAffine(np.array([gain]), np.array([shift])))
     for value in (new.mean, new.var):
         assert (np.abs(value) < 65504).all()
+
+
+def absorbed(gain: float, shift: float = 0.0, var: float = 1.0, epsilon: float = 1e-5) -> BatchNormParameters:
+    bn = BatchNormParameters(np.array([1.5]), np.array([0.5]), np.array([0.0]), np.array([var]), epsilon)
+    return absorb(bn, ChannelAffine(np.array([gain]), np.array([shift])))
+
+
+@pytest.mark.parametrize("value", [5.9e4, 6.1e4])
+def test_statistics_that_float16_may_not_hold_go_into_scale_and_bias(value: float) -> None:
+    """The limit is 6e4; float16 ends at 65,504, and rounds what is above 65,520 to infinity."""
+    for new, statistic in (
+        (absorbed(1 / math.sqrt(value)), "var"),
+        (absorbed(1.0, value), "mean"),
+        (absorbed(1.0, -value), "mean"),
+    ):
+        written = abs(getattr(new, statistic)[0])
+        assert written == (pytest.approx(value, rel=1e-4) if value < 6e4 else {"var": 1.0, "mean": 0.0}[statistic])
+        assert (new.scale[0] == 1.5 and new.bias[0] == 0.5) == (value < 6e4)
+        assert np.isfinite(np.float16(written))
+
+
+@pytest.mark.parametrize(("ratio", "in_statistics"), [(1.1e-3, True), (0.9e-3, False), (-0.5, False)])
+def test_variances_tiny_against_epsilon_go_into_the_scale(ratio: float, in_statistics: bool) -> None:
+    """A variance of `ratio` times epsilon, in a BatchNormalization whose own variance is 0."""
+    gain = 1 / math.sqrt(1 + ratio)
+    new = absorbed(gain, var=0.0, epsilon=1e-3)
+    assert new.var[0] == (pytest.approx(ratio * 1e-3) if in_statistics else 0.0)
+    assert new.scale[0] == pytest.approx(1.5 if in_statistics else 1.5 * gain, rel=1e-12)
+
+
+def test_a_channel_is_live_above_a_hundred_thousandth_of_its_reference() -> None:
+    found = moments([3.0, 3.0, 0.0, 0.0], [(3.3e-5) ** 2, (2.7e-5) ** 2, (1.1e-5) ** 2, (0.9e-5) ** 2])
+    dense = moments([0.0] * 4, [1.0] * 4)
+    np.testing.assert_array_equal(is_live(dense, found), [True, False, True, False])
+    np.testing.assert_array_equal(is_live(None, found), [True, False, True, True])
+
+
+def test_the_reliability_has_a_floor_where_the_prior_is_zero() -> None:
+    found = moments([0.0] * 3, [1e-12, 3e-12, 0.0])
+    np.testing.assert_allclose(asr_reliability(found, 0.0), [0.5, 0.75, 0.0])
 
 
 def test_absorb_leaves_scale_and_bias_where_statistics_can_take_it() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from onnx_asr.numerics.masks import block_scores, keep_count, keep_largest, keep_n_of_m, spread_blocks
+from onnx_asr.numerics.masks import block_scores, find_n_of_m, keep_count, keep_largest, keep_n_of_m, spread_blocks
 
 small = hnp.arrays(np.float64, hnp.array_shapes(max_dims=3, max_side=4), elements=st.integers(0, 4).map(float))
 
@@ -63,3 +63,54 @@ def test_blocks_are_means_and_spread_to_their_members(groups: int, outputs: int,
         members = scores[:, start : start + height]
         np.testing.assert_allclose(blocks[:, start // height], members.mean(axis=1))
         assert (spread[:, start : start + height] == (blocks[:, start // height] > 0.5)[:, None]).all()
+
+
+def dense_mask(outputs: int, inputs: int, taps: int = 1) -> np.ndarray:
+    return np.ones((outputs, inputs, taps), bool)
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (1, 4), (2, 4), (3, 4), (5, 8), (7, 16)])
+@pytest.mark.parametrize("inputs", [16, 17, 35])
+def test_a_pattern_is_found_whatever_the_last_group(n: int, m: int, inputs: int) -> None:
+    scores = np.random.default_rng(0).random((6, inputs, 3))
+    assert find_n_of_m(keep_n_of_m(scores, n, m)) == (n, m)
+
+
+def test_the_pattern_of_the_smallest_group_is_found() -> None:
+    """1:2 everywhere is 2:4 and 4:8 as well."""
+    mask = dense_mask(4, 16)
+    mask[:, ::2] = False
+    assert find_n_of_m(mask) == (1, 2)
+
+
+@pytest.mark.parametrize(("fuller", "found"), [(0, (2, 4)), (1, None)])
+def test_one_group_with_too_much_is_no_pattern(fuller: int, found: tuple[int, int] | None) -> None:
+    mask = keep_n_of_m(np.random.default_rng(0).random((5, 8, 1)), 2, 4)
+    mask[:fuller, :4] = True
+    assert find_n_of_m(mask) == found
+
+
+@pytest.mark.parametrize(("emptied", "found"), [(2, (2, 4)), (3, None)])
+def test_a_tenth_of_the_groups_may_hold_less(emptied: int, found: tuple[int, int] | None) -> None:
+    """Two of 20 groups, but not three."""
+    mask = keep_n_of_m(np.random.default_rng(0).random((5, 16, 1)), 2, 4)
+    mask[:emptied, :4] = False
+    assert find_n_of_m(mask) == found
+
+
+@pytest.mark.parametrize(("left", "found"), [(2, (2, 4)), (3, (4, 8))])
+def test_a_last_short_group_has_the_same_limit(left: int, found: tuple[int, int]) -> None:
+    """Three of three are too many for 2:4, but not for 4:8, which two groups of 2:4 follow as well."""
+    mask = keep_n_of_m(np.random.default_rng(0).random((5, 11, 1)), 2, 4)
+    mask[:, 8:] = False
+    mask[2, 8 : 8 + left] = True
+    assert find_n_of_m(mask) == found
+
+
+@pytest.mark.parametrize("mask", [dense_mask(3, 16), ~dense_mask(3, 16), dense_mask(3, 1), ~dense_mask(3, 1)])
+def test_dense_empty_and_narrow_weights_have_no_pattern(mask: np.ndarray) -> None:
+    assert find_n_of_m(mask) is None
+
+
+def test_scattered_zeros_are_no_pattern() -> None:
+    assert find_n_of_m(np.random.default_rng(0).random((8, 32, 3)) < 0.5) is None

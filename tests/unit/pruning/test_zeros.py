@@ -15,6 +15,7 @@ from onnx_asr.pruning.zeros import prune
 from onnx_asr.repairing.options import RepairOptions
 from onnx_asr.repairing.pipeline import repair
 from tests.graphs import (
+    constant,
     copy,
     dense_net,
     digit_images,
@@ -217,6 +218,27 @@ def test_a_weight_that_two_layers_share_stays_shared_and_counts_once() -> None:
     assert (weight == 0).sum() == 8
     x = np.ones((1, 4), np.float32)
     np.testing.assert_allclose(first_output(result.model, x), x @ weight @ weight, rtol=1e-5)
+
+
+@pytest.mark.parametrize("excluded", ["Conv:a", "Conv:y", "^w$"])
+def test_a_weight_that_an_excluded_layer_shares_is_not_pruned(excluded: str) -> None:
+    text = (
+        "g (float[N,4,8,8] x) => (float[N,4,H,W] y) { a = Conv (x, w)  r = Relu (a)  b = Conv (r, v)  y = Conv (b, w) }"
+    )
+    dense = net(text, w=(4, 4, 1, 1), v=(4, 4, 1, 1))
+    result = prune(dense, 0.5, exclude=[excluded])
+    np.testing.assert_array_equal(constant(result.model, "w"), constant(dense, "w"))
+    assert [(layer.name, layer.zeros) for layer in result.layers] == [("Conv:b", 8)]
+    assert [(skip.name, skip.reason) for skip in result.skips] == [("Conv:a", "excluded by a pattern")]
+
+    x = images(24, seed=1, shape=(4, 8, 8))
+    options = RepairOptions("refit", samples=16, verify_samples=8)
+    repaired = repair(result.model, x, dense=dense, options=options)
+    onnx.checker.check_model(repaired.model, full_check=True)
+    assert repaired.improved
+    assert [point.name for point in repaired.points] == ["Conv:a", "Conv:b", "Conv:y"]
+    zeros_left = constant(repaired.model, "v") == 0
+    np.testing.assert_array_equal(zeros_left, constant(result.model, "v") == 0)
 
 
 def test_names_choose_who_takes_part() -> None:

@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from onnx_asr.data.datasets import TensorDataset
+from onnx_asr.engine.session import Runtime
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.index import GraphIndex
+from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.samples import input_specs
 from onnx_asr.repairing.options import RefitRecipe, RepairOptions
 from onnx_asr.repairing.pipeline import repair, split_samples
@@ -638,3 +641,19 @@ def test_half_precision_models_stay_half_precision() -> None:
         reference = outputs(model, x).astype(float)
         errors = [np.square(outputs(item, x).astype(float) - reference).mean() for item in (damaged, result)]
         assert errors[1] < 0.5 * errors[0]
+
+
+OTHERS = [name for name in onnxruntime.get_available_providers() if name != "CPUExecutionProvider"]
+
+
+@pytest.mark.skipif(not OTHERS, reason="this onnxruntime has the CPU only")
+@pytest.mark.parametrize("method", METHODS)
+def test_another_provider_gives_the_same_repair(method: str) -> None:
+    model, x = model_of("residual"), data_of("residual")
+    damaged, options = pruned_of("residual", 0.5), RepairOptions(method, samples=COUNT, verify_samples=0)
+    values = []
+    for providers in (("CPUExecutionProvider",), (OTHERS[0], "CPUExecutionProvider")):
+        execution = Execution(Runtime(providers, threads=1))
+        values.append(outputs(repair(damaged, x, dense=model, options=options, execution=execution).model, x))
+    np.testing.assert_allclose(values[1], values[0], atol=1e-3 * np.abs(values[0]).max())
+    assert np.abs(values[0] - outputs(damaged, x)).max() > 1e-2
