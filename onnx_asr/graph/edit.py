@@ -7,7 +7,7 @@ one, and gives a private copy to those that get it everywhere else; an original 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from onnx_asr.errors import ModelError
-from onnx_asr.graph.index import GraphIndex, Slot, node_reads
+from onnx_asr.graph.index import GraphIndex, Slot, node_reads, subgraphs
 from onnx_asr.graph.tensors import copied, set_sparse_value
 
 
@@ -61,10 +61,8 @@ def stored(index: GraphIndex, node: int, slot: int, value: NDArray[Any]) -> NDAr
     present = slot < len(inputs) and bool(inputs[slot])
     reference = inputs[slot] if present else next(name for name in inputs[1:] if name and index.is_constant(name))
     result = _cast(index, node, f"input {slot}", reference, value)
-    if present:
-        shape = index.value(reference).shape
-        if int(np.prod(shape)) == result.size:
-            result = result.reshape(shape)
+    if present and index.value(reference).size == result.size:
+        result = result.reshape(index.value(reference).shape)
     return result
 
 
@@ -159,8 +157,8 @@ class _Writer:
         self.nodes = list(model.graph.node)
         self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
         self.sparse = {tensor.values.name: tensor for tensor in model.graph.sparse_initializer}
-        self.taken = set(index.consumers) | set(index.producer) | set(index.initializers) | set(index.sparse)
-        self.taken |= {value.name for value in model.graph.input} | set(index.outputs)
+        self.taken = {*index.producer, *index.initializers, *index.sparse, *(item.name for item in model.graph.input)}
+        self.taken.update(name for node in self.nodes for name in _names_within(node))
         self.replaced: set[str] = set()
         self.written: dict[tuple[str, int], str] = {}
 
@@ -248,6 +246,14 @@ class _Writer:
         add = onnx.helper.make_node("Add", [target.output[0], bias], [output], name=name)
         place = next(i for i, item in enumerate(self.model.graph.node) if item.output[:1] == target.output[:1])
         self.model.graph.node.insert(place + 1, add)
+
+
+def _names_within(node: onnx.NodeProto) -> Iterator[str]:
+    """Names of the tensors that a node's subgraphs make themselves: no outer tensor may have them."""
+    for graph in subgraphs(node):
+        yield from (item.name for item in (*graph.input, *graph.initializer))
+        for inner in graph.node:
+            yield from (*inner.output, *_names_within(inner))
 
 
 def _remove_named(items: Any, name: str) -> None:

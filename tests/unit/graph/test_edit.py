@@ -296,6 +296,47 @@ def test_a_new_name_is_not_one_that_is_there(text: str) -> None:
     assert len(set(every)) == len(every)
 
 
+def test_a_new_name_is_not_that_of_a_sparse_initializer() -> None:
+    model = net("g (float[N,2] x) => (float[N,2] y) { a = MatMul (x, w)  y = MatMul (a, w) }", w=(2, 2))
+    one = numpy_helper.from_array(np.ones(1, np.float32), "w_repaired")
+    place = numpy_helper.from_array(np.zeros(1, np.int64))
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(one, place, [2]))
+    result = edited(model, {(0, 1): np.zeros((2, 2), np.float32)})
+    assert list(result.graph.node[0].input) == ["x", "w_repaired_1"]
+
+
+@pytest.mark.parametrize(
+    ("inner", "sign"),
+    [
+        ("{ w_repaired = Neg (a)  p = Neg (w_repaired) }", 1),
+        ("<float w_repaired = {-1.0}> { p = Mul (a, w_repaired) }", -1),
+        (
+            "{ t = Identity (flag)  p = If (t) < "
+            "then_branch = g () => (float[N,2] w_repaired) { w_repaired = Neg (a) }, "
+            "else_branch = h () => (float[N,2] r) { r = Neg (a) } > }",
+            -1,
+        ),
+    ],
+    ids=["made in a branch", "constant of a branch", "made in a branch of a branch"],
+)
+def test_a_new_name_is_not_that_of_a_tensor_within_a_subgraph(inner: str, sign: int) -> None:
+    model = net(
+        f"""g (float[N,2] x, bool flag) => (float[N,2] y) {{
+          a = MatMul (x, w)
+          c = If (flag) <
+            then_branch = t () => (float[N,2] p) {inner},
+            else_branch = e () => (float[N,2] q) {{ q = Relu (a) }}
+          >
+          y = MatMul (c, w) }}""",
+        w=(2, 2),
+    )
+    result = edited(model, {(0, 1): np.eye(2, dtype=np.float32)})
+    onnx.checker.check_model(result, full_check=True)
+    x = np.ones((1, 2), np.float32)
+    found = run(result, {"x": x, "flag": np.array(True)})["y"]
+    np.testing.assert_allclose(found, sign * x @ constant(model, "w"), rtol=1e-6)
+
+
 def test_unique_names_are_counted_up_and_taken() -> None:
     taken = {"n", "n_1"}
     assert unique_name(taken, "n") == "n_2"
