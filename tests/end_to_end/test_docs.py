@@ -15,11 +15,11 @@ from onnx import numpy_helper
 from PIL import Image
 
 from tests.end_to_end.conftest import PRESET, ROOT, VALIDATION, cli, environment, run_blocks
-from tests.graphs import net
+from tests.graphs import first_output, net
 
 DOCS = ROOT / "docs"
 SECTIONS = re.findall(r"^## (.*)\n((?:(?!^## ).*\n)*)", (DOCS / "howto.md").read_text(), re.MULTILINE)
-QUANTIZE, OPENVINO, TENSORRT = (text for _, text in SECTIONS)
+QUANTIZE, OPENVINO, TENSORRT, GRAPHSURGEON = (text for _, text in SECTIONS)
 
 
 def agreement(path: Path, dense: str) -> float:
@@ -48,6 +48,18 @@ def test_the_pattern_for_tensorrt(folder: Path) -> None:
     assert first["pattern"] == "dense"
     assert {layer["pattern"] for layer in others} == {"2:4"}
     assert agreement(folder / "repaired.onnx", "digits_resnet.onnx") > 0.97
+
+
+def test_graphsurgeon_before_and_after(folder: Path) -> None:
+    pytest.importorskip("onnx_graphsurgeon")
+    assert "closer to the dense model: True" in run_blocks(GRAPHSURGEON, folder)
+    final = onnx.load(folder / "final.onnx")
+    assert {"onnx_asr.kept_channels", "onnx_asr.version"} <= {entry.key for entry in final.metadata_props}
+    pixels = np.load(VALIDATION)["images"].transpose(0, 3, 1, 2).astype(np.float32) / 255
+    probabilities = first_output(final, pixels)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+    scores = first_output(onnx.load(ROOT / "models" / "digits_resnet.onnx"), (pixels - 0.5) / 0.5)
+    assert (probabilities.argmax(axis=1) == scores.argmax(axis=1)).mean() > 0.9
 
 
 def photographs(folder: Path, count: int, seed: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from onnx_asr.graph.model_io import digest, load, save
 from onnx_asr.pruning.compression import CompressOptions
 from onnx_asr.repairing.options import RepairOptions
 from onnx_asr.sweeping import SweepGrid, SweepSettings
-from tests.graphs import MODELS, first_output, images, pruned, residual_net
+from tests.graphs import MODELS, first_output, images, net, pruned, residual_net
 
 Source = Any
 X = images(96, seed=1)
@@ -188,3 +188,76 @@ def test_the_libraries_are_not_imported() -> None:
         "assert not {'onnx_graphsurgeon', 'onnx_ir'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def annotated() -> onnx.ModelProto:
+    """A model with an entry in every place that docs/howto.md says an export drops."""
+    model = net("g (float[N,4] x) => (float[N,4] y) { p = MatMul (x, w)  y = Relu (p) }", w=(4, 4))
+    graph = model.graph
+    model.domain, model.model_version = "domain", 3
+    holders = (model, graph, graph.node[0], graph.input[0], graph.output[0], graph.value_info.add(name="p"))
+    for holder in holders:
+        holder.doc_string = "doc"
+        holder.metadata_props.add(key="key", value="value")
+    graph.node[0].name = "product"
+    graph.value_info[0].type.CopyFrom(graph.output[0].type)
+    graph.value_info.add(name="nobody").type.CopyFrom(graph.output[0].type)
+    graph.input[0].type.denotation = "TENSOR"
+    graph.input.add(name="w").type.CopyFrom(onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, [4, 4]))
+    graph.initializer.add(name="unused", data_type=onnx.TensorProto.FLOAT, dims=[1], raw_data=bytes(4))
+    annotation = graph.quantization_annotation.add(tensor_name="p")
+    annotation.quant_parameter_tensor_names.add(key="SCALE_TENSOR", value="w")
+    return model
+
+
+KEPT: dict[str, Callable[[onnx.ModelProto], object]] = {
+    "weights": lambda model: [tensor.raw_data for tensor in model.graph.initializer if tensor.name == "w"],
+    "operators": lambda model: [(node.name, node.op_type, *node.input) for node in model.graph.node],
+    "opset": lambda model: [(entry.domain, entry.version) for entry in model.opset_import],
+    "shapes of inner tensors": lambda model: [value.type for value in model.graph.value_info if value.name == "p"],
+}
+DROPPED: dict[str, Callable[[onnx.ModelProto], object]] = {
+    "metadata": lambda model: len(model.metadata_props),
+    "doc string": lambda model: model.doc_string,
+    "domain": lambda model: model.domain,
+    "version": lambda model: model.model_version,
+    "metadata of the graph": lambda model: len(model.graph.metadata_props),
+    "metadata of nodes": lambda model: len(model.graph.node[0].metadata_props),
+    "doc strings of nodes": lambda model: model.graph.node[0].doc_string,
+    "metadata of inputs": lambda model: len(model.graph.input[0].metadata_props),
+    "doc strings of inputs": lambda model: model.graph.input[0].doc_string,
+    "denotations": lambda model: model.graph.input[0].type.denotation,
+    "doc strings of outputs": lambda model: model.graph.output[0].doc_string,
+    "doc strings of inner tensors": lambda model: [
+        item.doc_string for item in model.graph.value_info if item.name == "p"
+    ],
+    "shapes of nothing": lambda model: [value.name for value in model.graph.value_info if value.name == "nobody"],
+    "quantization annotations": lambda model: len(model.graph.quantization_annotation),
+    "unused initializers": lambda model: [item.name for item in model.graph.initializer if item.name != "w"],
+    "initializers as inputs": lambda model: [value.name for value in model.graph.input],
+}
+
+
+@pytest.mark.parametrize(
+    ("imported", "dropped"),
+    [(graphsurgeon, DROPPED.keys()), (ir, {"shapes of nothing"})],
+    ids=LIBRARIES,
+)
+def test_what_an_export_drops_is_what_the_documentation_says(
+    imported: Callable[[Path], Source], dropped: Iterable[str], tmp_path: Path
+) -> None:
+    model = annotated()
+    onnx.save(model, tmp_path / "m.onnx")
+    exported = load(imported(tmp_path / "m.onnx"))
+    assert {name for name, of in (KEPT | DROPPED).items() if of(exported) != of(model)} == set(dropped)
+
+
+def test_onnx_ir_drops_sparse_initializers(tmp_path: Path) -> None:
+    model = net("g (float[N,4] x) => (float[N,4] y) { y = MatMul (x, w) }", w=(4, 4))
+    values = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [2], [1.0, 2.0])
+    indices = onnx.helper.make_tensor("indices", onnx.TensorProto.INT64, [2], [0, 5])
+    model.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(values, indices, [4, 4]))
+    del model.graph.initializer[:]
+    onnx.save(model, tmp_path / "m.onnx")
+    assert load(graphsurgeon(tmp_path / "m.onnx")).graph.sparse_initializer
+    assert not load(ir(tmp_path / "m.onnx")).graph.sparse_initializer
