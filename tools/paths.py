@@ -7,4 +7,4 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "models"
 """The embedded nets."""
 ASSETS = ROOT.parent / "shared" / "assets"
-"""Larger nets and images, which are not part of the repository: beside it, where they are there at all."""
+"""Larger nets and images. They are not part of the repository; scripts that need them look beside it."""

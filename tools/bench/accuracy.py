@@ -60,7 +60,7 @@ class Record:
 
 
 def with_mask_of(dense: onnx.ModelProto, pruned: onnx.ModelProto) -> onnx.ModelProto:
-    """Zero the weights of a twin where those of a pruned model are zero, matched by order of correction points."""
+    """Zero the weights of the other graph where those of a pruned model are zero; points are matched by their order."""
     target, source = GraphIndex.of(dense), GraphIndex.of(pruned)
     plan = EditPlan()
     weights = [survey(index).layers for index in (target, source)]
@@ -72,7 +72,7 @@ def with_mask_of(dense: onnx.ModelProto, pruned: onnx.ModelProto) -> onnx.ModelP
 
 
 def prune(model: onnx.ModelProto, sparsity: str) -> onnx.ModelProto:
-    """Prune to a share of zeros, or to a pattern such as 2:4."""
+    """Prune to a sparsity, or to a pattern such as 2:4."""
     if ":" in sparsity:
         return onnx_asr.prune(model, pattern=sparsity).model
     return onnx_asr.prune(model, float(sparsity)).model
@@ -102,7 +102,7 @@ def repaired(
         settings = RepairOptions(samples=count, verify_samples=0, refit=recipe_of(overrides))
         options = onnx_asr.CompressOptions(**goal, **overrides)
         return onnx_asr.compress(dense, options=options, repair_options=settings, **arguments).repair
-    held_out = 256 if name == "auto" else 0  # auto holds images out of those it is given
+    held_out = 256 if name == "auto" else 0  # auto splits off held-out images itself
     return onnx_asr.repair(
         pruned, dense=dense, options=method_options(method, samples=count, verify_samples=held_out), **arguments
     )
@@ -161,7 +161,7 @@ def measure(name: str, images: Images, sparsities: Sequence[str], arguments: arg
 
 
 def table(records: Sequence[Record], graph: str) -> str:
-    """A row a method, a column a sparsity: top-1 in percent (KL), and what auto chose."""
+    """One row per method, one column per sparsity: top-1 in percent (KL), and what auto chose."""
 
     def cell(item: Record) -> str:
         return f"{100 * item.top1:.1f} ({item.kl:.3f})" + (f" {item.chosen}" if item.chosen else "")
@@ -185,7 +185,7 @@ def table(records: Sequence[Record], graph: str) -> str:
 
 
 def choices(records: Sequence[Record]) -> str:
-    """What auto chose where another repair has the higher top-1, and what that cost; nothing where auto did not run."""
+    """List the cells in which another repair beats the one auto chose, and the cost; empty if auto did not run."""
     lines, costs = [], []
     for auto in (item for item in records if item.method == "auto"):
         cell = (auto.net, auto.graph, auto.sparsity)
@@ -209,8 +209,8 @@ def choices(records: Sequence[Record]) -> str:
 def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
-    parser.add_argument("--graphs", nargs="+", help='of "bn", "folded", "folded, mask of bn"; default: all')
-    parser.add_argument("--sparsities", nargs="+", help="shares of zeros, or N:M; default: by net")
+    parser.add_argument("--graphs", nargs="+", help='any of "bn", "folded", "folded, mask of bn"; default: all')
+    parser.add_argument("--sparsities", nargs="+", help="sparsities, or N:M; default: by net")
     parser.add_argument("--methods", nargs="+", default=[name for name in METHODS if name != "auto"])
     parser.add_argument("--images", type=int, default=512, help="calibration images")
     add_threads(parser)

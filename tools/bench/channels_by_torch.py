@@ -3,8 +3,8 @@
     python -m tools.bench.channels_by_torch [--goals 0.2 0.3 0.5 flops:0.5] [--importance magnitude group bn]
 
 The weights of the ONNX file go into torchvision's resnet18, whose outputs have to agree with onnxruntime's; then
-Torch-Pruning's dependency graph removes a share of the channels of every layer but the classifier, or the smallest
-share that leaves so many of the FLOPs, and BatchNormalization is re-estimated as a cumulative average over the images
+Torch-Pruning's dependency graph removes a fraction of the channels of every layer but the classifier, or the smallest
+fraction that meets a budget of FLOPs, and BatchNormalization is re-estimated as a cumulative average over the images
 that `tools.bench.pruning` repairs from. There is no fine-tuning. "no repair" is before the re-estimation. Needs
 torch, torchvision and torch-pruning, which nothing else of this project does.
 """
@@ -38,7 +38,7 @@ IMPORTANCES = {
 
 
 def from_onnx(model: onnx.ModelProto) -> torch.nn.Module:
-    """Its weights in torchvision's resnet18, which names them alike."""
+    """Load the weights into torchvision's resnet18, which uses the same names."""
     weights = {item.name: torch.tensor(numpy_helper.to_array(item)) for item in model.graph.initializer}
     network = resnet18()
     missing, unexpected = network.load_state_dict(weights, strict=False)
@@ -63,7 +63,7 @@ def check_agreement(model: onnx.ModelProto, network: torch.nn.Module, images: ND
 
 
 def pruned(model: onnx.ModelProto, share: float, importance: str) -> torch.nn.Module:
-    """The net with a share of the channels of every layer removed."""
+    """Remove a fraction of the channels of every layer."""
     network = from_onnx(model)
     example = torch.zeros(1, 3, 224, 224)
     pruner = torch_pruning.pruner.BasePruner(
@@ -82,7 +82,7 @@ def macs(network: torch.nn.Module) -> float:
 
 
 def share_for(model: onnx.ModelProto, goal: str, importance: str) -> float:
-    """The share that a goal asks for, to a hundredth where it is a budget of FLOPs."""
+    """The fraction that a goal asks for; for a budget of FLOPs, to one hundredth."""
     _, colon, limit = goal.partition(":")
     if not colon:
         return float(goal)
@@ -93,7 +93,7 @@ def share_for(model: onnx.ModelProto, goal: str, importance: str) -> float:
 
 @torch.no_grad()
 def reestimate(network: torch.nn.Module, images: NDArray[np.float32]) -> None:
-    """BatchNormalization's statistics as the average over all batches."""
+    """Re-estimate BatchNormalization's statistics as the average over all batches."""
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.reset_running_stats()

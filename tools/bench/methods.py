@@ -23,7 +23,7 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def recipe_of(overrides: dict[str, Any]) -> RefitRecipe:
-    """Take the parts of the refit recipe, which go by their own names, out of a method's options."""
+    """Remove the fields of the refit recipe from a method's options; return the recipe."""
     parts = {item.name for item in fields(RefitRecipe)} - {"seed"}
     return RefitRecipe(**{key: overrides.pop(key) for key in list(overrides) if key in parts})
 

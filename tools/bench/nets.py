@@ -16,7 +16,7 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Net:
-    """Files of one net, what its images go through, and the sparsities it is measured at."""
+    """Files of one net, its preprocessing, and the sparsities it is measured at."""
 
     graphs: dict[str, str]
     preprocessing: Preprocessing

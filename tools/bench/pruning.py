@@ -1,4 +1,4 @@
-"""What pruning does, on the nets and images of ../shared/assets (see MANIFEST.md there).
+"""Accuracy and latency after pruning, on the nets and images of ../shared/assets (see MANIFEST.md there).
 
     python -m tools.bench.pruning channels [--graph folded] [--goals 0.3 0.5] [--methods none paired refit]
     python -m tools.bench.pruning channels --net resnet18 --goals 0.2 0.3 0.5 flops:0.5
@@ -6,13 +6,13 @@
     python -m tools.bench.pruning scopes [--graph folded] [--goals 0.8 0.9] [--scopes global:variance sensitivity]
     python -m tools.bench.pruning patterns [--nets resnet20 resnet56 resnet18] [--goals 2:4] [--scores magnitude]
 
-"channels": shares of the channels are removed, or as many as leave a share of the FLOPs (flops:0.5); of ResNet-20 the
-inner ones of its blocks (those between the two convolutions of a block, which no residual Add couples), of ResNet-18
-all but the classes, the residual stages included. "scopes": single weights are zeroed, as many as the goals say, by
-scope and, behind a colon, score (magnitude if there is none), then repaired with "refit". "patterns": N:M zeros, by
-score. All repair from the first calibration images, and give top-1 in percent and the KL divergence dense || repaired
-of the scored images. "latency": channels of ResNet-18 are removed within a budget, and the dense and the cut net are
-run in turns, one image a run. "ok" and "MISSED" compare with the goals in this file.
+"channels" removes a fraction of the channels, or as many as a budget of FLOPs asks for (flops:0.5): of ResNet-20 those
+between the two convolutions of a block, which no residual Add couples; of ResNet-18 all but the classes, including the
+residual stages. "scopes" zeroes single weights by scope and score (SCOPE or SCOPE:SCORE, magnitude by default) and
+repairs with "refit". "patterns" prunes to N:M by score. All of these repair from the first calibration images and print
+top-1 in percent and the KL divergence dense || repaired on the scored images. "latency" removes channels of ResNet-18
+within a budget and runs the dense and the smaller net in turns, one image per run. "ok" and "MISSED" compare with the
+goals in this file.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from tools.bench.methods import method_options
 from tools.bench.nets import NETS, cifar10, imagenet
 
 INNER = {"resnet20": [r"layer\d.*conv1"]}
-"""Layers of a net whose channels are removed; all that can be, where none are named."""
+"""Layers whose channels are removed, by net; for other nets, all layers."""
 TOP1_GOALS = {("resnet20", "0.3", "refit"): 90.0, ("resnet20", "0.5", "refit"): 82.5}
 MOST_LOST = {"resnet20": 1.0, "resnet56": 1.0, "resnet18": 4.0}
-"""Points that 2:4 may cost after a refit."""
+"""Points of top-1 that 2:4 may cost after `refit`."""
 LATENCY_GOALS = {"flops:0.5": 0.65}
 DEFAULT_GOALS = {"channels": ["0.3", "0.5"], "latency": ["flops:0.5"], "scopes": ["0.8", "0.9"], "patterns": ["2:4"]}
 
@@ -50,13 +50,13 @@ def verdict(good: bool) -> str:
 
 
 def goal(text: str) -> dict[str, Any]:
-    """A sparsity, or a budget such as flops:0.5, as the pruning functions take it."""
+    """Arguments of the pruning functions for a sparsity, or for a budget such as flops:0.5."""
     measure, colon, limit = text.partition(":")
     return {"budget": onnx_asr.Budget(measure, float(limit))} if colon else {"sparsity": float(text)}  # type: ignore[arg-type]
 
 
 class Bench:
-    """One net with its images: repairs from some, scores on others."""
+    """One net with its images: some to repair from, others to score on."""
 
     def __init__(self, name: str, graph: str, arguments: argparse.Namespace) -> None:
         net = NETS[name]
@@ -80,21 +80,21 @@ class Bench:
         return collect_outputs(model, data, range(len(images)), self.shared["execution"].runtime)
 
     def score(self, model: onnx.ModelProto) -> tuple[float, float]:
-        """Top-1 in percent, to a decimal; KL divergence from the dense net."""
+        """Top-1 in percent, to one decimal; KL divergence from the dense net."""
         got = self._outputs(model)
         kl = compare(self._reference, got).kl
         assert kl is not None
         return round(100 * accuracy(got, self._images.labels, self._label_offset)[0], 1), kl
 
     def repaired(self, pruned: onnx.ModelProto, method: str) -> onnx.ModelProto:
-        """The model after a repair; itself where the method is none."""
+        """The model after a repair, or itself if the method is none."""
         if method == "none":
             return pruned
         options = method_options(method, samples=self.count, verify_samples=0)
         return onnx_asr.repair(pruned, self.calibration, dense=self.dense, options=options, **self.shared).model
 
     def looks(self, score: str, scope: str = "global") -> dict[str, Any]:
-        """Data, where a score or a scope needs them."""
+        """The data, if a score or a scope needs them."""
         return {"data": self.calibration} if scope == "sensitivity" or score in DATA_AWARE else {}
 
 
@@ -186,15 +186,17 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = script_parser(__doc__)
     parser.add_argument("what", choices=COMMANDS)
     parser.add_argument("--net", choices=NETS, help="default: resnet20; latency: resnet18")
-    parser.add_argument("--nets", nargs="+", choices=MOST_LOST, default=list(MOST_LOST), help="of patterns")
-    parser.add_argument("--goals", nargs="+", help="sparsities; budgets, as flops:0.5; or patterns, as 2:4")
+    parser.add_argument("--nets", nargs="+", choices=MOST_LOST, default=list(MOST_LOST), help="nets for patterns")
+    parser.add_argument("--goals", nargs="+", help="sparsities, budgets such as flops:0.5, or patterns such as 2:4")
     parser.add_argument("--scopes", nargs="+", default=["global", "erk", "sensitivity"], help="SCOPE or SCOPE:SCORE")
-    parser.add_argument("--scores", nargs="+", default=["magnitude"], help="of patterns")
+    parser.add_argument("--scores", nargs="+", default=["magnitude"], help="scores for patterns")
     parser.add_argument("--graph", default="bn", choices=["bn", "folded"], help="BatchNormalization kept or folded")
-    parser.add_argument("--methods", nargs="+", default=["none", "bn", "paired", "refit"], help="none, or as in repair")
+    parser.add_argument(
+        "--methods", nargs="+", default=["none", "bn", "paired", "refit"], help="none, or a method of repair"
+    )
     parser.add_argument("--images", type=int, default=1024, help="calibration images, at most")
-    parser.add_argument("--multiple", type=int, default=1, help="leave multiples of so many channels")
-    parser.add_argument("--seconds", type=float, default=10.0, help="that a model is timed")
+    parser.add_argument("--multiple", type=int, default=1, help="keep a multiple of this number of channels")
+    parser.add_argument("--seconds", type=float, default=10.0, help="duration of a latency measurement")
     add_threads(parser)
     add_assets(parser)
     found = parser.parse_args(arguments)

@@ -5,11 +5,11 @@
 
 A is plain inference: one session with onnxruntime's defaults, made beforehand; B is one whole `repair` (or `compress`)
 call without verification (models in memory, images in an array), with A's threads and batch size. They are run A B A B;
-"ratio" is the median of the ratios B / A of neighbours in wall time, "CPU" the same in processor time. "linear" is the
-time of B for twice the images, by twice its time: 1 is linear, more is worse; "-" with --no-linear. "where the time
-goes" are shares of one more run, under Python's profiler. "peak" is the largest resident memory of a process that does
-nothing but load two model files and a .npy file and repair. Nets: torchvision's ResNet-18 (CIFAR
-variant) and ResNet-50 with random weights, ResNet-20 of ../shared/assets where it is there; 90% pruned.
+"ratio" is the median ratio B / A of neighbouring runs in wall time, "CPU" the same in processor time. "linear" is the
+time of B for twice the images over twice the time of B: 1 is linear, more is worse; "-" with --no-linear. "where the
+time goes" comes from one more run under Python's profiler. "peak" is the largest resident memory of a process that only
+loads two model files and a .npy file and repairs. Nets: torchvision's ResNet-18 (CIFAR variant) and ResNet-50 with
+random weights, and ResNet-20 of ../shared/assets if that exists; 90% pruned.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def timed(function: Callable[[], None]) -> tuple[float, float]:
 def whole(
     method: str, dense: onnx.ModelProto, pruned: onnx.ModelProto, images: NDArray[np.float32], threads: int
 ) -> onnx_asr.RepairResult | onnx_asr.CompressResult:
-    """One call of `repair`, or of `compress` where that is the method."""
+    """Call `repair`, or `compress` if that is the method."""
     execution = Execution(Runtime(threads=threads))
     name, overrides = parse_method(method)
     if name == "compress":
@@ -125,7 +125,7 @@ def whole(
 
 
 def profile(function: Callable[[], Any]) -> dict[str, float]:
-    """Share of the wall time that each of PARTS takes, with what it calls."""
+    """Fraction of the wall time that each of PARTS takes, including calls."""
     profiler = cProfile.Profile()
     profiler.runcall(function)
     stats = pstats.Stats(profiler).get_stats_profile()
@@ -201,11 +201,11 @@ def peak_memory(net: str, method: str, count: int, threads: int) -> Peak:
 
 
 def probe(folder: Path, method: str, threads: int) -> int:
-    """Repair what lies in a folder; the process's peak of resident memory in bytes."""
+    """Repair the model in a folder; return the process's peak resident memory in bytes."""
     images = np.load(folder / "images.npy", mmap_mode="r")
     whole(method, onnx.load(folder / "dense.onnx"), onnx.load(folder / "pruned.onnx"), images, threads)
     status = Path("/proc/self/status")
-    if status.exists():  # unlike ru_maxrss, free of what the parent process held when it forked
+    if status.exists():  # unlike ru_maxrss, without the memory that the parent process held when it forked
         return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -231,11 +231,11 @@ def main() -> None:
     default = [name for name in IMAGES if name != "resnet20" or ASSETS.exists()]
     parser.add_argument("--nets", nargs="*", default=default, choices=list(IMAGES))
     parser.add_argument("--methods", nargs="+", default=["paired", "bn"], help="name or name:option=value,...")
-    parser.add_argument("--images", type=int, help="images a run; default: by net")
+    parser.add_argument("--images", type=int, help="images per run; default: by net")
     parser.add_argument("--repeats", type=int, default=5)
     add_threads(parser)
-    parser.add_argument("--no-linear", action="store_true", help="leave the runs over twice the images out")
-    parser.add_argument("--no-peak", action="store_true", help="leave the memory measurement out")
+    parser.add_argument("--no-linear", action="store_true", help="skip the runs over twice the images")
+    parser.add_argument("--no-peak", action="store_true", help="skip the memory measurement")
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--probe", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

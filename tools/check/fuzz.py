@@ -1,17 +1,17 @@
-"""Broken and hostile models, by the thousand: what the tool makes of them.
+"""Feed thousands of broken and hostile models and data sets to the tool.
 
     python -m tools.check.fuzz --count 2000
-    python -m tools.check.fuzz --first 1234 --count 1 --keep broken/      the one mutation again, its file kept
+    python -m tools.check.fuzz --first 1234 --count 1 --keep broken/      repeat one mutation and keep its file
 
-Every mutation is a function of its number: a real graph of models/ or, where that folder is there, ../shared/assets
-(see MANIFEST.md there), spoilt in its bytes (bits flipped, cut off, pieces moved, noise) or in its fields (attributes,
-dimensions, names, operators, opsets, types, nodes left out, twice or elsewhere; weights said to be in other files); or
-a sound graph with spoilt data (array files, image folders). It goes through load, prune and repair in a process of its
-own with a time limit; what comes out must be a sound file or a clear error.
+Every mutation is a function of its number. It is a real graph, of models/ or of ../shared/assets if that exists (see
+MANIFEST.md there), with broken bytes (flipped, truncated, spliced, noise) or broken fields (attributes, dimensions,
+names, operators, opsets, types, nodes removed, doubled or moved, weights in other files); or a sound graph with broken
+data (array files, image folders). Each goes through load, prune and repair in its own process with a time limit. The
+outcome must be a sound file or a clear error.
 
     ok       a result that the onnx checker takes, with finite weights
     refused  an OnnxAsrError
-    FAULT    any other exception, a result that is broken, the end of the process, or its time limit: exit code 1
+    FAULT    any other exception, a broken result, a crash or a hang: exit code 1
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from tools.check.hostile_data import BYTES, outside, reads_outside, remove, spoi
 from tools.paths import ASSETS, MODELS
 
 DIGITS = MODELS / "digits_vgg.onnx"
-SMALL, LARGE = 1_200_000, 20_000_000  # bytes; graphs between them get one mutation in sixteen, larger ones none
+SMALL, LARGE = 1_200_000, 20_000_000  # bytes; graphs in between get one mutation in sixteen, larger ones get none
 SAMPLES = 6
 MEMORY = 8 << 30
 PATIENCE = 10
@@ -62,7 +62,7 @@ Fields = Callable[[random.Random, onnx.ModelProto], None]
 
 
 def _messages(message: Message, found: list[Message]) -> list[Message]:
-    """A message and all those within."""
+    """Collect a message and all messages within it."""
     found.append(message)
     for field, value in message.ListFields():
         if field.type == FieldDescriptor.TYPE_MESSAGE:
@@ -72,7 +72,7 @@ def _messages(message: Message, found: list[Message]) -> list[Message]:
 
 
 def _pick(rng: random.Random, model: onnx.ModelProto) -> Message:
-    """Any kind of message is as likely as any other: there are more weights than opsets."""
+    """Pick a kind of message first, then one of that kind: weights far outnumber opsets."""
     kinds: dict[str, list[Message]] = {}
     for message in _messages(model, []):
         kinds.setdefault(message.DESCRIPTOR.name, []).append(message)
@@ -99,7 +99,7 @@ def _spoilt(rng: random.Random, field: FieldDescriptor, value: Any, model: onnx.
 
 
 def field_values(rng: random.Random, model: onnx.ModelProto) -> None:
-    """Scalar fields of one to four messages."""
+    """Change scalar fields of one to four messages."""
     for _ in range(rng.choice([1, 1, 2, 4])):
         message = _pick(rng, model)
         fields = [f for f in message.DESCRIPTOR.fields if f.type != FieldDescriptor.TYPE_MESSAGE]
@@ -118,7 +118,7 @@ def field_values(rng: random.Random, model: onnx.ModelProto) -> None:
 
 
 def parts(rng: random.Random, model: onnx.ModelProto) -> None:
-    """Fields emptied, and items of lists left out, doubled, or exchanged."""
+    """Clear fields; drop, double or exchange items of lists."""
     for _ in range(rng.choice([1, 1, 2])):
         message = _pick(rng, model)
         set_fields = [field for field, _ in message.ListFields()]
@@ -145,7 +145,7 @@ def parts(rng: random.Random, model: onnx.ModelProto) -> None:
 
 
 def wiring(rng: random.Random, model: onnx.ModelProto) -> None:
-    """A node reads, or is called, something else."""
+    """Change a name that a node reads or writes, its operator, or a graph output."""
     graph = model.graph
     node = rng.choice(graph.node)
     names = [*(n for item in graph.node for n in item.output), *(t.name for t in graph.initializer), ""]
@@ -163,7 +163,7 @@ def wiring(rng: random.Random, model: onnx.ModelProto) -> None:
 
 
 def weights(rng: random.Random, model: onnx.ModelProto) -> None:
-    """Values and shapes of constants."""
+    """Change the values, shape or type of a constant."""
     tensor = rng.choice(model.graph.initializer) if model.graph.initializer else None
     if tensor is None:
         return
@@ -195,10 +195,10 @@ class Case:
     """One mutation.
 
     Attributes:
-        number: All that it is made from.
+        number: Determines everything else.
         source: The sound graph.
-        kind: How it is spoilt.
-        seed: Of the generator.
+        kind: How it is broken.
+        seed: Seed of the generator.
     """
 
     number: int
@@ -208,7 +208,7 @@ class Case:
 
     @classmethod
     def of(cls, number: int, sources: list[Path]) -> Case:
-        """The mutation of that number."""
+        """The mutation with a given number."""
         rng = random.Random(f"case {number}")
         small = [path for path in sources if path.stat().st_size < SMALL]
         large = [path for path in sources if path.stat().st_size >= SMALL]
@@ -217,7 +217,7 @@ class Case:
         return cls(number, DIGITS if kind in DATA else source, kind, f"mutation {number}")
 
     def write(self, folder: Path) -> tuple[Path, Path | None]:
-        """Make the model, and the data where it is they that are spoilt."""
+        """Write the model, and the data if they are what is broken."""
         rng = random.Random(self.seed)
         data = self.source.read_bytes()
         path = folder / "spoilt.onnx"
@@ -235,7 +235,7 @@ class Case:
 
 
 def attempt(case: Case, folder: Path) -> tuple[str, str]:
-    """Take a mutation through the tool; what became of it, and in which words."""
+    """Run the tool on a mutation; return the outcome and the message."""
     rng = random.Random(f"attempt {case.number}")
     sound = case.source
     spoilt, data = case.write(folder)
@@ -281,7 +281,7 @@ def _feeds(path: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def isolated(case: Case, folder: Path, limit: int) -> tuple[str, str]:
-    """`attempt` in a process of its own: `limit` seconds of computing, `PATIENCE` times as many by the clock."""
+    """Run `attempt` in its own process: at most `limit` seconds of CPU time, `PATIENCE` times as many of wall time."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
@@ -296,12 +296,12 @@ def isolated(case: Case, folder: Path, limit: int) -> tuple[str, str]:
     sender.close()
     try:
         if not receiver.poll(PATIENCE * limit):
-            return FAULT, f"hang: no end after {PATIENCE * limit} s"
+            return FAULT, f"hang: not finished after {PATIENCE * limit} s"
         return receiver.recv()  # type: ignore[no-any-return]
     except EOFError:
         child.join()
         if child.exitcode in (-signal.SIGXCPU, -signal.SIGKILL):
-            return FAULT, f"hang: no end after {limit} s of computing"
+            return FAULT, f"hang: not finished after {limit} s of CPU time"
         return FAULT, f"crash: exit code {child.exitcode}"
     finally:
         child.kill()
@@ -310,11 +310,11 @@ def isolated(case: Case, folder: Path, limit: int) -> tuple[str, str]:
 
 def main() -> int:
     parser = script_parser(__doc__)
-    parser.add_argument("--count", type=int, default=2000, help="mutations")
-    parser.add_argument("--first", type=int, default=0, help="number of the first one")
-    parser.add_argument("--limit", type=int, default=60, help="seconds of computing for one")
-    parser.add_argument("--keep", type=Path, help="folder for the files that did harm")
-    parser.add_argument("--verbose", action="store_true", help="every mutation, not only those that did harm")
+    parser.add_argument("--count", type=int, default=2000, help="number of mutations")
+    parser.add_argument("--first", type=int, default=0, help="number of the first mutation")
+    parser.add_argument("--limit", type=int, default=60, help="seconds of CPU time for one mutation")
+    parser.add_argument("--keep", type=Path, help="folder for the files that caused a fault")
+    parser.add_argument("--verbose", action="store_true", help="print every mutation, not only faults")
     arguments = parser.parse_args()
     found = [*MODELS.glob("*.onnx"), *ASSETS.glob("*/*.onnx")]
     sources = sorted((path for path in found if path.stat().st_size < LARGE), key=lambda path: path.name)

@@ -1,4 +1,4 @@
-"""Takes every graph at hand through pruning and repair, and writes the table of docs/graphs.md.
+"""Prune and repair every available graph and write the table of docs/graphs.md.
 
     python -m tools.check.graphs --markdown docs/graphs.md
     python -m tools.check.graphs --only yolox deeplab densenet121
@@ -50,7 +50,7 @@ _RAW = (np.zeros(3), np.ones(3))
 
 @dataclass(frozen=True)
 class Case:
-    """A graph, where it comes from, and what its inputs are: calibration samples first, then held-out ones."""
+    """A graph, its origin, and its samples: those for calibration first, then those held out."""
 
     name: str
     origin: str
@@ -75,7 +75,7 @@ class Row:
 
 
 def photographs(size: tuple[int, int], dtype: str = "float32", layout: str = "NCHW", transform: Any = _IMAGENET) -> Any:
-    """Makes a function of the number of samples: shared photographs, resized to (height, width), (x - mean) / std."""
+    """Return a function that loads a number of photographs, resized to (height, width), as (x - mean) / std."""
 
     def samples(count: int) -> NDArray[Any]:
         paths = sorted((ASSETS / "data/imagenet1k").glob("*.jpg"))
@@ -91,7 +91,7 @@ def photographs(size: tuple[int, int], dtype: str = "float32", layout: str = "NC
 
 
 def cifar(transform: Any) -> Any:
-    """The same for CIFAR-10."""
+    """Return a function that loads a number of CIFAR-10 images."""
 
     def samples(count: int) -> NDArray[Any]:
         with np.load(ASSETS / "data/cifar10_train4k_lossless.npz") as data:
@@ -103,7 +103,7 @@ def cifar(transform: Any) -> Any:
 
 
 def noise(*shape: int) -> Any:
-    """The same for seeded noise with some spatial structure, of mean 0 and standard deviation 1."""
+    """Return a function that makes seeded noise with some spatial structure, of mean 0 and standard deviation 1."""
 
     def samples(count: int) -> NDArray[Any]:
         generator = np.random.default_rng(0)
@@ -150,7 +150,7 @@ def light_zoo() -> Iterator[Case]:
 
 
 def with_random_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Initializers drawn at random in place of the generators (ConstantOfShape) of a light model."""
+    """Replace the generators (ConstantOfShape) of a light model by random initializers."""
     generator = np.random.default_rng(0)
     shapes = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
     roles = {
@@ -195,7 +195,7 @@ def torchvision_nets() -> Iterator[Case]:
     try:
         models = import_torchvision()
     except ImportError as error:
-        print(f"torchvision's nets are left out: {error}", file=sys.stderr)
+        print(f"skipping the nets of torchvision: {error}", file=sys.stderr)
         return
     from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
@@ -232,7 +232,7 @@ def torchvision_nets() -> Iterator[Case]:
 
 
 def with_random_head(net: Any) -> Any:
-    """Torchvision starts the head of a vision transformer at 0."""
+    """Initialise the head of a vision transformer, which torchvision starts at 0."""
     import torch
 
     torch.nn.init.normal_(net.heads.head.weight, std=0.05)
@@ -240,7 +240,7 @@ def with_random_head(net: Any) -> Any:
 
 
 def import_torchvision() -> Any:
-    """Torchvision's models, also where its compiled operators, which are not used, do not fit the installed torch."""
+    """Import torchvision.models, even if torchvision's compiled operators do not fit the installed torch."""
     import torch
 
     try:
@@ -251,13 +251,13 @@ def import_torchvision() -> Any:
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor x) -> Tensor")
-        import_torchvision.library = library  # type: ignore[attr-defined]  # it lasts as long as the object does
+        import_torchvision.library = library  # type: ignore[attr-defined]  # keeps the operators registered
         import torchvision
     return torchvision.models
 
 
 def exported(make: Callable[[], Any], size: int, dynamo: bool) -> onnx.ModelProto:
-    """The same seeded net from either exporter."""
+    """Export the same seeded net by either exporter."""
     import torch
 
     torch.manual_seed(0)
@@ -283,7 +283,7 @@ def exported(make: Callable[[], Any], size: int, dynamo: bool) -> onnx.ModelProt
 
 
 def differences(pruned: onnx.ModelProto, repaired: onnx.ModelProto) -> list[str]:
-    """What differs besides parameters of points, doc strings of their nodes, and the tool's metadata."""
+    """List what differs, apart from parameters of points, doc strings of their nodes, and the tool's metadata."""
     index = GraphIndex.of(pruned)
     found = survey(index)
     allowed = {position for p in found.points for position in (p.node, p.batchnorm)}
@@ -293,7 +293,7 @@ def differences(pruned: onnx.ModelProto, repaired: onnx.ModelProto) -> list[str]
     wrong = []
     for position, before in enumerate(pruned.graph.node):
         if index.is_constant(before.output[0]) and before.output[0] in reads:
-            if rest and rest[0].output[0] == before.output[0]:  # else nobody reads the old value any more
+            if rest and rest[0].output[0] == before.output[0]:  # otherwise it has no reader left
                 rest.pop(0)
             continue
         mine, its = (onnx.NodeProto.FromString(node.SerializeToString()) for node in (before, rest.pop(0)))
@@ -344,7 +344,7 @@ def _reads(index: GraphIndex, positions: set[int | None]) -> Iterator[str]:
 
 
 def outputs(model: onnx.ModelProto, samples: NDArray[Any]) -> list[NDArray[Any]]:
-    """Every floating-point output over all samples, by plain onnxruntime; of ArgMax and Softmax, the input."""
+    """Run plain onnxruntime; return every floating-point output over all samples (of ArgMax and Softmax, the input)."""
     copy = onnx.ModelProto.FromString(model.SerializeToString())
     producer = {name: node for node in copy.graph.node for name in node.output}
     for value in copy.graph.output:
@@ -371,7 +371,7 @@ def snr(dense: list[NDArray[Any]], other: list[NDArray[Any]]) -> float:
 
 
 def check(case: Case, calibration: int, held_out: int, threads: int) -> Row:
-    """Everything about one graph."""
+    """Prune, repair and check one graph."""
     dense = case.load()
     opset = next(item.version for item in dense.opset_import if item.domain in ("", "ai.onnx"))
     samples = case.samples(calibration + held_out)
@@ -405,8 +405,8 @@ def check(case: Case, calibration: int, held_out: int, threads: int) -> Row:
             checks.append(f"{method}: checker: {str(error).splitlines()[0]}")
         result[method] = snr(reference, outputs(repaired.model, samples[calibration:]))
         checks += [f"{method}: differs in {what}" for what in differences(pruned, repaired.model)]
-        told = {item.name for item in (*repaired.points, *repaired.skips)}
-        checks += [f"{method}: {index.label(p.node)} is not reported" for p in found.points if p.name not in told]
+        reported = {item.name for item in (*repaired.points, *repaired.skips)}
+        checks += [f"{method}: {index.label(p.node)} is not reported" for p in found.points if p.name not in reported]
     return Row(case.name, case.origin, opset, dict(kinds), dict(skips), coverage, result, seconds, checks)
 
 
@@ -431,11 +431,13 @@ HEADER = """\
 
 def main() -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("--only", nargs="+", help="parts of names")
+    parser.add_argument("--only", nargs="+", help="run only graphs whose name or origin contains one of these")
     parser.add_argument("--calibration", type=int, default=64, help="calibration samples")
     parser.add_argument("--held-out", type=int, default=16, help="samples for the SNR")
     add_threads(parser)
-    parser.add_argument("--markdown", type=Path, help="file whose table is replaced: all between <!-- table --> marks")
+    parser.add_argument(
+        "--markdown", type=Path, help="file in which the table between <!-- table --> marks is replaced"
+    )
     arguments = parser.parse_args()
     cases = [*(assets() if ASSETS.exists() else ()), *light_zoo(), *torchvision_nets()]
     if arguments.only:

@@ -51,7 +51,7 @@ class Net:
 
     @property
     def has_batchnorm(self) -> bool:
-        """Whether methods that re-estimate BatchNormalization can run."""
+        """Return whether methods that re-estimate BatchNormalization can run."""
         return any(node.op_type == "BatchNormalization" for node in onnx.load(self.path).graph.node)
 
 
@@ -78,7 +78,7 @@ def repairs(net: Net) -> dict[str, tuple[str, ...]]:
 
 
 def digests(tool: str, net: Net, folder: Path) -> dict[str, str]:
-    """What every command writes for a net, by the command's name; "refused" where it writes nothing."""
+    """Digest of the model that each command writes for a net, by the command's name; "refused" if it writes none."""
     found: dict[str, str] = {}
 
     def made(name: str, *arguments: str) -> Path:
@@ -116,7 +116,7 @@ def digests(tool: str, net: Net, folder: Path) -> dict[str, str]:
 
 
 def compare(first: Path, second: Path) -> int:
-    """Print what differs; the exit code."""
+    """Print the differences; return the exit code."""
     before, after = (json.loads(path.read_text()) for path in (first, second))
     differing = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
     written = sum(value != "refused" for value in before.values())
@@ -131,8 +131,8 @@ def main() -> int:
     parser = script_parser(__doc__)
     parser.add_argument("--tool", default="onnx-resuscitate", help="the console script to run")
     parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
-    parser.add_argument("--nets", nargs="*", default=[], help="names that take part; all where none are given")
-    parser.add_argument("--jobs", type=int, default=2, help="nets at a time")
+    parser.add_argument("--nets", nargs="*", default=[], help="names of nets; default: all")
+    parser.add_argument("--jobs", type=int, default=2, help="nets processed at a time")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="compare two such files")
     options = parser.parse_args()
     if options.compare:

@@ -47,7 +47,7 @@ def repair(*arguments: object) -> tuple[int, float]:
     child = os.posix_spawn(sys.executable, command, os.environ | {"PYTHONPATH": str(ROOT)})
     _, status, usage = os.wait4(child, 0)
     code = os.waitstatus_to_exitcode(status)
-    if code not in (0, 1):  # 1: written though it is no better, which random weights may well be
+    if code not in (0, 1):  # 1: written, but not better than its input, which happens with random weights
         sys.exit(f"exit code {code}: {' '.join(command)}")
     return usage.ru_maxrss * 1024, time.perf_counter() - begun
 

@@ -1,4 +1,4 @@
-"""The grid of tools/paper/reproduce.py: nets pruned, repaired and measured, by public names of the package alone."""
+"""The grid of tools/paper/reproduce.py: prune, repair and score, with the package's public API only."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ ABLATION: dict[str, dict[str, Any]] = {
     f"asr:{MAIN_BATCHES},fixed": {"prior": FIXED_PRIOR},
     f"asr:{MAIN_BATCHES},fixed,no shift": {"prior": FIXED_PRIOR, "bias_correction": False},
 }
-"""Priors and bias correction of the paper's Table 2, but for those that the grid has anyway; all on scaled nets."""
+"""Priors and bias correction of the paper's Table 2, except cells that the grid has already; all on scaled nets."""
 RELIABILITY_POWERS = (0.25, 0.5, 1.0)
-"""Of `paired`, beside its default of 0."""
+"""Powers for `paired`, besides its default of 0."""
 DAMAGE_SAMPLES = 512
 UNPRUNED = "0"
 
 
 @dataclass(frozen=True)
 class Repair:
-    """What one cell is about.
+    """How one cell is made.
 
     Attributes:
-        options: The repair; None for none.
+        options: Options of the repair; None for no repair.
         unit_variance: Whether both nets are scaled, which changes neither's function, so that the dense one's median
             running variance is 1; see `scaled`.
     """
@@ -65,7 +65,7 @@ class Repair:
 
 @dataclass(frozen=True)
 class Cell:
-    """One of a net's: what comes of a repair, or of none; without either, the damage before it."""
+    """One cell of a net: the score after `repair`, or, when `repair` is None, the damage that pruning did."""
 
     sparsity: str
     name: str
@@ -73,9 +73,9 @@ class Cell:
 
 
 def repairs(sparsity: str, batches: Sequence[int], images: int) -> dict[str, Repair]:
-    """The repairs of one pruned net by name: METHOD, METHOD:BATCHES or METHOD:exact, and variants of these."""
+    """The repairs of one pruned net, by name: METHOD, METHOD:BATCHES or METHOD:exact, and variants."""
     found = {"none": Repair(None)}
-    for method in OWN_METHODS:  # auto holds images out of those that it is given
+    for method in OWN_METHODS:  # auto splits off held-out images itself
         held_out = HELD_OUT if method == "auto" else 0
         found[method] = Repair(RepairOptions(method=method, samples=images, verify_samples=held_out))
     if sparsity == ABLATION_SPARSITY:
@@ -96,12 +96,12 @@ def repairs(sparsity: str, batches: Sequence[int], images: int) -> dict[str, Rep
 
 
 def reliable(power: float) -> str:
-    """The cell of `paired` with a power of the correlation in its gains."""
+    """Name of the `paired` cell with this reliability power."""
     return f"paired:{power:g}"
 
 
 def moving_average(method: Any, batches: int, **others: Any) -> RepairOptions:
-    """The paper's protocol."""
+    """Options of the paper's protocol."""
     return RepairOptions(
         method=method,
         bn="ema",
@@ -116,7 +116,7 @@ def moving_average(method: Any, batches: int, **others: Any) -> RepairOptions:
 
 
 def cells(sparsities: Iterable[str], methods: Collection[str], batches: Sequence[int], images: int) -> Iterator[Cell]:
-    """Those of one net; `bn` goes over the net without pruning, too."""
+    """The cells of one net; `bn` also runs on the unpruned net."""
 
     def repaired(sparsity: str, wanted: Collection[str]) -> Iterator[Cell]:
         for name, repair in repairs(sparsity, batches, images).items():
@@ -132,7 +132,7 @@ def cells(sparsities: Iterable[str], methods: Collection[str], batches: Sequence
 
 @lru_cache(maxsize=1)  # cells of one sparsity follow one another
 def prune(net: Path, sparsity: str) -> onnx.ModelProto:
-    """A net after magnitude pruning to a share of zeros, global or of another scope, or to N:M; not to be changed."""
+    """Prune a net by magnitude to a sparsity, with a scope if one is named, or to N:M. Callers must not modify it."""
     if ":" in sparsity:
         return onnx_asr.prune(net, pattern=sparsity).model
     share, *scope = sparsity.split()
@@ -140,7 +140,7 @@ def prune(net: Path, sparsity: str) -> onnx.ModelProto:
 
 
 def scaled(model: onnx.ModelProto, factor: float) -> onnx.ModelProto:
-    """The same function (up to epsilon) with everything that convolutions put out multiplied by a factor.
+    """Multiply every convolution output by a factor, without changing the net's function (up to epsilon).
 
     All weights of Conv nodes are multiplied, and the statistics of all BatchNormalization nodes with them: the mean by
     the factor, the variance by its square. In the nets of this grid every BatchNormalization reads Conv outputs alone,
@@ -163,11 +163,11 @@ def scaled(model: onnx.ModelProto, factor: float) -> onnx.ModelProto:
 
 @dataclass(frozen=True)
 class Bench:
-    """One net with all that its cells need.
+    """One net and everything its cells need.
 
     Attributes:
-        work: Where cells are kept.
-        name: Of the net.
+        work: Folder of the cells.
+        name: Name of the net.
         calibration: Images without labels.
         scored: Images that top-1 is measured on.
         execution: How networks run.
@@ -181,26 +181,26 @@ class Bench:
 
     @cached_property
     def dense(self) -> onnx.ModelProto:
-        """The net."""
+        """The dense net."""
         return onnx.load(self.work.net(self.name))
 
     @cached_property
     def digest(self) -> str:
-        """Of the net's file."""
+        """SHA-256 of the net's file."""
         return self.work.digest(self.name)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What every scored cell depends on."""
+        """Settings that every scored cell depends on."""
         return {"dense": self.digest, "score_images": len(self.scored.labels)}
 
     @cached_property
     def preprocessing(self) -> onnx_asr.Preprocessing:
-        """What the net was trained with."""
+        """The preprocessing that the net was trained with."""
         return onnx_asr.Preprocessing.from_options(preset=read_json(self.work.record(self.name))["preset"])
 
     def finish(self, cell: Cell) -> None:
-        """Compute a cell, unless that was done."""
+        """Compute a cell, unless it is finished."""
         if cell.repair is None:
             settings: dict[str, Any] = {"dense": self.digest, "samples": DAMAGE_SAMPLES}
             compute = partial(self.damage, cell.sparsity)
@@ -210,11 +210,11 @@ class Bench:
         self.work.finish(self.name, cell.sparsity, cell.name, settings, compute)
 
     def pruned(self, sparsity: str) -> onnx.ModelProto:
-        """The net at a sparsity."""
+        """The net, pruned to a sparsity."""
         return self.dense if sparsity == UNPRUNED else prune(self.work.net(self.name), sparsity)
 
     def top1(self, model: onnx.ModelProto) -> float:
-        """Share of the scored images that a model classifies rightly."""
+        """Fraction of the scored images that a model classifies correctly."""
         measured = onnx_asr.evaluate(
             model,
             {"images": self.scored.pixels},
@@ -226,7 +226,7 @@ class Bench:
         return measured.top1
 
     def repaired(self, sparsity: str, repair: Repair) -> dict[str, Any]:
-        """Top-1 after a repair, and the method where `auto` chose it."""
+        """Top-1 after a repair, and the method if `auto` chose one."""
         pruned, options = self.pruned(sparsity), repair.options
         if options is None:
             return {"top1": self.top1(pruned)}
@@ -243,7 +243,7 @@ class Bench:
         return {"top1": self.top1(result.model), **chosen}
 
     def damage(self, sparsity: str) -> dict[str, float]:
-        """What pruning did to the channels of all convolutions but the first, on average over the channels.
+        """Average damage to the channels of all convolutions but the first.
 
         `severity` is the share of the dense network's variance that is missing, 1 - min(1, v_p / v_d); `collapsed` of
         the channels have less than a hundredth of it; `correlation` is with the dense channels.
@@ -270,7 +270,7 @@ _benches: dict[str, Bench] = {}
 
 
 def start_worker(benches: Mapping[str, Bench]) -> None:
-    """Give a process of a pool the nets that `finish` is called with; it ends when the one that began it is killed."""
+    """Give a process of the pool its nets, and let it exit when its parent is killed."""
     _benches.update(benches)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -283,12 +283,12 @@ def start_worker(benches: Mapping[str, Bench]) -> None:
 
 
 def finish(net: str, cell: Cell) -> None:
-    """Compute a net's cell, unless that was done; for the processes of a pool."""
+    """Compute a cell in a process of the pool, unless it is finished."""
     _benches[net].finish(cell)
 
 
 def collected(work: Work) -> dict[str, Any]:
-    """Nets and cells in one object.
+    """Collect nets and cells in one object.
 
     Raises:
         SystemExit: When there are none, or they were not made with the same numbers of images.
@@ -313,7 +313,7 @@ def collected(work: Work) -> dict[str, Any]:
 
 
 def merged(before: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """New nets and cells, and those of before for nets that are not among the new ones.
+    """Merge new nets and cells into earlier ones; nets that occur in both are replaced.
 
     Raises:
         SystemExit: When the two were not made with the same numbers of images.
@@ -332,7 +332,7 @@ def merged(before: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def running_variance(model: onnx.ModelProto) -> float:
-    """Median over all channels of what the BatchNormalization nodes hold; the moving average begins at 1."""
+    """Median running variance over all channels; the moving average starts at 1."""
     values = {item.name: onnx.numpy_helper.to_array(item) for item in model.graph.initializer}
     variances = [values[node.input[4]] for node in model.graph.node if node.op_type == "BatchNormalization"]
     return float(np.median(np.concatenate(variances)))

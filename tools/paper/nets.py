@@ -37,7 +37,7 @@ CHANNEL_MULTIPLE = 4
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is built, and how it is trained."""
+    """Size of a net and settings of its training."""
 
     width: float
     epochs: int
@@ -50,7 +50,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Normalization:
-    """`(pixel / 255 - mean) / std`, a value a colour."""
+    """`(pixel / 255 - mean) / std`, one value per colour."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -62,7 +62,7 @@ class Normalization:
 
 
 def scaled(channels: int, width: float) -> int:
-    """A number of channels at a width, a multiple of four (so that 2:4 applies everywhere)."""
+    """Scale a number of channels, to a multiple of four (so that 2:4 applies everywhere)."""
     return max(CHANNEL_MULTIPLE, round(channels * width / CHANNEL_MULTIPLE) * CHANNEL_MULTIPLE)
 
 
@@ -103,13 +103,13 @@ class Residual(nn.Module):
 
 
 def basic(width_in: int, width: int, stride: int) -> tuple[nn.Module, int]:
-    """3x3 -> 3x3, and the channels it puts out."""
+    """3x3 -> 3x3; also return the number of output channels."""
     body = [*conv_bn_relu(width_in, width, 3, stride), *conv_bn(width, width, 3)]
     return Residual(width_in, width, stride, body), width
 
 
 def bottleneck(width_in: int, width: int, stride: int) -> tuple[nn.Module, int]:
-    """1x1 -> 3x3 (strided) -> 1x1 to four times the width, and the channels it puts out."""
+    """1x1 -> 3x3 (strided) -> 1x1 to four times the width; also return the number of output channels."""
     body = [
         *conv_bn_relu(width_in, width, 1),
         *conv_bn_relu(width, width, 3, stride),
@@ -161,7 +161,7 @@ def densenet121(width: float) -> nn.Module:
 
 
 def vgg16(width: float) -> nn.Module:
-    """Five groups of 3x3 convolutions, each with a pooling behind it, and one linear layer."""
+    """Five groups of 3x3 convolutions, each followed by pooling, and one linear layer."""
     layers: list[nn.Module] = []
     channels = 3
     for wanted, depth in VGG16:
@@ -181,7 +181,7 @@ NETS: dict[str, Callable[[float], nn.Module]] = {
 
 
 def prepare(device: str, threads: int) -> None:
-    """Check that the device is there; limit the threads of an operator, which 0 leaves to torch.
+    """Check that the device exists and set the number of threads per operator (0: torch's default).
 
     Raises:
         SystemExit: When it is not.
@@ -205,7 +205,7 @@ def build(name: str, recipe: Recipe) -> nn.Module:
 
 
 def batches(images: Tensor, batch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of row numbers and their pixels, cropped at random and flipped half of the time.
+    """Yield one epoch of row numbers and pixels, cropped at random and flipped half of the time.
 
     `images` are uint8 [N, 32 + 8, 32 + 8, 3], padded with black; what comes back is uint8 [batch, 32, 32, 3]. Rows and
     corners are drawn on the images' device, so that no step waits for a copy.
@@ -223,7 +223,7 @@ def batches(images: Tensor, batch: int, generator: torch.Generator) -> Iterator[
 def train(
     name: str, images: NDArray[np.uint8], labels: NDArray[np.int64], normalize: Normalization, recipe: Recipe
 ) -> nn.Module:
-    """Train by SGD with a one-cycle schedule; the net comes back in evaluation mode, on the device of the recipe."""
+    """Train by SGD with a one-cycle schedule; return the net in evaluation mode, on the recipe's device."""
     torch.backends.cudnn.benchmark = True  # all batches have one shape
     generator = torch.Generator(recipe.device).manual_seed(recipe.seed)
     margin = (CROP_MARGIN, CROP_MARGIN)
@@ -254,7 +254,7 @@ def train(
 
 
 def round_weights(net: nn.Module) -> None:
-    """Round all weights to the nearest float16; they stay float32, of which a compressed file takes half the size."""
+    """Round all weights to the nearest float16. They stay float32, but compress to half the size."""
     with torch.no_grad():
         for value in net.parameters():
             if value.dim() > 1:
@@ -262,7 +262,7 @@ def round_weights(net: nn.Module) -> None:
 
 
 def top1(net: nn.Module, images: NDArray[np.uint8], labels: NDArray[np.int64], normalize: Normalization) -> float:
-    """Share of images that the net, in evaluation mode, classifies rightly."""
+    """Fraction of images that the net, in evaluation mode, classifies correctly."""
     device = next(net.parameters()).device
     right = 0
     with torch.no_grad():

@@ -4,8 +4,8 @@
     python -m tools.paper.reproduce repair --work W     # the package's public API alone, no torch
     python -m tools.paper.reproduce table  --work W     # docs/data/paper.json, and the tables of docs/paper.md from it
 
-`train` is at full size and on a GPU unless told otherwise: 30 epochs in mixed precision, each net a step of its own
-(`--nets resnet50`). `repair` prunes every net of W to 50, 70, 90% and 2:4, and repairs each with
+By default, `train` trains at full size on a GPU, for 30 epochs in mixed precision; `--nets resnet50` trains one net.
+`repair` prunes every net in W to 50, 70, 90% and 2:4, and repairs each with
 
     none                                 pruning alone
     bn, layerwise, raw, asr              gains from 64 images; BatchNormalization re-estimated by a moving average
@@ -14,8 +14,8 @@
     the same on scaled nets              the functions as they were, median running variance 1
     asr with other priors, no shift      the paper's ablation, on scaled nets, at 90% and b = 20
 
-and scores the outcome on test images; `bn` goes over the unpruned net, too. With `--jobs 16` so many cells are computed
-at a time, each in a process of its own (up to 9 GiB for a DenseNet-121). On a CPU, at reduced width:
+and scores the results on test images; `bn` also runs on the unpruned net. `--jobs 16` computes 16 cells at a time, each
+in its own process (up to 9 GiB for DenseNet-121). On a CPU, at reduced width:
 
     python -m tools.paper.reproduce train  --work W --device cpu --width 0.25 --epochs 3 --batch 128
     python -m tools.paper.reproduce repair --work W --images 1024 --score-images 1000
@@ -49,7 +49,7 @@ PRESET = "cifar10"
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Train and export the nets that are not there yet."""
+    """Train and export the nets that are missing."""
     from tools.paper import nets  # both need torch
     from tools.train.exporting import exported
 
@@ -79,7 +79,7 @@ def train(arguments: argparse.Namespace) -> None:
         net = nets.train(name, images.pixels, images.labels, normalize, recipe)
         seconds = time.perf_counter() - started
         top1 = nets.top1(net, test.pixels, test.labels, normalize)
-        work.record(name).unlink(missing_ok=True)  # the net that is there, if any, is about to go
+        work.record(name).unlink(missing_ok=True)  # the net that it describes is about to be replaced
         write(work.net(name), exported(net, (3, nets.SIZE, nets.SIZE)))
         record = {
             "settings": settings,
@@ -94,7 +94,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def repair(arguments: argparse.Namespace) -> None:
-    """Compute the cells that are not there yet."""
+    """Compute the cells that are missing."""
     work = Work(arguments.work)
     names = arguments.nets or work.nets() or NETS
     if missing := [name for name in names if name not in work.nets()]:
@@ -110,7 +110,7 @@ def repair(arguments: argparse.Namespace) -> None:
     benches = {name: grid.Bench(work, name, calibration[:needed], scored, execution) for name in names}
     cells = list(grid.cells(arguments.sparsities, arguments.methods, arguments.batches, arguments.images))
     tasks = [(name, cell) for name in benches for cell in cells]
-    os.environ.setdefault("OMP_NUM_THREADS", f"{threads}")  # numpy's, in the processes to come
+    os.environ.setdefault("OMP_NUM_THREADS", f"{threads}")  # for numpy in the worker processes
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.jobs, context, grid.start_worker, (benches,)) as pool:
         for _ in pool.map(grid.finish, *zip(*tasks, strict=True)):
@@ -118,7 +118,7 @@ def repair(arguments: argparse.Namespace) -> None:
 
 
 def table(arguments: argparse.Namespace) -> None:
-    """Write the JSON from the cells, and the tables of the page from the JSON; nets without cells stay in it."""
+    """Write the JSON from the cells and the page's tables from the JSON. Nets without cells stay in the JSON."""
     page = arguments.page.read_text(encoding="utf-8")
     if arguments.work is not None:
         new = grid.collected(Work(arguments.work))
@@ -129,10 +129,10 @@ def table(arguments: argparse.Namespace) -> None:
 
 
 def positive(text: str) -> int:
-    """A number of things for argparse.
+    """Parse a positive integer for argparse.
 
     Raises:
-        ValueError: When it is none.
+        ValueError: When it is not an integer.
         argparse.ArgumentTypeError: When it is below 1.
     """
     number = int(text)
@@ -142,10 +142,10 @@ def positive(text: str) -> int:
 
 
 def sparsity(text: str) -> str:
-    """A sparsity for argparse, as `grid.prune` takes it.
+    """Parse a sparsity for argparse, as `grid.prune` takes it.
 
     Raises:
-        ValueError: When it begins with no number.
+        ValueError: When it does not begin with a number.
         argparse.ArgumentTypeError: When it is something else.
     """
     number, *scope = text.split()
@@ -163,7 +163,7 @@ def main(command: Sequence[str] | None = None) -> None:
     repairing = commands.add_parser("repair", help="prune, repair and score: the cells that are missing")
     tabling = commands.add_parser("table", help="write the JSON and the page's tables")
     for part in (training, repairing):
-        part.add_argument("--work", type=Path, required=True, help="folder that keeps what is done")
+        part.add_argument("--work", type=Path, required=True, help="folder for nets and finished cells")
         part.add_argument("--archive", type=Path, default=ARCHIVE, help="CIFAR-10 as PART/CLASS/*.jpg")
     training.add_argument("--threads", type=int, default=0, help="0: torch's choice")
     training.add_argument("--nets", nargs="+", default=NETS, choices=NETS)
@@ -174,27 +174,31 @@ def main(command: Sequence[str] | None = None) -> None:
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--device", default="cuda")
     training.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="mixed precision")
-    training.add_argument("--float16", action="store_true", help="round the weights, for nets that travel compressed")
+    training.add_argument(
+        "--float16", action="store_true", help="round the weights to float16, so that they compress well"
+    )
     training.set_defaults(run=train)
-    repairing.add_argument("--jobs", type=positive, default=1, help="cells at a time, each in a process of its own")
-    repairing.add_argument("--threads", type=int, default=0, help="of a job; 0: its share of the cores")
-    repairing.add_argument("--nets", nargs="+", help="default: all that were trained")
+    repairing.add_argument("--jobs", type=positive, default=1, help="cells computed at a time, each in its own process")
+    repairing.add_argument("--threads", type=int, default=0, help="threads per job; 0: its share of the cores")
+    repairing.add_argument("--nets", nargs="+", help="default: all trained nets")
     repairing.add_argument(
         "--sparsities",
         nargs="+",
         type=sparsity,
         default=grid.SPARSITIES,
-        help="N:M, or shares of zeros, by global magnitude or as in '0.9 erk'",
+        help="N:M or sparsities, by global magnitude or as in '0.9 erk'",
     )
     repairing.add_argument("--methods", nargs="+", default=grid.METHODS, choices=grid.METHODS)
-    repairing.add_argument("--batches", nargs="+", type=int, default=grid.BATCHES, help="of the moving average")
-    repairing.add_argument("--images", type=int, default=2048, help="calibration images where no batches are counted")
+    repairing.add_argument("--batches", nargs="+", type=int, default=grid.BATCHES, help="batches of the moving average")
+    repairing.add_argument(
+        "--images", type=int, default=2048, help="calibration images of methods without a moving average"
+    )
     repairing.add_argument("--score-images", type=int, default=10_000)
     repairing.add_argument(
-        "--memory-limit", type=float, metavar="GIB", help="for activations, of each job; default: none"
+        "--memory-limit", type=float, metavar="GIB", help="limit for the activations of a job; default: none"
     )
     repairing.set_defaults(run=repair)
-    tabling.add_argument("--work", type=Path, help="default: write the page from the JSON that is there")
+    tabling.add_argument("--work", type=Path, help="default: write the page from the existing JSON")
     tabling.add_argument("--data", type=Path, default=ROOT / "docs" / "data" / "paper.json")
     tabling.add_argument("--page", type=Path, default=ROOT / "docs" / "paper.md")
     tabling.set_defaults(run=table)

@@ -28,10 +28,10 @@ class Images:
     labels: NDArray[np.int64]
 
     def head(self, count: int) -> Images:
-        """The first ones.
+        """The first `count` images.
 
         Raises:
-            SystemExit: When there are not as many.
+            SystemExit: When there are fewer.
         """
         if count > len(self.labels):
             raise SystemExit(f"{count} images were asked for, and there are {len(self.labels)}: ask for fewer")
@@ -40,32 +40,29 @@ class Images:
 
 @dataclass(frozen=True)
 class Work:
-    """The folder.
-
-    Every file is written beside and renamed, so that it is there whole or not at all.
-    """
+    """The folder. Every file is written under another name and then renamed, so that no file is ever incomplete."""
 
     folder: Path
 
     def net(self, name: str) -> Path:
-        """A trained net."""
+        """Path of a trained net."""
         return self.folder / f"{name}.onnx"
 
     def record(self, name: str) -> Path:
-        """How it was trained, and to what accuracy."""
+        """Path of the record of its training: settings and accuracy."""
         return self.folder / f"{name}.json"
 
     def digest(self, name: str) -> str:
-        """SHA-256 of a trained net: cells of one that was trained anew are not those of the old one."""
+        """SHA-256 of a trained net. Cells belong to one digest, so training a net again invalidates its cells."""
         return hashlib.sha256(self.net(name).read_bytes()).hexdigest()
 
     def nets(self) -> list[str]:
-        """The nets that are there, the paper's in its order."""
+        """Names of the trained nets: those of the paper in its order, then all others."""
         found = {path.stem for path in self.folder.glob("*.onnx")} & {path.stem for path in self.folder.glob("*.json")}
         return [name for name in NETS if name in found] + sorted(found - set(NETS))
 
     def images(self, part: str, archive: Path) -> Images:
-        """One part of the images ("train", "test"); the archive is read the first time only."""
+        """One part of the images ("train", "test"); the archive is read only once."""
         path = self.folder / f"{part}.npz"
         if not path.exists():
             images = unpack(archive, part)
@@ -78,7 +75,7 @@ class Work:
     def finish(
         self, net: str, sparsity: str, name: str, settings: Mapping[str, Any], compute: Callable[[], dict[str, Any]]
     ) -> None:
-        """Compute a cell and keep it, unless that was done with the same settings."""
+        """Compute a cell and store it, unless it is stored with the same settings."""
         path = self.folder / "cells" / net / f"{sparsity} {name}.json".replace(":", "-")
         if done_before(path, settings):
             return
@@ -90,7 +87,7 @@ class Work:
         print(f"{net} {sparsity} {name}: {values} {seconds:.0f} s", flush=True)
 
     def cells(self) -> Iterator[dict[str, Any]]:
-        """The finished cells of the nets that are there."""
+        """The finished cells of all trained nets."""
         for name in self.nets():
             digest = self.digest(name)
             for path in sorted(self.folder.glob(f"cells/{name}/*.json")):
@@ -100,7 +97,7 @@ class Work:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file so that it is never incomplete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     beside.write_bytes(content)
@@ -116,7 +113,7 @@ def read_json(path: Path) -> Any:
 
 
 def done_before(path: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether a record is there that was made with these settings."""
+    """Return whether a record with these settings exists."""
     return path.exists() and read_json(path)["settings"] == json.loads(json.dumps(settings))
 
 
