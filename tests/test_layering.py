@@ -86,7 +86,7 @@ def test_only_the_engine_imports_onnxruntime() -> None:
 
 
 @pytest.mark.parametrize(("name", "other"), FORBIDDEN, ids=lambda value: value)
-def test_a_room_may_not_import_what_its_row_leaves_out(name: str, other: str) -> None:
+def test_a_room_may_import_only_what_its_row_allows(name: str, other: str) -> None:
     source = "import onnx_asr" if other == "__init__" else f"def f():\n    from onnx_asr.{other} import x"
     assert len(violations(name, ast.parse(source))) == 1
 
@@ -124,7 +124,7 @@ def test_a_room_may_not_import_other_libraries(name: str) -> None:
         ("cli.x", "import netron"),
     ],
 )
-def test_a_violation_is_seen(name: str, source: str) -> None:
+def test_a_violation_is_found(name: str, source: str) -> None:
     assert len(violations(name, ast.parse(source))) == 1
 
 
@@ -137,7 +137,7 @@ def test_a_violation_is_seen(name: str, source: str) -> None:
         ("cli.x", "import typer\nfrom onnx_asr.repairing.pipeline import repair"),
     ],
 )
-def test_what_is_allowed_is_not(name: str, source: str) -> None:
+def test_allowed_imports_are_no_violations(name: str, source: str) -> None:
     assert violations(name, ast.parse(source)) == []
 
 

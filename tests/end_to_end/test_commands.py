@@ -117,7 +117,7 @@ def test_latency_is_measured_where_that_is_asked_for(command, tmp_path):
     assert "timed in onnxruntime on input:1,1,8,8" in done.out
 
 
-def test_sensitivity_tells_layers_apart_and_shares_the_zeros_out(tmp_path):
+def test_sensitivity_ranks_layers_and_allocates_the_zeros(tmp_path):
     few = ("--data", CALIBRATION, *PRESET, "--samples", 64, "--threads", "1")
     arguments = ("sensitivity", DENSE, *few, "--verify-samples", 32, "--sparsities", "0.9,0.5", "--exclude", "Gemm")
     done = cli(*arguments, "--json")
@@ -235,7 +235,7 @@ def test_compress(goal, tmp_path):
     assert top1(target) > 0.7
 
 
-def test_compress_tells_a_reader_how_close_it_came(tmp_path):
+def test_compress_reports_how_close_it_came(tmp_path):
     options = ("--data", CALIBRATION, *PRESET, *FEW, "--rounds", 1, "--sparsity", 0.8)
     done = cli("compress", DENSE, "-o", tmp_path / "c.onnx", *options)
     assert done.code == 0, done.err
@@ -336,7 +336,7 @@ def test_demo_for_a_reader(tmp_path):
     assert all(family in text for family in families)
 
 
-def test_help_knows_the_methods():
+def test_help_lists_the_methods():
     text = cli("repair", "--help").out
     assert all(method in text for method in METHODS)
     assert cli().out == cli("--help").out

@@ -39,7 +39,7 @@ def test_a_second_run_writes_the_same_bytes(
     assert written[0] == written[1]
 
 
-def test_a_refit_does_not_depend_on_the_number_of_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refit_does_not_depend_on_the_number_of_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer wide enough for numpy's matrix products to use all of them, which the command does not let them."""
     dense = net("g (float[N,64,H,W] x) => (float[N,K,A,B] y) { y = Conv (x, w) }", w=(64, 64, 3, 3))
     onnx.save(dense, tmp_path / "dense.onnx")

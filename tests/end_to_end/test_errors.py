@@ -62,7 +62,7 @@ def broken(tmp_path) -> dict[str, str]:
         ("nan", "NaN"),
     ],
 )
-def test_no_good_model(name, words, broken, output):
+def test_a_bad_model(name, words, broken, output):
     assert words in refused("prune", broken[name], "--sparsity", 0.5, output=output)
     assert words in refused("repair", broken[name], "--dense", DENSE, *DATA, output=output.with_name("r.onnx"))
     assert words in refused("compress", broken[name], "--sparsity", 0.5, *DATA, output=output.with_name("c.onnx"))
@@ -79,7 +79,7 @@ def test_channels_removed_by_another_tool(tmp_path, output):
     assert "which channels are left" in refused("repair", small, "--dense", DENSE, *DATA, output=output)
 
 
-def test_no_good_dense_model(broken, output):
+def test_a_bad_dense_model(broken, output):
     assert "NaN" in refused("repair", DENSE, "--dense", broken["nan"], *DATA, output=output)
     assert "does not exist" in cli("evaluate", DENSE, "--dense", broken["missing"], *DATA).error
 
@@ -97,7 +97,7 @@ def images(folder: Path, size: tuple[int, int]) -> Path:
     return folder
 
 
-def test_no_good_data(tmp_path, output):
+def test_bad_data(tmp_path, output):
     empty, text = tmp_path / "empty", tmp_path / "data.txt"
     empty.mkdir()
     text.write_text("no data")

@@ -111,7 +111,7 @@ def test_a_scaled_net_is_the_same_function(net: str) -> None:
     assert any(np.array_equal(new, 4 * old) and old.ndim == 4 for new, old in zip(after, before, strict=True))
 
 
-def test_only_what_is_missing_or_other_is_computed(work: Path) -> None:
+def test_only_missing_and_outdated_cells_are_computed(work: Path) -> None:
     assert repair(work) == []
     first = cell(work, "none").read_text()
     cell(work, "none").unlink()
@@ -123,7 +123,7 @@ def test_only_what_is_missing_or_other_is_computed(work: Path) -> None:
     assert repair(work, ("none",)) == ["0 dense", "damage", "none", "0 bn:20", "0 bn:20,scaled", "0 bn:exact"]
 
 
-def test_nothing_goes_on_after_a_run_was_killed(work: Path) -> None:
+def test_no_process_survives_a_killed_run(work: Path) -> None:
     shutil.rmtree(work / "cells")
     grid = ("--images", "128", "--score-images", "100", "--batches", "20", "--threads", "1")
     line = command("repair", "--work", work, *grid, "--jobs", "2")
@@ -138,7 +138,7 @@ def test_nothing_goes_on_after_a_run_was_killed(work: Path) -> None:
             os.killpg(run.pid, signal.SIGKILL)
 
 
-def test_zeros_can_be_shared_out_otherwise(work: Path) -> None:
+def test_zeros_can_be_allocated_by_another_scope(work: Path) -> None:
     grid = ("--sparsities", "0.9 erk", "--methods", "none", "--batches", "20", "--score-images", str(SCORED))
     script("repair", "--work", work, *grid)
     with np.load(work / "test.npz") as arrays:
@@ -220,7 +220,7 @@ def test_the_tables_of_the_page_are_those_of_its_json(tmp_path: Path) -> None:
         (("--score-images", "100", "--batches", "25"), "3200 calibration images are needed, and there are 3072"),
     ],
 )
-def test_what_cannot_be_done_is_said(work: Path, arguments: tuple[str, ...], message: str) -> None:
+def test_impossible_requests_are_refused(work: Path, arguments: tuple[str, ...], message: str) -> None:
     done = script("repair", "--work", work, *arguments, check=False)
     assert done.returncode == 1
     assert message in done.stderr

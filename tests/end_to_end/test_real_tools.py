@@ -76,7 +76,7 @@ def test_one_of_a_folded_pair_may_be_simplified(name: str, tool: str) -> None:
         assert result.improved
 
 
-def test_a_simplifier_that_folds_only_one_of_a_pair_is_seen() -> None:
+def test_a_simplifier_that_folds_only_one_of_a_pair_is_reported() -> None:
     original = digits("resnet")
     with pytest.raises(StructureError, match="a tool seems to have folded BatchNormalization in only one"):
         onnx_asr.repair(slim(pruned(original, 0.8)), digit_images()[0], dense=original, options=OPTIONS)

@@ -91,7 +91,7 @@ def test_refusals_leave_no_file(pruned, tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_library_is_said_before_any_work(tmp_path):
+def test_a_missing_library_is_reported_before_any_work(tmp_path):
     script = (
         "import sys; sys.modules['matplotlib'] = None; from onnx_asr.cli.app import run; "
         f"sys.exit(run(['prune', {DENSE!r}, '--sparsity', '0.5', '-o', 'out.onnx', '--report', 'report.html']))"
@@ -106,7 +106,7 @@ def test_a_missing_library_is_said_before_any_work(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_names_of_files_that_are_no_text(pruned, tmp_path, monkeypatch):
+def test_names_of_files_that_are_not_text(pruned, tmp_path, monkeypatch):
     folder, page = tmp_path / "images", tmp_path / "report.html"
     shutil.copytree(Path(FOLDER) / "0", folder)
     try:

@@ -122,7 +122,7 @@ def test_a_killed_worker_changes_nothing(
     assert cells(path) == alone
 
 
-def test_a_lost_scheduler_is_told(
+def test_a_lost_scheduler_is_reported(
     cluster: tuple[str, list[subprocess.Popen[bytes]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address, (scheduler, *_) = cluster
@@ -186,7 +186,7 @@ def test_an_interrupt_keeps_what_is_finished_and_ends_the_workers(alone: dict[An
     assert done.json["cells"] == json.loads(path.read_text())["cells"]
 
 
-def test_failed_cells_are_told_at_the_end(tmp_path: Path) -> None:
+def test_failed_cells_are_listed_at_the_end(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     bare = ("--sparsities", 0.5, "--patterns", "channel", "--workers", 1)
     done = cli("sweep", DENSE, "--data", CALIBRATION, *PRESET, *FEW, *bare, "-o", path, "--methods", "none,compress")

@@ -442,7 +442,7 @@ def test_dense_graphs_repaired_by_themselves_are_unchanged(name: str, method: st
 
 @pytest.mark.parametrize("method", ["paired", "refit"])
 @pytest.mark.parametrize("name", ["conv", "conv-1d", "conv-3d", "transposed", "gemm", "squeeze-and-excitation"])
-def test_folded_twins_are_repaired_to_the_same_function(name: str, method: str) -> None:
+def test_folded_graphs_are_repaired_to_the_same_function(name: str, method: str) -> None:
     dense, feeds = dense_of(name), sources(name, seed=3)
     damaged, twin = prune(dense, 0.5).model, folded(dense)
     assert error(twin, dense, feeds) < 1e-5
@@ -478,7 +478,7 @@ def test_ranks_of_a_later_round_are_those_of_their_own_weights() -> None:
 
 
 @pytest.mark.parametrize("name", ["tied", "siamese"])
-def test_a_tied_weight_stays_one_when_pruned(name: str) -> None:
+def test_a_tied_weight_stays_tied_when_pruned(name: str) -> None:
     """A copy for each way it is read: behind Identity and behind Transpose in one of the nets."""
     tensors = prune(dense_of(name), 0.5).model.graph.initializer
     assert [tensor.dims for tensor in tensors if len(tensor.dims) > 1] == (

@@ -124,7 +124,7 @@ def test_nodes_out_of_order_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", [b"BatchNormalization", b"some.domain"])
-def test_names_that_are_no_text(tmp_path: Path, name: bytes) -> None:
+def test_names_that_are_not_text(tmp_path: Path, name: bytes) -> None:
     """onnx's checker does not take them, or quotes them and fails at that."""
     model = residual_net()
     model.opset_import.append(onnx.helper.make_opsetid("some.domain", 1))
@@ -149,7 +149,7 @@ def test_a_constant_of_unknown_type() -> None:
 
 
 @pytest.mark.parametrize("number", [-1, 0, 255, 2**31 - 1])
-def test_a_weight_of_no_known_type_in_a_file(tmp_path: Path, number: int) -> None:
+def test_a_weight_of_unknown_type_in_a_file(tmp_path: Path, number: int) -> None:
     model = residual_net()
     first_initializer(model).data_type = number
     path = tmp_path / "m.onnx"
@@ -166,7 +166,7 @@ def test_a_constant_that_cannot_be_evaluated() -> None:
 
 
 @pytest.mark.parametrize("number", [-1, 0, 255, 2**31 - 1])
-def test_an_input_of_no_known_type(number: int) -> None:
+def test_an_input_of_unknown_type(number: int) -> None:
     model = residual_net()
     model.graph.input[0].type.tensor_type.elem_type = number
     with pytest.raises(ModelError, match=f"element type {number}"):
@@ -175,7 +175,7 @@ def test_an_input_of_no_known_type(number: int) -> None:
         Networks.of(model, residual_net())
 
 
-def test_an_input_of_negative_size_is_one_of_open_size(tmp_path: Path) -> None:
+def test_a_negative_input_size_counts_as_open(tmp_path: Path) -> None:
     """Shape inference ends the process on a Slice of it."""
     text = "g (float[N,3,8,8] x) => (float[N,K,H,W] y) { c = Slice (x, s, e, a) y = Conv (c, w) }"
     bounds = {name: np.array([value]) for name, value in (("s", 0), ("e", 5), ("a", 2))}
@@ -261,7 +261,7 @@ def test_weights_of_the_wrong_rank_are_skipped() -> None:
         assert "rank 1" in survey(index(model)).skips[0].reason
 
 
-def test_a_weight_that_is_a_vector_in_one_network_is_no_match() -> None:
+def test_a_weight_that_is_a_vector_in_one_network_does_not_match() -> None:
     text = "g (float[N,4] x) => (float[N,K] y) { h = Gemm (x, v) y = MatMul (h, w) }"
     with pytest.raises(StructureError, match="where the dense model has"):
         Networks.of(net(text, v=(4, 4), w=(4,)), net(text, v=(4, 4), w=(4, 4)))
@@ -369,7 +369,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_read(tmp_path: Path) -> No
         open_data(path, [SPEC], preprocessing=UNIT)
 
 
-def test_images_that_would_start_programs_or_never_end_are_refused(tmp_path: Path) -> None:
+def test_images_that_start_programs_or_never_end_are_refused(tmp_path: Path) -> None:
     """Pillow hands PostScript to Ghostscript, whatever the file's name; a pipe is read until someone closes it."""
     (tmp_path / "script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
     with pytest.raises(DataError, match=r"script\.png cannot be read as an image: cannot identify"):

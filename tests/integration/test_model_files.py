@@ -108,7 +108,7 @@ def crowded() -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("method", ["paired", "refit", "bn"])
-def test_all_that_is_not_repaired_is_as_it_was(method: Any, tmp_path: Path) -> None:
+def test_everything_that_is_not_repaired_is_unchanged(method: Any, tmp_path: Path) -> None:
     dense = crowded()
     sparse = copy(dense)
     for position, mask in magnitude_masks(dense, 0.6).items():

@@ -291,7 +291,7 @@ def test_impossible_variances_give_finite_weights_or_are_refused(value: float, m
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("broken", ["dense", "pruned", "both"])
-def test_activations_that_overflow_are_no_damage(broken: str) -> None:
+def test_overflowing_activations_are_refused_and_not_measured_as_damage(broken: str) -> None:
     sound, overflowing = residual_net(), residual_net()
     variances_overflow(overflowing)
     dense = sound if broken == "pruned" else overflowing

@@ -411,7 +411,7 @@ def test_a_tensor_never_loses_all_its_channels() -> None:
         cut(found, channels, channels.removable)
 
 
-def test_what_was_kept_is_told_in_terms_of_the_first_model() -> None:
+def test_the_record_refers_to_the_channels_of_the_first_model() -> None:
     model = residual_net()
     first = index(model)
     channels = trace(first)
@@ -443,7 +443,7 @@ def test_broken_metadata_are_an_error() -> None:
 # Pruning
 
 
-def test_layer_scope_takes_its_share_of_every_group() -> None:
+def test_layer_scope_removes_the_same_fraction_of_every_group() -> None:
     result = prune_channels(digits("mobilenet"), 0.3)
     for group in result.groups:
         assert group.kept == group.channels - round(0.3 * group.channels)
@@ -462,7 +462,7 @@ def test_global_scope_counts_all_channels_together() -> None:
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_multiples_of_channels_are_left(scope: Any) -> None:
+def test_the_number_of_channels_kept_is_a_multiple(scope: Any) -> None:
     result = prune_channels(digits("mobilenet"), 0.35, scope=scope, multiple=16)
     for group in result.groups:
         assert group.kept % 16 == 0 or group.kept == group.channels
@@ -524,7 +524,7 @@ def test_a_cut_net_is_repaired_against_the_dense_one(name: str, method: str) -> 
     assert read_kept(result.model) == read_kept(smaller)
 
 
-def test_an_uncut_dense_net_is_not_repaired_at_all() -> None:
+def test_a_net_that_lost_only_unread_channels_keeps_its_function() -> None:
     """Nothing is missing where only channels were removed that nobody reads."""
     dense = digits("vgg")
     conv = positions(dense, "Conv")[1]

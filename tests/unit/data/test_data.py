@@ -282,7 +282,7 @@ def test_class_folders_with_numbers_for_names(tmp_path: Path) -> None:
     }
 
 
-def test_one_sub_folder_is_no_class(tmp_path: Path) -> None:
+def test_a_single_sub_folder_is_not_a_class(tmp_path: Path) -> None:
     write_image(tmp_path / "images" / "a.png", pixels(8, 8, 3))
     assert open_data(tmp_path, [RGB8], preprocessing=UNIT).labels is None
 
@@ -418,7 +418,7 @@ def test_label_files(folder: Path, tmp_path: Path, text: str) -> None:
     assert dataset.labels.tolist() == [3, 1, 4]
 
 
-def test_label_file_wins_over_class_folders_and_tells_equal_names_apart(tmp_path: Path) -> None:
+def test_a_label_file_takes_precedence_over_class_folders_and_distinguishes_equal_names(tmp_path: Path) -> None:
     names = ["cat/1.png", "dog/1.png"]
     file = tmp_path / "labels.csv"
     file.write_text("dog/1.png,5\ncat\\1.png,6\n")

@@ -205,7 +205,7 @@ def test_a_bias_may_be_missing_in_one() -> None:
     assert match(index(without), index(with_bias)).nodes == {0: 0}
 
 
-def test_stating_a_default_equals_leaving_it_out() -> None:
+def test_a_stated_default_equals_an_omitted_one() -> None:
     text = "g (float[N,4,4,4] x) => (float[N,4,4,4] y) {{ y = Conv {} (x, w) }}"
     plain = index(net(text.format(""), w=(4, 4, 1, 1)))
     stated = '<strides=[1,1], pads=[0,0,0,0], dilations=[1,1], group=1, kernel_shape=[1,1], auto_pad="NOTSET">'
@@ -316,7 +316,7 @@ def test_the_first_difference_is_named(name: str, swapped: bool) -> None:
         assert word in message
 
 
-def test_operands_that_nothing_tells_apart_are_paired_in_order() -> None:
+def test_indistinguishable_operands_are_paired_in_order() -> None:
     text = "g (float[N,3,4,4] x) => (float[N,3,4,4] y) {{ a = Conv (x, v)  b = Conv (x, w)  y = Add ({}) }}"
     weights = {"v": (3, 3, 1, 1), "w": (3, 3, 1, 1)}
     straight, crossed = (index(net(text.format(order), **weights)) for order in ("a, b", "b, a"))

@@ -209,7 +209,7 @@ def test_weights_in_constant_nodes_and_behind_identities_are_looked_at_too() -> 
             check_finite(index(model), "pruned")
 
 
-def test_constants_that_are_no_weights_may_be_infinite_but_not_nan() -> None:
+def test_constants_other_than_weights_may_be_infinite_but_not_nan() -> None:
     """Padding with -inf before a max pool."""
     text = "g (float[N,4] x) => (float[N,K] y) { y = Pad (x, pads, fill) }"
     pads = np.array([0, 1, 0, 1], np.int64)

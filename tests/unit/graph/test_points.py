@@ -189,7 +189,7 @@ def test_levels_run_through_subgraphs() -> None:
     assert [(point.tensor, point.level) for point in found.points] == [("a", 1), ("y", 2)]
 
 
-def test_an_add_that_is_no_bias_stays_outside_the_point() -> None:
+def test_an_add_that_is_not_a_bias_stays_outside_the_point() -> None:
     for other, shape in (("x2", None), ("b", (4, 3)), ("b", (2, 1, 1))):
         weights = {"w": (4, 3)} | ({} if shape is None else {"b": shape})
         found = points_of(

@@ -174,7 +174,7 @@ def test_collapsed_dead_and_constant_channels() -> None:
     assert (nothing["median_ratio"], nothing["spread"], nothing["log_errors"]) == (None, None, None)
 
 
-def test_log_errors_tell_what_a_correction_is_worth() -> None:
+def test_log_errors_predict_the_effect_of_a_correction() -> None:
     even = np.full(40, 0.1)
     uneven = 10.0 ** np.linspace(-2, 0, 40)
     for scale, layer_helps in ((even, True), (uneven, False)):

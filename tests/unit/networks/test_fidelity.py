@@ -132,7 +132,7 @@ def test_outputs_are_collected_in_the_order_of_the_indices(batch_size):
     np.testing.assert_allclose(found, run(model, {"x": x[indices]})["logits"], rtol=1e-4, atol=1e-5)
 
 
-def test_a_fixed_batch_leaves_out_what_does_not_fill_it():
+def test_a_fixed_batch_drops_an_incomplete_last_batch():
     model = net("g (float[4,3] x) => (float[4,3] y) { y = Relu (x) }")
     x = scores(0, (11, 3))
     data = TensorDataset([{"x": x}], "the test", input_specs(GraphIndex.of(model)))
@@ -142,6 +142,6 @@ def test_a_fixed_batch_leaves_out_what_does_not_fill_it():
         collect_outputs(model, data, np.arange(3), Runtime(threads=1))
 
 
-def test_a_distance_needs_a_dense_model():
+def test_distance_needs_a_dense_model():
     with pytest.raises(AssertionError):
         _ = Fidelity(3, top1=0.5).distance

@@ -14,7 +14,7 @@ small = hnp.arrays(np.float64, hnp.array_shapes(max_dims=3, max_side=4), element
 
 
 @given(scores=st.lists(small, min_size=1, max_size=3), share=st.floats(0, 1))
-def test_exactly_that_many_and_the_largest_ties_by_position(scores: list[np.ndarray], share: float) -> None:
+def test_exactly_the_largest_are_kept_and_ties_broken_by_position(scores: list[np.ndarray], share: float) -> None:
     flat = [float(value) for score in scores for value in score.ravel()]
     keep = round(share * len(flat))
     masks = keep_largest(scores, keep)

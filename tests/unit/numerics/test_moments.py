@@ -116,7 +116,7 @@ def test_constant_channels_have_correlation_zero():
 
 
 @pytest.mark.filterwarnings("error")
-def test_channels_that_overflow_are_told_by_their_moments_without_a_warning():
+def test_overflowing_channels_show_in_the_moments_without_a_warning():
     x = np.random.default_rng(0).standard_normal((8, 2, 3, 3)).astype(np.float32)
     x[:, 1] *= np.float32(1e30)
     found = PairMoments.of(x, x)

@@ -477,7 +477,7 @@ def test_values_that_are_not_finite_are_refused(where, value):
         layer.refit(**relu)
 
 
-def test_pruned_places_of_w0_are_not_looked_at():
+def test_pruned_entries_of_w0_have_no_effect():
     layer = Layer()
     expected = layer.refit(RefitOptions())
     layer.w0[~layer.mask] = np.nan

@@ -113,7 +113,7 @@ def test_zeros_fit_a_share_of_the_operations(scope: Any) -> None:
         assert nonzero_flops(by_weights.model) > nonzero_flops(result.model)
 
 
-def test_prices_are_what_entries_are_kept_for() -> None:
+def test_prices_justify_the_entries_kept() -> None:
     sizes, zeros = [100, 100], [[50, 100], [50, 100]]
     costs = [[1.0, 3.0], [1.0, 3.0]]
     assert cheapest_keep(sizes, zeros, costs, 150) == [50, 100]

@@ -216,7 +216,7 @@ def test_later_masks_rank_refitted_weights(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(("pattern", "n", "rounds"), [("2:4", 2, 2), ("1:4", 1, 5)])
-def test_patterns_are_valid_at_the_end_and_lose_one_weight_a_round(
+def test_patterns_are_valid_at_the_end_and_lose_one_weight_per_round(
     pattern: str, n: int, rounds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = Rounds(monkeypatch)
@@ -302,7 +302,7 @@ def test_rounds_of_blocks_are_nested_and_share_their_zeros(monkeypatch: pytest.M
             np.testing.assert_array_equal(alive.any(axis=0), alive.all(axis=0))
 
 
-def test_layers_that_end_up_next_to_empty_are_remarked_on() -> None:
+def test_layers_with_hardly_any_weights_left_are_noted() -> None:
     x, _ = digit_images()
     result = compress(digits("vgg"), x[:64], CompressOptions(0.999, rounds=1), repair_options=settings(64))
     (note,) = (note for note in result.repair.notes if note.startswith("so few weights are left"))

@@ -164,7 +164,7 @@ def test_scores_of_folded_graphs_do_not_see_the_scale_of_channels() -> None:
     np.testing.assert_array_equal(*masks)
 
 
-def test_plain_magnitude_on_a_net_without_batchnormalization_is_remarked_on() -> None:
+def test_plain_magnitude_without_batchnormalization_is_noted() -> None:
     model = grouped_net()
     (note,) = prune(model, 0.5).notes
     assert "--score variance" in note

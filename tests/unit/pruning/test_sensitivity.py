@@ -74,7 +74,7 @@ def test_a_weight_that_two_layers_share_is_refitted_for_both() -> None:
     assert distances[0] > 0
 
 
-def test_layers_that_do_nothing_are_not_sensitive_and_get_the_zeros() -> None:
+def test_layers_without_effect_are_insensitive_and_pruned_most() -> None:
     """The second branch is multiplied by all but nothing: an allocation empties it first."""
     model = net(
         """

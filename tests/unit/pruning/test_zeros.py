@@ -175,7 +175,7 @@ def test_nothing_but_weights_changes() -> None:
 
 
 @pytest.mark.parametrize("options", [{"sparsity": 0.9}, {"pattern": "2:4"}, {"sparsity": 0.8, "pattern": "4x1"}])
-def test_sizes_before_and_after_are_told(options: dict[str, Any]) -> None:
+def test_sizes_before_and_after_are_reported(options: dict[str, Any]) -> None:
     model = digits("vgg")
     result = prune(model, **options)
     zeros_made = zeros(prunable(result.model)) - zeros(prunable(model))
@@ -317,7 +317,7 @@ def starving(notes: tuple[str, ...]) -> list[str]:
     return [note for note in notes if note.startswith("so few weights are left")]
 
 
-def test_a_layer_that_hardly_keeps_a_weight_is_remarked_on() -> None:
+def test_a_layer_with_hardly_any_weights_left_is_noted() -> None:
     model = uneven_net()
     emptied = prune(model, 0.5)
     assert [layer.zeros for layer in emptied.layers] == [288, 368]

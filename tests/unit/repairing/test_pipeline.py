@@ -248,7 +248,7 @@ def test_bn_is_a_naive_sequential_recalibration(name: str) -> None:
 
 @pytest.mark.parametrize("method", ["asr", "raw", "layerwise"])
 @pytest.mark.parametrize("name", WITH_BN_BEHIND_EVERY_CONV)
-def test_gains_before_an_exact_batchnorm_are_no_ops(name: str, method: str) -> None:
+def test_gains_before_an_exact_batchnorm_have_no_effect(name: str, method: str) -> None:
     damaged, x = pruned_of(name, 0.6), data_of(name)
     expected = outputs(repaired("bn", damaged, None, x), x)
     model = repaired(method, damaged, model_of(name), x)
@@ -341,7 +341,7 @@ def test_ema_keeps_no_activations_of_layers_that_are_done() -> None:
 @pytest.mark.parametrize("sparsity", [0.5, 0.7])
 @pytest.mark.parametrize("method", ["paired", "refit"])
 @pytest.mark.parametrize("name", WITH_BN_BEHIND_EVERY_CONV)
-def test_a_folded_twin_is_repaired_to_the_same_function(name: str, method: str, sparsity: float) -> None:
+def test_folded_and_unfolded_repairs_give_the_same_function(name: str, method: str, sparsity: float) -> None:
     model, damaged, x = model_of(name), pruned_of(name, sparsity), data_of(name)
     twin, damaged_twin = folded(model), folded(damaged)
     assert not positions(twin, "BatchNormalization")
@@ -524,7 +524,7 @@ def test_auto_takes_the_smallest_divergence_on_samples_it_did_not_calibrate_on(
     assert result.improved
 
 
-def test_a_time_budget_leaves_candidates_out() -> None:
+def test_a_time_budget_skips_candidates() -> None:
     model, damaged = model_of("residual"), pruned_of("residual", 0.5)
     options = RepairOptions(samples=64, verify_samples=32, time_budget=0.0)
     result = repair(damaged, images(96, seed=8), dense=model, options=options)

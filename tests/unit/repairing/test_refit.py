@@ -493,13 +493,13 @@ def test_a_batchnorm_between_the_add_and_the_relu() -> None:
         ("r = Relu (a)  c = Clip (a, zero, six)  y = Add (r, c)", True),
     ],
 )
-def test_which_consumers_hide_what_is_negative(tail: str, relu: bool) -> None:
+def test_consumers_that_hide_negative_values(tail: str, relu: bool) -> None:
     scalars = {"zero": np.float32(0), "six": np.float32(6), "minus": np.float32(-1)}
     items, _ = contexts_of(f"g ({SHAPE} x) => ({SHAPE} y) {{ a = Conv (x, w) {tail} }}", **W, **scalars)
     assert items["a"].relu is relu
 
 
-def test_a_relu_that_is_not_the_only_way_out_hides_nothing() -> None:
+def test_a_relu_with_a_way_around_it_hides_nothing() -> None:
     items, _ = contexts_of(f"g ({SHAPE} x) => ({SHAPE} y, {SHAPE} a) {{ a = Conv (x, w)  y = Relu (a) }}", **W)
     assert not items["a"].relu
 
@@ -517,14 +517,14 @@ def test_a_relu_that_is_not_the_only_way_out_hides_nothing() -> None:
         ("(float[N,3,1,1] x) => (float[N,3,1,1] y) { y = Conv (x, w) }", False),
     ],
 )
-def test_which_results_are_logits_of_classes(text: str, classes: bool) -> None:
+def test_outputs_that_are_logits_of_classes(text: str, classes: bool) -> None:
     items, _ = contexts_of(f"g {text}", **W, m=(5, 4))
     (item,) = items.values()
     assert item.classes is classes
 
 
 @pytest.mark.parametrize("spots", [1, 3])
-def test_classes_are_matched_where_there_is_one_row_a_sample(spots: int) -> None:
+def test_classes_are_matched_if_there_is_one_row_per_sample(spots: int) -> None:
     """Flattened, 3 x 1 x 3 positions are nine values a sample and no classes."""
     rng = np.random.default_rng(0)
     model = net(
@@ -550,7 +550,7 @@ def test_classes_are_matched_where_there_is_one_row_a_sample(spots: int) -> None
         ("a = Conv (x, w)  y = Mul (a, x)", "no sum"),
     ],
 )
-def test_what_is_no_shortcut(text: str, why: str) -> None:
+def test_inputs_that_are_not_shortcuts(text: str, why: str) -> None:
     items, _ = contexts_of(f"g ({SHAPE} x) => ({SHAPE} y) {{ {text} }}", **W, one=np.ones((1, 3, 1, 1), np.float32))
     assert items["a"].shortcut is None, why
 
@@ -596,7 +596,7 @@ def test_the_longer_branch_corrects_the_sum_even_if_it_comes_first_in_the_file()
     assert order == [["b", "short"], ["c"]]
 
 
-def test_steps_never_come_before_what_they_need() -> None:
+def test_steps_come_after_what_they_need() -> None:
     """Three branches into two sums, all of one level: each waits for the one before it."""
     _, order = contexts_of(
         f"""

@@ -93,7 +93,7 @@ def test_the_values_are_those_stored(request: pytest.FixtureRequest) -> None:
     assert differences(mine, json.loads(GOLDEN.read_text())) == []
 
 
-def test_a_broken_value_is_seen() -> None:
+def test_a_broken_value_is_found() -> None:
     golden = json.loads(GOLDEN.read_text())
     broken = json.loads(GOLDEN.read_text())
     broken["layers"][3]["after"]["ratios"][0] *= 1.05
@@ -203,7 +203,7 @@ def test_the_other_commands() -> None:
     assert {"round 1", "round 2"} <= set(values["seconds"])
 
 
-def test_labels_that_do_not_fit_are_said_and_left_out(tmp_path: Path) -> None:
+def test_labels_that_do_not_fit_are_reported_and_ignored(tmp_path: Path) -> None:
     dense = residual_net()
     model = zeroed(dense, 0.5)
     path = tmp_path / "feeds.npz"
@@ -256,7 +256,7 @@ def test_it_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [item.name for item in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_what_is_in_the_way_is_said_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_obstacles_are_reported_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "a.onnx"
     assert check_report(tmp_path / "a.html", target) == tmp_path / "a.html"
     with pytest.raises(OptionError, match="a file of its own"):

@@ -129,7 +129,7 @@ def test_what_auto_chose_and_how_much_is_gone(swept: SweepResult) -> None:
     assert swept.cells[Cell(single, "compress")].seconds > 0  # type: ignore[operator]
 
 
-def test_a_cell_that_cannot_be_made_ends_nothing(swept: SweepResult) -> None:
+def test_a_failing_cell_does_not_stop_the_sweep(swept: SweepResult) -> None:
     (reason,) = swept.failures
     assert "it removes no channels" in reason
     assert swept.failures[reason] == [Cell(Goal("channel", 0.5), "compress")]
@@ -139,7 +139,7 @@ def test_a_cell_that_cannot_be_made_ends_nothing(swept: SweepResult) -> None:
     assert [cell.method for cell, outcome in result.cells.items() if outcome.fidelity] == ["none", "paired"]
 
 
-def test_what_goes_wrong_unexpectedly_is_a_failure_and_an_interrupt_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_errors_are_failures_and_interrupts_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     def run_with(error: BaseException) -> SweepResult:
         def fail(*_: object) -> None:
             raise error
@@ -161,7 +161,7 @@ def test_a_goal_is_pruned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counted == {"pruned": 3, "score": 9}
 
 
-def test_finished_cells_are_kept_and_the_rest_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_cells_are_kept_and_missing_ones_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, path = residual_net(), images(128, seed=1), tmp_path / "results.json"
     whole = sweep(model, x, GRID, settings=SETTINGS)
     score = Bench.score
@@ -240,7 +240,7 @@ def test_labels_are_a_condition_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"kind": "onnx-resuscitate sweep"}', '{"a": 1}', "\xff", None])
-def test_a_file_that_is_no_result_is_left_alone(content: str | None, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_sweep_result_is_not_overwritten(content: str | None, tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     if content is None:
         path.mkdir()
@@ -378,7 +378,7 @@ def test_the_page_of_a_sweep(swept: SweepResult) -> None:
     assert all(row["cells"][0]["best"] == (row["cells"][0]["fidelity"]["top1"] == best) for row in values["rows"])
 
 
-def test_a_net_that_is_no_classifier_is_told_by_its_snr() -> None:
+def test_a_net_that_does_not_classify_is_judged_by_its_snr() -> None:
     model = net("g (float[N,3,8,8] x) => (float[N,4,8,8] y) { y = Conv (x, w) }", w=(4, 3, 1, 1))
     result = sweep(model, images(96, seed=1), SweepGrid((0.5,), ("2:4", "unstructured")), settings=SETTINGS)
     assert result.measure == "snr_db"
