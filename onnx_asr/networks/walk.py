@@ -10,7 +10,7 @@ from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.samples import Calibration, feeds, input_specs
-from onnx_asr.numerics.rows import MEMORY, Store
+from onnx_asr.numerics.rows import MEMORY, BufferStore
 
 
 class Walk:
@@ -25,7 +25,7 @@ class Walk:
         self.calibration = calibration
         self._runtime = execution.runtime
         self._pool = BufferPool(execution.memory_limit, calibration.nbytes)
-        self.store: Store = MEMORY if execution.memory_limit is None else self._pool
+        self.store: BufferStore = MEMORY if execution.memory_limit is None else self._pool
 
     def __enter__(self) -> Walk:
         return self

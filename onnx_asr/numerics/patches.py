@@ -90,7 +90,8 @@ def gather_patches(
         groups: Channel groups.
 
     Returns:
-        [N * P, groups, taps * C / groups], float32; see :func:`tap_major` for weights in the same order.
+        [N * P, groups, taps * C / groups], float32: the channels of a tap together, as in
+        ``WeightLayout.to_patches``.
     """
     images, channels = tensor.shape[:2]
     size = math.prod(tensor.shape[2:])
@@ -110,16 +111,6 @@ def gather_patches(
         return patches.reshape(-1, 1, taps * channels)
     grouped = patches.reshape(-1, taps, groups, channels // groups).transpose(0, 2, 1, 3)  # [rows, G, taps, C/G]
     return np.ascontiguousarray(grouped).reshape(len(grouped), groups, -1)
-
-
-def tap_major(rows: NDArray[Any], taps: int) -> NDArray[Any]:
-    """Weight rows [C_out, C/G * taps] reordered to [C_out, taps * C/G], the order of the patches."""
-    return np.ascontiguousarray(rows.reshape(len(rows), -1, taps).transpose(0, 2, 1)).reshape(rows.shape)
-
-
-def channel_major(rows: NDArray[Any], taps: int) -> NDArray[Any]:
-    """Inverse of :func:`tap_major`."""
-    return np.ascontiguousarray(rows.reshape(len(rows), taps, -1).transpose(0, 2, 1)).reshape(rows.shape)
 
 
 def gather_outputs(tensor: NDArray[Any], positions: Positions) -> NDArray[np.float32]:

@@ -32,22 +32,28 @@ a constant, and touches it at `z'` (Boehning, 1992): each step is the least squa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from onnx_asr.errors import OptionError
-from onnx_asr.numerics.rows import MEMORY, Array, Fit, Inputs, Mask, Single, Store, Targets, softmax
+from onnx_asr.numerics.rows import (
+    LIMITS,
+    MEMORY,
+    Array,
+    BufferStore,
+    Fit,
+    Inputs,
+    Mask,
+    Single,
+    SolverLimits,
+    Targets,
+    softmax,
+)
 from onnx_asr.numerics.systems import NOISE, ConjugateGradients, GramSystem, Inverse, RowSystem, inverse_is_cheaper
 
-Choice: TypeAlias = Callable[[Array], Mask]
-"""From refitted weights to those that stay, in one shape."""
-
-_FEW_ROWS = 0.5  # n / K up to which A is applied through the rows: cheaper, and no [K, K] matrix is held
-_BLOCK_VALUES = 2**20  # of W solved for at once
 _CG_DRAFT = 1e-3  # |residual| / |load| good enough to see what the ReLU hides
 _CG_FINAL = 5e-6  # and in the weights
 _FINAL_STEPS = 90  # of conjugate gradients that this takes in all, with three ReLU-aware steps
@@ -99,6 +105,8 @@ class RefitSolution:
         residual_after: The same for `weight` and `bias`.
         rows: The number n of samples.
         solver: What solved the systems: an inverse for each row, or conjugate gradients on the rows of a group at once.
+        steps: Steps of conjugate gradients in all; 0 for an inverse.
+        converged: Whether every solution met its tolerance within the limit of steps.
     """
 
     weight: Array
@@ -108,22 +116,15 @@ class RefitSolution:
     residual_after: float
     rows: int
     solver: Literal["inverse", "cg"]
+    steps: int
+    converged: bool
 
 
-def refit_rows(
-    x: Single,
-    target: Single,
-    w0: npt.NDArray[np.floating],
-    mask: Mask,
-    options: RefitOptions,
-    *,
-    relu_floor: Single | None = None,
-    dense_negative: Mask | None = None,
-    classes: bool = False,
-    narrow: Sequence[Choice] = (),
-    store: Store = MEMORY,
-) -> RefitSolution:
+class LayerRefit:
     """`(H_SS + R I) w = G_S + R w0`, `b = mean(T) - w.mean(X)`, for every output channel of one layer.
+
+    Under one mask, or under several, each within the last: :meth:`draft` and :meth:`narrow` take weights out by what
+    they are worth in a refit so far, :meth:`solve` ends it.
 
     Args:
         x: [n, G, K] input patches; G groups of the convolution, K = C_in / G * kh * kw. Centred in place.
@@ -134,58 +135,147 @@ def refit_rows(
         relu_floor: [n, G * M] `theta`; 0 if None.
         dense_negative: [n, G * M], where the dense pre-activation is <= 0; None if no ReLU follows.
         classes: Whether the outputs of a group are logits of classes.
-        narrow: What takes weights [G, M, K] out of the mask, one after another, each by the refit under what the last
-            one left. The first of these refits takes the first ReLU-aware step for all.
-        store: Where `x` is, and Gram matrices are to be kept.
-
-    Returns:
-        The refitted layer; always finite.
+        store: Where `x` is, and where Gram matrices are kept.
+        limits: How the work is divided, and when the solver stops.
 
     Raises:
-        ValueError: If shapes do not fit together, or a value is not finite or too large to be squared in float32.
+        ValueError: Here or in a method, if shapes do not fit together, or a value is not finite or too large to be
+            squared in float32.
     """
-    _check_shapes(x, target, w0, mask, relu_floor, dense_negative)
-    inputs = Inputs(x, store)
-    _check_finite(x=inputs.mean, relu_floor=relu_floor)
-    system = _system(inputs, options.ridge)
-    groups, outputs, size = w0.shape
-    everything = Targets(
-        inputs,
-        target.reshape(-1, groups, outputs),
-        None if relu_floor is None else relu_floor.reshape(-1, groups, outputs),
-        None if dense_negative is None else dense_negative.reshape(-1, groups, outputs),
-        softmax(target.reshape(-1, groups, outputs)) if classes else None,
-    )
-    step = outputs if classes else max(1, _BLOCK_VALUES // (groups * size))
-    blocks = [slice(begin, begin + step) for begin in range(0, outputs, step)]
-    drafts: list[_Draft | None] = [None] * len(blocks)
-    for choose in narrow:
-        drafts = [
-            _draft(system, everything.of(block), _kept(w0, mask, block), mask[:, block], options, draft)
-            for block, draft in zip(blocks, drafts, strict=True)
-        ]
-        mask = mask & choose(np.concatenate([draft.weight for draft in drafts if draft], axis=1))
-    starts = [_kept(w0, mask, block) for block in blocks]
-    del w0
-    parts = [
-        _solve(system, everything.of(block), starts.pop(0), mask[:, block], options, drafts.pop(0))
-        for block in blocks  # nothing else holds its start, or its draft
-    ]
-    system.matrix.release()
-    if classes and options.class_steps:
-        system = _system(inputs, options.class_ridge)
-        parts = [_toward_classes(system, everything, parts.pop(), mask, options.class_steps)]
-        system.matrix.release()
-    spread = sum(part.spread for part in parts) or 1.0
-    return RefitSolution(
-        weight=np.concatenate([part.weight for part in parts], axis=1),
-        bias=np.concatenate([part.bias for part in parts], axis=1).ravel(),
-        gain=np.concatenate([part.gain for part in parts], axis=1).ravel(),
-        residual_before=float(np.sqrt(sum(part.error_before for part in parts) / spread)),
-        residual_after=float(np.sqrt(sum(part.error_after for part in parts) / spread)),
-        rows=len(x),
-        solver="cg" if any(part.solver == "cg" for part in parts) else "inverse",
-    )
+
+    def __init__(
+        self,
+        x: Single,
+        target: Single,
+        w0: npt.NDArray[np.floating],
+        mask: Mask,
+        options: RefitOptions,
+        *,
+        relu_floor: Single | None = None,
+        dense_negative: Mask | None = None,
+        classes: bool = False,
+        store: BufferStore = MEMORY,
+        limits: SolverLimits = LIMITS,
+    ) -> None:
+        _check_shapes(x, target, w0, mask, relu_floor, dense_negative)
+        self._inputs = Inputs(x, store, limits)
+        _check_finite(x=self._inputs.mean, relu_floor=relu_floor)
+        self._system = _System.of(self._inputs, options.ridge, limits)
+        self._w0, self._mask, self._options, self._classes, self._limits = w0, mask, options, classes, limits
+        groups, outputs, size = w0.shape
+        self._targets = Targets(
+            self._inputs,
+            target.reshape(-1, groups, outputs),
+            None if relu_floor is None else relu_floor.reshape(-1, groups, outputs),
+            None if dense_negative is None else dense_negative.reshape(-1, groups, outputs),
+            softmax(target.reshape(-1, groups, outputs)) if classes else None,
+        )
+        step = outputs if classes else max(1, limits.block_values // (groups * size))
+        self._blocks = [slice(begin, begin + step) for begin in range(0, outputs, step)]
+        self._fits: list[Fit | None] = [None] * len(self._blocks)  # what the first draft saw
+
+    def draft(self) -> Array:
+        """The weights [G, M, K] under the mask so far, to choose from.
+
+        The first draft looks at the rows, and once more through the ReLU; those after it fit to what it saw.
+        """
+        return np.concatenate([self._draft(number) for number in range(len(self._blocks))], axis=1)
+
+    def narrow(self, keep: Mask) -> None:
+        """Take the weights out of the mask where `keep` [G, M, K] is False."""
+        self._mask = self._mask & keep
+
+    def solve(self) -> RefitSolution:
+        """The refitted layer, always finite; rows and dense weights are used up."""
+        starts = [self._start(block) for block in self._blocks]
+        del self._w0
+        parts = [self._solve(number, starts.pop(0)) for number in range(len(self._blocks))]  # nobody else holds them
+        self._system.matrix.release()
+        if self._classes and self._options.class_steps:
+            self._system = _System.of(self._inputs, self._options.class_ridge, self._limits)
+            parts = [self._toward_classes(parts.pop())]
+            self._system.matrix.release()
+        spread = sum(part.spread for part in parts) or 1.0
+        return RefitSolution(
+            weight=np.concatenate([part.weight for part in parts], axis=1),
+            bias=np.concatenate([part.bias for part in parts], axis=1).ravel(),
+            gain=np.concatenate([part.gain for part in parts], axis=1).ravel(),
+            residual_before=float(np.sqrt(sum(part.error_before for part in parts) / spread)),
+            residual_after=float(np.sqrt(sum(part.error_after for part in parts) / spread)),
+            rows=len(self._inputs),
+            solver="cg" if any(part.solver == "cg" for part in parts) else "inverse",
+            steps=sum(part.steps for part in parts),
+            converged=all(part.converged for part in parts),
+        )
+
+    def _start(self, block: slice) -> Array:
+        return np.where(self._mask[:, block], self._w0[:, block], 0.0).astype(np.float64, copy=False)
+
+    def _draft(self, number: int) -> Array:
+        block, system = self._blocks[number], self._system
+        start = self._start(block)
+        pulled = _Pulled(system, start, self._mask[:, block], self._limits, _DRAFT_STEPS)
+        fit = self._fits[number]
+        if fit is None:
+            targets = self._targets.of(block)
+            fit = _first_fit(targets, start)
+            if targets.negative is not None and self._options.relu_steps:
+                fit = targets.visible_fit(pulled.fitted(fit.cross, _CG_DRAFT), fit.mean)
+            self._fits[number] = fit
+        cross = fit.cross / system.root
+        scaled = pulled.scaled(cross.copy(), _CG_DRAFT)
+        scaled *= _gain(system, fit, cross, scaled, self._options)[..., None]
+        scaled /= system.root
+        return scaled
+
+    def _solve(self, number: int, start: Array) -> _Part:
+        block, system = self._blocks[number], self._system
+        targets = self._targets.of(block)
+        steps = 0 if targets.negative is None else self._options.relu_steps
+        fit, self._fits[number] = self._fits[number], None
+        if fit is None:
+            fit = _first_fit(targets, start)
+        else:
+            steps = max(0, steps - 1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            error_before = targets.error(start, fit.mean)
+        _check_squares(error_before)
+
+        spread = float(fit.variance.sum())
+        pulled = _Pulled(system, start, self._mask[:, block], self._limits, _FINAL_STEPS)
+        del start
+        for _ in range(steps):
+            fit = targets.visible_fit(pulled.fitted(fit.cross, _CG_DRAFT), fit.mean)
+        cross = np.divide(fit.cross, system.root, out=fit.cross)
+        weight = pulled.scaled(cross.copy(), _CG_FINAL)
+        solver = pulled.solver
+        report = (solver.name, solver.steps, solver.converged)
+        del pulled, solver  # and the inverses with it
+
+        gain = _gain(system, fit, cross, weight, self._options)
+        weight /= system.root
+        weight *= gain[..., None]
+        bias = fit.mean - np.vecdot(weight, self._inputs.mean[:, None, :])
+        return _Part(weight, bias, gain, spread, error_before, targets.error(weight, fit.mean), *report)
+
+    def _toward_classes(self, part: _Part) -> _Part:
+        mean = self._inputs.mean[:, None, :]
+        weight, level = part.weight, part.bias + np.vecdot(part.weight, mean)
+        part = replace(part, weight=np.empty(0))  # each step's weights are let go of for the next one's
+        pulled = _Pulled(self._system, weight, self._mask, self._limits, _FINAL_STEPS)
+        for _ in range(self._options.class_steps):
+            fit = self._targets.class_fit(weight, level)
+            del weight
+            weight, level = pulled.fitted(fit.cross, _CG_DRAFT), fit.mean
+            del fit
+        return replace(
+            part,
+            weight=weight,
+            bias=level - np.vecdot(weight, mean),
+            error_after=self._targets.error(weight, level),
+            steps=part.steps + pulled.solver.steps,
+            converged=part.converged and pulled.solver.converged,
+        )
 
 
 def covariance(x: Single) -> Array:
@@ -201,23 +291,23 @@ class _System:
     root: Array
     pull: Array
 
-
-def _system(inputs: Inputs, ridge_share: float) -> _System:
-    with np.errstate(over="ignore", invalid="ignore"):
-        gram = inputs.gram() if len(inputs) > _FEW_ROWS * inputs.mean.shape[1] else None  # [G, K, K]
-        diagonal = inputs.variance() if gram is None else np.diagonal(gram, axis1=1, axis2=2).copy()  # [G, K]
-    _check_squares(diagonal)
-    ridge = ridge_share * diagonal.mean(axis=1, keepdims=True) + 1e-12  # [G, 1]
-    root = np.sqrt(diagonal + ridge)[:, None, :]
-    pull = ridge[:, None, :] / root**2
-    if gram is None:
-        return _System(RowSystem(inputs.centred, root, pull), root, pull)
-    return _System(GramSystem(gram, root, inputs.store), root, pull)
+    @classmethod
+    def of(cls, inputs: Inputs, ridge_share: float, limits: SolverLimits) -> _System:
+        with np.errstate(over="ignore", invalid="ignore"):
+            gram = inputs.gram() if len(inputs) > limits.few_rows * inputs.mean.shape[1] else None  # [G, K, K]
+            diagonal = inputs.variance() if gram is None else np.diagonal(gram, axis1=1, axis2=2).copy()  # [G, K]
+        _check_squares(diagonal)
+        ridge = ridge_share * diagonal.mean(axis=1, keepdims=True) + 1e-12  # [G, 1]
+        root = np.sqrt(diagonal + ridge)[:, None, :]
+        pull = ridge[:, None, :] / root**2
+        if gram is None:
+            return cls(RowSystem(inputs.centred, root, pull), root, pull)
+        return cls(GramSystem(gram, root, inputs.store, limits), root, pull)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Some output channels of every group: weight [G, M, K], bias and gain [G, M], and sums of their errors."""
+    """Some output channels of every group: weight [G, M, K], bias and gain [G, M], sums of their errors, the solver."""
 
     weight: Array
     bias: Array
@@ -226,25 +316,23 @@ class _Part:
     error_before: float
     error_after: float
     solver: Literal["inverse", "cg"]
-
-
-def _kept(w0: npt.NDArray[np.floating], mask: Mask, block: slice) -> Array:
-    return np.where(mask[:, block], w0[:, block], 0.0).astype(np.float64, copy=False)
+    steps: int
+    converged: bool
 
 
 class _Pulled:
-    """Ridge least squares of the weights that a mask keeps, toward `w0` [G, M, K]."""
+    """Ridge least squares of the weights that a mask keeps, toward `start` [G, M, K], which is 0 outside it."""
 
-    def __init__(self, system: _System, kept: Array, mask: Mask, steps: int = _FINAL_STEPS) -> None:
+    def __init__(self, system: _System, start: Array, mask: Mask, limits: SolverLimits, steps: int) -> None:
         self._system, self._mask = system, mask
-        self._start = kept * system.root
+        self._start = start * system.root
         self._constant = system.pull * self._start
         self._constant -= system.matrix.product(self._start)
         self.solver: Inverse | ConjugateGradients
         if isinstance(system.matrix, GramSystem) and inverse_is_cheaper(mask, steps):
             self.solver = system.matrix.inverse(mask)
         else:
-            self.solver = ConjugateGradients(system.matrix, mask)
+            self.solver = ConjugateGradients(system.matrix, mask, limits)
 
     def scaled(self, load: Array, tolerance: float) -> Array:
         """`v = D^1/2 w` [G, M, K] for `D^-1/2 cov(T, X)` [G, M, K], which is overwritten."""
@@ -260,85 +348,12 @@ class _Pulled:
         return scaled
 
 
-@dataclass(frozen=True)
-class _Draft:
-    """Weights [G, M, K] of some output channels, to choose from, and what they were fitted to."""
-
-    weight: Array
-    fit: Fit
-
-
-def _draft(
-    system: _System, targets: Targets, kept: Array, mask: Mask, options: RefitOptions, last: _Draft | None
-) -> _Draft:
-    """The first looks at the rows, and once more through the ReLU; those after it fit to what it saw."""
-    pulled = _Pulled(system, kept, mask, _DRAFT_STEPS)
-    if last is not None:
-        fit = last.fit
-    else:
-        fit = _first_fit(targets, kept)
-        if targets.negative is not None and options.relu_steps:
-            fit = targets.visible_fit(pulled.fitted(fit.cross, _CG_DRAFT), fit.mean)
-    cross = fit.cross / system.root
-    scaled = pulled.scaled(cross.copy(), _CG_DRAFT)
-    scaled *= _gain(system, fit, cross, scaled, options)[..., None]
-    scaled /= system.root
-    return _Draft(scaled, fit)
-
-
-def _first_fit(targets: Targets, kept: Array) -> Fit:
+def _first_fit(targets: Targets, start: Array) -> Fit:
     with np.errstate(over="ignore", invalid="ignore"):
         fit = targets.fit()
-    _check_finite(target=fit.mean, w0=kept)
+    _check_finite(target=fit.mean, w0=start)
     _check_squares(fit.cross, fit.variance)
     return fit
-
-
-def _solve(
-    system: _System, targets: Targets, kept: Array, mask: Mask, options: RefitOptions, draft: _Draft | None
-) -> _Part:
-    steps = 0 if targets.negative is None else options.relu_steps
-    if draft is None:
-        fit = _first_fit(targets, kept)
-    else:
-        fit = draft.fit
-        steps = max(0, steps - 1)
-    del draft
-    with np.errstate(over="ignore", invalid="ignore"):
-        error_before = targets.error(kept, fit.mean)
-    _check_squares(error_before)
-
-    root = system.root
-    spread = float(fit.variance.sum())
-    pulled = _Pulled(system, kept, mask)
-    del kept
-    for _ in range(steps):
-        fit = targets.visible_fit(pulled.fitted(fit.cross, _CG_DRAFT), fit.mean)
-    cross = np.divide(fit.cross, root, out=fit.cross)
-    scaled = pulled.scaled(cross.copy(), _CG_FINAL)
-    solver = pulled.solver.name
-    del pulled
-
-    gain = _gain(system, fit, cross, scaled, options)
-    scaled /= root
-    scaled *= gain[..., None]
-    weight = scaled
-    bias = fit.mean - np.vecdot(weight, targets.inputs.mean[:, None, :])
-    error_after = targets.error(weight, fit.mean)
-    return _Part(weight, bias, gain, spread, error_before, error_after, solver)
-
-
-def _toward_classes(system: _System, targets: Targets, part: _Part, mask: Mask, steps: int) -> _Part:
-    mean = targets.inputs.mean[:, None, :]
-    weight, level = part.weight, part.bias + np.vecdot(part.weight, mean)
-    part = replace(part, weight=np.empty(0))  # each step's weights are let go of for the next one's
-    pulled = _Pulled(system, weight, mask)
-    for _ in range(steps):
-        fit = targets.class_fit(weight, level)
-        del weight
-        weight, level = pulled.fitted(fit.cross, _CG_DRAFT), fit.mean
-        del fit
-    return replace(part, weight=weight, bias=level - np.vecdot(weight, mean), error_after=targets.error(weight, level))
 
 
 def _check_shapes(

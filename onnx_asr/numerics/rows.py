@@ -15,10 +15,29 @@ Mask: TypeAlias = npt.NDArray[np.bool_]
 
 _CHUNK_VALUES = 2**20  # of X a product: summed in float32 within, in float64 across
 _RESIDUAL_EVERY = 8  # chunks, of which one measures the residual
-_PIECE_VALUES = 2**21  # of a Gram matrix in memory while one part of it after another is worked on
 
 
-class Store(Protocol):
+@dataclass(frozen=True)
+class SolverLimits:
+    """How a refit divides its work, and when it stops.
+
+    Attributes:
+        few_rows: n / K up to which `A` is applied through the rows: cheaper, and no [K, K] matrix is held.
+        block_values: Values of W solved for at once.
+        piece_values: Values of a Gram matrix that are in memory at a time, where a store keeps it elsewhere.
+        cg_steps: Conjugate-gradient steps of one solution.
+    """
+
+    few_rows: float = 0.5
+    block_values: int = 2**20
+    piece_values: int = 2**21
+    cg_steps: int = 400
+
+
+LIMITS = SolverLimits()
+
+
+class BufferStore(Protocol):
     """Where rows and Gram matrices are kept, which may be outside memory while they are not used."""
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
@@ -57,10 +76,11 @@ class Inputs:
         store: Where they are, and their Gram matrix is to be kept.
     """
 
-    def __init__(self, x: Single, store: Store = MEMORY) -> None:
+    def __init__(self, x: Single, store: BufferStore = MEMORY, limits: SolverLimits = LIMITS) -> None:
         groups, inputs = x.shape[1:]
         self.centred = x
         self.store = store
+        self._limits = limits
         with np.errstate(over="ignore", invalid="ignore"):
             self.mean: Array = x.mean(axis=0, dtype=np.float64)
             x -= self.mean.astype(np.float32)
@@ -74,14 +94,14 @@ class Inputs:
         """`H = cov(X)` [G, K, K], which the store holds."""
         groups, inputs = self.mean.shape
         gram = self.store.allocate((groups, inputs, inputs), np.dtype(np.float64))
-        for rows in pieces(gram, self.store):
+        for rows in pieces(gram, self.store, self._limits):
             gram[:, rows] = 0.0
         for _, chunk in self.chunks():
             product = chunk.transpose(1, 2, 0) @ chunk.transpose(1, 0, 2)
-            for rows in pieces(gram, self.store):
+            for rows in pieces(gram, self.store, self._limits):
                 gram[:, rows] += product[:, rows]
             del product  # before there is another one
-        for rows in pieces(gram, self.store):
+        for rows in pieces(gram, self.store, self._limits):
             gram[:, rows] /= len(self)
         return gram
 
@@ -97,10 +117,10 @@ class Inputs:
             self.store.set_aside(self.centred)
 
 
-def pieces(gram: Array, store: Store) -> Iterator[slice]:
+def pieces(gram: Array, store: BufferStore, limits: SolverLimits) -> Iterator[slice]:
     """Rows of [G, K, K] to work on one part after another, each set aside when its turn is over."""
     groups, inputs = gram.shape[:2]
-    step = max(1, _PIECE_VALUES // (groups * inputs))
+    step = max(1, limits.piece_values // (groups * inputs))
     for begin in range(0, inputs, step):
         yield slice(begin, min(begin + step, inputs))
         store.set_aside(gram)

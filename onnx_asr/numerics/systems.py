@@ -7,13 +7,14 @@ left alone.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from onnx_asr.numerics.rows import Array, Mask, Single, Store, pieces
+from onnx_asr.numerics.rows import Array, BufferStore, Mask, Single, SolverLimits, pieces
 
 Index: TypeAlias = npt.NDArray[np.intp]
 
@@ -21,20 +22,20 @@ NOISE = 1e-6  # eigenvalues of A (unit diagonal) below this are rounding of the 
 _INVERSE_BYTES = 2**29  # of inverses kept between ReLU steps
 _BATCH_BYTES = 2**26  # of systems inverted by one call
 _BATCH_RATIO = 0.85  # supports of one batch are at least this share of its largest one
-_CG_STEPS = 400
 
 
 class GramSystem:
     """`A` as a matrix for each group, [G, K, K]; the Gram matrix, which the store holds, is scaled in place."""
 
-    def __init__(self, gram: Array, root: Array, store: Store) -> None:
-        for rows in pieces(gram, store):  # in place: a copy would be 170 MB at K = 4608
+    def __init__(self, gram: Array, root: Array, store: BufferStore, limits: SolverLimits) -> None:
+        for rows in pieces(gram, store, limits):  # in place: a copy would be 170 MB at K = 4608
             part = gram[:, rows]
             part /= root
             part /= root.transpose(0, 2, 1)[:, rows]
             np.einsum("gkk->gk", gram[:, rows, rows])[...] = 1.0
         self._matrix = gram
         self._store = store
+        self._limits = limits
 
     def product(self, vectors: Array) -> Array:
         """`P A` for [G, M, K]."""
@@ -45,7 +46,7 @@ class GramSystem:
     def single(self, group: int) -> Callable[[Single], Single]:
         """`P A` of one group, for [M, K] in float32."""
         matrix = np.empty(self._matrix.shape[1:], np.float32)
-        for rows in pieces(self._matrix, self._store):
+        for rows in pieces(self._matrix, self._store, self._limits):
             matrix[rows] = self._matrix[group, rows]
         return lambda vectors: vectors @ matrix
 
@@ -106,6 +107,8 @@ class Inverse:
     """`u_S = A_SS^-1 r_S`, all rows with supports of similar size as one batch, padded with the identity."""
 
     name: Literal["inverse"] = "inverse"
+    steps = 0
+    converged = True
 
     def __init__(self, system: Array, mask: Mask) -> None:
         outputs, inputs = mask.shape[1:]
@@ -159,13 +162,20 @@ class ConjugateGradients:
     """`A_SS u_S = r_S` for all rows of a group at once: one float32 product `P A` a step, started warm.
 
     A unit diagonal makes Jacobi preconditioning the identity.
+
+    Attributes:
+        steps: Steps taken so far.
+        converged: Whether every solution so far met its tolerance within the limit.
     """
 
     name: Literal["cg"] = "cg"
 
-    def __init__(self, system: GramSystem | RowSystem, mask: Mask) -> None:
+    def __init__(self, system: GramSystem | RowSystem, mask: Mask, limits: SolverLimits) -> None:
+        self.steps = 0
+        self.converged = True
         self._system = system
         self._mask = mask
+        self._limit = limits.cg_steps
         self._last: Array = np.zeros(mask.shape)
 
     def solve(self, load: Array, tolerance: float) -> Array:
@@ -182,19 +192,29 @@ class ConjugateGradients:
             solution, mask, goal = self._last[group], self._mask[group], goals[group]
             norm = np.linalg.norm(residual, axis=-1)
             rows = np.flatnonzero(norm > goal)
+            if not len(rows):
+                continue
             scale = norm[rows, None]
             share = (goal[rows] / norm[rows]).astype(np.float32)
             begin = residual[rows]
             begin /= scale
             begin = begin.astype(np.float32)
-            solution[rows] += scale * _descend(self._system.single(group), mask[rows], begin, share)
+            found, steps, converged = _descend(self._system.single(group), mask[rows], begin, share, self._limit)
+            solution[rows] += scale * found
+            self.steps += steps
+            self.converged &= converged
         return self._last
 
 
-def _descend(product: Callable[[Single], Single], mask: Mask, residual: Single, goal: Single) -> Single:
+def _descend(
+    product: Callable[[Single], Single], mask: Mask, residual: Single, goal: Single, limit: int
+) -> tuple[Single, int, bool]:
     """Conjugate gradients from 0 for rows of residual norm 1, until each row's residual is below its `goal`.
 
     A row stops at a direction whose curvature is below `NOISE`. `residual` is overwritten.
+
+    Returns:
+        The solution, the steps taken, and whether all rows stopped before the limit.
     """
     result = np.zeros(residual.shape, np.float32)  # takes no memory before rows are done
     rows = np.arange(len(residual))  # of `result`, for the rows still carried
@@ -203,7 +223,7 @@ def _descend(product: Callable[[Single], Single], mask: Mask, residual: Single, 
     current = np.zeros_like(residual)
     direction = residual.copy()
     square = np.vecdot(residual, residual)
-    for _ in range(_CG_STEPS):
+    for step in itertools.count(1):
         image = product(direction)
         image *= kept
         curvature = np.vecdot(direction, image)
@@ -219,9 +239,9 @@ def _descend(product: Callable[[Single], Single], mask: Mask, residual: Single, 
             rows, goal, kept, last, square = rows[going], goal[going], kept[going], last[going], square[going]
             current, residual, direction = current[going], residual[going], direction[going]
             going = going[going]
-        if not going.any():
+        if step == limit or not going.any():
             break
         direction *= np.divide(square, last, out=np.zeros_like(square), where=last > 0)[:, None]
         direction += residual
     result[rows] = current
-    return result
+    return result, step, not going.any()

@@ -37,7 +37,6 @@ from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.sparsity import LayerSparsity, starved
 from onnx_asr.numerics.masks import Mask
 from onnx_asr.numerics.patterns import Pattern, check_sparsity
-from onnx_asr.numerics.refit import Choice
 from onnx_asr.pruning.masks import (
     PrunableWeight,
     apply_masks,
@@ -50,7 +49,7 @@ from onnx_asr.pruning.masks import (
 from onnx_asr.pruning.scores import input_factors
 from onnx_asr.repairing.options import RepairOptions, check_at_least
 from onnx_asr.repairing.pipeline import RepairJob, finish
-from onnx_asr.repairing.refit import repair_refit
+from onnx_asr.repairing.refit import Choice, repair_refit
 from onnx_asr.repairing.result import RepairResult
 from onnx_asr.repairing.rows import DenseRows
 
@@ -280,14 +279,11 @@ def _narrowing(
     """
 
     def choice(number: int, keep: int) -> Choice:
-        weight = weights[number]
-        layout = weight.layout
-
-        def choose(rows: NDArray[np.float64]) -> Mask:
+        def choose(value: NDArray[np.float64]) -> Mask:
             mask = chosen.get(nodes[number], given[number])
-            (scores,) = _scores([layout.from_rows(rows)], [factors[number]], [mask])
-            chosen[nodes[number]] = mask = keep_units(weight, scores, pattern, keep)
-            return layout.to_rows(mask)
+            (scores,) = _scores([value], [factors[number]], [mask])
+            chosen[nodes[number]] = keep_units(weights[number], scores, pattern, keep)
+            return chosen[nodes[number]]
 
         return choose
 

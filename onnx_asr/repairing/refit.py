@@ -8,8 +8,9 @@ A BatchNormalization that follows no convolution is left alone: what it reads is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import TypeAlias
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from onnx_asr.graph.edit import EditPlan, stored
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import LayerPoint
 from onnx_asr.networks.execution import Execution
-from onnx_asr.networks.pair import Networks
+from onnx_asr.networks.pair import Networks, overflow
 from onnx_asr.networks.parameters import (
     plan_batchnorm,
     plan_bias,
@@ -33,10 +34,13 @@ from onnx_asr.networks.walk import Walk
 from onnx_asr.numerics.gains import BatchNormParameters
 from onnx_asr.numerics.masks import Mask
 from onnx_asr.numerics.moments import Floats
-from onnx_asr.numerics.refit import Choice
+from onnx_asr.numerics.refit import NotFiniteError
 from onnx_asr.repairing.options import RefitRecipe
 from onnx_asr.repairing.point_report import PointReport, Reports
 from onnx_asr.repairing.rows import DenseRows, RowSampler
+
+Choice: TypeAlias = Callable[[Floats], Mask]
+"""From a weight as refitted so far, in its stored shape, to the entries that stay."""
 
 _MAX_GROWTH = 10.0
 
@@ -64,8 +68,7 @@ def repair_refit(
             which is all that is written and takes half the memory.
         kept: What the dense network put out at each point's sampled positions, by node; filled where it is empty, else
             used, so that the dense network is not run: for further refits with the same recipe and samples.
-        narrow: By node, what takes more weights out, one after another: from rows [C_out, K] of the weights refitted so
-            far, as they would be written, to those that stay.
+        narrow: By node, choices that take more weights out, applied in order.
     """
     index = networks.pruned
     items = contexts(index, networks.survey.points)
@@ -121,19 +124,28 @@ def write_refit(networks: Networks, plan: EditPlan, job: RowSampler, narrow: Seq
         narrow: As for :func:`repair_refit`.
     """
     index, point = networks.pruned, job.point
-    alpha = point.layer.alpha
+    layout = point.layer.layout
 
-    def by_folded(choose: Choice) -> Choice:
-        return lambda rows: choose(_unfolded(index, plan, point, rows / alpha)[0])
+    def rows_of(patches: Floats) -> Floats:
+        return layout.to_rows(layout.from_patches(patches)) / point.layer.alpha
 
-    solution, rows = job.solve(plan, [by_folded(choose) for choose in narrow])
-    del job  # and its rows, where the caller has let go of it
+    try:
+        fit = job.refit(plan)
+        for choose in narrow:
+            weight, *_ = _unfolded(index, plan, point, rows_of(fit.draft()))
+            fit.narrow(layout.to_patches(choose(layout.from_rows(weight))))
+        solution = fit.solve()
+    except NotFiniteError as error:
+        raise overflow(point) from error
+    job.release()
+    del job, fit  # and the rows, where the caller has let go of them
+    rows = rows_of(solution.weight)
     if point.batchnorm is None:
-        plan_rows(index, plan, point, rows / alpha)
+        plan_rows(index, plan, point, rows)
         plan_bias(index, plan, point, solution.bias)
         written = "weights"
     else:
-        _unfold(index, plan, point, rows / alpha, solution.bias)
+        _unfold(index, plan, point, rows, solution.bias)
         written = "weights+batchnorm"
     empty = int((~rows.any(axis=1)).sum())
     residual = (solution.residual_before, solution.residual_after)

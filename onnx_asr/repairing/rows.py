@@ -17,22 +17,20 @@ from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex, attribute
 from onnx_asr.graph.points import LayerPoint, Point
 from onnx_asr.networks.execution import Execution
-from onnx_asr.networks.pair import Networks, overflow, unequal
+from onnx_asr.networks.pair import Networks, unequal
 from onnx_asr.networks.parameters import read_batchnorm, read_rows
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.walk import Walk
 from onnx_asr.numerics.moments import Floats
 from onnx_asr.numerics.patches import (
     ConvGeometry,
-    channel_major,
     gather_outputs,
     gather_patches,
     input_positions,
     sample_positions,
-    tap_major,
 )
-from onnx_asr.numerics.refit import Choice, NotFiniteError, RefitOptions, RefitSolution, refit_rows
-from onnx_asr.numerics.rows import MEMORY, Store
+from onnx_asr.numerics.refit import LayerRefit, RefitOptions
+from onnx_asr.numerics.rows import MEMORY, BufferStore
 from onnx_asr.repairing.options import FEW_ROWS, FEW_ROWS_RIDGE, RefitRecipe
 
 MAX_ROW_BYTES = 256 << 20
@@ -74,7 +72,7 @@ class RowSampler:
         recipe: RefitRecipe,
         calibration: Calibration,
         number: int,
-        store: Store = MEMORY,
+        store: BufferStore = MEMORY,
         kept: list[DenseRows] | None = None,
     ) -> None:
         self.networks = networks
@@ -84,7 +82,6 @@ class RowSampler:
         self._calibration = calibration
         self._number = number
         self._seen = 0
-        self.taps = 1
         self._spatial: _SpatialSampling | None = None
         self._store = store
         self._kept = kept
@@ -161,7 +158,6 @@ class RowSampler:
         shapes = source.shape[2:], shape[2:]
         if self._spatial is None or self._spatial.shapes != shapes:
             self._spatial = self._start(source.shape[1], *shapes, images)
-            self.taps = self._spatial.table.shape[1]
         geometry, table = self._spatial.geometry, self._spatial.table
         positions = self._spatial.positions[self._seen * images : self._seen * images + len(source)]
         x = gather_patches(source, table, positions, geometry.groups)
@@ -199,58 +195,41 @@ class RowSampler:
         return self._x.array
 
     def again(self) -> RowSampler:
-        """The same with a copy of the rows, for one more solution: :meth:`solve` uses the rows up."""
+        """The same with a copy of the rows, for one more solution: :meth:`refit` uses the rows up."""
         twin = copy(self)
         twin._x = self._x.copy()
         return twin
 
-    def solve(self, plan: EditPlan, narrow: Sequence[Choice] = ()) -> tuple[RefitSolution, Floats]:
-        """Fit the surviving weights; the solution, and its weights as rows [C_out, K] in the file's order.
-
-        The rows are used up.
+    def refit(self, plan: EditPlan) -> LayerRefit:
+        """What fits the surviving weights, as patches [G, M, K], to the rows; these are used up.
 
         Args:
             plan: What is planned so far; zeros of the weights there stay zeros.
-            narrow: What takes more weights out, one after another, each by such rows of the fit so far.
 
         Raises:
-            ModelError: When activations are not finite.
+            NotFiniteError: Here or in the refit, when activations are not finite.
         """
-        index = self.networks.pruned
+        layout, recipe = self.point.layer.layout, self._recipe
         x, target = self._x.array, self._target.array
         floor, negative = self._hidden_by_relu()
-        groups = x.shape[1]
-        shape = (groups, self.point.channels // groups, x.shape[2])
-        mask = tap_major(read_rows(index, plan, self.point) != 0, self.taps).reshape(shape)
-        ridge = max(self._recipe.ridge, FEW_ROWS_RIDGE) if len(x) < FEW_ROWS else self._recipe.ridge
-        recipe = self._recipe
-        options = RefitOptions(ridge, recipe.relu_steps, recipe.gain_power, class_steps=recipe.class_steps)
-        one_each = groups == 1 and len(x) == self._calibration.count
-        classes = self.context.classes and one_each and len(x) > x.shape[2]  # fewer rows are met as they are
+        kept = layout.from_rows(read_rows(self.networks.pruned, plan, self.point) != 0)
+        ridge = max(recipe.ridge, FEW_ROWS_RIDGE) if len(x) < FEW_ROWS else recipe.ridge
+        one_each = layout.groups == 1 and len(x) == self._calibration.count
+        return LayerRefit(
+            x,
+            target,
+            layout.to_patches(layout.from_rows(self._dense_rows())),  # held by nobody else: it goes early
+            layout.to_patches(kept),
+            RefitOptions(ridge, recipe.relu_steps, recipe.gain_power, class_steps=recipe.class_steps),
+            relu_floor=floor,
+            dense_negative=negative,
+            classes=self.context.classes and one_each and len(x) > x.shape[2],  # fewer rows are met as they are
+            store=self._store,
+        )
 
-        def rows_of(weight: Floats) -> Floats:
-            return channel_major(weight.reshape(self.point.channels, -1), self.taps)
-
-        def by_group(choose: Choice) -> Choice:
-            return lambda weight: tap_major(choose(rows_of(weight)), self.taps).reshape(shape)
-
-        try:
-            solution = refit_rows(
-                x,
-                target,
-                tap_major(self._dense_rows(), self.taps).reshape(shape),  # held by nobody else: it goes early
-                mask,
-                options,
-                relu_floor=floor,
-                dense_negative=negative,
-                classes=classes,
-                narrow=[by_group(choose) for choose in narrow],
-                store=self._store,
-            )
-        except NotFiniteError as error:
-            raise overflow(self.point) from error
+    def release(self) -> None:
+        """Give the input patches back to the store."""
         self._x.release()
-        return solution, rows_of(solution.weight)
 
     def _dense_rows(self) -> Floats:
         """The dense weights, folded with the dense BatchNormalization."""
@@ -289,7 +268,7 @@ class RowSampler:
 class _Rows:
     """Rows of all chunks, in one array of the final size: joining parts at the end would need it twice."""
 
-    def __init__(self, chunks: int, store: Store) -> None:
+    def __init__(self, chunks: int, store: BufferStore) -> None:
         self._chunks = chunks
         self._store = store
         self._all: NDArray[Any] | None = None

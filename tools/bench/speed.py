@@ -58,7 +58,7 @@ PARTS = {  # of the profile: (end of the file's name, function)
     "loading sessions": ("engine/session.py", "__init__"),
     "statistics": ("numerics/moments.py", "of"),
     "sampling rows": ("repairing/rows.py", "add"),
-    "least squares": ("numerics/refit.py", "refit_rows"),
+    "least squares": ("repairing/refit.py", "write_refit"),
 }
 IMAGES = {"resnet18@32": 512, "resnet50@224": 64, "resnet20": 1000}
 PEAK_IMAGES = 128

@@ -47,6 +47,11 @@ def test_rows_and_patches_order_the_blocks(layout: WeightLayout) -> None:
     np.testing.assert_array_equal(layout.to_patches(stored), blocks.swapaxes(2, 3).reshape(*blocks.shape[:2], -1))
 
 
+def test_patches_have_the_channels_of_a_tap_side_by_side() -> None:
+    weight = np.array([[[10, 11], [20, 21], [30, 31]]])  # three channels, two taps
+    assert WeightLayout(weight.shape).to_patches(weight).tolist() == [[[10, 20, 30, 11, 21, 31]]]
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_an_input_channel_is_read_by_its_own_blocks_alone(name: str) -> None:
     """Zeros in blocks [g, :, i] do what zeros in input channel g I + i do."""

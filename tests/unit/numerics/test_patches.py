@@ -10,12 +10,10 @@ from hypothesis import strategies as st
 
 from onnx_asr.numerics.patches import (
     ConvGeometry,
-    channel_major,
     gather_outputs,
     gather_patches,
     input_positions,
     sample_positions,
-    tap_major,
 )
 
 
@@ -76,19 +74,9 @@ def test_patches_are_what_the_taps_meet(case: tuple[ConvGeometry, tuple[int, ...
     assert actual.dtype == np.float32
     assert actual.shape == (2 * count, geometry.groups, taps * 4 // geometry.groups)
     for image, place in itertools.product(range(2), range(count)):
-        patch = everything[image, positions[image, place]].reshape(geometry.groups, -1)  # channel-major
-        np.testing.assert_array_equal(actual[count * image + place], tap_major(patch, taps))
-
-
-def test_tap_major_puts_the_channels_of_a_tap_side_by_side() -> None:
-    rows = np.array([[10, 11, 20, 21, 30, 31]])  # three channels, two taps
-    np.testing.assert_array_equal(tap_major(rows, 2), [[10, 20, 30, 11, 21, 31]])
-
-
-@given(rows=st.integers(1, 3), channels=st.integers(1, 4), taps=st.integers(1, 9))
-def test_channel_major_undoes_tap_major(rows: int, channels: int, taps: int) -> None:
-    values = np.arange(rows * channels * taps).reshape(rows, -1)
-    np.testing.assert_array_equal(channel_major(tap_major(values, taps), taps), values)
+        patch = everything[image, positions[image, place]].reshape(geometry.groups, -1, taps)  # [G, C / G, taps]
+        expected = patch.swapaxes(1, 2).reshape(geometry.groups, -1)
+        np.testing.assert_array_equal(actual[count * image + place], expected)
 
 
 def test_outputs_are_taken_at_the_same_positions() -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from onnx_asr.errors import OptionError
 from onnx_asr.numerics import refit, rows, systems
-from onnx_asr.numerics.refit import RefitOptions, RefitSolution, refit_rows
-from onnx_asr.numerics.rows import Inputs, Memory
+from onnx_asr.numerics.refit import LayerRefit, RefitOptions, RefitSolution
+from onnx_asr.numerics.rows import Inputs, Memory, SolverLimits
 from onnx_asr.numerics.systems import inverse_is_cheaper
 
 LEAST_SQUARES = RefitOptions(ridge=0.0, relu_steps=0, gain_power=0.0)
@@ -31,8 +31,11 @@ class Layer:
         noise = rng.standard_normal(target.shape) * 0.1 * target.std()
         self.target = (target - target.mean(0) + noise).astype(np.float32)
 
-    def refit(self, options=LEAST_SQUARES, **relu) -> RefitSolution:
-        return refit_rows(self.x.copy(), self.target, self.w0, self.mask, options, **relu)
+    def refit(self, options=LEAST_SQUARES, narrow=(), **settings) -> RefitSolution:
+        fit = LayerRefit(self.x.copy(), self.target, self.w0, self.mask, options, **settings)
+        for choose in narrow:
+            fit.narrow(choose(fit.draft()))
+        return fit.solve()
 
     def predict(self, weight, bias) -> np.ndarray:
         return np.einsum("ngk,gmk->ngm", self.x.astype(float), weight).reshape(len(self.x), -1) + bias
@@ -111,8 +114,7 @@ def test_few_rows_need_no_gram_matrix(dead, monkeypatch):
         np.testing.assert_allclose(
             solution.weight[group, channel, :dead], (layer.mask * layer.w0)[group, channel, :dead]
         )
-    monkeypatch.setattr(refit, "_FEW_ROWS", 0.0)
-    with_gram = layer.refit(replace(LEAST_SQUARES, ridge=0.1))
+    with_gram = layer.refit(replace(LEAST_SQUARES, ridge=0.1), limits=SolverLimits(few_rows=0.0))
     np.testing.assert_allclose(solution.weight, with_gram.weight, atol=5e-4)
 
 
@@ -130,12 +132,12 @@ def test_both_solvers_agree(monkeypatch):
     assert np.linalg.norm(cg_relu - inverse_relu) <= 3e-3 * np.linalg.norm(inverse_relu)
 
 
-def test_channels_are_solved_block_by_block(solver, monkeypatch):
+def test_channels_are_solved_block_by_block(solver):
     layer = Layer(groups=2, outputs=5, inputs=18)
     negative, floor = layer.target <= 0, -np.abs(layer.target)
     whole = layer.refit(RefitOptions(), dense_negative=negative, relu_floor=floor)
-    monkeypatch.setattr(refit, "_BLOCK_VALUES", 2 * 2 * 18)
-    blocks = layer.refit(RefitOptions(), dense_negative=negative, relu_floor=floor)
+    limits = SolverLimits(block_values=2 * 2 * 18)
+    blocks = layer.refit(RefitOptions(), dense_negative=negative, relu_floor=floor, limits=limits)
     for name in ("weight", "bias", "gain", "residual_before", "residual_after"):
         np.testing.assert_allclose(getattr(blocks, name), getattr(whole, name), rtol=2e-3, atol=2e-3)
     assert blocks.solver == whole.solver == solver
@@ -159,16 +161,34 @@ class Counting(Memory):
 
 
 @pytest.mark.parametrize("classes", [False, True])
-def test_gram_matrices_in_a_store_change_no_bit_and_go_back(classes, solver, monkeypatch):
+def test_gram_matrices_in_a_store_change_no_bit_and_go_back(classes, solver):
     layer = Layer(rows=300)
     expected = layer.refit(RefitOptions(), classes=classes)
-    monkeypatch.setattr(rows, "_PIECE_VALUES", 60)
     store = Counting()
-    actual = layer.refit(RefitOptions(), classes=classes, store=store)
+    actual = layer.refit(RefitOptions(), classes=classes, store=store, limits=SolverLimits(piece_values=60))
     for name in ("weight", "bias", "gain", "residual_before", "residual_after"):
         np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name))
     assert store.most == 1
     assert not store.given
+
+
+@pytest.mark.parametrize("classes", [False, True])
+@pytest.mark.parametrize("rows", [300, 12])
+def test_conjugate_gradients_at_their_limit_are_reported(classes, rows, monkeypatch):
+    monkeypatch.setattr(refit, "inverse_is_cheaper", lambda *_: False)
+    layer = Layer(groups=1 if classes else 2, rows=rows)
+    options = RefitOptions(ridge=1e-4)
+    enough = layer.refit(options, classes=classes)
+    short = layer.refit(options, classes=classes, limits=SolverLimits(cg_steps=2))
+    assert (enough.converged, short.converged) == (True, False)
+    assert enough.steps > short.steps > 0
+    check_finite(short, layer.mask)
+
+
+def test_an_inverse_takes_no_steps(monkeypatch):
+    monkeypatch.setattr(refit, "inverse_is_cheaper", lambda *_: True)
+    solution = Layer().refit(limits=SolverLimits(cg_steps=1))
+    assert (solution.solver, solution.steps, solution.converged) == ("inverse", 0, True)
 
 
 def test_choice_of_solver_follows_size():
@@ -186,13 +206,12 @@ def largest(count):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("block", [None, 2])
-def test_a_mask_is_narrowed_by_one_refit_after_another(shape, block, solver, monkeypatch):
+def test_a_mask_is_narrowed_by_one_refit_after_another(shape, block, solver):
     layer = Layer(**shape)
-    if block:
-        monkeypatch.setattr(refit, "_BLOCK_VALUES", block * layer.w0[:, 0].size)
+    limits = SolverLimits() if block is None else SolverLimits(block_values=block * layer.w0[:, 0].size)
     counts = [int(layer.mask.sum() * share) for share in (0.8, 0.5)]
     steps = [largest(count) for count in counts]
-    narrowed = refit_rows(layer.x.copy(), layer.target, layer.w0, layer.mask, LEAST_SQUARES, narrow=steps)
+    narrowed = layer.refit(narrow=steps, limits=limits)
     mask = layer.mask
     for keep in steps:
         mask = keep(lstsq(layer, mask))
@@ -263,7 +282,7 @@ def test_relu_steps_are_fits_of_the_met_target():
     solution = layer.refit()
     for steps in (1, 2, 3):
         met = np.where(negative, np.minimum(layer.predict(solution.weight, solution.bias), 0), layer.target)
-        solution = refit_rows(layer.x.copy(), met.astype(np.float32), layer.w0, layer.mask, LEAST_SQUARES)
+        solution = LayerRefit(layer.x.copy(), met.astype(np.float32), layer.w0, layer.mask, LEAST_SQUARES).solve()
         actual = layer.refit(replace(LEAST_SQUARES, relu_steps=steps), dense_negative=negative)
         np.testing.assert_allclose(actual.weight, solution.weight, atol=3e-5)
         np.testing.assert_allclose(actual.bias, solution.bias, atol=1e-4)
@@ -381,9 +400,11 @@ def test_gain_is_one_where_the_prediction_is_rounding():
 def test_gradients_stop_at_directions_that_are_rounding():
     system = np.array([[1.0, 1.00001], [1.00001, 1.0]], np.float32)  # indefinite by rounding
     residual = np.array([[1.0, -1.0], [1.0, 1.0]], np.float32) / np.sqrt(np.float32(2.0))
-    result = systems._descend(
-        lambda p: p @ system, np.ones((2, 2), np.bool_), residual.copy(), np.full(2, 1e-6, np.float32)
+    goal = np.full(2, 1e-6, np.float32)
+    result, steps, converged = systems._descend(
+        lambda p: p @ system, np.ones((2, 2), np.bool_), residual.copy(), goal, limit=9
     )
+    assert (steps < 9, converged) == (True, True)
     np.testing.assert_allclose(result, [[0.0, 0.0], residual[1] / 2], atol=1e-5)
 
 
@@ -455,7 +476,8 @@ def test_duplicates_share_what_least_squares_leaves_open(solver):
     solution = layer.refit()
     halves = solution.weight - layer.w0
     np.testing.assert_allclose(halves[..., 5:], halves[..., :5], atol=1e-3)  # no displacement along the null space
-    merged = refit_rows(layer.x[..., :5].copy(), layer.target, layer.w0[..., :5], layer.mask[..., :5], LEAST_SQUARES)
+    x, w0, mask = layer.x[..., :5].copy(), layer.w0[..., :5], layer.mask[..., :5]
+    merged = LayerRefit(x, layer.target, w0, mask, LEAST_SQUARES).solve()
     np.testing.assert_allclose(solution.weight[..., 5:] + solution.weight[..., :5], merged.weight, atol=1e-3)
 
 
@@ -507,7 +529,7 @@ def test_shapes_that_do_not_fit_are_refused():
     ]
     for *arrays, relu, message in cases:
         with pytest.raises(ValueError, match=message):
-            refit_rows(*arrays, RefitOptions(), **relu)
+            LayerRefit(*arrays, RefitOptions(), **relu)
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ import pytest
 import onnx_asr.repairing.rows as refit_samples
 from onnx_asr.data import sample_indices
 from onnx_asr.graph.context import Context, contexts, steps
+from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.points import survey
 from onnx_asr.networks.fidelity import compare
 from onnx_asr.numerics.patches import sample_positions
-from onnx_asr.numerics.refit import RefitSolution
+from onnx_asr.numerics.refit import LayerRefit
 from onnx_asr.repairing.options import RefitRecipe, RepairOptions
 from onnx_asr.repairing.pipeline import repair
 from onnx_asr.repairing.rows import RowSampler
@@ -66,14 +67,14 @@ def columns_by_probing(model: onnx.ModelProto, position: int, x: np.ndarray) -> 
 
 
 def test_a_point_is_let_go_of_before_the_next_one_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
-    solve, seen, alive = RowSampler.solve, list[weakref.ref[RowSampler]](), list[int]()
+    start, seen, alive = RowSampler.refit, list[weakref.ref[RowSampler]](), list[int]()
 
-    def counted(self: RowSampler, *args: Any) -> tuple[RefitSolution, Any]:
+    def counted(self: RowSampler, plan: EditPlan) -> LayerRefit:
         alive.append(sum(reference() is not None for reference in seen))
         seen.append(weakref.ref(self))
-        return solve(self, *args)
+        return start(self, plan)
 
-    monkeypatch.setattr(RowSampler, "solve", counted)
+    monkeypatch.setattr(RowSampler, "refit", counted)
     dense = residual_net()
     refitted(dense, dense, images(16, seed=1), RefitRecipe())
     assert len(alive) > 3
