@@ -9,9 +9,10 @@ from dataclasses import replace
 import numpy as np
 import onnx
 
-from onnx_asr.channels.trace import Obstacle, Rule, Tracer, from_the_front, passing
-from onnx_asr.channels.units import Counted, Floats, Labels, Read, Sliced, varying
-from onnx_asr.graph.index import attribute, describe
+from onnx_asr.arrays import Floats
+from onnx_asr.channels.trace import Obstacle, OperatorRule, Tracer, from_the_front, passing
+from onnx_asr.channels.units import ChannelLabels, Counted, Read, Sliced, varying
+from onnx_asr.graph.index import attribute, node_label
 from onnx_asr.graph.layers import LAYERS, NORMALIZATION, PER_CHANNEL_SLOTS, Layer
 from onnx_asr.graph.skips import Reason
 
@@ -43,7 +44,7 @@ def _layer(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
             tracer.reads.append(Read(position, labels))
         tracer.slices.append(Sliced(position, slot, layout.output_axis, ids[: layout.shape[layout.output_axis]]))
     elif labels is None:
-        tracer.freeze(ids, f"depthwise {describe(node, position)} reads channels that cannot be removed")
+        tracer.freeze(ids, f"depthwise {node_label(node, position)} reads channels that cannot be removed")
     else:
         tracer.join(ids, np.repeat(labels.ids, layout.outputs))
         tracer.slices.append(Sliced(position, slot, 0, labels.ids if layer.is_transposed else ids))
@@ -58,7 +59,7 @@ def _layer(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
     tracer.make(node.output[0], out_axis, ids, constant)
 
 
-def _source(tracer: Tracer, node: onnx.NodeProto, layer: Layer) -> tuple[Labels | None, int]:
+def _source(tracer: Tracer, node: onnx.NodeProto, layer: Layer) -> tuple[ChannelLabels | None, int]:
     """The channels that a layer reads, where it sums over them, and the axis of those it makes."""
     if layer.input_axis >= 0:
         return tracer.source(node, layer.input_axis), layer.output_axis
@@ -77,7 +78,7 @@ def pads(node: onnx.NodeProto) -> bool:
     return attribute(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID") or any(attribute(node, "pads", ()))
 
 
-def _normalization(tracer: Tracer, position: int, node: onnx.NodeProto, labels: Labels) -> Labels:
+def _normalization(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLabels) -> ChannelLabels:
     slots = PER_CHANNEL_SLOTS[node.op_type]
     values = [tracer.constant(node.input[slot], "parameters") for slot in slots]
     if any(value.shape != labels.ids.shape for value in values) or len([name for name in node.output if name]) > 1:
@@ -99,7 +100,7 @@ def _elementwise(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
         raise Obstacle("it broadcasts as operator sets below 7 do")
     shape = tracer.shape(node.output[0])
     rank = len(shape)
-    found: list[Labels] = []
+    found: list[ChannelLabels] = []
     constant = True
     for name in names:
         if name in tracer.labels:
@@ -108,7 +109,9 @@ def _elementwise(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
             if len(labels.ids) == shape[axis]:
                 found.append(replace(labels, axis=axis))
             else:
-                tracer.freeze(labels.ids, f"{node.op_type} {describe(node, position)} spreads one channel over several")
+                tracer.freeze(
+                    labels.ids, f"{node.op_type} {node_label(node, position)} spreads one channel over several"
+                )
                 constant = False
     if len({labels.axis for labels in found}) != 1:
         raise Obstacle("its operands have their channels along different axes")
@@ -137,7 +140,7 @@ def _elementwise(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
 
 
 def _evaluated(
-    tracer: Tracer, position: int, node: onnx.NodeProto, labels: Labels, operands: Sequence[Floats]
+    tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLabels, operands: Sequence[Floats]
 ) -> Floats:
     """What a node makes of channels that are constant."""
     known = ~np.isnan(np.stack(operands)).any(axis=0)
@@ -156,7 +159,7 @@ def _evaluated(
     return np.where(known, result.astype(np.float64), np.nan)
 
 
-def _pool(tracer: Tracer, position: int, node: onnx.NodeProto, labels: Labels) -> Labels:
+def _pool(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLabels) -> ChannelLabels:
     if len([name for name in node.output if name]) > 1:
         raise Obstacle("it gives positions as well")
     constant = labels.constant
@@ -167,7 +170,7 @@ def _pool(tracer: Tracer, position: int, node: onnx.NodeProto, labels: Labels) -
     return replace(labels, constant=constant)
 
 
-def _reduce(tracer: Tracer, position: int, node: onnx.NodeProto, labels: Labels) -> Labels:
+def _reduce(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLabels) -> ChannelLabels:
     rank = len(tracer.shape(node.input[0]))
     axes, _ = tracer.integers(position, 1, "axes")
     reduced = set(from_the_front(axes or None, rank))
@@ -179,10 +182,10 @@ def _reduce(tracer: Tracer, position: int, node: onnx.NodeProto, labels: Labels)
     constant = labels.constant
     if node.op_type not in ("ReduceMean", "ReduceMax", "ReduceMin"):
         constant = np.where(constant == 0, constant, np.nan)
-    return Labels(axis, labels.ids, constant)
+    return ChannelLabels(axis, labels.ids, constant)
 
 
-def _softmax(tracer: Tracer, position: int, node: onnx.NodeProto, labels: Labels) -> Labels:
+def _softmax(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLabels) -> ChannelLabels:
     axis = int(attribute(node, "axis", -1)) % len(tracer.shape(node.input[0]))
     if tracer.opset < 13 or axis == labels.axis:
         raise Obstacle("it mixes channels")
@@ -195,7 +198,7 @@ _ELEMENTWISE = (
     "Tanh ThresholdedRelu"
 )
 _REDUCE = "ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin ReduceSum ReduceSumSquare"
-COMPUTING: dict[str, Rule] = {
+COMPUTING: dict[str, OperatorRule] = {
     **dict.fromkeys(_ELEMENTWISE.split(), _elementwise),
     **dict.fromkeys(_REDUCE.split(), passing(_reduce)),
     **dict.fromkeys(LAYERS, _layer),

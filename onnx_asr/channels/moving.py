@@ -9,9 +9,9 @@ from dataclasses import replace
 import numpy as np
 import onnx
 
-from onnx_asr.channels.trace import Obstacle, Rule, Tracer, from_the_front, passing
-from onnx_asr.channels.units import Counted, Ids, Labels, varying
-from onnx_asr.graph.index import attribute, describe, is_standard
+from onnx_asr.channels.trace import Obstacle, OperatorRule, Tracer, from_the_front, passing
+from onnx_asr.channels.units import ChannelLabels, Counted, Ids, varying
+from onnx_asr.graph.index import attribute, is_standard, node_label
 from onnx_asr.graph.shapes import Shape
 
 
@@ -37,10 +37,10 @@ def _concat(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
         if own is None:
             count = tracer.shape(name)[axis]
             ids = tracer.new(count)
-            tracer.freeze(ids, f"Concat {describe(node, position)} takes them from '{name}', where they are fixed")
-            own = Labels(axis, ids, varying(count))
+            tracer.freeze(ids, f"Concat {node_label(node, position)} takes them from '{name}', where they are fixed")
+            own = ChannelLabels(axis, ids, varying(count))
         parts.append(own)
-    tracer.labels[node.output[0]] = Labels(
+    tracer.labels[node.output[0]] = ChannelLabels(
         axis, np.concatenate([part.ids for part in parts]), np.concatenate([part.constant for part in parts])
     )
 
@@ -71,7 +71,7 @@ def _split(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
         start += size
 
 
-def _slice(tracer: Tracer, position: int, node: onnx.NodeProto, labels: Labels) -> Labels:
+def _slice(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLabels) -> ChannelLabels:
     rank = len(tracer.shape(node.input[0]))
     axes, _ = tracer.integers(position, 3, "axes")
     order = from_the_front(axes, rank)
@@ -94,7 +94,7 @@ def _slice(tracer: Tracer, position: int, node: onnx.NodeProto, labels: Labels) 
     return labels.along(lambda values: values[start:stop])
 
 
-def _pad(tracer: Tracer, position: int, node: onnx.NodeProto, labels: Labels) -> Labels:
+def _pad(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLabels) -> ChannelLabels:
     rank = len(tracer.shape(node.input[0]))
     amounts, where = tracer.integers(position, 1, "pads")
     axes, _ = tracer.integers(position, 3, "axes")
@@ -125,10 +125,10 @@ def _pad(tracer: Tracer, position: int, node: onnx.NodeProto, labels: Labels) ->
     ids = np.concatenate([first, labels.ids, last])
     constant = np.concatenate([np.full(before, value), constant, np.full(after, value)])
     tracer.made.append(node.output[0])
-    return Labels(labels.axis, ids, constant)
+    return ChannelLabels(labels.axis, ids, constant)
 
 
-def _resize(tracer: Tracer, position: int, node: onnx.NodeProto, labels: Labels) -> Labels:
+def _resize(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLabels) -> ChannelLabels:
     if tracer.shape(node.output[0])[labels.axis] != len(labels.ids):
         raise Obstacle("it resizes the channel axis")
     if len(node.input) > 3 and node.input[3]:
@@ -139,7 +139,7 @@ def _resize(tracer: Tracer, position: int, node: onnx.NodeProto, labels: Labels)
     return labels if exact else replace(labels, constant=varying(len(labels.ids)))
 
 
-def _transpose(tracer: Tracer, position: int, node: onnx.NodeProto, labels: Labels) -> Labels:
+def _transpose(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLabels) -> ChannelLabels:
     rank = len(tracer.shape(node.input[0]))
     order = list(attribute(node, "perm", range(rank)[::-1]))
     return replace(labels, axis=order.index(labels.axis))
@@ -191,7 +191,7 @@ def _shape(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
         tracer.sizes[node.output[0]] = part
 
 
-MOVING: dict[str, Rule] = {
+MOVING: dict[str, OperatorRule] = {
     **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), _reshape),
     **dict.fromkeys(("Resize", "Upsample"), passing(_resize)),
     "Concat": _concat,

@@ -11,8 +11,9 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnx_asr.channels.units import Channels, Counted, Floats, Ids, Labels, Read, Sliced
-from onnx_asr.graph.index import GraphIndex, attribute, describe, is_standard, node_reads, subgraphs
+from onnx_asr.arrays import Floats
+from onnx_asr.channels.units import ChannelLabels, Channels, Counted, Ids, Read, Sliced
+from onnx_asr.graph.index import GraphIndex, attribute, is_standard, node_label, node_reads, subgraphs
 from onnx_asr.graph.shapes import Shape, typical_shapes
 
 
@@ -20,11 +21,13 @@ class Obstacle(Exception):
     """Why a node's channels cannot be followed."""
 
 
-Rule: TypeAlias = Callable[["Tracer", int, onnx.NodeProto], None]
-"""Labels the outputs of a node at a position, or raises an Obstacle."""
+OperatorRule: TypeAlias = Callable[["Tracer", int, onnx.NodeProto], None]
+"""ChannelLabels the outputs of a node at a position, or raises an Obstacle."""
 
 
-def passing(rule: Callable[[Tracer, int, onnx.NodeProto, Labels], Labels], axis: int | None = None) -> Rule:
+def passing(
+    rule: Callable[[Tracer, int, onnx.NodeProto, ChannelLabels], ChannelLabels], axis: int | None = None
+) -> OperatorRule:
     """A rule of what hands the channels of its first input on to its first output; see :meth:`Tracer.source`."""
 
     def follow(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
@@ -43,11 +46,11 @@ def from_the_front(axes: Sequence[int] | None, rank: int) -> list[int]:
 class Tracer:
     """Hands units from node to node, in file order."""
 
-    def __init__(self, index: GraphIndex, rules: Mapping[str, Rule]) -> None:
+    def __init__(self, index: GraphIndex, rules: Mapping[str, OperatorRule]) -> None:
         self.index = index
         self._rules = rules
         self.shapes = typical_shapes(index)
-        self.labels: dict[str, Labels] = {}
+        self.labels: dict[str, ChannelLabels] = {}
         self.made: list[str] = []
         self.sizes: dict[str, list[int | Ids | None]] = {}  # integer vectors with an entry that counts channels
         self.slices: list[Sliced] = []
@@ -72,7 +75,7 @@ class Tracer:
             handler(self, position, node)
         except Obstacle as obstacle:
             for name in reads:
-                self._freeze_tensor(name, f"{node.op_type} {describe(node, position)}: {obstacle}")
+                self._freeze_tensor(name, f"{node.op_type} {node_label(node, position)}: {obstacle}")
 
     def result(self) -> Channels:
         """The channels, with units numbered anew."""
@@ -134,7 +137,7 @@ class Tracer:
 
     # What handlers need
 
-    def source(self, node: onnx.NodeProto, axis: int | None = None) -> Labels | None:
+    def source(self, node: onnx.NodeProto, axis: int | None = None) -> ChannelLabels | None:
         """Channels of the first input; frozen, and as if there were none, where they are not along ``axis``."""
         labels = self.labels.get(node.input[0])
         if labels is None or axis is None or labels.axis == axis:
@@ -166,7 +169,7 @@ class Tracer:
 
     def make(self, name: str, axis: int, ids: Ids, constant: Floats) -> None:
         """Label a tensor in which units begin."""
-        self.labels[name] = Labels(axis, ids, constant)
+        self.labels[name] = ChannelLabels(axis, ids, constant)
         self.made.append(name)
 
     # Vectors of sizes
@@ -190,7 +193,7 @@ class Tracer:
             for name in node.input:
                 for entry in self.sizes.get(name, ()):
                     if isinstance(entry, np.ndarray):
-                        self.freeze(entry, f"{node.op_type} {describe(node, position)} computes with their number")
+                        self.freeze(entry, f"{node.op_type} {node_label(node, position)} computes with their number")
             return True
         if any(isinstance(entry, np.ndarray) for entry in entries):
             self.sizes[node.output[0]] = entries

@@ -22,20 +22,19 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from onnx_asr.arrays import Floats, Mask
 from onnx_asr.errors import ModelError, StructureError
 from onnx_asr.graph.edit import EditPlan, apply, set_metadata, stored, stored_bias
 from onnx_asr.graph.index import GraphIndex, attribute
 from onnx_asr.graph.match import KEPT_CHANNELS
 
 Ids: TypeAlias = NDArray[np.int64]
-Floats: TypeAlias = NDArray[np.float64]
-Flags: TypeAlias = NDArray[np.bool_]
 Kept: TypeAlias = dict[str, list[int]]
 """Tensor to the positions along its channel axis that were kept."""
 
 
 @dataclass(frozen=True)
-class Labels:
+class ChannelLabels:
     """The channels of one tensor.
 
     Attributes:
@@ -49,13 +48,13 @@ class Labels:
     ids: Ids
     constant: Floats
 
-    def along(self, function: Callable[[NDArray[Any]], NDArray[Any]], axis: int | None = None) -> Labels:
+    def along(self, function: Callable[[NDArray[Any]], NDArray[Any]], axis: int | None = None) -> ChannelLabels:
         """The same rearrangement of units and constants."""
-        return Labels(self.axis if axis is None else axis, function(self.ids), function(self.constant))
+        return ChannelLabels(self.axis if axis is None else axis, function(self.ids), function(self.constant))
 
 
 def varying(count: int) -> Floats:
-    """``Labels.constant`` of channels that all depend on the input."""
+    """``ChannelLabels.constant`` of channels that all depend on the input."""
     return np.full(count, np.nan)
 
 
@@ -84,7 +83,7 @@ class Read:
     """A node whose weights sum over channels, and the channels it reads."""
 
     node: int
-    labels: Labels
+    labels: ChannelLabels
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class Channels:
     """
 
     units: int
-    tensors: dict[str, Labels]
+    tensors: dict[str, ChannelLabels]
     made: tuple[str, ...]
     slices: tuple[Sliced, ...]
     counts: tuple[Counted, ...]
@@ -110,7 +109,7 @@ class Channels:
     frozen: dict[int, str]
 
     @property
-    def removable(self) -> Flags:
+    def removable(self) -> Mask:
         """[units] whether a unit may be removed."""
         flags = np.ones(self.units, bool)
         flags[list(self.frozen)] = False
@@ -127,7 +126,7 @@ class Channels:
             groups.setdefault(tuple(home), []).append(unit)
         return [np.array(units) for units in groups.values()]
 
-    def kept(self, drop: Flags) -> dict[str, tuple[int, Ids]]:
+    def kept(self, drop: Mask) -> dict[str, tuple[int, Ids]]:
         """Channel axis, and positions left along it, of every tensor that loses some."""
         return {
             name: (labels.axis, np.flatnonzero(~drop[labels.ids]))
@@ -136,7 +135,7 @@ class Channels:
         }
 
 
-def cut(index: GraphIndex, channels: Channels, drop: Flags, plan: EditPlan | None = None) -> onnx.ModelProto:
+def remove(index: GraphIndex, channels: Channels, drop: Mask, plan: EditPlan | None = None) -> onnx.ModelProto:
     """A copy without some units; what does not carry them stays as it was.
 
     The copy's metadata say which channels of the uncut model are left, see :func:`read_kept`.
@@ -173,7 +172,7 @@ def cut(index: GraphIndex, channels: Channels, drop: Flags, plan: EditPlan | Non
     return model
 
 
-def _slice_constants(index: GraphIndex, channels: Channels, drop: Flags, plan: EditPlan) -> None:
+def _slice_constants(index: GraphIndex, channels: Channels, drop: Mask, plan: EditPlan) -> None:
     """Take the rows, columns and entries of removed units out of constants; readers that agree keep sharing one."""
     sites: dict[tuple[int, int], list[Sliced]] = {}
     for item in channels.slices:
@@ -196,7 +195,7 @@ def _slice_constants(index: GraphIndex, channels: Channels, drop: Flags, plan: E
         plan.values[node, slot] = shared[key]
 
 
-def _recount(index: GraphIndex, channels: Channels, drop: Flags, plan: EditPlan) -> None:
+def _recount(index: GraphIndex, channels: Channels, drop: Mask, plan: EditPlan) -> None:
     for item in channels.counts:
         if not drop[item.ids].any():
             continue
@@ -230,7 +229,7 @@ def read_kept(model: onnx.ModelProto) -> Kept:
         ) from error
 
 
-def _record_kept(model: onnx.ModelProto, channels: Channels, drop: Flags) -> None:
+def _record_kept(model: onnx.ModelProto, channels: Channels, drop: Mask) -> None:
     record = read_kept(model)
     left = channels.kept(drop)
     for name in channels.made:
@@ -242,7 +241,7 @@ def _record_kept(model: onnx.ModelProto, channels: Channels, drop: Flags) -> Non
         set_metadata(model, KEPT_CHANNELS, json.dumps(record))
 
 
-def units_left_out(index: GraphIndex, channels: Channels, kept: Kept) -> Flags:
+def missing_units(index: GraphIndex, channels: Channels, kept: Kept) -> Mask:
     """[units] of a dense graph that a model cut from it does not have any more, by what that model kept.
 
     The dense graph may itself have been cut from a larger one, of which both say what they kept.

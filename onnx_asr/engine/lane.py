@@ -21,7 +21,7 @@ from onnx_asr.engine.buffers import BufferPool
 from onnx_asr.engine.session import Runtime, Session, owned
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex, ancestors, node_reads
-from onnx_asr.graph.segments import Boundary, cut
+from onnx_asr.graph.segments import Boundary, extract
 
 Chunk = dict[str, NDArray[Any]]
 """Tensors of some samples, by name."""
@@ -179,7 +179,7 @@ class Lane:
 
     def _session(self, positions: set[int], inputs: Sequence[str], outputs: Sequence[str]) -> Session:
         boundary = {name: _boundary(self._held[name]) for name in inputs}
-        return Session(cut(self.index, positions, boundary, outputs, self.plan), self._runtime)
+        return Session(extract(self.index, positions, boundary, outputs, self.plan), self._runtime)
 
 
 def _boundary(arrays: Sequence[NDArray[Any]]) -> Boundary:

@@ -78,7 +78,7 @@ class GraphIndex:
             for name in node_reads(node):
                 if name not in known:
                     raise ModelError(
-                        f"node {describe(node, position)} reads tensor '{name}', which nothing before it produces: "
+                        f"node {node_label(node, position)} reads tensor '{name}', which nothing before it produces: "
                         "the graph is broken or not sorted; re-export it, or run onnx.checker on it"
                     )
                 readers = consumers.setdefault(name, [])
@@ -87,7 +87,7 @@ class GraphIndex:
             for name in filter(None, node.output):
                 if name in known:
                     raise ModelError(
-                        f"tensor '{name}' is produced by node {describe(node, position)} though it was there before: "
+                        f"tensor '{name}' is produced by node {node_label(node, position)} though it was there before: "
                         "the graph is not valid ONNX; re-export it"
                     )
                 producer[name] = position
@@ -183,10 +183,10 @@ class GraphIndex:
 
     def label(self, position: int) -> str:
         """A name for a node that a user recognises: its own, or operator and first output."""
-        return describe(self.nodes[position], position)
+        return node_label(self.nodes[position], position)
 
 
-def describe(node: onnx.NodeProto, position: int) -> str:
+def node_label(node: onnx.NodeProto, position: int) -> str:
     """Name a node for people: its name, or its operator and first output where it has none."""
     if node.name:
         return str(node.name)

@@ -25,7 +25,7 @@ from onnx_asr.graph.files import cannot_write, check_writable, permissions, writ
 from onnx_asr.graph.foreign import ForeignModel, exported
 from onnx_asr.graph.index import FLOAT_TYPES, STANDARD_DOMAINS, GraphIndex, is_standard, subgraphs
 from onnx_asr.graph.layers import LAYERS, NORMALIZATION
-from onnx_asr.graph.order import in_order
+from onnx_asr.graph.order import topologically_sorted
 from onnx_asr.graph.tensors import (
     can_be_left,
     content_of,
@@ -71,7 +71,7 @@ def load(source: ModelSource) -> onnx.ModelProto:
         raise ModelError(
             f"{_named(source)} is not an ONNX model, or an empty one: it has no {what}; give an exported network"
         )
-    model = in_order(_inlined(model) if model.functions else model)
+    model = topologically_sorted(_inlined(model) if model.functions else model)
     _check_valid(model, source)
     return model
 

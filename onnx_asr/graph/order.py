@@ -9,7 +9,7 @@ import onnx
 from onnx_asr.graph.index import node_reads
 
 
-def in_order(model: onnx.ModelProto) -> onnx.ModelProto:
+def topologically_sorted(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model itself where its nodes are in order, else a copy with each moved no further than it has to be.
 
     A cycle is left as it is, for the index to name.

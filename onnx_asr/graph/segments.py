@@ -27,7 +27,7 @@ class Boundary:
     shape: tuple[int | None, ...] | None
 
 
-def cut(
+def extract(
     index: GraphIndex,
     positions: Iterable[int],
     inputs: Mapping[str, Boundary],

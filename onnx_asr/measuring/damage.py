@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_asr.arrays import Floats
 from onnx_asr.data import Dataset
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import Point
@@ -34,7 +35,7 @@ from onnx_asr.networks.samples import (
 )
 from onnx_asr.networks.walk import Walk
 from onnx_asr.numerics.gains import is_live
-from onnx_asr.numerics.moments import Accumulator, Floats, PairMoments
+from onnx_asr.numerics.moments import Accumulator, PairMoments
 
 COLLAPSED_RATIO = 0.01
 """Variance ratio below which a channel counts as collapsed: its standard deviation is under a tenth of the dense."""

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from onnx_asr.arrays import Floats
 from onnx_asr.data import Dataset, Preprocessing, open_data
 from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
@@ -25,7 +26,6 @@ from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Networks, overflow
 from onnx_asr.networks.samples import input_specs
 from onnx_asr.numerics.masks import find_n_of_m
-from onnx_asr.numerics.moments import Floats
 from onnx_asr.repairing.methods import check_method
 from onnx_asr.repairing.options import METHODS, check_at_least
 

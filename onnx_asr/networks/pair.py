@@ -12,7 +12,7 @@ import onnx
 from numpy.typing import NDArray
 
 from onnx_asr.channels.rules import trace
-from onnx_asr.channels.units import cut, read_kept, units_left_out
+from onnx_asr.channels.units import missing_units, read_kept, remove
 from onnx_asr.engine.lane import Chunk
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import GraphIndex, ancestors
@@ -68,8 +68,8 @@ class Networks:
         if kept == read_kept(dense):
             return cls(index, found, whole, match(index, whole), whole, {})
         channels = trace(whole)
-        drop = units_left_out(whole, channels, kept)
-        left = GraphIndex.of(cut(whole, channels, drop))
+        drop = missing_units(whole, channels, kept)
+        left = GraphIndex.of(remove(whole, channels, drop))
         return cls(index, found, left, match(index, left), whole, channels.kept(drop))
 
     def dense_tensor(self, name: str) -> str:

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_asr.arrays import Floats
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.layers import BN_BIAS, BN_MEAN, BN_SCALE, BN_VAR, batchnorm_epsilon
 from onnx_asr.graph.points import LayerPoint
 from onnx_asr.numerics.gains import BatchNormParameters, ChannelAffine
-from onnx_asr.numerics.moments import Floats
 
 
 def read_batchnorm(index: GraphIndex, plan: EditPlan, position: int) -> BatchNormParameters:

@@ -15,7 +15,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_asr.numerics.moments import Floats, Moments
+from onnx_asr.arrays import Floats
+from onnx_asr.numerics.moments import Moments
 
 DEAD_RATIO = 1e-5
 """A channel whose standard deviation is below this share of its reference's, or of its own mean, carries rounding

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Mask = NDArray[np.bool_]
+from onnx_asr.arrays import Mask
 
 
 def keep_largest(scores: Sequence[NDArray[Any]], keep: int) -> list[Mask]:

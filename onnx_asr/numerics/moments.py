@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from onnx_asr.arrays import Floats
+
 _BLOCK = 1 << 17  # elements: 512 KiB of float32
 
 

@@ -38,20 +38,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from onnx_asr.arrays import Floats, Mask, Singles
 from onnx_asr.errors import OptionError
-from onnx_asr.numerics.rows import (
-    LIMITS,
-    MEMORY,
-    Array,
-    BufferStore,
-    Fit,
-    Inputs,
-    Mask,
-    Single,
-    SolverLimits,
-    Targets,
-    softmax,
-)
+from onnx_asr.numerics.rows import LIMITS, MEMORY, BufferStore, Fit, Inputs, SolverLimits, Targets, softmax
 from onnx_asr.numerics.systems import NOISE, ConjugateGradients, GramSystem, Inverse, RowSystem, inverse_is_cheaper
 
 _CG_DRAFT = 1e-3  # |residual| / |load| good enough to see what the ReLU hides
@@ -109,9 +98,9 @@ class RefitSolution:
         converged: Whether every solution met its tolerance within the limit of steps.
     """
 
-    weight: Array
-    bias: Array
-    gain: Array
+    weight: Floats
+    bias: Floats
+    gain: Floats
     residual_before: float
     residual_after: float
     rows: int
@@ -145,13 +134,13 @@ class LayerRefit:
 
     def __init__(
         self,
-        x: Single,
-        target: Single,
+        x: Singles,
+        target: Singles,
         w0: npt.NDArray[np.floating],
         mask: Mask,
         options: RefitOptions,
         *,
-        relu_floor: Single | None = None,
+        relu_floor: Singles | None = None,
         dense_negative: Mask | None = None,
         classes: bool = False,
         store: BufferStore = MEMORY,
@@ -174,7 +163,7 @@ class LayerRefit:
         self._blocks = [slice(begin, begin + step) for begin in range(0, outputs, step)]
         self._fits: list[Fit | None] = [None] * len(self._blocks)  # what the first draft saw
 
-    def draft(self) -> Array:
+    def draft(self) -> Floats:
         """The weights [G, M, K] under the mask so far, to choose from.
 
         The first draft looks at the rows, and once more through the ReLU; those after it fit to what it saw.
@@ -208,10 +197,10 @@ class LayerRefit:
             converged=all(part.converged for part in parts),
         )
 
-    def _start(self, block: slice) -> Array:
+    def _start(self, block: slice) -> Floats:
         return np.where(self._mask[:, block], self._w0[:, block], 0.0).astype(np.float64, copy=False)
 
-    def _draft(self, number: int) -> Array:
+    def _draft(self, number: int) -> Floats:
         block, system = self._blocks[number], self._system
         start = self._start(block)
         pulled = _Pulled(system, start, self._mask[:, block], self._limits, _DRAFT_STEPS)
@@ -228,7 +217,7 @@ class LayerRefit:
         scaled /= system.root
         return scaled
 
-    def _solve(self, number: int, start: Array) -> _Part:
+    def _solve(self, number: int, start: Floats) -> _Part:
         block, system = self._blocks[number], self._system
         targets = self._targets.of(block)
         steps = 0 if targets.negative is None else self._options.relu_steps
@@ -278,7 +267,7 @@ class LayerRefit:
         )
 
 
-def covariance(x: Single) -> Array:
+def covariance(x: Singles) -> Floats:
     """`H = cov(X)` [G, K, K] of input patches [n, G, K], which are centred in place."""
     return Inputs(x).gram()
 
@@ -288,8 +277,8 @@ class _System:
     """`A` of a layer, with the roots `D^1/2` and the pulls `R D^-1` [G, 1, K]."""
 
     matrix: GramSystem | RowSystem
-    root: Array
-    pull: Array
+    root: Floats
+    pull: Floats
 
     @classmethod
     def of(cls, inputs: Inputs, ridge_share: float, limits: SolverLimits) -> _System:
@@ -309,9 +298,9 @@ class _System:
 class _Part:
     """Some output channels of every group: weight [G, M, K], bias and gain [G, M], sums of their errors, the solver."""
 
-    weight: Array
-    bias: Array
-    gain: Array
+    weight: Floats
+    bias: Floats
+    gain: Floats
     spread: float
     error_before: float
     error_after: float
@@ -323,7 +312,7 @@ class _Part:
 class _Pulled:
     """Ridge least squares of the weights that a mask keeps, toward `start` [G, M, K], which is 0 outside it."""
 
-    def __init__(self, system: _System, start: Array, mask: Mask, limits: SolverLimits, steps: int) -> None:
+    def __init__(self, system: _System, start: Floats, mask: Mask, limits: SolverLimits, steps: int) -> None:
         self._system, self._mask = system, mask
         self._start = start * system.root
         self._constant = system.pull * self._start
@@ -334,13 +323,13 @@ class _Pulled:
         else:
             self.solver = ConjugateGradients(system.matrix, mask, limits)
 
-    def scaled(self, load: Array, tolerance: float) -> Array:
+    def scaled(self, load: Floats, tolerance: float) -> Floats:
         """`v = D^1/2 w` [G, M, K] for `D^-1/2 cov(T, X)` [G, M, K], which is overwritten."""
         load += self._constant
         np.copyto(load, 0.0, where=~self._mask)
         return np.asarray(self._start + self.solver.solve(load, tolerance))
 
-    def fitted(self, cross: Array, tolerance: float) -> Array:
+    def fitted(self, cross: Floats, tolerance: float) -> Floats:
         """`w` [G, M, K] for `cov(T, X)` [G, M, K], which is overwritten."""
         cross /= self._system.root
         scaled = self.scaled(cross, tolerance)
@@ -348,7 +337,7 @@ class _Pulled:
         return scaled
 
 
-def _first_fit(targets: Targets, start: Array) -> Fit:
+def _first_fit(targets: Targets, start: Floats) -> Fit:
     with np.errstate(over="ignore", invalid="ignore"):
         fit = targets.fit()
     _check_finite(target=fit.mean, w0=start)
@@ -357,11 +346,11 @@ def _first_fit(targets: Targets, start: Array) -> Fit:
 
 
 def _check_shapes(
-    x: Single,
-    target: Single,
+    x: Singles,
+    target: Singles,
     w0: npt.NDArray[np.floating],
     mask: Mask,
-    relu_floor: Single | None,
+    relu_floor: Singles | None,
     dense_negative: Mask | None,
 ) -> None:
     if x.ndim != 3 or 0 in x.shape:
@@ -386,7 +375,7 @@ def _check_finite(**arrays: npt.NDArray[np.floating] | None) -> None:
             raise NotFiniteError(f"{name} holds NaN or infinity; refit needs finite samples and weights")
 
 
-def _gain(system: _System, fit: Fit, cross: Array, scaled: Array, options: RefitOptions) -> Array:
+def _gain(system: _System, fit: Fit, cross: Floats, scaled: Floats, options: RefitOptions) -> Floats:
     """`(var(T) / var(w.X))^(gain_power / 2)`; 1 where either is 0 or the correlation is below `min_correlation`.
 
     With `v = D^1/2 w` and the cross moments scaled by `D^-1/2`: `var(w.X) = w'Hw = v'(A - R D^-1)v` and
@@ -401,6 +390,6 @@ def _gain(system: _System, fit: Fit, cross: Array, scaled: Array, options: Refit
     return np.where(usable, ratio, 1.0) ** (options.gain_power / 2)
 
 
-def _check_squares(*values: Array | float) -> None:
+def _check_squares(*values: Floats | float) -> None:
     if not all(np.isfinite(value).all() for value in values):
         raise NotFiniteError("x, target or w0 is too large to be squared in float32; scale the layer down")

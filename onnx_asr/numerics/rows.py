@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-Array: TypeAlias = npt.NDArray[np.float64]
-Single: TypeAlias = npt.NDArray[np.float32]
-Mask: TypeAlias = npt.NDArray[np.bool_]
+from onnx_asr.arrays import Floats, Mask, Singles
 
 _CHUNK_VALUES = 2**20  # of X a product: summed in float32 within, in float64 across
 _RESIDUAL_EVERY = 8  # chunks, of which one measures the residual
@@ -76,13 +74,13 @@ class Inputs:
         store: Where they are, and their Gram matrix is to be kept.
     """
 
-    def __init__(self, x: Single, store: BufferStore = MEMORY, limits: SolverLimits = LIMITS) -> None:
+    def __init__(self, x: Singles, store: BufferStore = MEMORY, limits: SolverLimits = LIMITS) -> None:
         groups, inputs = x.shape[1:]
         self.centred = x
         self.store = store
         self._limits = limits
         with np.errstate(over="ignore", invalid="ignore"):
-            self.mean: Array = x.mean(axis=0, dtype=np.float64)
+            self.mean: Floats = x.mean(axis=0, dtype=np.float64)
             x -= self.mean.astype(np.float32)
         # Some 4 MB, but enough rows for the product to cost more than adding it up in float64.
         self._step = min(max(_CHUNK_VALUES // (groups * inputs), inputs // 2, 64), 4096)
@@ -90,7 +88,7 @@ class Inputs:
     def __len__(self) -> int:
         return len(self.centred)
 
-    def gram(self) -> Array:
+    def gram(self) -> Floats:
         """`H = cov(X)` [G, K, K], which the store holds."""
         groups, inputs = self.mean.shape
         gram = self.store.allocate((groups, inputs, inputs), np.dtype(np.float64))
@@ -105,11 +103,11 @@ class Inputs:
             gram[:, rows] /= len(self)
         return gram
 
-    def variance(self) -> Array:
+    def variance(self) -> Floats:
         """`diag(H)` [G, K]."""
         return np.asarray(np.square(self.centred).mean(axis=0, dtype=np.float64))
 
-    def chunks(self, every: int = 1) -> Iterator[tuple[slice, Single]]:
+    def chunks(self, every: int = 1) -> Iterator[tuple[slice, Singles]]:
         """Yields rows and their `X - mean(X)` [c, G, K], one chunk of `every`."""
         for begin in range(0, len(self), every * self._step):
             rows = slice(begin, min(begin + self._step, len(self)))
@@ -117,7 +115,7 @@ class Inputs:
             self.store.set_aside(self.centred)
 
 
-def pieces(gram: Array, store: BufferStore, limits: SolverLimits) -> Iterator[slice]:
+def pieces(gram: Floats, store: BufferStore, limits: SolverLimits) -> Iterator[slice]:
     """Rows of [G, K, K] to work on one part after another, each set aside when its turn is over."""
     groups, inputs = gram.shape[:2]
     step = max(1, limits.piece_values // (groups * inputs))
@@ -130,9 +128,9 @@ def pieces(gram: Array, store: BufferStore, limits: SolverLimits) -> Iterator[sl
 class Fit:
     """What least squares needs to know of a target: `cov(T, X)` [G, M, K], `mean(T)` and `var(T)` [G, M]."""
 
-    cross: Array
-    mean: Array
-    variance: Array
+    cross: Floats
+    mean: Floats
+    variance: Floats
 
 
 @dataclass(frozen=True)
@@ -148,10 +146,10 @@ class Targets:
     """
 
     inputs: Inputs
-    target: Single
-    floor: Single | None
+    target: Singles
+    floor: Singles | None
     negative: Mask | None
-    probabilities: Single | None
+    probabilities: Singles | None
 
     def of(self, channels: slice) -> Targets:
         """Those channels of every group alone."""
@@ -166,20 +164,20 @@ class Targets:
             mean = self.target.mean(axis=0, dtype=np.float64)
         return self._sum_up(((self.target[rows], chunk) for rows, chunk in self.inputs.chunks()), mean)
 
-    def visible_fit(self, weight: Array, level: Array) -> Fit:
+    def visible_fit(self, weight: Floats, level: Floats) -> Fit:
         """The fit of what the ReLU lets through, for the prediction `weight . (X - mean(X)) + level`."""
         return self._sum_up(((target, chunk) for target, _, chunk in self._visible(weight, level)), level)
 
-    def class_fit(self, weight: Array, level: Array) -> Fit:
+    def class_fit(self, weight: Floats, level: Floats) -> Fit:
         """The fit of `z - 2 (softmax(z) - softmax(T))`, with the logits `z = weight . (X - mean(X)) + level`."""
         return self._sum_up(self._toward_classes(weight, level), level)
 
-    def _toward_classes(self, weight: Array, level: Array) -> Iterator[tuple[Single, Single]]:
+    def _toward_classes(self, weight: Floats, level: Floats) -> Iterator[tuple[Singles, Singles]]:
         assert self.probabilities is not None
         for rows, logits, chunk in self._predicted(weight, level):
             yield logits - 2 * (softmax(logits) - self.probabilities[rows]), chunk
 
-    def error(self, weight: Array, level: Array) -> float:
+    def error(self, weight: Floats, level: Floats) -> float:
         """`sum mean(e^2)` over all channels and some chunks, `e` the error that the ReLU lets through."""
         total = 0.0
         count = 0
@@ -188,7 +186,7 @@ class Targets:
             count += len(target)
         return total / count
 
-    def _sum_up(self, pairs: Iterator[tuple[Single, Single]], shift: Array) -> Fit:
+    def _sum_up(self, pairs: Iterator[tuple[Singles, Singles]], shift: Floats) -> Fit:
         """Moments of targets [c, G, M] with centred inputs [c, G, K]; `shift` [G, M] is near the targets' mean."""
         origin = shift.astype(np.float32)
         cross, total, square = (
@@ -206,7 +204,7 @@ class Targets:
         cross /= len(self.inputs)
         return Fit(cross, origin + offset, variance)
 
-    def _visible(self, weight: Array, level: Array, every: int = 1) -> Iterator[tuple[Single, Single, Single]]:
+    def _visible(self, weight: Floats, level: Floats, every: int = 1) -> Iterator[tuple[Singles, Singles, Singles]]:
         """Yields target, prediction [c, G, M] and centred inputs [c, G, K], without errors that the ReLU hides."""
         for rows, prediction, chunk in self._predicted(weight, level, every):
             target = self.target[rows]
@@ -215,7 +213,7 @@ class Targets:
                 target = _where(self.negative[rows], np.minimum(prediction, floor), target)
             yield target, prediction, chunk
 
-    def _predicted(self, weight: Array, level: Array, every: int = 1) -> Iterator[tuple[slice, Single, Single]]:
+    def _predicted(self, weight: Floats, level: Floats, every: int = 1) -> Iterator[tuple[slice, Singles, Singles]]:
         """Yields rows, prediction [c, G, M] and centred inputs [c, G, K]."""
         single, base = weight.transpose(0, 2, 1).astype(np.float32), level.astype(np.float32)
         for rows, chunk in self.inputs.chunks(every):
@@ -225,7 +223,7 @@ class Targets:
             yield rows, prediction, chunk
 
 
-def _where(mask: Mask, chosen: Single, other: Single) -> Single:
+def _where(mask: Mask, chosen: Singles, other: Singles) -> Singles:
     """`np.where(mask, chosen, other)` in five times less time where the mask has no order; `chosen` is overwritten.
 
     Without a branch for each element: `other ^ ((chosen ^ other) & m)`, where the bits of `m` are all 1 or all 0.
@@ -237,8 +235,8 @@ def _where(mask: Mask, chosen: Single, other: Single) -> Single:
     return chosen
 
 
-def softmax(logits: Single) -> Single:
+def softmax(logits: Singles) -> Singles:
     """`exp(z) / sum exp(z)` over the last axis."""
-    result: Single = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    result: Singles = np.exp(logits - logits.max(axis=-1, keepdims=True))
     result /= result.sum(axis=-1, keepdims=True)
     return result

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from onnx_asr.arrays import Floats
 
 _MAX_INVERSE = 8192  # inputs up to which H is inverted: 0.5 GB
 
 
-def lamp(weight: NDArray[Any]) -> Array:
+def lamp(weight: NDArray[Any]) -> Floats:
     """``w^2 / sum of w'^2 over all w' of the weight with |w'| >= |w|`` (layer-adaptive magnitude, arXiv 2010.07611).
 
     Of equal magnitudes the earlier one counts as the larger, so that scores do not tie within a weight.
@@ -28,14 +28,14 @@ def lamp(weight: NDArray[Any]) -> Array:
     return score.reshape(weight.shape)
 
 
-def row_normalised(rows: NDArray[Any]) -> Array:
+def row_normalised(rows: NDArray[Any]) -> Floats:
     """``|w_ij| / rms_j(w_ij)`` for weights as rows [C_out, K]: free of the scale that each output channel carries."""
     exact = np.abs(rows.astype(np.float64))
     size = np.sqrt(np.square(exact).mean(axis=1, keepdims=True))
     return np.asarray(np.divide(exact, size, out=np.zeros_like(exact), where=size > 0))
 
 
-def saliency(rows: NDArray[Any], gram: Array, ridge: float) -> Array:
+def saliency(rows: NDArray[Any], gram: Floats, ridge: float) -> Floats:
     """``w^2 / [(H + R I)^-1]_jj``: the cost of removing a weight once the others took over (optimal brain surgeon).
 
     Beyond 8,192 inputs the inverse is taken of the diagonal alone, ``w^2 (H_jj + R)``.

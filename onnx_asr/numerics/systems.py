@@ -14,7 +14,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from onnx_asr.numerics.rows import Array, BufferStore, Mask, Single, SolverLimits, pieces
+from onnx_asr.arrays import Floats, Mask, Singles
+from onnx_asr.numerics.rows import BufferStore, SolverLimits, pieces
 
 Index: TypeAlias = npt.NDArray[np.intp]
 
@@ -27,7 +28,7 @@ _BATCH_RATIO = 0.85  # supports of one batch are at least this share of its larg
 class GramSystem:
     """`A` as a matrix for each group, [G, K, K]; the Gram matrix, which the store holds, is scaled in place."""
 
-    def __init__(self, gram: Array, root: Array, store: BufferStore, limits: SolverLimits) -> None:
+    def __init__(self, gram: Floats, root: Floats, store: BufferStore, limits: SolverLimits) -> None:
         for rows in pieces(gram, store, limits):  # in place: a copy would be 170 MB at K = 4608
             part = gram[:, rows]
             part /= root
@@ -37,13 +38,13 @@ class GramSystem:
         self._store = store
         self._limits = limits
 
-    def product(self, vectors: Array) -> Array:
+    def product(self, vectors: Floats) -> Floats:
         """`P A` for [G, M, K]."""
         result = np.asarray(vectors @ self._matrix)
         self._store.set_aside(self._matrix)
         return result
 
-    def single(self, group: int) -> Callable[[Single], Single]:
+    def single(self, group: int) -> Callable[[Singles], Singles]:
         """`P A` of one group, for [M, K] in float32."""
         matrix = np.empty(self._matrix.shape[1:], np.float32)
         for rows in pieces(self._matrix, self._store, self._limits):
@@ -64,29 +65,29 @@ class GramSystem:
 class RowSystem:
     """`P A = ((P D^-1/2) X' X / n) D^-1/2 + R P D^-1`, from the centred rows [n, G, K]."""
 
-    def __init__(self, x: Single, root: Array, pull: Array) -> None:
+    def __init__(self, x: Singles, root: Floats, pull: Floats) -> None:
         self._x = x
-        self._scale: Single = (1.0 / root).astype(np.float32)
+        self._scale: Singles = (1.0 / root).astype(np.float32)
         self._pull = pull
 
-    def product(self, vectors: Array) -> Array:
+    def product(self, vectors: Floats) -> Floats:
         """`P A` for [G, M, K]."""
         result = self._pull * vectors
         for group, part in enumerate(vectors):
             result[group] += self._covered(group, part.astype(np.float32))
         return result
 
-    def single(self, group: int) -> Callable[[Single], Single]:
+    def single(self, group: int) -> Callable[[Singles], Singles]:
         """`P A` of one group, for [M, K] in float32."""
-        pull: Single = self._pull[group].astype(np.float32)
+        pull: Singles = self._pull[group].astype(np.float32)
         return lambda vectors: self._covered(group, vectors) + pull * vectors
 
     def release(self) -> None:
         """Nothing: it holds no more than the rows."""
 
-    def _covered(self, group: int, vectors: Single) -> Single:
+    def _covered(self, group: int, vectors: Singles) -> Singles:
         rows, scale = self._x[:, group], self._scale[group]
-        image: Single = ((vectors * scale) @ rows.T) @ rows
+        image: Singles = ((vectors * scale) @ rows.T) @ rows
         image *= scale / np.float32(len(rows))
         return image
 
@@ -110,12 +111,12 @@ class Inverse:
     steps = 0
     converged = True
 
-    def __init__(self, system: Array, mask: Mask) -> None:
+    def __init__(self, system: Floats, mask: Mask) -> None:
         outputs, inputs = mask.shape[1:]
         flat = mask.reshape(-1, inputs)
         size = flat.sum(axis=-1)
         order = np.argsort(-size, kind="stable")
-        self._batches: list[tuple[Index, Index, Array]] = []
+        self._batches: list[tuple[Index, Index, Floats]] = []
         begin, end = 0, int(np.count_nonzero(size))  # empty rows come last and stay out
         while begin < end:
             largest = int(size[order[begin]])
@@ -130,7 +131,7 @@ class Inverse:
             self._batches.append((rows, places, _inverse(systems)))
             begin = stop
 
-    def solve(self, load: Array, tolerance: float) -> Array:
+    def solve(self, load: Floats, tolerance: float) -> Floats:
         """Solves for [G, M, K] right-hand sides that are 0 outside the mask, beyond any `tolerance`."""
         flat = load.reshape(-1, load.shape[-1])
         result = np.zeros_like(flat)
@@ -139,7 +140,7 @@ class Inverse:
         return result.reshape(load.shape)
 
 
-def _inverse(systems: Array) -> Array:
+def _inverse(systems: Floats) -> Floats:
     """Inverts symmetric systems [B, s, s] of unit diagonal; eigenvalues below `NOISE` count as infinite.
 
     The diagonal of an inverse holds the variance inflation factors, which tell whether that is needed.
@@ -176,9 +177,9 @@ class ConjugateGradients:
         self._system = system
         self._mask = mask
         self._limit = limits.cg_steps
-        self._last: Array = np.zeros(mask.shape)
+        self._last: Floats = np.zeros(mask.shape)
 
-    def solve(self, load: Array, tolerance: float) -> Array:
+    def solve(self, load: Floats, tolerance: float) -> Floats:
         """Solves for [G, M, K] right-hand sides that are 0 outside the mask, to `|residual| <= tolerance |load|`.
 
         Right-hand sides are overwritten; the solution is changed by the next call.
@@ -207,8 +208,8 @@ class ConjugateGradients:
 
 
 def _descend(
-    product: Callable[[Single], Single], mask: Mask, residual: Single, goal: Single, limit: int
-) -> tuple[Single, int, bool]:
+    product: Callable[[Singles], Singles], mask: Mask, residual: Singles, goal: Singles, limit: int
+) -> tuple[Singles, int, bool]:
     """Conjugate gradients from 0 for rows of residual norm 1, until each row's residual is below its `goal`.
 
     A row stops at a direction whose curvature is below `NOISE`. `residual` is overwritten.

@@ -21,8 +21,9 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from onnx_asr.arrays import Floats, Mask
 from onnx_asr.channels.rules import trace
-from onnx_asr.channels.units import Channels, Flags, Floats, Ids, cut
+from onnx_asr.channels.units import Channels, Ids, remove
 from onnx_asr.engine.session import Runtime
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.edit import EditPlan, set_metadata
@@ -212,7 +213,7 @@ class _Cutter:
     scope: Scope
     multiple: int
 
-    def drop(self, sparsity: float) -> Flags:
+    def drop(self, sparsity: float) -> Mask:
         """[units] True where a unit goes."""
         drop = np.zeros(self.channels.units, bool)
         for group, keep in zip(self.groups, _keep(self.scores, sparsity, self.scope, self.multiple), strict=True):
@@ -221,7 +222,7 @@ class _Cutter:
 
     def cut(self, sparsity: float) -> onnx.ModelProto:
         """The smaller model."""
-        model = cut(self.index, self.channels, self.drop(sparsity))
+        model = remove(self.index, self.channels, self.drop(sparsity))
         set_metadata(model, "onnx_asr.version", __version__)
         return model
 

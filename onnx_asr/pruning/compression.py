@@ -23,6 +23,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from onnx_asr.arrays import Mask
 from onnx_asr.data import Dataset, Preprocessing
 from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
@@ -35,7 +36,6 @@ from onnx_asr.networks.execution import Execution, silent
 from onnx_asr.networks.pair import Networks
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.sparsity import LayerSparsity, starved
-from onnx_asr.numerics.masks import Mask
 from onnx_asr.numerics.patterns import Pattern, check_sparsity
 from onnx_asr.pruning.masks import (
     PrunableWeight,

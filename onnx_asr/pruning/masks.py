@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from onnx_asr.arrays import Mask
 from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.graph.edit import EditPlan, apply, set_metadata
 from onnx_asr.graph.index import GraphIndex
@@ -18,7 +19,7 @@ from onnx_asr.graph.layers import WeightLayout
 from onnx_asr.graph.points import LayerPoint, skip, survey
 from onnx_asr.graph.skips import Reason, Skip
 from onnx_asr.networks.sparsity import LayerSparsity, share_of_zeros
-from onnx_asr.numerics.masks import Mask, block_scores, keep_count, keep_largest, keep_n_of_m, spread_blocks
+from onnx_asr.numerics.masks import block_scores, keep_count, keep_largest, keep_n_of_m, spread_blocks
 from onnx_asr.numerics.patterns import Pattern
 from onnx_asr.numerics.scores import erk_keep
 from onnx_asr.version import __version__

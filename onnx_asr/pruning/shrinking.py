@@ -19,9 +19,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from onnx_asr.arrays import Mask
 from onnx_asr.channels.computing import pads
 from onnx_asr.channels.rules import trace
-from onnx_asr.channels.units import Channels, Flags, Read, cut
+from onnx_asr.channels.units import Channels, Read, remove
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.edit import EditPlan, set_metadata
@@ -107,7 +108,7 @@ def shrink(
             break
         plan = EditPlan()
         _fold_constants(index, channels, drop, plan)
-        index = GraphIndex.of(cut(index, channels, drop, plan))
+        index = GraphIndex.of(remove(index, channels, drop, plan))
     smaller = index.model
     layers = []
     for name, (tensor, width) in widths.items():
@@ -135,7 +136,7 @@ def shrink(
     return ShrinkResult(smaller, tuple(layers), tuple(notes), error, before, cost(index, input_shapes))
 
 
-def _idle(index: GraphIndex, channels: Channels) -> tuple[Flags, int]:
+def _idle(index: GraphIndex, channels: Channels) -> tuple[Mask, int]:
     """[units] that can go, and the number of those that would but for a padded reader."""
     free, dead = channels.removable, channels.removable
     points = {point.node: point for point in survey(index).layers}
@@ -153,7 +154,7 @@ def _idle(index: GraphIndex, channels: Channels) -> tuple[Flags, int]:
     return free, int((dead & ~free).sum())
 
 
-def _used(index: GraphIndex, point: LayerPoint | None, read: Read) -> Flags:
+def _used(index: GraphIndex, point: LayerPoint | None, read: Read) -> Mask:
     """[C] whether a weight other than zero reads the channel."""
     if point is None:
         return np.ones(len(read.labels.ids), bool)
@@ -170,7 +171,7 @@ def _folds(index: GraphIndex, point: LayerPoint | None) -> bool:
     return bias is None or bias.size == point.channels
 
 
-def _fold_constants(index: GraphIndex, channels: Channels, drop: Flags, plan: EditPlan) -> None:
+def _fold_constants(index: GraphIndex, channels: Channels, drop: Mask, plan: EditPlan) -> None:
     """Put what the dropped channels carry into their readers."""
     points = {point.node: point for point in survey(index).layers}
     for read in channels.reads:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from onnx_asr.arrays import Mask
 from onnx_asr.graph.edit import EditPlan, apply
 from onnx_asr.graph.points import LayerPoint, weight_of
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Fidelity
 from onnx_asr.networks.samples import Calibration
-from onnx_asr.numerics.masks import Mask
 from onnx_asr.repairing.pipeline import RepairJob
 from onnx_asr.repairing.refit import write_refit
 from onnx_asr.repairing.rows import RowSampler, dense_rows

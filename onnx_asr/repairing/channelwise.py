@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from onnx_asr.arrays import Floats
 from onnx_asr.engine.lane import Chunk, Lane
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.points import LayerPoint, Point
@@ -34,7 +35,7 @@ from onnx_asr.numerics.gains import (
     raw_gain,
     recalibrate,
 )
-from onnx_asr.numerics.moments import Accumulator, Floats, Moments, PairMoments
+from onnx_asr.numerics.moments import Accumulator, Moments, PairMoments
 from onnx_asr.repairing.options import Prior
 from onnx_asr.repairing.point_report import PointReport, Reports
 

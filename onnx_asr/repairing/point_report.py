@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from onnx_asr.arrays import Floats
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import Point
-from onnx_asr.numerics.moments import Floats
 
 
 @dataclass(frozen=True)

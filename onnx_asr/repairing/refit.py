@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from onnx_asr.arrays import Floats, Mask
 from onnx_asr.engine.lane import Lane
 from onnx_asr.graph.context import Context, contexts, steps
 from onnx_asr.graph.edit import EditPlan, stored
@@ -32,8 +33,6 @@ from onnx_asr.networks.parameters import (
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.walk import Walk
 from onnx_asr.numerics.gains import BatchNormParameters
-from onnx_asr.numerics.masks import Mask
-from onnx_asr.numerics.moments import Floats
 from onnx_asr.numerics.refit import NotFiniteError
 from onnx_asr.repairing.options import RefitRecipe
 from onnx_asr.repairing.point_report import PointReport, Reports

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_asr.arrays import Floats
 from onnx_asr.engine.lane import Chunk
 from onnx_asr.graph.context import Context, contexts, steps
 from onnx_asr.graph.edit import EditPlan
@@ -21,7 +22,6 @@ from onnx_asr.networks.pair import Networks, unequal
 from onnx_asr.networks.parameters import read_batchnorm, read_rows
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.walk import Walk
-from onnx_asr.numerics.moments import Floats
 from onnx_asr.numerics.patches import (
     ConvGeometry,
     gather_outputs,

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 import onnx_asr
+from onnx_asr.arrays import Mask
 from onnx_asr.channels.rules import trace
-from onnx_asr.channels.units import Channels, Flags, cut, read_kept, units_left_out
+from onnx_asr.channels.units import Channels, missing_units, read_kept, remove
 from onnx_asr.errors import ModelError, OptionError, StructureError
 from onnx_asr.graph.points import survey
 from onnx_asr.networks.cost import cost
@@ -235,7 +236,7 @@ def graph(name: str, seed: int = 0) -> onnx.ModelProto:
     return typed(model)
 
 
-def some_units(channels: Channels, seed: int, share: float = 0.4) -> Flags:
+def some_units(channels: Channels, seed: int, share: float = 0.4) -> Mask:
     """A random part of every group that can be cut."""
     generator = np.random.default_rng(seed)
     drop = np.zeros(channels.units, bool)
@@ -245,7 +246,7 @@ def some_units(channels: Channels, seed: int, share: float = 0.4) -> Flags:
     return drop
 
 
-def masked(model: onnx.ModelProto, channels: Channels, drop: Flags) -> onnx.ModelProto:
+def masked(model: onnx.ModelProto, channels: Channels, drop: Mask) -> onnx.ModelProto:
     """A model of the same size in which every reader sees zeros instead of the dropped channels."""
     result = copy(model)
     found = index(model)
@@ -266,7 +267,7 @@ def assert_cut_equals_mask(model: onnx.ModelProto, feeds: dict[str, np.ndarray],
     channels = trace(found)
     drop = some_units(channels, seed)
     assert drop.any()
-    smaller = cut(found, channels, drop)
+    smaller = remove(found, channels, drop)
     onnx.checker.check_model(smaller, full_check=True)
     expected = run(masked(model, channels, drop), feeds)
     for name, value in run(smaller, feeds).items():
@@ -401,24 +402,24 @@ def test_channels_that_stay_say_why(name: str) -> None:
     drop = np.zeros(channels.units, bool)
     drop[0] = True
     with pytest.raises(ModelError, match="cannot be removed"):
-        cut(found, channels, drop)
+        remove(found, channels, drop)
 
 
 def test_a_tensor_never_loses_all_its_channels() -> None:
     found = index(graph("chain"))
     channels = trace(found)
     with pytest.raises(ModelError, match="left without channels"):
-        cut(found, channels, channels.removable)
+        remove(found, channels, channels.removable)
 
 
 def test_the_record_refers_to_the_channels_of_the_first_model() -> None:
     model = residual_net()
     first = index(model)
     channels = trace(first)
-    once = cut(first, channels, some_units(channels, 1))
+    once = remove(first, channels, some_units(channels, 1))
     again = index(once)
     channels = trace(again)
-    twice = cut(again, channels, some_units(channels, 2))
+    twice = remove(again, channels, some_units(channels, 2))
     kept = read_kept(twice)
     stem = parameter(model, 0, 1)
     np.testing.assert_array_equal(parameter(twice, 0, 1), stem[kept["stem"]])
@@ -426,11 +427,11 @@ def test_the_record_refers_to_the_channels_of_the_first_model() -> None:
     for dense in (model, once):
         found = index(dense)
         channels = trace(found)
-        rest = cut(found, channels, units_left_out(found, channels, kept))
+        rest = remove(found, channels, missing_units(found, channels, kept))
         np.testing.assert_array_equal(parameter(rest, 0, 1), stem[kept["stem"]])
         assert read_kept(rest) == kept
     with pytest.raises(StructureError, match="does not have"):
-        units_left_out(index(dense_net()), trace(index(dense_net())), kept)
+        missing_units(index(dense_net()), trace(index(dense_net())), kept)
 
 
 def test_broken_metadata_are_an_error() -> None:

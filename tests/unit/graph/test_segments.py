@@ -17,7 +17,7 @@ from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import survey
-from onnx_asr.graph.segments import Boundary, cut
+from onnx_asr.graph.segments import Boundary, extract
 from onnx_asr.networks.pair import by_level
 from tests.graphs import (
     bn,
@@ -191,9 +191,9 @@ def test_every_node_runs_once(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     def counting(found: GraphIndex, at: Any, *rest: Any) -> onnx.ModelProto:
         at = set(at)
         seen.update(p for p in at if not all(found.is_constant(output) for output in found.nodes[p].output))
-        return cut(found, at, *rest)
+        return extract(found, at, *rest)
 
-    monkeypatch.setattr(lane_module, "cut", counting)
+    monkeypatch.setattr(lane_module, "extract", counting)
     walk(model, stages_of(model), inputs_of(name, model))
     assert set(seen.values()) == {1}
     constants = {p for p, node in enumerate(model.graph.node) if all(map(index(model).is_constant, node.output))}
@@ -305,7 +305,7 @@ def test_tensors_whose_size_depends_on_the_data() -> None:
 def test_a_segment_holds_its_nodes_and_their_initializers_only() -> None:
     model = residual_net()
     at = {node.output[0]: p for p, node in enumerate(model.graph.node)}
-    segment = cut(index(model), [at["a"], at["stem_r"]], {"stem_n": Boundary(1, (None, 8, 8, 8))}, ["a"])
+    segment = extract(index(model), [at["a"], at["stem_r"]], {"stem_n": Boundary(1, (None, 8, 8, 8))}, ["a"])
     assert [node.output[0] for node in segment.graph.node] == ["stem_r", "a"]
     assert [tensor.name for tensor in segment.graph.initializer] == ["a_w"]
     dims = segment.graph.input[0].type.tensor_type.shape.dim
@@ -322,7 +322,7 @@ def test_planned_values_and_an_added_bias_are_in_the_segment(element: str) -> No
     model = net(text, ir=3, w=weight)
     plan = EditPlan({(0, 1): weight * 3.0}, {0: np.array([1.0, 2.0])})
     boundary = Boundary(int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))), None)
-    segment = cut(index(model), [0, 1], {"x": boundary}, ["p", "y"], plan)
+    segment = extract(index(model), [0, 1], {"x": boundary}, ["p", "y"], plan)
     assert segment.ir_version >= 4
     out = Session(segment, Runtime(threads=1)).run({"x": np.ones((1, 2), dtype)})
     np.testing.assert_array_equal(out["p"], np.array([[4, 5]], dtype))

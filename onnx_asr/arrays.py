@@ -1,0 +1,12 @@
+"""Types of arrays that all rooms share."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats: TypeAlias = NDArray[np.float64]
+Singles: TypeAlias = NDArray[np.float32]
+Mask: TypeAlias = NDArray[np.bool_]
