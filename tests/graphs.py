@@ -52,6 +52,13 @@ def index(model: onnx.ModelProto) -> GraphIndex:
 
 def run(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray], names: Iterable[str] = ()) -> dict[str, np.ndarray]:
     """One plain full run without graph optimisations: the outputs, and any other tensors by name."""
+    return run_each(model, [feeds], names)[0]
+
+
+def run_each(
+    model: onnx.ModelProto, parts: Iterable[Mapping[str, np.ndarray]], names: Iterable[str] = ()
+) -> list[dict[str, np.ndarray]]:
+    """The same for several feeds."""
     exposed = onnx.ModelProto()
     exposed.CopyFrom(model)
     present = {value.name for value in exposed.graph.output}
@@ -61,11 +68,10 @@ def run(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray], names: Iterable
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
-    options.intra_op_num_threads = 2
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(exposed.SerializeToString(), options, providers=["CPUExecutionProvider"])
     wanted = [value.name for value in exposed.graph.output]
-    return dict(zip(wanted, session.run(wanted, dict(feeds)), strict=True))
+    return [dict(zip(wanted, session.run(wanted, dict(feeds)), strict=True)) for feeds in parts]
 
 
 def first_output(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:

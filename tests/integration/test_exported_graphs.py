@@ -20,7 +20,7 @@ from onnx_asr.pruning.zeros import prune
 from onnx_asr.repairing.options import RepairOptions
 from onnx_asr.repairing.pipeline import repair
 from onnx_asr.repairing.result import RepairResult
-from tests.graphs import bn, copy, folded, images, index, net, parameter, positions, recalibrated, run
+from tests.graphs import bn, copy, folded, images, index, net, parameter, positions, recalibrated, run, run_each
 
 COUNT = 160
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -384,7 +384,7 @@ def outputs(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> dict[str, n
     if model.graph.input[0].type.tensor_type.shape.dim[0].dim_value != 1:
         return run(model, feeds)
     count = len(next(iter(feeds.values())))
-    parts = [run(model, {name: value[i : i + 1] for name, value in feeds.items()}) for i in range(count)]
+    parts = run_each(model, ({name: value[i : i + 1] for name, value in feeds.items()} for i in range(count)))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -606,7 +606,8 @@ def test_detections_are_verified_on_what_they_are_selected_from() -> None:
     dense = net(BOXES, seed=2, **shapes, **sizes, **limits, **places)
     x = images(COUNT, seed=9)
     damaged = prune(dense, 0.5).model
-    counts = [sum(len(run(model, {"x": x[i : i + 1]})["found"]) for i in range(32)) for model in (dense, damaged)]
+    single = [{"x": x[i : i + 1]} for i in range(COUNT)]
+    counts = [sum(len(one["found"]) for one in run_each(model, single[:32])) for model in (dense, damaged)]
     assert counts[0] != counts[1]
     options = RepairOptions(method="refit", samples=COUNT - 32, verify_samples=32)
     result = repair(damaged, x, dense=dense, options=options)
@@ -614,9 +615,9 @@ def test_detections_are_verified_on_what_they_are_selected_from() -> None:
     assert [skip.code for skip in result.skips if skip.op_type == "Gemm"] == ["behind-non-max-suppression"]
     judged = evaluate(result.model, x, dense=dense)
     noise = signal = 0.0
-    for i in range(COUNT):
-        wanted, got = (run(model, {"x": x[i : i + 1]}, ["corners", "scores"]) for model in (dense, result.model))
-        for name in ("corners", "scores"):
+    tensors = ["corners", "scores"]
+    for wanted, got in zip(*(run_each(model, single, tensors) for model in (dense, result.model)), strict=True):
+        for name in tensors:
             signal += float(np.square(wanted[name].astype(float)).sum())
             noise += float(np.square(wanted[name].astype(float) - got[name]).sum())
     assert judged.samples == COUNT
