@@ -1,4 +1,4 @@
-"""Seeded small graphs, and the plain onnxruntime runs that the tests judge by."""
+"""Small seeded graphs, and plain onnxruntime runs that serve as references."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def parameter(model: onnx.ModelProto, node: int, slot: int) -> np.ndarray:
 
 
 def set_parameter(model: onnx.ModelProto, node: int, slot: int, value: np.ndarray) -> None:
-    """Give a node a constant of its own for one input, in place; nothing else is touched."""
+    """Give a node its own constant for one input, in place; nothing else changes."""
     target = model.graph.node[node]
     name = f"test::{node}:{slot}"
     for position, tensor in enumerate(model.graph.initializer):
@@ -317,7 +317,7 @@ def dense_net(seed: int = 0) -> onnx.ModelProto:
 
 
 def random_net(seed: int, steps: int = 12, side: int = 5) -> onnx.ModelProto:
-    """A random graph from x [1,4,side,side] to y [1,3,side,side] of operators that let channels pass, types stated."""
+    """A random graph from x [1,4,side,side] to y [1,3,side,side] of channel-wise operators, with types."""
     draw = np.random.default_rng(seed)
     lines: list[str] = []
     weights: dict[str, Any] = {}
@@ -416,7 +416,7 @@ def digits(name: str) -> onnx.ModelProto:
 
 
 def digit_images(split: str = "calibration") -> tuple[np.ndarray, np.ndarray]:
-    """Images as the digits nets want them, and labels."""
+    """Preprocessed images for the digits nets, and labels."""
     with np.load(MODELS / "data" / f"digits_{split}.npz") as file:
         pixels, labels = file["images"], file["labels"]
     return ((pixels.astype(np.float32) / 255 - 0.5) / 0.5).transpose(0, 3, 1, 2), labels

@@ -38,7 +38,7 @@ class Done:
 
     @property
     def json(self) -> dict[str, Any]:
-        """What --json printed, and nothing else may be there."""
+        """The object that --json printed; anything else on stdout is an error."""
         values = json.loads(self.out)
         assert isinstance(values, dict)
         return values
@@ -56,12 +56,12 @@ class Done:
 
 
 def command() -> list[str]:
-    """The installed script; the module where only the checkout is there."""
+    """The installed script, or the module if the package is not installed."""
     return [str(_SCRIPT)] if _SCRIPT.exists() else [sys.executable, "-m", "onnx_asr"]
 
 
 def environment() -> dict[str, str]:
-    """Ours, with one BLAS thread, and the checkout to import from where nothing is installed."""
+    """The environment with one BLAS thread, and with the checkout on the path if the package is not installed."""
     values = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     if not _SCRIPT.exists():
         values["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))

@@ -1,4 +1,4 @@
-"""What the commands do when all is well."""
+"""Commands on sound input."""
 
 from __future__ import annotations
 

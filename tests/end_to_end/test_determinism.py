@@ -27,7 +27,7 @@ DATA = ("--data", CALIBRATION, *PRESET, "--samples", "64", "--verify-samples", "
 def test_a_second_run_writes_the_same_bytes(
     arguments: tuple[str, ...], pruned: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever order sets of names come in, and wherever the file goes."""
+    """Whatever the hash seed and the output path."""
     command, *rest = arguments
     model = pruned if command == "repair" else DENSE
     written = []
@@ -40,7 +40,7 @@ def test_a_second_run_writes_the_same_bytes(
 
 
 def test_refit_does_not_depend_on_the_number_of_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer wide enough for numpy's matrix products to use all of them, which the command does not let them."""
+    """A layer wide enough for numpy to use all cores, which the command prevents."""
     dense = net("g (float[N,64,H,W] x) => (float[N,K,A,B] y) { y = Conv (x, w) }", w=(64, 64, 3, 3))
     onnx.save(dense, tmp_path / "dense.onnx")
     onnx.save(prune(dense, 0.8).model, tmp_path / "pruned.onnx")

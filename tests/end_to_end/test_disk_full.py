@@ -1,4 +1,4 @@
-"""A disk that is full, played by a limit on the size of files: one clear error, and nothing half-written."""
+"""A full disk, simulated by a limit on file sizes: one clear error, and no incomplete file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What docs/ shows runs as it stands there, and docs/options.md is that of the code."""
+"""The examples in docs/ run as printed, and docs/options.md matches the code."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def photographs(folder: Path, count: int, seed: int) -> None:
 
 
 def test_the_tutorial(folder: Path) -> None:
-    """With a small net in the place of the exported one, and few images."""
+    """With a small net instead of the exported one, and few images."""
     model = net(
         """
         g (float[N,3,224,224] images) => (float[N,10] scores) {

@@ -1,4 +1,4 @@
-"""What a user gets wrong: one clear line, exit code 2, no output file, an existing one untouched."""
+"""Mistakes of users: one clear line, exit code 2, no output file, existing files untouched."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OTHER = str(MODELS / "digits_vgg.onnx")
 
 
 def refused(*arguments, output: Path) -> str:
-    """The error of a command that writes a file; with and without a file at its destination."""
+    """The error of a command that writes a file, with and without a file at its destination."""
     first = cli(*arguments, "-o", output).error
     assert not output.exists()
     output.write_bytes(b"mine")
@@ -35,7 +35,7 @@ def output(tmp_path) -> Path:
 
 @pytest.fixture
 def broken(tmp_path) -> dict[str, str]:
-    """Files that are no good models."""
+    """Files that are not usable models."""
     relu = parser.parse_model(
         '<ir_version: 8, opset_import: ["": 17]> g (float[N,1,8,8] input) => (float[N,1,8,8] y) { y = Relu(input) }'
     )

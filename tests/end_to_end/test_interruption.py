@@ -1,4 +1,4 @@
-"""A command stopped at any moment leaves the old files or whole new ones; KILLS sets how often that is tried."""
+"""A command stopped at any moment leaves the old files or complete new ones; KILLS sets the number of attempts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def start(name: str, pruned: str, folder: Path, scratch: Path) -> subprocess.Pop
 
 @pytest.fixture(scope="module")
 def seconds(pruned: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """What every command takes if it is left alone."""
+    """Duration of every command, in seconds, when it is not stopped."""
     found = {}
     for name in COMMANDS:
         folder = tmp_path_factory.mktemp("undisturbed")
@@ -61,12 +61,12 @@ def outputs(name: str) -> list[str]:
 
 
 def names(folder: Path) -> list[str]:
-    """All that is there, but for a mark that importing onnxruntime leaves in the folder for temporary files."""
+    """Everything in a folder, except a mark that importing onnxruntime leaves among temporary files."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.name != ".ses")
 
 
 def check_whole(path: Path) -> bool:
-    """Whether a new file is there, after making sure that it is whole if so."""
+    """Check that a new file, if there is one, is complete; return whether there is one."""
     found = path.read_bytes()
     if found == OLD:
         return False

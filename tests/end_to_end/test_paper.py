@@ -1,4 +1,4 @@
-"""tools/paper/reproduce.py on a tiny net: the grid, its resumption, its tables; training where torch is installed."""
+"""tools/paper/reproduce.py on a tiny net: the grid, its resumption, its tables; training if torch is installed."""
 
 from __future__ import annotations
 

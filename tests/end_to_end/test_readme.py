@@ -1,4 +1,4 @@
-"""Every block of README.md runs as it stands there, in a folder that contains nothing but the models.
+"""Every block of README.md runs as printed, in a folder that contains nothing but the models.
 
 Only the installation is checked otherwise: `pip install` is taken out of its block, and its extras are compared with
 those of pyproject.toml.

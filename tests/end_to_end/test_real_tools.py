@@ -1,4 +1,4 @@
-"""A repair between the tools that people use: simplifiers before it; quantization, float16 and OpenVINO after it."""
+"""Repair together with common tools: simplifiers before it; quantization, float16 and OpenVINO after it."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def quantize(source: Path, target: Path, x: np.ndarray) -> None:
 def test_a_repaired_model_is_quantized(
     name: str, repaired_files: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """And what comes out is refused as the input of another repair."""
+    """The quantized model is refused as the input of another repair."""
     x, _ = digit_images("validation")
     quantize(repaired_files[name], tmp_path / "int8.onnx", digit_images()[0][:128])
     assert agreement(scores(repaired_files[name], x), scores(tmp_path / "int8.onnx", x)) > 0.95
@@ -164,7 +164,7 @@ def test_a_repaired_model_is_converted_to_float16(
 @pytest.mark.filterwarnings("ignore:the float32 number")
 @pytest.mark.parametrize("convert", [by_onnxconverter, by_onnxruntime])
 def test_a_float16_model_is_repaired(convert: Callable[[onnx.ModelProto], onnx.ModelProto]) -> None:
-    """The other way round: converted first; the dense model may be either."""
+    """Converted to float16 first; the dense model may be float16 or float32."""
     original = digits("resnet")
     sparse = convert(pruned(original, 0.8))
     x, _ = digit_images("validation")

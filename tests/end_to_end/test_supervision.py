@@ -1,4 +1,4 @@
-"""What onnxruntime does to its process, or does not come back from, is one error of the command."""
+"""A crash or hang of onnxruntime is one error of the command."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ENDLESS = """g (float[N,3] x) => (float[N,4] y)
 
 @pytest.fixture
 def endless(tmp_path: Path) -> tuple[str, ...]:
-    """A repair of a network that onnxruntime never gets to the end of."""
+    """A repair of a network on which onnxruntime never finishes."""
     model, data = tmp_path / "endless.onnx", tmp_path / "data.npz"
     onnx.save(net(ENDLESS), model)
     np.savez(data, x=np.ones((8, 3), np.float32))
@@ -57,7 +57,7 @@ def output(tmp_path: Path) -> Path:
 
 
 def with_onnxruntime(behaviour: str, *arguments: object) -> Done:
-    """A command where loading a model is something else."""
+    """A command in which loading a model is replaced."""
     program = (
         f"import os, sys, signal, onnxruntime; onnxruntime.InferenceSession = lambda *a, **k: {behaviour}; "
         "from onnx_asr.cli import main; main()"
@@ -86,7 +86,7 @@ def test_a_crash_is_one_error_that_names_the_files(
 
 
 def test_a_model_that_crashes_shape_inference(tmp_path: Path) -> None:
-    """A padding that takes away more than there is, then a Slice of it: an assertion fails in onnx."""
+    """A padding that removes more than there is, then a Slice of it: an assertion fails in onnx."""
     text = "g (float[N,3,H,W] x) => (float[N,K,A,B] y) { c = Conv (x, w) z = Pad (c, p) y = Slice (z, s, e, a, t) }"
     bounds = {name: np.array([value]) for name, value in (("s", 0), ("e", 5), ("a", 2), ("t", 2))}
     model = tmp_path / "model.onnx"
@@ -117,7 +117,7 @@ def test_a_hang_is_one_error_that_names_the_limit(endless: tuple[str, ...], tmp_
 
 
 def test_only_the_time_in_one_call_counts(pruned: str, output: Path) -> None:
-    """A repair takes longer than this limit; no call of it does."""
+    """The repair takes longer than the limit, but no single call does."""
     assert cli("repair", pruned, "-o", output, *REPAIR, "--session-timeout", "0.6", "-q") == Done(0, "", "")
 
 
@@ -180,7 +180,7 @@ def test_what_ends_the_command_ends_its_work(endless: tuple[str, ...], how: sign
 
 
 def test_control_c_on_a_terminal(pruned: str, output: Path, tmp_path: Path) -> None:
-    """Both processes get it; it is told once, on a line of its own."""
+    """Both processes get the signal; it is reported once, on a line of its own."""
     line = [*command(), "repair", pruned, "-o", str(output), *REPAIR, "--memory-limit", "1MB"]
     pid, terminal = pty.fork()
     if pid == 0:

@@ -1,4 +1,4 @@
-"""sweep as a user runs it: alone, on a Dask cluster of which a worker is killed, interrupted, and gone on with."""
+"""`sweep` in one process, on a Dask cluster with a killed worker, interrupted, and resumed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PATIENCE = 120  # seconds
 
 
 def cells(path: Path) -> dict[tuple[Any, ...], Any]:
-    """What the cells of a results file scored."""
+    """The scores of the cells in a results file."""
     found = json.loads(path.read_text())["cells"] if path.exists() else []
     return {(cell["pattern"], cell["sparsity"], cell["method"]): cell["fidelity"] for cell in found}
 
@@ -52,7 +52,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], Any
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Until a condition holds, while a process runs."""
+    """Wait until a condition holds, while a process runs."""
     end = time.monotonic() + PATIENCE
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -74,7 +74,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
-    """A Dask scheduler and two worker processes on loopback: its address, and the three processes."""
+    """A Dask scheduler and two workers on loopback: the address, and the three processes."""
     distributed = pytest.importorskip("distributed")
     processes: list[subprocess.Popen[bytes]] = []
 
@@ -142,7 +142,7 @@ def test_a_lost_scheduler_is_reported(
 def test_workers_that_find_other_files_refuse(
     cluster: tuple[str, list[subprocess.Popen[bytes]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The data change between the start of the sweep and the worker's look at them; then there is no worker at all."""
+    """The data change before the workers read them; with all workers gone, the sweep ends."""
     address, (_, *workers) = cluster
     data = tmp_path / "data.npz"
     arrays = dict(np.load(CALIBRATION))

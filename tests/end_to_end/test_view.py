@@ -1,4 +1,4 @@
-"""`view` as a user meets it: the real command, Netron's page in a browser without a screen, and the way out."""
+"""`view`: the real command, Netron's page in a headless browser, and the exit."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def repaired(pruned: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @contextmanager
 def viewing(*arguments: str) -> Iterator[list[str]]:
-    """The addresses of a running command, which is then interrupted and must leave well."""
+    """The addresses of a running command, which is interrupted afterwards and must exit cleanly."""
     process = subprocess.Popen(
         [*command(), "view", *arguments, "--no-browser", "--json"],
         env=environment(),

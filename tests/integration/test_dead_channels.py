@@ -1,4 +1,4 @@
-"""Filters that pruning emptied: constants whose float32 mean is not quite that constant."""
+"""Filters without weights: their output is a constant, but its float32 mean is not exactly that constant."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def repaired(model: onnx.ModelProto, dense: onnx.ModelProto, x: np.ndarray, meth
 
 
 def emptied(model: onnx.ModelProto, count: int) -> onnx.ModelProto:
-    """The first filters of every Conv but the first set to zero; each leaves its bias, a constant."""
+    """Set the first filters of every Conv but the first to zero; only a constant, the bias, is left of each."""
     masks = {}
     for position in positions(model, "Conv")[1:]:
         mask = np.ones(parameter(model, position, 1).shape, bool)
@@ -81,7 +81,7 @@ def plateau(bias: float, spread: float) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("spread", [1.0, 0.1, 1e-2, 1e-3])
 def test_an_emptied_filter_becomes_the_dense_mean(spread: float) -> None:
-    """Its measured deviation is a unit in the last place of the bias; taken for a signal, the gain is a million."""
+    """Its deviation is one unit in the last place of the bias; taken for signal, the gain would be a million."""
     model = plateau(0.3, spread)
     damaged = emptied(model, 3)
     x = images(COUNT, seed=2)

@@ -1,4 +1,4 @@
-"""What exporters write: every graph of one table is pruned, repaired, and judged by plain full runs."""
+"""Graphs as exporters write them: each is pruned, repaired, and compared by plain full runs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def graph(text: str, trained: bool = True, inputs: dict[str, tuple[int, ...]] | 
 
 
 def classifier(body: str, trained: bool = True, **weights: Any) -> Graph:
-    """From 3 x 8 x 8 to 5 classes by way of a tensor ``r`` of eight channels."""
+    """From 3 x 8 x 8 to 5 classes through a tensor ``r`` of eight channels."""
     return graph(f"(float[N,3,8,8] x) => (float[N,5] y) {{ {body} {HEAD} }}", trained, **weights, **FC)
 
 
@@ -339,7 +339,7 @@ def stored_sparse(model: onnx.ModelProto) -> None:
 
 
 def initializers_as_inputs(model: onnx.ModelProto) -> None:
-    """As every file before version 4 of the format has them."""
+    """As in every file before IR version 4."""
     model.ir_version = 3
     for tensor in model.graph.initializer:
         model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
@@ -380,7 +380,7 @@ def dense_of(name: str) -> onnx.ModelProto:
 
 
 def outputs(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A full run, one sample at a time where the model fixes that."""
+    """A full run, one sample at a time if the model fixes the batch at 1."""
     if model.graph.input[0].type.tensor_type.shape.dim[0].dim_value != 1:
         return run(model, feeds)
     count = len(next(iter(feeds.values())))
@@ -389,7 +389,7 @@ def outputs(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> dict[str, n
 
 
 def error(model: onnx.ModelProto, dense: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> float:
-    """Relative error, summed over the outputs; of whole numbers, the share that differs."""
+    """Relative error, summed over the outputs; for integers, the fraction that differs."""
     wanted, got = outputs(dense, feeds), outputs(model, feeds)
     total = 0.0
     for name, value in wanted.items():
@@ -464,7 +464,7 @@ def test_compressed_graphs_are_closer_than_their_last_mask(name: str) -> None:
 
 
 def test_ranks_of_a_later_round_are_those_of_their_own_weights() -> None:
-    """Pruning removes the nodes that a weight stood behind, and with them the positions of those after."""
+    """Pruning removes nodes that a weight went through, which shifts the positions of later nodes."""
     plain, chained = dense_of("squeeze-and-excitation"), dense_of("bfloat16")
     feeds = sources("conv", seed=3)
     options = RepairOptions(samples=COUNT, verify_samples=0)
@@ -479,7 +479,7 @@ def test_ranks_of_a_later_round_are_those_of_their_own_weights() -> None:
 
 @pytest.mark.parametrize("name", ["tied", "siamese"])
 def test_a_tied_weight_stays_tied_when_pruned(name: str) -> None:
-    """A copy for each way it is read: behind Identity and behind Transpose in one of the nets."""
+    """One copy per way it is read: in one of the nets through an Identity and a Transpose."""
     tensors = prune(dense_of(name), 0.5).model.graph.initializer
     assert [tensor.dims for tensor in tensors if len(tensor.dims) > 1] == (
         [[8, 12], [12, 8]] if name == "tied" else [[8, 3, 3, 3]]

@@ -1,4 +1,4 @@
-"""Files that are broken or mean harm: refused with one clear error. Most were found by tools/check/fuzz.py."""
+"""Broken and malicious files are refused with one clear error. Most were found by tools/check/fuzz.py."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_nodes_out_of_order_are_refused() -> None:
 
 @pytest.mark.parametrize("name", [b"BatchNormalization", b"some.domain"])
 def test_names_that_are_not_text(tmp_path: Path, name: bytes) -> None:
-    """onnx's checker does not take them, or quotes them and fails at that."""
+    """onnx's checker refuses such names, or fails when it quotes them."""
     model = residual_net()
     model.opset_import.append(onnx.helper.make_opsetid("some.domain", 1))
     path = tmp_path / "m.onnx"
@@ -176,7 +176,7 @@ def test_an_input_of_unknown_type(number: int) -> None:
 
 
 def test_a_negative_input_size_counts_as_open(tmp_path: Path) -> None:
-    """Shape inference ends the process on a Slice of it."""
+    """Shape inference would crash on a Slice of it."""
     text = "g (float[N,3,8,8] x) => (float[N,K,H,W] y) { c = Slice (x, s, e, a) y = Conv (c, w) }"
     bounds = {name: np.array([value]) for name, value in (("s", 0), ("e", 5), ("a", 2))}
     model = net(text, w=(4, 3, 3, 3), **bounds)
@@ -385,7 +385,7 @@ def test_images_that_start_programs_or_never_end_are_refused(tmp_path: Path) -> 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Four images, and four files that are none."""
+    """Four images, and four files that are not images."""
     pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8), np.uint8)
     folder = tmp_path / "images"
     folder.mkdir()

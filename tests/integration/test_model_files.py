@@ -1,4 +1,4 @@
-"""Files as they come: opsets, IR versions, external data, over 2 GB, functions, subgraphs; and what a repair leaves."""
+"""Kinds of files: opsets, IR versions, external data, over 2 GB, functions, subgraphs; what a repair leaves alone."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_every_opset_and_ir_version(opset: int, ir: int, tmp_path: Path) -> None
 
 
 def crowded() -> onnx.ModelProto:
-    """A net with all that an edit might lose: nodes without names, documents, value_info, unused weights."""
+    """A net with everything that an edit might lose: unnamed nodes, doc strings, value_info, unused weights."""
     model = residual_net()
     model.producer_name, model.producer_version, model.model_version = "someone", "7", 12
     model.domain, model.doc_string, model.graph.doc_string = "example", "model", "graph"
@@ -151,7 +151,7 @@ def test_everything_that_is_not_repaired_is_unchanged(method: Any, tmp_path: Pat
 
 @pytest.mark.parametrize("one_file", [True, False])
 def test_external_data_in_external_data_out(one_file: bool, tmp_path: Path) -> None:
-    """From the folder of the data, from another, over an existing file; the output goes where its model goes."""
+    """From the folder of the data, from another one, over an existing file; the new data lie beside the new model."""
     dense, source, there = digits("resnet"), tmp_path / "in", tmp_path / "out"
     for folder in (source, there):
         folder.mkdir()
@@ -210,7 +210,7 @@ def test_a_model_whose_data_was_not_loaded_is_refused(tmp_path: Path) -> None:
 
 
 def with_table(model: onnx.ModelProto, rows: int) -> onnx.ModelProto:
-    """Adds a row of a large table, picked by the best class, to the scores; the table itself is not filled in."""
+    """Add to the scores a row of a large table, chosen by the best class; the table is not filled in."""
     result = copy(model)
     graph = result.graph
     scores = graph.output[0].name
@@ -237,7 +237,7 @@ def table_of(model: onnx.ModelProto) -> onnx.TensorProto:
 
 @pytest.fixture
 def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Protobuf's limit below the size of the models of the next two tests."""
+    """Set protobuf's limit below the size of the models of the next two tests."""
     monkeypatch.setattr(tensors, "WEIGHT_LIMIT", 1 << 20)
 
 
@@ -300,7 +300,7 @@ ROWS = 2_150_000_000 // 4096
 
 
 def available_memory() -> int:
-    """Bytes that could be had without swapping; 0 where the system does not tell."""
+    """Bytes available without swapping; 0 if unknown."""
     table = Path("/proc/meminfo")
     lines = table.read_text().splitlines() if table.exists() else []
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
@@ -478,7 +478,7 @@ def test_sparse_initializers_stay_sparse(flat: bool, options: onnx_asr.RepairOpt
 
 
 def test_a_sparse_initializer_that_two_nodes_share() -> None:
-    """Each gets its own values, as weights, and the shared original goes."""
+    """Each node gets its own dense copy, and the shared original is removed."""
     text = "g (float[N,3] x) => (float[N,3] y) { a = MatMul (x, w)  b = Relu (a)  y = MatMul (b, w) }"
     dense = net(text, w=(3, 3))
     weight = constant(dense, "w")
@@ -494,7 +494,7 @@ def test_a_sparse_initializer_that_two_nodes_share() -> None:
 
 
 def test_nodes_out_of_order_are_put_in_order() -> None:
-    """No further from where they were than they have to be; onnxruntime runs such files, onnx refuses them."""
+    """Nodes move no further than necessary; onnxruntime runs such files, onnx refuses them."""
     dense = residual_net()
     sparse = pruned(dense, 0.6)
     expected = repaired(sparse, dense).model
@@ -566,7 +566,7 @@ def exporters() -> dict[str, Callable[[Any, Any], onnx.ModelProto]]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_dense_from_one_exporter_pruned_from_another() -> None:
-    """The same as where both come from one."""
+    """The result is the same as with one exporter."""
     made = exporters()
     import torch
     from torch import nn
@@ -604,7 +604,7 @@ def test_dense_from_one_exporter_pruned_from_another() -> None:
 
 @pytest.mark.parametrize("swapped", [False, True])
 def test_a_gemm_for_matmul_and_add_gives_the_same_repair(swapped: bool) -> None:
-    """Also with the weight the other way round."""
+    """Also with a transposed weight."""
     plain = dense_net()
     gemm = copy(plain)
     turned = numpy_helper.from_array(np.ascontiguousarray(constant(plain, "fc_w").T), "fc_t")

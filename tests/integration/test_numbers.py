@@ -238,7 +238,7 @@ def test_repairs_after_channel_pruning_write_finite_weights_or_refuse(case: Case
 
 
 def poisoned(value: float, slot: int = 1, operator: str = "Conv") -> onnx.ModelProto:
-    """One value of one parameter is another one."""
+    """A net with one value of one parameter replaced."""
     model = residual_net()
     node = positions(model, operator)[1]
     values = parameter(model, node, slot).copy()

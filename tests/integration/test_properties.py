@@ -1,4 +1,4 @@
-"""What holds for every network: random small graphs, judged by plain full runs in onnxruntime."""
+"""Properties of every network: small random graphs, compared by plain full runs in onnxruntime."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def test_a_scaled_channel_is_restored(drawn: Any, factor: float) -> None:
 
 
 def without_values(model: onnx.ModelProto, changed: set[str]) -> bytes:
-    """All of a model but what calibration is told to have set: values of these constants, notes, metadata."""
+    """A model without the values that calibration may set, notes and metadata, as bytes."""
     result = copy(model)
     del result.metadata_props[:]
     for node in result.graph.node:

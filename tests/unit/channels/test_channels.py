@@ -1,4 +1,4 @@
-"""Channels: what goes together, what stays and why; a cut model computes what the masked one does."""
+"""Channels: groups, channels that cannot be removed and why; a smaller model computes what the masked one does."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ GRAPHS: dict[str, tuple[str, dict[str, Any], int]] = {
 
 
 def typed(model: onnx.ModelProto) -> onnx.ModelProto:
-    """With the shapes of all tensors written down."""
+    """Add the shapes of all tensors."""
     return onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
 
 
@@ -237,7 +237,7 @@ def graph(name: str, seed: int = 0) -> onnx.ModelProto:
 
 
 def some_units(channels: Channels, seed: int, share: float = 0.4) -> Mask:
-    """A random part of every group that can be cut."""
+    """A random part of every removable group."""
     generator = np.random.default_rng(seed)
     drop = np.zeros(channels.units, bool)
     for group in channels.groups():
@@ -526,7 +526,7 @@ def test_a_cut_net_is_repaired_against_the_dense_one(name: str, method: str) -> 
 
 
 def test_a_net_that_lost_only_unread_channels_keeps_its_function() -> None:
-    """Nothing is missing where only channels were removed that nobody reads."""
+    """Removing channels without readers loses nothing, so there is nothing to repair."""
     dense = digits("vgg")
     conv = positions(dense, "Conv")[1]
     weight = parameter(dense, conv, 1).copy()

@@ -42,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 class Reader:
-    """A CalibrationDataReader by shape: it fills one buffer again and again."""
+    """A CalibrationDataReader by structure; it reuses one buffer."""
 
     def __init__(self, values: Sequence[float]) -> None:
         self.values = list(values)

@@ -38,7 +38,7 @@ def walk(
     threads: int = 1,
     plan: EditPlan | None = None,
 ) -> dict[str, np.ndarray]:
-    """Every tensor that was asked for, all chunks joined."""
+    """Every requested tensor, chunks joined."""
     parts: dict[str, list[np.ndarray]] = {}
     with BufferPool(limit) as pool:
         targets = [name for names in stops for name in names]
@@ -54,7 +54,7 @@ def walk(
 @pytest.mark.parametrize("size", [32, 8, 7, 1])
 @pytest.mark.parametrize("name", NETS)
 def test_segments_add_up_to_one_full_run(name: str, size: int) -> None:
-    """A last chunk of four where the chunks are of seven."""
+    """The last chunk is shorter than the others."""
     model, x = NETS[name](), images(32, seed=1)
     tensors = [tensor for names in STOPS[name] for tensor in names]
     expected = run(model, {"x": x}, tensors)
@@ -127,7 +127,7 @@ def test_a_transform_in_float16_overflows_only_where_its_result_does() -> None:
 
 
 def test_a_node_can_be_computed_by_the_caller() -> None:
-    """The function sees chunk number and input; the rest of the network sees what it returns."""
+    """The function gets chunk number and input; the rest of the network gets its result."""
     model, x = residual_net(), images(20, seed=1)
     spots = {node.output[0]: place for place, node in enumerate(model.graph.node)}
     numbers = []
@@ -149,7 +149,7 @@ def test_a_node_can_be_computed_by_the_caller() -> None:
 
 
 class CountingPool(BufferPool):
-    """Knows how many bytes are out."""
+    """Counts the bytes in use."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Sessions and buffers at their limits: ragged outputs, memory that runs out, disks that cannot take the rest."""
+"""Sessions and buffers at their limits: ragged outputs, exhausted memory, full disks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def walk(limit: int | None) -> Iterator[np.ndarray]:
 
 @pytest.fixture
 def spilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes of the buffers that went to files."""
+    """Sizes of the buffers that were spilled to files."""
     sizes: list[int] = []
 
     class Spy(np.memmap):
@@ -107,7 +107,7 @@ def test_errors_of_the_runtime_are_one_line() -> None:
 def test_weights_handed_over_beside_the_model_live_until_the_session_is_made(
     lean: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Near a memory limit, or where the model is over 2 GB, onnxruntime copies them as it loads, and holds none."""
+    """Near a memory limit, or over 2 GB, onnxruntime copies weights while it loads and keeps no reference to them."""
     model = net("g (float[N,600] x) => (float[N,600] y) { y = MatMul (x, w) }", w=(600, 600))
     x = np.random.default_rng(0).normal(size=(4, 600)).astype(np.float32)
     expected = Session(model, Runtime(threads=1)).run({"x": x})["y"]
@@ -135,7 +135,7 @@ def test_weights_handed_over_beside_the_model_live_until_the_session_is_made(
 
 @pytest.mark.parametrize("kind", ["BFLOAT16", "FLOAT16", "INT8", "FLOAT8E4M3FN", "INT4"])
 def test_weights_of_any_type_are_handed_over_or_stay(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """onnxruntime takes numpy's own types beside the model, the others within it."""
+    """onnxruntime takes numpy's own types beside the model, others only within it."""
     data_type = onnx.TensorProto.DataType.Value(kind)
     convert = "Cast <to=1> (w)" if "FLOAT16" in kind or kind == "INT8" else "DequantizeLinear (w, s)"
     text = f"g (float[N,1600] x) => (float[N,1600] y) {{ c = {convert}\n y = MatMul (x, c) }}"
@@ -182,7 +182,7 @@ def test_free_buffers_make_room_for_others(spilled: list[int]) -> None:
 
 
 def test_spill_files_are_never_seen(tmp_path: Path, spilled: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing has to be removed, however the process ends."""
+    """Nothing is left to remove, however the process ends."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     for _ in walk(0):
         assert list(tmp_path.iterdir()) == []

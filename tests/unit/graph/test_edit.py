@@ -41,7 +41,7 @@ def rest_of(model: onnx.ModelProto) -> bytes:
 
 
 def documented() -> onnx.ModelProto:
-    """A net with every field set that an edit might lose."""
+    """A net in which every field that an edit might lose is set."""
     model = digits("vgg")
     model.producer_name, model.producer_version = "someone", "7"
     model.doc_string, model.graph.doc_string = "model", "graph"
@@ -173,7 +173,7 @@ def test_a_reader_outside_the_plan_keeps_its_value() -> None:
 
 
 def test_orphans_are_removed_with_all_that_only_fed_them() -> None:
-    """``v`` behind two Identities dies with its chain; ``u`` lives on, for the chain's other end."""
+    """``v`` behind two Identities goes with its chain; ``u`` stays, for the other end of the chain."""
     model = net(
         """
         g (float[N,2] x) => (float[N,2] y) {
@@ -209,7 +209,7 @@ def test_an_identity_that_others_read_survives() -> None:
 
 @pytest.mark.parametrize("private", [False, True])
 def test_old_files_where_initializers_are_inputs(private: bool) -> None:
-    """IR 3: every initializer must also be a graph input, a private copy too, and an orphan must leave both lists."""
+    """In IR 3 every initializer is also a graph input: private copies join both lists, orphans leave both."""
     text = "g (float[N,2] x, float[2,2] w, float[2] c) => (float[N,2] y) { a = MatMul (x, w) "
     text += "b = MatMul (a, w)  y = Add (b, c) }" if private else "y = Add (a, c) }"
     model = net(text, ir=3, w=(2, 2), c=(2,))

@@ -1,4 +1,4 @@
-"""Files are checked before work begins, and written whole or not at all."""
+"""Files are checked before work begins and are never written incompletely."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def state(model: Source) -> str:
 
 @library
 def test_inputs_are_not_modified(imported: Callable[[Path], Source], tmp_path: Path) -> None:
-    """Not even by the domain of a node, which an export of graphsurgeon adds to the graph; nor by loading weights."""
+    """Neither by the domains that an export of graphsurgeon adds to the graph, nor by loading weights."""
     path = save(residual_net(), tmp_path / "m.onnx", external_data=True)
     model = imported(path)
     if imported is graphsurgeon:

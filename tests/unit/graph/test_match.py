@@ -30,7 +30,7 @@ from tests.graphs import (
 
 
 def renamed(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Every node, tensor, input and output under another name."""
+    """Rename every node, tensor, input and output."""
     result = copy(model)
     for number, node in enumerate(result.graph.node):
         node.name = f"renamed{number}"
@@ -42,7 +42,7 @@ def renamed(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def reordered(model: onnx.ModelProto, seed: int = 0) -> onnx.ModelProto:
-    """Another topological order, and the initializers in another order."""
+    """Change the topological order and the order of the initializers."""
     result = copy(model)
     generator = random.Random(seed)
     known = {value.name for value in result.graph.input} | {tensor.name for tensor in result.graph.initializer}
@@ -63,7 +63,7 @@ def reordered(model: onnx.ModelProto, seed: int = 0) -> onnx.ModelProto:
 
 
 def with_constant_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Every initializer as a Constant node, half of them behind an Identity."""
+    """Turn every initializer into a Constant node, half of them behind an Identity."""
     result = copy(model)
     constants = []
     for number, tensor in enumerate(result.graph.initializer):
@@ -80,7 +80,7 @@ def with_constant_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def with_identities(model: onnx.ModelProto) -> onnx.ModelProto:
-    """An Identity behind every Relu."""
+    """Put an Identity behind every Relu."""
     result = copy(model)
     nodes = list(result.graph.node)
     del result.graph.node[:]
@@ -94,7 +94,7 @@ def with_identities(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def commuted(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The operands of every Add in the other order."""
+    """Exchange the operands of every Add."""
     result = copy(model)
     for node in result.graph.node:
         if node.op_type == "Add":
@@ -103,7 +103,7 @@ def commuted(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def other_classifier(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A Gemm as MatMul and Add, or the other way round."""
+    """Replace Gemm by MatMul and Add, or the reverse."""
     result = copy(model)
     nodes = list(result.graph.node)
     if nodes[-1].op_type == "Gemm":
@@ -124,7 +124,7 @@ def other_classifier(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def otherwise_flattened(target: str) -> Callable[[onnx.ModelProto], onnx.ModelProto]:
-    """The global average as a ReduceMean, the Flatten as a Reshape (to a constant or a computed shape) or a Squeeze."""
+    """Replace the global average by ReduceMean, and Flatten by Reshape (to a constant or computed shape) or Squeeze."""
 
     def change(model: onnx.ModelProto) -> onnx.ModelProto:
         result = copy(model)
@@ -355,7 +355,7 @@ def test_a_parameter_may_be_folded_in_one() -> None:
 
 
 def test_slices_may_be_merged_in_one() -> None:
-    """As simplifiers do; with attributes (opset 9) or inputs."""
+    """As simplifiers do, with attributes (opset 9) or inputs."""
     text = "g (float[N,3,8,8] x) => (float[N,3,3,4] y) {{ {} y = Conv (s, w) }}"
     numbers: dict[str, list[int]] = {"one": [1], "two": [2], "three": [3], "seven": [7]}
     numbers |= {"from": [1, 1], "to": [7, 7], "at": [2, 3], "step": [2, 1]}

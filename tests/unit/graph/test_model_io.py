@@ -1,4 +1,4 @@
-"""Files are replaced whole or not at all."""
+"""Files are replaced completely or not at all."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_an_existing_file_survives_every_failure(
 
 
 def interrupted(function: Callable[[], object], count: int) -> bool:
-    """Whether an interrupt at the n-th line that ``model_io`` and ``files`` execute came before the function's end."""
+    """Interrupt at the n-th line that ``model_io`` and ``files`` execute; return whether there was such a line."""
     left = count
 
     def trace(frame: FrameType, event: str, _: object) -> Any:

@@ -327,7 +327,7 @@ def test_a_training_batchnorm_behind_a_conv_is_skipped_and_the_conv_is_not() -> 
 
 
 def test_what_reaches_no_output_is_skipped() -> None:
-    """Auxiliary heads that an exporter left behind: nothing they compute can be compared or matters."""
+    """Auxiliary heads that an exporter left behind have no effect on the outputs."""
     found = points_of(
         """
         g (float[N,3,4,4] x) => (float[N,3,4,4] y) {

@@ -1,4 +1,4 @@
-"""Cutting segments out, and walks through graphs that are not plain: each node runs once and all tensors come out."""
+"""Segments and walks on unusual graphs: each node runs once and every tensor comes out."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ ragged (float[N,3] x) => (float[K] y) {
 
 
 def two_outputs() -> onnx.ModelProto:
-    """Two inputs and outputs; IR 3, where initializers are graph inputs as well; two points on one tensor."""
+    """Two inputs and outputs; IR 3, in which initializers are graph inputs; two points on one tensor."""
     model = net(TWO_OUTPUTS, ir=3, a_w=(4, 3, 1, 1), b_w=(4, 4, 3, 3), **bn("n", "m", channels=4))
     for tensor in model.graph.initializer:
         model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
@@ -119,7 +119,7 @@ def stages_of(model: onnx.ModelProto) -> list[list[str]]:
 
 
 class Ledger(BufferPool):
-    """Keeps account of the buffers that are out."""
+    """Keeps track of the buffers in use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ def walk(
     between: Callable[[Lane, int], None] = lambda lane, stage: None,
     pool: BufferPool | None = None,
 ) -> dict[str, np.ndarray]:
-    """Advance stage by stage, ``between`` them a change; what each stage gave as ``"<stage>:<tensor>"``."""
+    """Advance stage by stage, calling ``between`` after each; the results are named ``"<stage>:<tensor>"``."""
     parts: dict[str, list[np.ndarray]] = {}
     with pool or BufferPool() as used:
         targets = [name for stage in stages for name in stage]
@@ -212,7 +212,7 @@ def test_a_shortcut_is_held_exactly_as_long_as_it_is_needed() -> None:
 
 
 def test_batchnorms_changed_just_after_they_were_measured() -> None:
-    """As a repair does, level by level; in the end it is one run of the file with all the changes."""
+    """As a repair does, level by level; the result equals one run of the file with all changes."""
     model = residual_net()
     feeds, stages = inputs_of("residual", model), stages_of(residual_net())
     plan, edited = EditPlan(), copy(model)
@@ -287,7 +287,7 @@ def test_arrays_changed_in_place_are_what_later_nodes_read() -> None:
 
 
 def test_tensors_whose_size_depends_on_the_data() -> None:
-    """Detection heads: the number of rows is another one in every chunk."""
+    """Detection heads: the number of rows differs between chunks."""
     lines = RAGGED.splitlines()
     lines[4], lines[5] = lines[5], lines[4]  # in order
     model = net("\n".join(lines), w=(3, 2))

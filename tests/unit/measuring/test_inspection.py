@@ -1,4 +1,4 @@
-"""What inspect says is what is in the model, and the damage is that of plain runs of both networks."""
+"""`inspect` reports what is in the model; the damage equals that of plain runs of both networks."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_zeros_in_the_weight_stay(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_bias_read_is_what_the_layer_adds(name: str) -> None:
-    """With an input of zeros nothing but the bias is left; planning it again changes nothing."""
+    """For an input of zeros only the bias is left; planning it again changes nothing."""
     model, x, point = layer(name)
     found, plan = index(model), EditPlan()
     bias = read_bias(found, plan, point)
@@ -87,7 +87,7 @@ g (float[N,3,8,8] x) => (float[N,4,8,8] y) {
 
 @pytest.mark.parametrize("bias", ["", ", b"])
 def test_before_a_batchnorm_the_shift_goes_into_its_mean(bias: str) -> None:
-    """``BN(gain z + shift)``: the tensor itself takes the gain only, which is what ``Lane.transform`` is told."""
+    """``BN(gain z + shift)``: the tensor itself takes only the gain, and so does ``Lane.transform``."""
     model = net(CONV_BN % bias, w=(4, 3, 1, 1), b=(4,), **bn("n", channels=4))
     found, plan = index(model), EditPlan()
     (point,) = survey(found).points

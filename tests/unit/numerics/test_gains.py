@@ -83,7 +83,7 @@ def test_paired_shrinks_by_the_correlation_and_never_turns_a_channel_over() -> N
 
 
 def test_rounding_noise_is_no_signal() -> None:
-    """A constant of 3 whose deviation is what float32 leaves behind: its gain would be a million."""
+    """A constant of 3 with the deviation that float32 rounding leaves: its gain would be a million."""
     noisy = moments([3.0], [(3e-7) ** 2])
     np.testing.assert_array_equal(raw_gain(moments([1.0], [1.0]), noisy), [1.0])
     small = moments([0.0], [(1e-7) ** 2])  # but small channels of a small dense channel are channels

@@ -24,7 +24,7 @@ def chunks_of(count: int, cuts: list[int]) -> list[slice]:
 
 
 def samples(rng: np.random.Generator, shape: tuple[int, ...], axis: int, ratio: float) -> np.ndarray:
-    """Channels whose means lie ``ratio`` standard deviations from zero, of quite different scales."""
+    """Channels of very different scales, whose means are ``ratio`` standard deviations from zero."""
     channels = shape[axis]
     scale = 10.0 ** rng.uniform(-2, 2, channels)
     form = [1] * len(shape)

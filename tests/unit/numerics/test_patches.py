@@ -18,7 +18,7 @@ from onnx_asr.numerics.patches import (
 
 
 def naive_patches(tensor: np.ndarray, geometry: ConvGeometry, output_shape: tuple[int, ...]) -> np.ndarray:
-    """[N, outputs, C, taps]: the input value that every tap meets, scattered for transposed convolutions."""
+    """[N, outputs, C, taps]: the input value at every tap; scattered for transposed convolutions."""
     spatial = tensor.shape[2:]
     outputs = list(itertools.product(*map(range, output_shape)))
     taps = list(itertools.product(*map(range, geometry.kernel)))

@@ -144,7 +144,7 @@ def test_channels_are_solved_block_by_block(solver):
 
 
 class Counting(Memory):
-    """A store that knows what it has given out; what it gives holds anything at first."""
+    """A store that keeps track of its buffers, and fills them with NaN first."""
 
     def __init__(self) -> None:
         self.given: dict[int, np.ndarray] = {}
@@ -200,7 +200,7 @@ def test_choice_of_solver_follows_size():
 
 
 def largest(count):
-    """Keeps so many entries, over all groups."""
+    """Keep a number of entries over all groups."""
     return lambda weight: np.abs(weight) >= np.sort(np.abs(weight), axis=None)[-count]
 
 

@@ -1,4 +1,4 @@
-"""Budgets: the least pruning that keeps within them, by what is measured of the result."""
+"""Budgets: the least pruning that meets them, as measured on the result."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def weights(model: onnx.ModelProto) -> int:
 
 
 class Scale(Stopwatch):
-    """Times by parameters: what a machine without noise would measure of a net whose layers all cost alike."""
+    """Measures parameters as times: a machine without noise, on a net whose parameters all cost the same."""
 
     measured: list[tuple[float, float]] = []  # noqa: RUF012
 
@@ -170,7 +170,7 @@ def test_latency_is_searched_and_measured_again(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_no_net_is_measured_until_it_happens_to_be_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To multiples of 8 channels many sparsities give the same net; it is measured for long once."""
+    """With multiples of 8 channels, many sparsities give the same net; the long measurement runs once per net."""
     monkeypatch.setattr(channel_pruning, "Stopwatch", Scale)
     Scale.measured = []
     half = onnx_asr.prune_channels(digits("resnet"), 0.5, multiple=8).model
@@ -206,7 +206,7 @@ def test_open_sizes_are_filled_in_or_given() -> None:
 
 
 class Clock:
-    """Stands still but for what is added to it."""
+    """A clock that moves only where a test moves it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0

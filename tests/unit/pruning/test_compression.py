@@ -109,7 +109,7 @@ def test_the_last_round_samples_twice_as_many_positions(monkeypatch: pytest.Monk
 
 
 def test_layers_choose_their_own_weights_step_by_step() -> None:
-    """One layer and all samples in each round: least squares by numpy tells the last mask."""
+    """One layer and all samples in each round: numpy's least squares give the last mask."""
     rng = np.random.default_rng(3)
     model = net("g (float[N,24] x) => (float[N,10] y) { y = MatMul (x, w) }", w=(24, 10))
     x = rng.standard_normal((6000, 24)) @ rng.standard_normal((24, 24))
@@ -162,7 +162,7 @@ def test_a_narrowed_round_leaves_each_layer_what_the_ranking_gives_it(monkeypatc
 
 
 def one_value_a_channel_added() -> onnx.ModelProto:
-    """A whole map with a pooled branch added to it, which has no position of its own."""
+    """A feature map plus a pooled branch, which has one value per channel."""
     text = """g (float[N,3,8,8] x) => (float[N,4] y) {
         a = Conv <pads=[1,1,1,1]> (x, u)  p = GlobalAveragePool (a)  c = Conv (p, w)  b = Conv (a, v)  s = Add (c, b)
         r = Relu (s)  q = GlobalAveragePool (r)  f = Flatten (q)  y = Gemm (f, g_w) }"""
@@ -174,7 +174,7 @@ def one_value_a_channel_added() -> onnx.ModelProto:
 def test_the_dense_network_is_run_once_for_all_rounds_that_rank(
     make: Callable[[], onnx.ModelProto], recipe: RefitRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it put out is kept, and with a memory limit computed again: the results are the same."""
+    """Its outputs are cached, or recomputed under a memory limit, with the same results."""
     runs: list[int] = []
 
     class Counting(Walk):

@@ -183,7 +183,7 @@ def test_a_score_and_its_data_belong_together() -> None:
 
 
 def hull_cost(zeros: int, corners: list[tuple[int, float]]) -> float:
-    """The lower hull at a number of zeros: the lowest chord over it between any two of the points."""
+    """The lower hull at a number of zeros: the lowest chord between any two points above it."""
     values = [cost for x, cost in corners if x == zeros]
     for (left, low), (right, high) in itertools.combinations(corners, 2):
         if left < zeros < right:

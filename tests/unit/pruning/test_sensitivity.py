@@ -42,7 +42,7 @@ def test_the_refit_takes_part_of_the_damage_back(make: Callable[[], onnx.ModelPr
 
 
 def test_of_a_last_layer_it_is_exactly_a_repair() -> None:
-    """Behind the last layer nothing else can be refitted: the two agree to rounding."""
+    """Nothing can be refitted behind the last layer, so the two agree up to rounding."""
     model = net(
         "g (float[N,3,8,8] x) => (float[N,4,8,8] z) { y = Conv <pads=[1,1,1,1]> (x, a)  z = Conv (y, b) }",
         a=(5, 3, 3, 3),
@@ -75,7 +75,7 @@ def test_a_weight_that_two_layers_share_is_refitted_for_both() -> None:
 
 
 def test_layers_without_effect_are_insensitive_and_pruned_most() -> None:
-    """The second branch is multiplied by all but nothing: an allocation empties it first."""
+    """The second branch is multiplied by almost zero: the allocation empties it first."""
     model = net(
         """
         g (float[N,3,8,8] x) => (float[N,4,8,8] z) {

@@ -1,4 +1,4 @@
-"""Shrinking: dead and unread channels go, the function stays."""
+"""Shrinking: dead and unread channels are removed, the function stays."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ GRAPHS: dict[str, tuple[str, dict[str, Any], int, int]] = {
 
 
 def typed(model: onnx.ModelProto) -> onnx.ModelProto:
-    """With the shapes of all tensors written down."""
+    """Add the shapes of all tensors."""
     return onnx.shape_inference.infer_shapes(model, strict_mode=True)
 
 

@@ -1,4 +1,4 @@
-"""Pruning: exact counts, the smallest weights, nothing else touched."""
+"""Pruning: exact counts, the smallest weights, nothing else changed."""
 
 from __future__ import annotations
 

@@ -194,7 +194,7 @@ def gains_by_hand(method: str, dense: np.ndarray, found: np.ndarray, prior: Any)
     ("method", "prior"), [("asr", "median"), ("asr", "mean"), ("asr", 0.3), ("raw", "median"), ("layerwise", "median")]
 )
 def test_gains_are_the_papers(method: str, prior: Any, bias_correction: bool, with_dead: bool) -> None:
-    """Algorithm 1 by hand, layer by layer on full runs; with six of eight channels dead the median is zero."""
+    """Algorithm 1 by hand, layer by layer on full runs; with six of eight channels dead, the median is zero."""
     model, damaged = chain(with_dead=with_dead)
     x = images(32, seed=3)
     expected = copy(damaged)
@@ -300,7 +300,7 @@ def train_mode_statistics(model: onnx.ModelProto, batches: list[np.ndarray], mom
 
 
 def test_ema_is_training_mode() -> None:
-    """Which of the six ways to divide four samples into two batches was drawn is the seed's affair."""
+    """The seed chooses one of the six ways to divide four samples into two batches."""
     model, x = small_net(), images(4, seed=5, shape=(2, 5, 5))
     result = repaired("bn", model, None, x, bn="ema", ema_batches=2, ema_batch_size=2)
     found = [parameter(result, spot, slot) for spot in positions(model, "BatchNormalization") for slot in (3, 4)]
@@ -322,7 +322,7 @@ def test_ema_goes_round_the_samples_and_knows_its_momentum() -> None:
 
 
 def test_ema_keeps_no_activations_of_layers_that_are_done() -> None:
-    """In a DenseNet every layer's activations are of another size, and none of them would be used again."""
+    """In a DenseNet every layer's activations have a different size, so no buffer would be reused."""
     x = digit_images("calibration")[0][:256]
 
     def peak(**settings: Any) -> int:
@@ -355,7 +355,7 @@ def test_folded_and_unfolded_repairs_give_the_same_function(name: str, method: s
 
 
 def all_weights(model: onnx.ModelProto) -> dict[str, np.ndarray]:
-    """By the tensor that the layer computes: an edit may remove Identity nodes, which moves the others."""
+    """Weights by the tensor that the layer computes; positions would change when an edit removes Identity nodes."""
     found = weights(model) | {p: parameter(model, p, 1) for p in positions(model, "MatMul")}
     return {model.graph.node[position].output[0]: value for position, value in found.items()}
 
@@ -435,7 +435,7 @@ def test_without_a_dense_model_nothing_is_verified_and_auto_is_bn() -> None:
 
 
 def test_gains_without_a_dense_model_come_from_the_stored_statistics() -> None:
-    """``raw`` with the mean corrected and no running statistics left over: the tensor gets the stored moments."""
+    """``raw`` with bias correction and no stale running statistics: the tensor gets the stored moments."""
     damaged, x = pruned_of("residual", 0.5), data_of("residual")
     result = repaired("raw", damaged, None, x, bn="exact")
     for position in positions(damaged, "BatchNormalization")[1:]:
@@ -466,7 +466,7 @@ def test_methods_that_can_do_nothing_are_refused(method: str, with_dense: bool, 
 
 
 class Spy:
-    """Which samples were used for what."""
+    """Records which samples were used for what."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calibrated: set[int] = set()
@@ -534,7 +534,7 @@ def test_a_time_budget_skips_candidates() -> None:
 
 @pytest.mark.parametrize("method", ["bn", "asr"])
 def test_a_result_that_is_not_better_says_so(method: str) -> None:
-    """Against a network that needs no repair, any method that replaces statistics makes it worse."""
+    """A network that needs no repair gets worse when its statistics are replaced."""
     model = model_of("digits_resnet")
     x = digit_images()[0][:96]
     result = repair(model, x, dense=model, options=RepairOptions(method=method, samples=32, verify_samples=64))
@@ -578,7 +578,7 @@ def error_of(result: onnx.ModelProto, model: onnx.ModelProto, x: np.ndarray, ten
 
 @pytest.mark.parametrize("off", [{"block_targets": False}, {"relu_steps": 0}], ids=lambda off: next(iter(off)))
 def test_parts_of_the_recipe_lower_the_error_of_the_block(off: dict[str, Any]) -> None:
-    """Behind the ReLU that follows the residual Add, on the samples that were fitted."""
+    """Behind the ReLU after the residual Add, on the calibration samples."""
     totals = np.zeros(2)
     for seed in range(3):
         model, x = residual_net(seed), images(96, seed=11)

@@ -1,4 +1,4 @@
-"""The refit walk against numpy.linalg.lstsq on patch matrices that are built here with plain loops."""
+"""`refit` against numpy.linalg.lstsq on patch matrices built with plain loops."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def attributes(node: onnx.NodeProto) -> dict[str, Any]:
 def columns_by_probing(model: onnx.ModelProto, position: int, x: np.ndarray) -> np.ndarray:
     """[rows, C_out, weights]: derivative of the layer's output in every weight, by running the layer.
 
-    A layer is linear in its weight, so a weight of a single one gives one column of the design matrix. No formula of
-    strides, pads or groups is needed.
+    A layer is linear in its weight, so a weight with a single 1 gives one column of the design matrix, without any
+    formula for strides, pads or groups.
     """
     weight = parameter(model, position, 1)
     node = model.graph.node[position]
@@ -86,7 +86,7 @@ def rows_of(output: np.ndarray, axis: int = 1) -> np.ndarray:
 
 
 def least_squares(design: np.ndarray, target: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, float]:
-    """Weights on the support and bias; refuses a system that is not well posed."""
+    """Weights on the support, and bias; the system must be well posed."""
     matrix = np.column_stack([design[:, kept], np.ones(len(design))]).astype(np.float64)
     solution, _, rank, singular = np.linalg.lstsq(matrix, target.astype(np.float64), rcond=None)
     assert rank == matrix.shape[1]
@@ -251,7 +251,7 @@ def test_a_matrix_gets_the_least_squares_weights(name: str) -> None:
 
 @pytest.mark.usefixtures("_no_ridge_for_few_rows")
 def test_gemm_on_a_transposed_input() -> None:
-    """``transA`` reads features by rows; a Transpose in front gives it the samples as columns."""
+    """``transA`` expects samples as columns, which a Transpose in front provides."""
     model = net(
         """
         g (float[N,5] x) => (float[N,4] y) {
@@ -404,7 +404,7 @@ BN_BETWEEN = "n = BatchNormalization (sum, n_gamma, n_beta, n_mean, n_var)  y = 
 
 @pytest.mark.parametrize("behind", ["", BN_BETWEEN], ids=["relu", "batchnorm and relu"])
 def test_relu_aware_steps_lower_the_error_that_is_seen(behind: str) -> None:
-    """At the price of a larger error before the ReLU, which nobody sees."""
+    """At the price of a larger error before the ReLU, which has no effect."""
     model = residual(behind)
     if behind:
         (spot,) = positions(model, "BatchNormalization")
@@ -526,7 +526,7 @@ def test_outputs_that_are_logits_of_classes(text: str, classes: bool) -> None:
 
 @pytest.mark.parametrize("spots", [1, 3])
 def test_classes_are_matched_if_there_is_one_row_per_sample(spots: int) -> None:
-    """Flattened, 3 x 1 x 3 positions are nine values a sample and no classes."""
+    """Flattened, 3 x 1 x 3 positions are nine values per sample, not classes."""
     rng = np.random.default_rng(0)
     model = net(
         f"g (float[N,5,1,{spots}] x) => (float[N,{3 * spots}] y) {{ a = Conv (x, v)  y = Flatten (a) }}", v=(3, 5, 1, 1)
@@ -559,7 +559,7 @@ def test_inputs_that_are_not_shortcuts(text: str, why: str) -> None:
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("operands", ["p, q", "q, p"])
 def test_of_two_branches_of_one_level_only_the_later_one_corrects_the_sum(swapped: bool, operands: str) -> None:
-    """Both end at level 2; the one that waits is measured after the other was written."""
+    """Both end at level 2; the later one is measured after the other was written."""
     branches = ["p = Conv (r, w)", "q = Conv (r, w)"]
     if swapped:
         branches.reverse()
@@ -598,7 +598,7 @@ def test_the_longer_branch_corrects_the_sum_even_if_it_comes_first_in_the_file()
 
 
 def test_steps_come_after_what_they_need() -> None:
-    """Three branches into two sums, all of one level: each waits for the one before it."""
+    """Three branches into two sums, all on one level: each waits for the one before."""
     _, order = contexts_of(
         f"""
         g ({SHAPE} x) => ({SHAPE} y) {{

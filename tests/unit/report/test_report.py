@@ -1,4 +1,4 @@
-"""The values behind a report, against a stored one; the page stands alone, escapes names and fits a phone."""
+"""The data of reports against a golden file; the page is self-contained, escapes names and fits a phone."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def auto() -> dict[str, Any]:
 
 
 def rounded(values: Any) -> Any:
-    """Without what differs from run to run or version to version."""
+    """Remove what differs between runs or versions."""
     if isinstance(values, Mapping):
         return {key: rounded(value) for key, value in values.items() if key not in VARYING}
     if isinstance(values, (list, tuple)):
@@ -69,7 +69,7 @@ def rounded(values: Any) -> Any:
 
 
 def differences(mine: Any, its: Any, where: str = "") -> list[str]:
-    """Where two plain values differ by more than one in a hundred."""
+    """Paths at which two plain values differ by more than 1%."""
     if isinstance(mine, Mapping) and isinstance(its, Mapping):
         if mine.keys() != its.keys():
             return [f"{where}: keys {sorted(mine.keys() ^ its.keys())}"]
@@ -219,7 +219,7 @@ def test_labels_that_do_not_fit_are_reported_and_ignored(tmp_path: Path) -> None
 
 
 def nasty() -> str:
-    """A page about a model, files and options whose names are markup."""
+    """A page whose model, file and option names are markup."""
     dense = digits("resnet")
     for node in dense.graph.node:
         node.name = f"{NASTY}{node.name}"
@@ -278,7 +278,7 @@ def chromium() -> str:
 
 
 def of_a_sweep() -> str:
-    """A page about many cells, one of which failed for a long reason."""
+    """A page of a sweep with many cells, one of which failed with a long message."""
     goals = [Goal(pattern, share) for pattern in ("unstructured", "4x1") for share in (0.5, 0.7, 0.8, 0.9, 0.95)]
     score = Outcome(Fidelity(600, top1=0.5, top5=0.9, agreement=0.5, kl=1.0, snr_db=3.0), 0.5, 1.0, "refit")
     cells = {Cell(goal, method): score for goal in goals for method in ("none", "auto", "compress")}

@@ -1,4 +1,4 @@
-"""Sweeps: each cell against the single pipelines, what is kept between runs, what fails, and what workers are given."""
+"""Sweeps: cells against single pipelines, resumption, failures, and the workers' settings."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_grids_without_sense_are_refused(arguments: tuple[Any, ...], message: st
 
 
 def test_cells_are_what_the_single_pipelines_make(swept: SweepResult) -> None:
-    """Pruned, repaired and scored by other means: public functions, and KL and top-1 of plain runs."""
+    """Computed independently: by public functions, and KL and top-1 of plain runs."""
     x, labels = SAMPLES["x"], SAMPLES["labels"]
     chosen, held = split_samples(len(x), FEW, verify=True)
     reference = first_output(DENSE, x[held])
@@ -322,7 +322,7 @@ def test_local_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_local_workers_have_as_many_blas_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless the environment sets them already."""
+    """Unless the environment sets their number."""
     workers = pytest.importorskip("onnx_asr.sweeping.workers")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = dict(os.environ)
