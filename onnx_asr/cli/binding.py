@@ -34,7 +34,9 @@ class Command(TyperCommand):
     def fill_in(self) -> None:
         """Put names and defaults into the help texts; only now the options' module is imported."""
         from onnx_asr.data.preprocessing import PRESETS
-        from onnx_asr.repairing.options import METHODS, SCORES, SENSITIVITY_SPARSITIES, SWEEP_METHODS
+        from onnx_asr.pruning.options import SCORES, SENSITIVITY_SPARSITIES
+        from onnx_asr.repairing.options import METHODS
+        from onnx_asr.sweeping.grid import SWEEP_METHODS
 
         known = shared_defaults()
         shared = any(parameter.name == "verify_samples" for parameter in self.params)

@@ -26,6 +26,7 @@ from onnx_asr.networks.execution import Execution, silent
 from onnx_asr.networks.fidelity import Fidelity, collect_outputs
 from onnx_asr.networks.samples import input_specs
 from onnx_asr.numerics.patterns import Pattern, check_sparsity
+from onnx_asr.pruning.options import PruneOptions
 from onnx_asr.pruning.zeros import prune
 from onnx_asr.repairing.options import METHODS, Method, RepairOptions
 from onnx_asr.repairing.pipeline import repair
@@ -149,7 +150,7 @@ def run_demo(
     everything = np.arange(len(validation))
     reference = collect_outputs(dense, validation, everything, execution.runtime)
     started = time.perf_counter()
-    pruned = prune(dense, sparsity)
+    pruned = prune(dense, options=PruneOptions(sparsity))
     pruning = time.perf_counter() - started
     results = _repaired_by_all(dense, pruned.model, calibration, preprocessing, execution)
 
@@ -194,8 +195,8 @@ def _repaired_by_all(
         results[method] = repair(
             pruned,
             calibration,
+            RepairOptions(method=method, samples=SAMPLES, verify_samples=VERIFY_SAMPLES),
             dense=dense,
-            options=RepairOptions(method=method, samples=SAMPLES, verify_samples=VERIFY_SAMPLES),
             preprocessing=preprocessing,
             execution=replace(execution, progress=silent),
         )

@@ -109,6 +109,7 @@ def prune(
     from onnx_asr.graph.files import check_writable
     from onnx_asr.graph.model_io import is_external, save
     from onnx_asr.pruning.channels import prune_channels
+    from onnx_asr.pruning.options import ChannelPruneOptions, PruneOptions
     from onnx_asr.pruning.zeros import prune as run
     from onnx_asr.report.data import prune_data
 
@@ -120,23 +121,22 @@ def prune(
     if pattern == "channel" and wrong:
         raise OptionError(f"{wrong[0]} is about single weights: leave it out with --pattern channel")
     page = Page.of(context, report, target)
-    given = {"scope": scope, "multiple": multiple, "include": include, "exclude": exclude}
-    given |= {"score": score, "data": data, "samples": samples}
+    given = {"scope": scope, "multiple": multiple, "score": score, "samples": samples}
     choice: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    choice |= {"budget": goal.budget(), "input_shapes": timing.shapes()}
+    choice |= {"include": tuple(include or ()), "exclude": tuple(exclude or ()), **goal.given(pattern == "channel")}
     paths = {"model": model, "data": data, "output": str(target)}
-    runtime, terminal = walk.runtime(display.verbose), Terminal(display)
-    stopwatch = timing.stopwatch(model, runtime)
+    shapes, terminal = timing.shapes(), Terminal(display)
+    stopwatch = timing.stopwatch(model, walk.runtime(display.verbose))
     with terminal.progress() as progress:
+        execution = walk.execution(display.verbose, progress)
         if pattern == "channel":
-            cut = prune_channels(model, goal.sparsity, runtime=runtime, progress=progress, **choice)
+            cut = prune_channels(model, ChannelPruneOptions(**choice), input_shapes=shapes, execution=execution)
             latency = cut.latency or (stopwatch.time(cut.model) if stopwatch else None)
             save(cut.model, target, external_data=is_external(model))
             values, shown = cut.to_dict(), show.prune_channels(cut, str(target), display.verbose, latency)
         else:
-            execution, preprocessing = walk.execution(display.verbose, progress), images.preprocessing()
-            choice |= {"pattern": pattern, "seed": seed, "preprocessing": preprocessing, "execution": execution}
-            result = run(model, goal.sparsity, **choice)
+            preprocessing, options = images.preprocessing(), PruneOptions(pattern=pattern, seed=seed, **choice)
+            result = run(model, data, options, preprocessing=preprocessing, input_shapes=shapes, execution=execution)
             latency = stopwatch.time(result.model) if stopwatch else None
             save(result.model, target, external_data=is_external(model))
             page.write(lambda run: prune_data(run, result, model), paths)
@@ -175,7 +175,7 @@ def repair(
     terminal = Terminal(display)
     with terminal.progress() as progress:
         execution = walk.execution(display.verbose, progress)
-        result = run(model, data, dense=dense, options=options, preprocessing=preprocessing, execution=execution)
+        result = run(model, data, options, dense=dense, preprocessing=preprocessing, execution=execution)
         written = str(target) if result.improved or force else None
         if written is not None:
             save(result.model, target, external_data=is_external(model))
@@ -221,14 +221,15 @@ def compress(
     """Prune and repair jointly, in rounds: better than one after the other, and slower."""
     from onnx_asr.graph.files import check_writable
     from onnx_asr.graph.model_io import is_external, save
-    from onnx_asr.pruning.compression import CompressOptions
     from onnx_asr.pruning.compression import compress as run
+    from onnx_asr.pruning.options import CompressOptions
     from onnx_asr.report.data import compress_data
 
     target = check_writable(output)
     page = Page.of(context, report, target)
-    options = CompressOptions(sparsity, pattern, rounds, round_samples, tuple(include or ()), tuple(exclude or ()))
-    repairing, preprocessing = repair_options(calibration, refit), images.preprocessing()
+    names, settings = (tuple(include or ()), tuple(exclude or ())), repair_options(calibration, refit)
+    options = CompressOptions(sparsity, pattern, rounds, round_samples, *names, repair=settings)
+    preprocessing = images.preprocessing()
     stopwatch = timing.stopwatch(model, walk.runtime(display.verbose))
     terminal = Terminal(display)
     with terminal.progress() as progress:
@@ -237,7 +238,6 @@ def compress(
             model,
             data,
             options,
-            repair_options=repairing,
             preprocessing=preprocessing,
             input_shapes=timing.shapes(),
             execution=execution,
@@ -268,13 +268,15 @@ def shrink(model: Model, output: Output, timing: Timing, machine: Machine, displ
     """Remove channels that are dead or that nobody reads; the model computes what it did, in less time."""
     from onnx_asr.graph.files import check_writable
     from onnx_asr.graph.model_io import is_external, save
+    from onnx_asr.networks.execution import Execution
     from onnx_asr.pruning.shrinking import shrink as run
 
     target = check_writable(output)
     runtime, terminal = machine.runtime(display.verbose), Terminal(display)
     stopwatch = timing.stopwatch(model, runtime)
     with terminal.progress() as progress:
-        result = run(model, input_shapes=timing.shapes(), runtime=runtime, progress=progress)
+        execution = Execution(runtime, progress=progress)
+        result = run(model, input_shapes=timing.shapes(), execution=execution)
         latency = stopwatch.time(result.model) if stopwatch else None
     save(result.model, target, external_data=is_external(model))
     values = {"command": "shrink", "model": model, "output": str(target), **result.to_dict(), **timed(latency)}

@@ -33,7 +33,7 @@ from onnx_asr.cli.terminal import Terminal
 from onnx_asr.cli.values import numbers
 
 if TYPE_CHECKING:
-    from onnx_asr.repairing.options import Score
+    from onnx_asr.pruning.options import Score
 
 
 @command("sensitivity")
@@ -57,23 +57,26 @@ def sensitivity(
     ] = None,
 ) -> int:
     """Show how far the outputs move when one layer alone is pruned and repaired, at several sparsities."""
+    from onnx_asr.pruning.options import SENSITIVITY_SPARSITIES, SensitivityOptions
     from onnx_asr.pruning.sensitivity import sensitivity as run
-    from onnx_asr.repairing.options import SENSITIVITY_SPARSITIES
     from onnx_asr.report import check_plot
 
     drawing = None if plot is None else check_plot(plot)
     shares = numbers("sparsities", sparsities)
-    options, preprocessing = repair_options(calibration, Refit()), images.preprocessing()
+    options = SensitivityOptions(
+        SENSITIVITY_SPARSITIES if shares is None else shares,
+        cast("Score", score),
+        tuple(include or ()),
+        tuple(exclude or ()),
+        repair_options(calibration, Refit()),
+    )
+    preprocessing = images.preprocessing()
     terminal = Terminal(display)
     with terminal.progress() as progress:
         result = run(
             model,
             data,
-            sparsities=SENSITIVITY_SPARSITIES if shares is None else shares,
-            score=cast("Score", score),
-            include=include or (),
-            exclude=exclude or (),
-            options=options,
+            options,
             preprocessing=preprocessing,
             execution=walk.execution(display.verbose, progress),
         )
@@ -109,6 +112,7 @@ def evaluate(
 ) -> int:
     """Measure a model: top-1 and top-5 with labels, agreement, KL and SNR against a dense model."""
     from onnx_asr.measuring.evaluation import evaluate as run
+    from onnx_asr.networks.execution import Execution
 
     preprocessing = images.preprocessing()
     terminal = Terminal(display)
@@ -123,8 +127,7 @@ def evaluate(
             seed=seed,
             label_offset=label_offset,
             batch_size=batch_size,
-            runtime=machine.runtime(display.verbose),
-            progress=progress,
+            execution=Execution(machine.runtime(display.verbose), progress=progress),
         )
     values = {
         "command": "evaluate",

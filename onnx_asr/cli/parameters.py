@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from onnx_asr.engine.session import Runtime
     from onnx_asr.networks.execution import Execution, Progress
     from onnx_asr.networks.latency import Stopwatch
-    from onnx_asr.pruning.budget import Budget, Measure
     from onnx_asr.repairing.options import RepairOptions
 
 _REFIT_PREFIX = "refit_"
@@ -319,21 +318,19 @@ class Goal:
         ),
     ] = None
 
-    def budget(self) -> Budget | None:
-        """The budget asked for, if any.
+    def given(self, channels: bool) -> dict[str, float | None]:
+        """The goal as options of pruning channels, or weights.
 
         Raises:
-            OptionError: When there are several, or one out of range.
+            OptionError: When it does not apply to weights.
         """
-        from onnx_asr.pruning.budget import Budget
-
         size = share_or_bytes("target-size", self.target_size)
-        limits: dict[Measure, float | None] = {"latency": self.target_latency, "size": size, "flops": self.target_flops}
-        given = [Budget(measure, limit) for measure, limit in limits.items() if limit is not None]
-        if len(given) > 1:
-            names = " and ".join(f"--target-{budget.measure}" for budget in given)
-            raise OptionError(f"{names} each say how much to prune: give one of them")
-        return given[0] if given else None
+        goal = {"sparsity": self.sparsity, "target_size": size, "target_flops": self.target_flops}
+        if channels:
+            return goal | {"target_latency": self.target_latency}
+        if self.target_latency is not None:
+            raise OptionError("zeros make no model faster in onnxruntime: give target-latency with --pattern channel")
+        return goal
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ from onnx_asr.cli.values import names, numbers
 from onnx_asr.errors import OptionError
 
 if TYPE_CHECKING:
-    from onnx_asr.pruning.masks import Scope as ScopeName
-    from onnx_asr.repairing.options import Score as ScoreName
+    from onnx_asr.pruning.options import Scope as ScopeName
+    from onnx_asr.pruning.options import Score as ScoreName
 
 
 @command("sweep")
@@ -99,8 +99,8 @@ def sweep(
     from onnx_asr.graph.files import check_writable
     from onnx_asr.report import check_plot
     from onnx_asr.report.sweep_data import sweep_data
-    from onnx_asr.sweeping import SweepGrid, SweepSettings
-    from onnx_asr.sweeping import sweep as run
+    from onnx_asr.sweeping.grid import SweepGrid, SweepSettings
+    from onnx_asr.sweeping.pipeline import sweep as run
 
     target = check_writable(output)
     page = Page.of(context, report, target)
@@ -125,7 +125,7 @@ def sweep(
             model,
             data,
             grid,
-            settings=common,
+            common,
             test=test,
             labels=labels,
             preprocessing=preprocessing,

@@ -12,16 +12,15 @@ from numpy.typing import NDArray
 
 from onnx_asr.data import Dataset, InputSpec, Preprocessing, open_data, sample_indices
 from onnx_asr.data.sources import DataSource
-from onnx_asr.engine.session import Runtime
 from onnx_asr.errors import DataError, OptionError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, load
-from onnx_asr.networks.execution import Progress, silent
+from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Fidelity, Outputs, accuracy, collect_outputs, compare, is_classifier
 from onnx_asr.networks.samples import input_specs, whole_batches
 from onnx_asr.repairing.options import check_at_least
 
-Labels = str | os.PathLike[str] | Sequence[int] | NDArray[np.integer[Any]]
+LabelSource = str | os.PathLike[str] | Sequence[int] | NDArray[np.integer[Any]]
 """A table of file name and class index (for a folder of images), or the class index of every sample."""
 
 
@@ -30,14 +29,13 @@ def evaluate(
     data: DataSource | Dataset,
     *,
     dense: ModelSource | None = None,
-    labels: Labels | None = None,
     preprocessing: Preprocessing | None = None,
+    labels: LabelSource | None = None,
+    label_offset: int = 0,
     samples: int | None = None,
     seed: int = 0,
-    label_offset: int = 0,
     batch_size: int | None = None,
-    runtime: Runtime | None = None,
-    progress: Progress = silent,
+    execution: Execution | None = None,
 ) -> Fidelity:
     """Measure a model: top-1 and top-5 where labels are known, agreement, KL and SNR where a dense model is given.
 
@@ -51,8 +49,7 @@ def evaluate(
         seed: Of the sample.
         label_offset: Added to a label to give the output's class: 1 for nets whose class 0 is "background".
         batch_size: Samples a run; None chooses by the input's size.
-        runtime: How to run.
-        progress: Told what is being done.
+        execution: Execution providers, progress.
 
     Returns:
         The measures; those without a reference are None. A model with a fixed batch size leaves out the samples that
@@ -66,7 +63,7 @@ def evaluate(
     check_at_least("seed", seed, 0)
     if batch_size is not None:
         check_at_least("batch-size", batch_size, 1)
-    runtime = runtime or Runtime()
+    execution = execution or Execution()
     network = load(model)
     reference = None if dense is None else load(dense)
     specs = input_specs(GraphIndex.of(network))
@@ -79,16 +76,16 @@ def evaluate(
     indices = np.arange(len(dataset)) if samples is None else sample_indices(len(dataset), samples, seed)
     both = [specs] if reference is None else [specs, input_specs(GraphIndex.of(reference))]
     indices = whole_batches(indices, *both)
-    progress("running the model", 0.0)
-    outputs = collect_outputs(network, dataset, indices, runtime, batch_size)
+    execution.progress("running the model", 0.0)
+    outputs = collect_outputs(network, dataset, indices, execution.runtime, batch_size)
     dense_outputs = None
     if reference is not None:
-        progress("running the dense model", 0.5)
-        dense_outputs = collect_outputs(reference, dataset, indices, runtime, batch_size)
+        execution.progress("running the dense model", 0.5)
+        dense_outputs = collect_outputs(reference, dataset, indices, execution.runtime, batch_size)
     if labels is None and dense_outputs is not None and not is_classifier(outputs):
         classes = None  # they came with the data, nobody asked for an accuracy
     result = measure(outputs, dense_outputs, None if classes is None else classes[indices], label_offset)
-    progress("done", 1.0)
+    execution.progress("done", 1.0)
     return replace(result, samples=len(indices))
 
 
@@ -119,7 +116,7 @@ def measure(
 def _open(
     data: DataSource | Dataset,
     specs: Sequence[InputSpec],
-    labels: Labels | None,
+    labels: LabelSource | None,
     preprocessing: Preprocessing | None,
 ) -> tuple[Dataset, NDArray[np.int64] | None]:
     table = labels if isinstance(labels, (str, os.PathLike)) else None

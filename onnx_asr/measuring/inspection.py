@@ -218,9 +218,9 @@ class Inspection:
 
 def inspect(
     model: ModelSource,
+    data: DataSource | Dataset | None = None,
     *,
     dense: ModelSource | None = None,
-    data: DataSource | Dataset | None = None,
     preprocessing: Preprocessing | None = None,
     samples: int = DAMAGE_SAMPLES,
     seed: int = 0,
@@ -231,8 +231,8 @@ def inspect(
 
     Args:
         model: Path or ModelProto; it is not changed.
-        dense: The model that it was made from.
         data: Samples to measure the damage on; no labels needed.
+        dense: The model that it was made from.
         preprocessing: What to do to images.
         samples: Number of samples, drawn by ``seed``.
         seed: Of the sample.

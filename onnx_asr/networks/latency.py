@@ -16,6 +16,7 @@ from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, load
 from onnx_asr.graph.shapes import InputShapes, fed_shapes
+from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.samples import Chunk, input_specs
 
 SECONDS = 3.0
@@ -109,20 +110,21 @@ def measure_latency(
     pruned: ModelSource,
     *,
     input_shapes: InputShapes | None = None,
-    runtime: Runtime | None = None,
     seconds: float = SECONDS,
+    execution: Execution | None = None,
 ) -> Latency:
     """Time two models in onnxruntime, run in turns on the same random input.
 
     Args:
         dense: Path or ModelProto.
         pruned: Path or ModelProto with the same inputs.
-        input_shapes: Shapes of inputs that leave sizes open; else their batch is 1 and their other open sizes are 224.
-        runtime: Execution providers and threads, as the models are to be run with.
-        seconds: About what it takes; 9 pairs are run in any case.
+        input_shapes: Shapes of inputs with open sizes; by default their batch is 1 and their other open sizes are 224.
+        seconds: About what it takes; at least 9 pairs are run.
+        execution: Execution providers and threads, as the models are to be run with.
 
     Raises:
         ModelError: Not an ONNX model, or onnxruntime cannot run it.
         OptionError: When a shape does not fit the model.
     """
+    runtime = (execution or Execution()).runtime
     return Stopwatch(GraphIndex.of(load(dense)), runtime, input_shapes).time(load(pruned), seconds)

@@ -20,7 +20,8 @@ from onnx_asr.networks.sparsity import LayerSparsity
 from onnx_asr.numerics.masks import keep_count
 from onnx_asr.numerics.patterns import Pattern
 from onnx_asr.numerics.scores import cheapest_keep
-from onnx_asr.pruning.masks import PrunableWeight, Scope, apply_masks, make_masks, units_of
+from onnx_asr.pruning.masks import PrunableWeight, apply_masks, make_masks, units_of
+from onnx_asr.pruning.options import Scope
 from onnx_asr.pruning.trials import try_masks
 from onnx_asr.repairing.pipeline import RepairJob
 

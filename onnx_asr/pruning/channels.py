@@ -1,6 +1,6 @@
 """Pruning of whole channels: the model gets smaller and faster, in any runtime.
 
-Channels that can only go together (see ``graph.channels``) are one unit, and units that occur in the same tensors are
+Channels that can only go together (see ``channels.units``) are one unit, and units that occur in the same tensors are
 a group. A unit's score is the norm of all weights that make it, times the norm of all weights that read it, with the
 scale ``a = gamma / sqrt(var + eps)`` of a BatchNormalization behind the reader,
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from onnx_asr.arrays import Floats, Mask
 from onnx_asr.channels.rules import trace
 from onnx_asr.channels.units import Channels, Ids, remove
-from onnx_asr.engine.session import Runtime
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.edit import EditPlan, set_metadata
 from onnx_asr.graph.index import GraphIndex
@@ -33,19 +32,16 @@ from onnx_asr.graph.points import LayerPoint, skip, survey
 from onnx_asr.graph.shapes import InputShapes
 from onnx_asr.graph.skips import Reason, Skip
 from onnx_asr.networks.cost import Cost, cost, flops
-from onnx_asr.networks.execution import Progress, silent
+from onnx_asr.networks.execution import Execution, Progress
 from onnx_asr.networks.latency import Latency, Stopwatch
 from onnx_asr.networks.parameters import read_batchnorm, read_blocks
 from onnx_asr.numerics.masks import keep_count, keep_largest
-from onnx_asr.numerics.patterns import check_share
-from onnx_asr.pruning.budget import Budget, smallest_share, unreachable
+from onnx_asr.pruning.budget import smallest_share, unreachable
 from onnx_asr.pruning.masks import prunable_weights
-from onnx_asr.repairing.options import check_at_least, check_choice
+from onnx_asr.pruning.options import Budget, ChannelPruneOptions, ChannelScope
 from onnx_asr.version import __version__
 
-Scope = Literal["layer", "global"]
-
-_GLANCE = 0.7  # seconds a model is timed in a search
+_TRIAL_SECONDS = 0.7  # that a model is timed during the search
 _STEP = 0.01  # of the sparsity
 
 CHANNELS_TIED = Reason(
@@ -79,26 +75,35 @@ class ChannelPruneResult:
 
     Attributes:
         model: The smaller copy.
+        options: What was asked for.
+        sparsity: Share of channels removed; with a target, what the search found.
+        before: Size of the given model.
+        after: Size of the smaller one.
+        latency: Of the smaller model against the given one; None without ``target_latency``.
         groups: Groups of channels that took part.
         skips: Nodes whose output channels took no part, and why.
-        before: Size of the model that was given.
-        after: Size of the smaller one.
-        latency: Of the smaller one against the given one, where a budget of latency made it be measured.
-        options: What was asked for; where it was a budget, with the sparsity found.
     """
 
     model: onnx.ModelProto
-    groups: tuple[ChannelGroup, ...]
-    skips: tuple[Skip, ...]
+    options: ChannelPruneOptions
+    sparsity: float
     before: Cost
     after: Cost
     latency: Latency | None
-    options: dict[str, Any]
+    groups: tuple[ChannelGroup, ...]
+    skips: tuple[Skip, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
+        budget = self.options.budget
+        options = {
+            **asdict(self.options),
+            "pattern": self.options.pattern,
+            "sparsity": self.sparsity,
+            "budget": None if budget is None else asdict(budget),
+        }
         return {
-            "options": self.options,
+            "options": options,
             "before": asdict(self.before),
             "after": asdict(self.after),
             "latency": None if self.latency is None else asdict(self.latency),
@@ -110,87 +115,47 @@ class ChannelPruneResult:
 
 def prune_channels(
     model: ModelSource,
-    sparsity: float | None = None,
+    options: ChannelPruneOptions | None = None,
     *,
-    budget: Budget | None = None,
-    scope: Scope = "layer",
-    multiple: int = 1,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
     input_shapes: InputShapes | None = None,
-    runtime: Runtime | None = None,
-    progress: Progress = silent,
+    execution: Execution | None = None,
 ) -> ChannelPruneResult:
     """Remove the channels of smallest score.
 
     ``round(sparsity n)`` of the ``n`` channels of every group go (scope "layer"), or of all groups together, scores
-    divided by their group's mean ("global"); what is left of a group is rounded to a multiple; one channel of every
-    group stays in any case. With a budget, it is the smallest sparsity that keeps within it.
+    divided by their group's mean ("global"). What is left of a group is rounded to a multiple, at least one multiple
+    and at most all; one channel of every group always stays. With a target, it is the smallest sparsity that keeps
+    within it; latency is measured (see :func:`onnx_asr.measure_latency`), so that the sparsity found may differ a
+    little from run to run.
 
     Args:
         model: Path or ModelProto of the dense model; it is not changed.
-        sparsity: Share of channels to remove, in [0, 1); not given where a budget is.
-        budget: What the smaller model may cost. Latency is measured (see :func:`onnx_asr.measure_latency`), so that
-            the sparsity found may differ a little from run to run.
-        scope: Compare scores within each group or over the whole network.
-        multiple: What the number of channels left in a group is rounded to, at least one multiple and at most all.
-            Vectorised kernels work on blocks of 8 or 16 channels and are much slower on what does not fill them.
-        include: Regular expressions on node or weight names; a group takes part when all layers that make it do.
-            Empty for all.
-        exclude: Regular expressions that take layers out again.
-        input_shapes: Shapes of inputs that leave sizes open, for FLOPs and latency; else their batch is 1 and their
+        options: What to remove, and how much; at least a sparsity or a target. A group takes part when all layers that
+            make it do.
+        input_shapes: Shapes of inputs with open sizes, for FLOPs and latency; by default their batch is 1 and their
             other open sizes are 224.
-        runtime: What latency is measured with.
-        progress: Told what is being done.
+        execution: How latency is measured; progress.
 
     Raises:
-        OptionError: Sparsity or multiple out of range, both sparsity and budget, a budget that cannot be reached, or no
-            layer chosen.
+        OptionError: Neither sparsity nor target, a target that cannot be reached, or no layer chosen.
         ModelError: Not an ONNX model, quantized, weights not finite, or no channel that can be removed.
     """
-    if budget is None:
-        check_share(sparsity, "channels to remove")
-    else:
-        budget.check_alone(sparsity)
-    check_choice("scope", scope, get_args(Scope))
-    check_at_least("multiple", multiple, 1)
+    options, execution = options or ChannelPruneOptions(), execution or Execution()
     index = GraphIndex.of(load(model))
     check_finite(index, "dense")
     before = cost(index, input_shapes)
-    weights, skips = prunable_weights(index, include, exclude)
-    channels = trace(index)
-    points = survey(index).layers
-    chosen = {point.node for weight in weights for point in weight.points}
-    groups, makers = _prunable_groups(channels, points, chosen)
-    skipped = [*skips, *_uncut(channels, [point for point in points if point.node in chosen], groups)]
-    if not groups:
-        reasons = "; ".join(f"{skip.name}: {skip.reason}" for skip in skipped[:3])
-        raise ModelError(f"no channel of the model can be removed ({reasons})")
-    scores = channel_scores(index, channels, points)
-    cutter = _Cutter(index, channels, groups, [scores[group] for group in groups], scope, multiple)
-    latency = None
+    cutter, skips = _Cutter.of(index, options)
+    budget, share, latency = options.budget, options.sparsity, None
     if budget is not None and budget.measure == "latency":
-        sparsity, latency = _within_latency(budget, cutter, Stopwatch(index, runtime, input_shapes), progress)
+        stopwatch = Stopwatch(index, execution.runtime, input_shapes)
+        share, latency = _within_latency(budget, cutter, stopwatch, execution.progress)
     elif budget is not None:
-        sparsity = _within_cost(budget, cutter, before, input_shapes, progress)
-    assert sparsity is not None
-    drop, pruned = cutter.drop(sparsity), cutter.cut(sparsity)
-    progress("done", 1.0)
-    options = {
-        "sparsity": sparsity,
-        "budget": None if budget is None else asdict(budget),
-        "pattern": "channel",
-        "scope": scope,
-        "multiple": multiple,
-        "include": list(include),
-        "exclude": list(exclude),
-    }
-    report = tuple(
-        ChannelGroup(tuple(point.name for point in made), len(group), int((~drop[group]).sum()))
-        for group, made in zip(groups, makers, strict=True)
-    )
+        share = _within_cost(budget, cutter, before, input_shapes, execution.progress)
+    assert share is not None
+    pruned = cutter.cut(share)
+    execution.progress("done", 1.0)
     after = cost(GraphIndex.of(pruned), input_shapes)
-    return ChannelPruneResult(pruned, report, tuple(skipped), before, after, latency, options)
+    return ChannelPruneResult(pruned, options, share, before, after, latency, cutter.report(share), tuple(skips))
 
 
 @dataclass(frozen=True)
@@ -201,6 +166,7 @@ class _Cutter:
         index: The graph.
         channels: Its channels.
         groups: Units that take part, by group.
+        makers: Layers that make them.
         scores: Their scores.
         scope: Where scores are compared.
         multiple: What the number of units left in a group is rounded to.
@@ -209,9 +175,34 @@ class _Cutter:
     index: GraphIndex
     channels: Channels
     groups: Sequence[Ids]
+    makers: Sequence[Sequence[LayerPoint]]
     scores: Sequence[Floats]
-    scope: Scope
+    scope: ChannelScope
     multiple: int
+
+    @classmethod
+    def of(cls, index: GraphIndex, options: ChannelPruneOptions) -> tuple[_Cutter, list[Skip]]:
+        """A cutter of the chosen layers' channels, and the layers that it leaves alone.
+
+        Raises:
+            OptionError: When no layer is chosen.
+            ModelError: When no channel of the chosen layers can be removed.
+        """
+        weights, skips = prunable_weights(index, options.include, options.exclude)
+        channels = trace(index)
+        points = survey(index).layers
+        chosen = {point.node for weight in weights for point in weight.points}
+        groups, makers = _prunable_groups(channels, points, chosen)
+        skips += _uncut(channels, [point for point in points if point.node in chosen], groups)
+        if not groups:
+            reasons = "; ".join(f"{skip.name}: {skip.reason}" for skip in skips[:3])
+            raise ModelError(
+                f"no channel of the model can be removed ({reasons}): choose other layers (--include, --exclude), or "
+                "prune single weights (--pattern unstructured)"
+            )
+        units = channel_scores(index, channels, points)
+        scores = [units[group] for group in groups]
+        return cls(index, channels, groups, makers, scores, options.scope, options.multiple), skips
 
     def drop(self, sparsity: float) -> Mask:
         """[units] True where a unit goes."""
@@ -225,6 +216,14 @@ class _Cutter:
         model = remove(self.index, self.channels, self.drop(sparsity))
         set_metadata(model, "onnx_asr.version", __version__)
         return model
+
+    def report(self, sparsity: float) -> tuple[ChannelGroup, ...]:
+        """How many channels each group keeps."""
+        drop = self.drop(sparsity)
+        return tuple(
+            ChannelGroup(tuple(point.name for point in made), len(group), int((~drop[group]).sum()))
+            for group, made in zip(self.groups, self.makers, strict=True)
+        )
 
 
 def _within_cost(
@@ -243,10 +242,10 @@ def _within_cost(
 def _within_latency(budget: Budget, cutter: _Cutter, stopwatch: Stopwatch, progress: Progress) -> tuple[float, Latency]:
     """About the smallest sparsity that keeps within a budget of latency, and the latency measured at it.
 
-    The search measures for a short time each; what it finds is measured again for longer, and a little more removed
-    for as long as that says that the budget is exceeded.
+    Each step of the search measures briefly. Its result is measured again for longer, and a little more is removed as
+    long as that measurement exceeds the budget.
     """
-    share = smallest_share(budget, 1.0, lambda share: stopwatch.time(cutter.cut(share), _GLANCE).ratio, progress)
+    share = smallest_share(budget, 1.0, lambda share: stopwatch.time(cutter.cut(share), _TRIAL_SECONDS).ratio, progress)
     while True:
         progress("measuring again", 0.9)
         latency = stopwatch.time(cutter.cut(share))
@@ -258,7 +257,7 @@ def _within_latency(budget: Budget, cutter: _Cutter, stopwatch: Stopwatch, progr
 
 
 def _more(cutter: _Cutter, share: float) -> float:
-    """A sparsity a hundredth higher, or what it takes until something more goes; 1 where nothing more does."""
+    """The next sparsity, in steps of a hundredth, at which more channels go; 1 where there is none."""
     here = cutter.drop(share)
     further = np.arange(share + _STEP, 1, _STEP).tolist()
     return next((higher for higher in further if not np.array_equal(cutter.drop(higher), here)), 1.0)
@@ -288,7 +287,7 @@ def channel_scores(index: GraphIndex, channels: Channels, points: Sequence[Layer
 def _prunable_groups(
     channels: Channels, points: Sequence[LayerPoint], chosen: set[int]
 ) -> tuple[list[Ids], list[list[LayerPoint]]]:
-    """Groups that can be cut, all whose layers were chosen; and those layers."""
+    """Groups whose channels can be removed and whose layers were all chosen; and those layers, by group."""
     makers: dict[int, list[LayerPoint]] = {}
     for point in points:
         if point.tensor in channels.tensors:
@@ -303,7 +302,7 @@ def _prunable_groups(
 
 
 def _uncut(channels: Channels, points: Sequence[LayerPoint], groups: Sequence[Ids]) -> list[Skip]:
-    """Chosen layers none of whose channels take part."""
+    """Chosen layers of which no channel takes part."""
     part = np.zeros(channels.units, bool)
     for group in groups:
         part[group] = True
@@ -320,7 +319,7 @@ def _uncut(channels: Channels, points: Sequence[LayerPoint], groups: Sequence[Id
     return skips
 
 
-def _keep(scores: Sequence[Floats], share: float, scope: Scope, multiple: int) -> list[NDArray[np.bool_]]:
+def _keep(scores: Sequence[Floats], share: float, scope: ChannelScope, multiple: int) -> list[NDArray[np.bool_]]:
     """Masks of the channels that stay, the best of every group among them."""
     relative = []
     for score in scores:

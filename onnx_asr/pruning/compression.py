@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 from onnx_asr.arrays import Mask
 from onnx_asr.data import Dataset, Preprocessing
 from onnx_asr.data.sources import DataSource
-from onnx_asr.errors import OptionError
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, load
@@ -36,7 +35,7 @@ from onnx_asr.networks.execution import Execution, silent
 from onnx_asr.networks.pair import Networks
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.sparsity import LayerSparsity, starved
-from onnx_asr.numerics.patterns import Pattern, check_sparsity
+from onnx_asr.numerics.patterns import Pattern
 from onnx_asr.pruning.masks import (
     PrunableWeight,
     apply_masks,
@@ -46,8 +45,8 @@ from onnx_asr.pruning.masks import (
     split_narrow,
     units_of,
 )
+from onnx_asr.pruning.options import CompressOptions
 from onnx_asr.pruning.scores import input_factors
-from onnx_asr.repairing.options import RepairOptions, check_at_least
 from onnx_asr.repairing.pipeline import RepairJob, finish
 from onnx_asr.repairing.refit import Choice, repair_refit
 from onnx_asr.repairing.result import RepairResult
@@ -58,33 +57,6 @@ LAST_ROWS = 2
 
 NARROWING = 2
 """Steps in which a layer loses its weights within a round."""
-
-
-@dataclass(frozen=True)
-class CompressOptions:
-    """How to compress.
-
-    Attributes:
-        sparsity: Share of weights (or blocks) to zero, in [0, 1); None where the pattern is N:M.
-        pattern: "unstructured", "N:M", or "Nx1", as in :func:`onnx_asr.prune`.
-        rounds: Mask rounds; for N:M at most ``m - n``.
-        round_samples: Samples of every round but the last, as a share of all.
-        include: Regular expressions on names that take part; empty for all.
-        exclude: Regular expressions that do not.
-    """
-
-    sparsity: float | None = None
-    pattern: str = "unstructured"
-    rounds: int = 5
-    round_samples: float = 0.5
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_sparsity(self.sparsity, Pattern.parse(self.pattern))
-        check_at_least("rounds", self.rounds, 1)
-        if not 0 < self.round_samples <= 1:
-            raise OptionError(f"round-samples {self.round_samples} is out of range: give a share, 0 < share <= 1")
 
 
 @dataclass(frozen=True)
@@ -133,11 +105,10 @@ class CompressResult:
 
 
 def compress(
-    dense: ModelSource,
+    model: ModelSource,
     data: DataSource | Dataset,
-    options: CompressOptions,
+    options: CompressOptions | None = None,
     *,
-    repair_options: RepairOptions | None = None,
     preprocessing: Preprocessing | None = None,
     input_shapes: InputShapes | None = None,
     execution: Execution | None = None,
@@ -145,10 +116,9 @@ def compress(
     """Prune and repair jointly, by mask rounds.
 
     Args:
-        dense: Path or ModelProto; it is not changed.
+        model: Path or ModelProto of the dense model; it is not changed.
         data: Calibration samples, as for :func:`onnx_asr.repair`.
-        options: Sparsity or pattern, rounds.
-        repair_options: Samples, seed and refit recipe; the method is always ``refit``.
+        options: What to zero, rounds, samples, seed and refit recipe; at least a sparsity or an N:M pattern.
         preprocessing: What to do to images.
         input_shapes: Shapes of inputs that leave sizes open, for FLOPs; else their batch is 1 and their other open
             sizes are 224.
@@ -159,15 +129,15 @@ def compress(
         ModelError: A model that cannot be pruned or repaired.
         DataError: Missing, broken or unfitting data.
     """
-    execution = execution or Execution()
+    options, execution = options or CompressOptions(), execution or Execution()
     started = time.perf_counter()
-    model = load(dense)
-    settings = replace(repair_options or RepairOptions(), method="refit")
-    job = RepairJob.of(model, model, data, settings, preprocessing)
+    dense = load(model)
+    settings = replace(options.repair, method="refit")
+    job = RepairJob.of(dense, dense, data, settings, preprocessing)
     execution.progress("loading data", 0.0)
     calibration = job.load_calibration()
     loaded = time.perf_counter()
-    index = GraphIndex.of(model)
+    index = GraphIndex.of(dense)
     before = cost(index, input_shapes)
     pattern = Pattern.parse(options.pattern)
     weights, _ = prunable_weights(index, options.include, options.exclude)
@@ -185,7 +155,7 @@ def compress(
         narrowed = pattern.n is None and 0 < number < len(schedule) - 1
         given = masks if narrowed else goal
         masked, layers = apply_masks(index, weights, given)
-        job = replace(job, pruned=masked, networks=Networks.of(masked, model))
+        job = replace(job, pruned=masked, networks=Networks.of(masked, dense))
         if number + 1 == len(schedule):
             break
         execution.progress(f"mask round {number + 1} of {len(schedule)}", number / len(schedule))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,10 +22,8 @@ from onnx_asr.networks.sparsity import LayerSparsity, share_of_zeros
 from onnx_asr.numerics.masks import block_scores, keep_count, keep_largest, keep_n_of_m, spread_blocks
 from onnx_asr.numerics.patterns import Pattern
 from onnx_asr.numerics.scores import erk_keep
+from onnx_asr.pruning.options import Scope
 from onnx_asr.version import __version__
-
-Scope = Literal["global", "layer", "erk", "sensitivity"]
-"""Where scores are compared."""
 
 EXCLUDED = Reason("excluded-by-pattern", "excluded by a pattern")
 NOT_INCLUDED = Reason("not-included-by-pattern", "not included by a pattern")

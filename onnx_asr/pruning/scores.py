@@ -16,7 +16,8 @@ from onnx_asr.networks.walk import Walk
 from onnx_asr.numerics.moments import Accumulator, Moments
 from onnx_asr.numerics.refit import covariance
 from onnx_asr.numerics.scores import lamp, row_normalised, saliency
-from onnx_asr.repairing.options import DATA_AWARE, RefitRecipe, Score
+from onnx_asr.pruning.options import DATA_AWARE, Score
+from onnx_asr.repairing.options import RefitRecipe
 from onnx_asr.repairing.rows import RowSampler, dense_rows
 
 _Channels = tuple[str, int]

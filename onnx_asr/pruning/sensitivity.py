@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from onnx_asr.data import Dataset, Preprocessing
 from onnx_asr.data.sources import DataSource
-from onnx_asr.errors import OptionError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, load
 from onnx_asr.graph.skips import Skip
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Fidelity
-from onnx_asr.numerics.patterns import Pattern, check_share
+from onnx_asr.numerics.patterns import Pattern
 from onnx_asr.pruning.allocation import sensitivities
 from onnx_asr.pruning.masks import prunable_weights
+from onnx_asr.pruning.options import Score, SensitivityOptions
 from onnx_asr.pruning.scores import weight_scores
-from onnx_asr.repairing.options import SCORES, SENSITIVITY_SPARSITIES, RepairOptions, Score, check_choice
 from onnx_asr.repairing.pipeline import RepairJob
 
 
@@ -108,14 +106,10 @@ class SensitivityResult:
 
 
 def sensitivity(
-    dense: ModelSource,
+    model: ModelSource,
     data: DataSource | Dataset,
+    options: SensitivityOptions | None = None,
     *,
-    sparsities: Sequence[float] = SENSITIVITY_SPARSITIES,
-    score: Score = "magnitude",
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    options: RepairOptions | None = None,
     preprocessing: Preprocessing | None = None,
     execution: Execution | None = None,
 ) -> SensitivityResult:
@@ -126,13 +120,9 @@ def sensitivity(
     samples: ``calibration + layers * sparsities * held-out`` samples run through the network.
 
     Args:
-        dense: Path or ModelProto; it is not changed.
+        model: Path or ModelProto of the dense model; it is not changed.
         data: Samples, no labels needed, as for :func:`onnx_asr.repair`.
-        sparsities: What to try, each above 0 and below 1.
-        score: What ranks the weights of a layer, as in :func:`onnx_asr.prune`.
-        include: Regular expressions on node or weight names that take part; empty for all.
-        exclude: Regular expressions that do not.
-        options: Numbers of samples, seed and refit recipe; the method is always ``refit``.
+        options: What to try; numbers of samples, seed and refit recipe.
         preprocessing: What to do to images.
         execution: Execution providers, memory limit, progress.
 
@@ -142,19 +132,15 @@ def sensitivity(
         DataError: Missing, broken or unfitting data.
     """
     started = time.perf_counter()
-    check_choice("score", score, SCORES)
-    shares = tuple(sorted({check_share(share, "weights to zero") for share in sparsities}))
-    if not shares or shares[0] == 0:
-        raise OptionError("sparsities have to be above 0: give at least one, as 0.5,0.9")
-    settings = replace(options or RepairOptions(), method="refit")
-    if settings.verify_samples < 1:
-        raise OptionError("verify-samples 0 leaves nothing to measure on: give at least 1")
-    model, execution = load(dense), execution or Execution()
-    index = GraphIndex.of(model)
-    weights, skips = prunable_weights(index, include, exclude)
-    job = RepairJob.of(model, model, data, settings, preprocessing)
+    options, execution = options or SensitivityOptions(), execution or Execution()
+    shares = tuple(sorted(set(options.sparsities)))
+    dense = load(model)
+    index = GraphIndex.of(dense)
+    weights, skips = prunable_weights(index, options.include, options.exclude)
+    job = RepairJob.of(dense, dense, data, replace(options.repair, method="refit"), preprocessing)
     calibration = job.load_calibration()
-    scores = weight_scores(job.networks, [weight.points[0] for weight in weights], score, calibration, execution)
+    points = [weight.points[0] for weight in weights]
+    scores = weight_scores(job.networks, points, options.score, calibration, execution)
     found = sensitivities(job, weights, scores, Pattern(), shares, calibration, execution)
     execution.progress("done", 1.0)
     layers = [
@@ -165,7 +151,7 @@ def sensitivity(
         layers=tuple(layers),
         skips=tuple(skips),
         sparsities=shares,
-        score=score,
+        score=options.score,
         samples=found[0][0].samples,
         calibration_samples=calibration.count,
         notes=tuple(job.notes),

@@ -31,7 +31,7 @@ from onnx_asr.graph.model_io import ModelSource, check_finite, load
 from onnx_asr.graph.points import LayerPoint, survey
 from onnx_asr.graph.shapes import InputShapes
 from onnx_asr.networks.cost import Cost, cost
-from onnx_asr.networks.execution import Progress, silent
+from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.latency import random_feeds
 from onnx_asr.networks.parameters import plan_affine, read_blocks
 from onnx_asr.networks.samples import Chunk
@@ -79,28 +79,27 @@ def shrink(
     model: ModelSource,
     *,
     input_shapes: InputShapes | None = None,
-    runtime: Runtime | None = None,
-    progress: Progress = silent,
+    execution: Execution | None = None,
 ) -> ShrinkResult:
     """Remove channels that are constant or that nobody reads.
 
     Args:
         model: Path or ModelProto; it is not changed.
-        input_shapes: Shapes of inputs that leave sizes open, for FLOPs and the comparison; else their batch is 1 and
+        input_shapes: Shapes of inputs with open sizes, for FLOPs and the comparison; by default their batch is 1 and
             their other open sizes are 224.
-        runtime: How to run the models that are compared in the end.
-        progress: Told what is being done.
+        execution: How to run the models that are compared in the end; progress.
 
     Raises:
         ModelError: Not an ONNX model, quantized, weights not finite; or the smaller model computes something else.
         OptionError: When a shape does not fit the model.
     """
+    execution = execution or Execution()
     original = load(model)
     index = GraphIndex.of(original)
     check_finite(index, "given")
     widths = {point.name: (point.tensor, point.channels) for point in survey(index).layers}
     before = cost(index, input_shapes)
-    progress("removing channels", 0.0)
+    execution.progress("removing channels", 0.0)
     while True:
         channels = trace(index)
         drop, held = _idle(index, channels)
@@ -121,8 +120,8 @@ def shrink(
             f"{held} channels carry a constant other than 0 into a padded or transposed convolution and stay: there "
             "it is no constant at the borders"
         )
-    progress("comparing", 0.5)
-    error = _difference(original, smaller, random_feeds(GraphIndex.of(original), input_shapes), runtime or Runtime())
+    execution.progress("comparing", 0.5)
+    error = _difference(original, smaller, random_feeds(GraphIndex.of(original), input_shapes), execution.runtime)
     half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in original.graph.initializer)
     limit = MAX_HALF_ERROR if half else MAX_ERROR
     if not error <= limit:
@@ -132,7 +131,7 @@ def shrink(
         )
     if layers:
         set_metadata(smaller, "onnx_asr.version", __version__)
-    progress("done", 1.0)
+    execution.progress("done", 1.0)
     return ShrinkResult(smaller, tuple(layers), tuple(notes), error, before, cost(index, input_shapes))
 
 

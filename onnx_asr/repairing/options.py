@@ -17,16 +17,8 @@ FEW_ROWS, FEW_ROWS_RIDGE = 5000, 0.1
 
 Method = Literal["auto", "refit", "paired", "asr", "layerwise", "raw", "bn"]
 METHODS: tuple[Method, ...] = get_args(Method)
-SWEEP_METHODS = ("none", *reversed(METHODS), "compress")
-"""What the cells of a sweep are made by: no repair, one of the methods, or pruning and repair in rounds."""
 BatchNormMode = Literal["exact", "ema"]
 Prior = Literal["median", "mean"] | float
-Score = Literal["magnitude", "row", "lamp", "activation", "variance", "gram"]
-SCORES: tuple[Score, ...] = get_args(Score)
-DATA_AWARE: tuple[Score, ...] = ("activation", "variance", "gram")
-
-SENSITIVITY_SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
-"""Sparsities that every layer is tried at."""
 
 
 def check_choice(what: str, value: str, known: Sequence[str]) -> None:

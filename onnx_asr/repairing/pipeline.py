@@ -35,36 +35,36 @@ REFIT_COST = 8.0
 
 
 def repair(
-    pruned: ModelSource,
+    model: ModelSource,
     data: DataSource | Dataset,
+    options: RepairOptions | None = None,
     *,
     dense: ModelSource | None = None,
-    options: RepairOptions | None = None,
     preprocessing: Preprocessing | None = None,
     execution: Execution | None = None,
 ) -> RepairResult:
     """Give a pruned model its accuracy back.
 
     Args:
-        pruned: Path or ModelProto; it is not changed.
-        data: Calibration samples, no labels needed: whatever :func:`onnx_asr.data.open_data` takes, or a Dataset.
-        dense: The model that ``pruned`` was made from. Without it the running statistics stored in the pruned model's
-            BatchNormalization stand in for it, and nothing can be verified.
-        options: Method and sizes; the default is ``auto`` on 512 samples, which gives the pruned model back where
-            nothing it tried came closer to the dense one.
+        model: Path or ModelProto of the pruned model; it is not changed.
+        data: Calibration samples, no labels needed: whatever :func:`onnx_asr.open_data` takes, or a Dataset.
+        options: Method and sizes; the default is ``auto`` on 512 samples, which returns the pruned model unchanged
+            where nothing it tried came closer to the dense one.
+        dense: The model that the pruned one was made from. Without it the running statistics stored in the pruned
+            model's BatchNormalization take its place, and nothing can be verified.
         preprocessing: What to do to images; see :class:`onnx_asr.data.Preprocessing`.
         execution: Execution providers, memory limit, progress.
 
     Raises:
         ModelError: A model that cannot be repaired.
-        StructureError: ``dense`` and ``pruned`` are not the same network.
+        StructureError: ``dense`` and ``model`` are not the same network.
         DataError: Missing, broken or unfitting data.
         OptionError: Options that contradict each other or the model.
     """
     execution = execution or Execution()
     started = time.perf_counter()
     job = RepairJob.of(
-        load(pruned), None if dense is None else load(dense), data, options or RepairOptions(), preprocessing
+        load(model), None if dense is None else load(dense), data, options or RepairOptions(), preprocessing
     )
     execution.progress("loading data", 0.0)
     return finish(job, job.load_calibration(), execution, started, time.perf_counter())

@@ -84,7 +84,7 @@ def prune_data(run: Run, result: PruneResult, dense: ModelSource) -> Values:
         versions=[_version("dense", describe(load(dense))), _version("pruned", pruned)],
         layers=[_layer(layer) for layer in pruned.layers],
         skips=result.skips,
-        options=result.options,
+        options=result.to_dict()["options"],
     )
 
 
@@ -100,7 +100,8 @@ def compress_data(run: Run, result: CompressResult, dense: ModelSource, data: st
     names = ("last mask, no repair", "compressed")
     values = _repair(run, result.repair, names, result.masked, dense, data, execution)
     seconds = {f"round {number}": value for number, value in enumerate(result.round_seconds, 1)}
-    values["options"] = flattened(asdict(result.options)) | values["options"]
+    asked = {name: value for name, value in asdict(result.options).items() if name != "repair"}
+    values["options"] = flattened(asked) | values["options"]
     return values | {"seconds": values["seconds"] | seconds}
 
 

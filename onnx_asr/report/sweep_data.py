@@ -8,7 +8,7 @@ from typing import Any
 from onnx_asr.networks.fidelity import Fidelity
 from onnx_asr.repairing.options import flattened
 from onnx_asr.report.data import Run, Values
-from onnx_asr.sweeping.grid import Cell, Goal
+from onnx_asr.sweeping.grid import Cell, PruneGoal
 from onnx_asr.sweeping.result import SweepResult
 
 MEASURES = {"top1": "top-1", "agreement": "agreement with the dense model", "snr_db": "output SNR, dB"}
@@ -58,13 +58,13 @@ def _row(result: SweepResult, method: str) -> list[Values | None]:
     ]
 
 
-def _gone(result: SweepResult, goal: Goal) -> float | None:
+def _gone(result: SweepResult, goal: PruneGoal) -> float | None:
     """The same for all methods, up to the rounding of mask rounds."""
     shares = [outcome.sparsity for cell, outcome in result.cells.items() if cell.goal == goal]
     return next((share for share in shares if share is not None), None)
 
 
-def _best(result: SweepResult, goal: Goal) -> float | None:
+def _best(result: SweepResult, goal: PruneGoal) -> float | None:
     outcomes = [outcome for cell, outcome in result.cells.items() if cell.goal == goal]
     values = [_value(result, outcome.fidelity) for outcome in outcomes if outcome.fidelity is not None]
     return max((value for value in values if value is not None), default=None)
@@ -87,7 +87,7 @@ def panels(result: SweepResult) -> list[Values]:
     return found
 
 
-def _panel(result: SweepResult, title: str, goals: list[Goal], x: list[float], labels: list[str]) -> Values:
+def _panel(result: SweepResult, title: str, goals: list[PruneGoal], x: list[float], labels: list[str]) -> Values:
     curves: dict[str, list[float | None]] = {}
     for method in result.methods:
         outcomes = [result.cells.get(Cell(goal, method)) for goal in goals]

@@ -8,22 +8,16 @@ from typing import Any
 
 from onnx_asr.errors import OptionError
 from onnx_asr.numerics.patterns import Pattern, check_share
-from onnx_asr.pruning.masks import Scope
-from onnx_asr.repairing.options import (
-    SENSITIVITY_SPARSITIES,
-    SWEEP_METHODS,
-    RepairOptions,
-    Score,
-    check_at_least,
-    check_choice,
-)
+from onnx_asr.pruning.options import SENSITIVITY_SPARSITIES, Scope, Score
+from onnx_asr.repairing.options import METHODS, RepairOptions, check_at_least, check_choice
 
-DEFAULT_METHODS = ("none", "paired", "refit")
+SWEEP_METHODS = ("none", *reversed(METHODS), "compress")
+"""What the cells of a sweep are made by: no repair, one of the methods, or pruning and repair in rounds."""
 CHANNEL = "channel"
 
 
 @dataclass(frozen=True)
-class Goal:
+class PruneGoal:
     """What is pruned, once for all methods.
 
     Attributes:
@@ -36,7 +30,7 @@ class Goal:
 
     @property
     def share(self) -> float:
-        """Share of what is pruned, where it is not asked for that of the pattern."""
+        """Fraction pruned: the requested sparsity, or the one that the pattern implies."""
         if self.sparsity is not None:
             return self.sparsity
         shape = Pattern.parse(self.pattern)
@@ -54,7 +48,7 @@ class Goal:
 class Cell:
     """One model of a sweep: a goal, and what repairs it."""
 
-    goal: Goal
+    goal: PruneGoal
     method: str
 
     def __str__(self) -> str:
@@ -63,20 +57,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class SweepGrid:
-    """What to try.
+    """The cells of a sweep: every pattern at every sparsity, by every method.
 
     Attributes:
-        sparsities: Shares to prune, each in [0, 1); None takes 0.5, 0.7, 0.8, 0.9 and 0.95. N:M patterns, which set
-            their own, do not use them.
-        patterns: "unstructured", "N:M" or "Nx1", as in :func:`onnx_asr.prune`; "channel" removes whole channels, as
-            :func:`onnx_asr.prune_channels` does.
-        methods: "none" leaves the pruned model as it is; any method of :func:`onnx_asr.repair`; "compress" prunes and
-            repairs by :func:`onnx_asr.compress`.
+        sparsities: Shares to prune, each in [0, 1); None for 0.5, 0.7, 0.8, 0.9 and 0.95. N:M patterns set their own.
+        patterns: "unstructured", "N:M" or "Nx1", as in ``prune``; "channel" removes whole channels.
+        methods: "none" leaves the pruned model as it is; any method of ``repair``; "compress" prunes and repairs in
+            rounds.
     """
 
     sparsities: tuple[float, ...] | None = None
     patterns: tuple[str, ...] = ("unstructured",)
-    methods: tuple[str, ...] = DEFAULT_METHODS
+    methods: tuple[str, ...] = ("none", "paired", "refit")
 
     def __post_init__(self) -> None:
         for name in ("patterns", "methods"):
@@ -87,9 +79,9 @@ class SweepGrid:
         free = [pattern for pattern in self.patterns if not _sets_sparsity(pattern)]
         if self.sparsities is not None:
             if not free:
-                raise OptionError(f"pattern {self.patterns[0]} sets the sparsity itself: leave --sparsities out")
+                raise OptionError(f"pattern {self.patterns[0]} sets the sparsity itself: drop --sparsities")
             if not self.sparsities:
-                raise OptionError("a sweep without sparsities has no cells: give at least one, as 0.5,0.9")
+                raise OptionError("a sweep without sparsities has no cells: give at least one, such as 0.5,0.9")
             for share in self.sparsities:
                 check_share(share, "weights to zero")
 
@@ -98,7 +90,7 @@ class SweepGrid:
         """All cells, each once, in the order of a table."""
         shares = SENSITIVITY_SPARSITIES if self.sparsities is None else self.sparsities
         goals = [
-            Goal(pattern, share)
+            PruneGoal(pattern, share)
             for pattern in self.patterns
             for share in ((None,) if _sets_sparsity(pattern) else shares)
         ]
@@ -125,13 +117,13 @@ class SweepSettings:
     """What all cells of a sweep have in common.
 
     Attributes:
-        scope: How ``prune`` shares the zeros out.
+        scope: Where ``prune`` compares scores.
         score: What ``prune`` ranks weights by.
-        include: Regular expressions on names that take part in the pruning; empty for all.
-        exclude: Regular expressions that do not.
+        include: Prune only nodes or weights whose name matches one of these regular expressions; empty for all.
+        exclude: Spare nodes or weights whose name matches one of these regular expressions.
         rounds: Mask rounds of ``compress``.
-        repair: Samples, seed, and what the methods can be asked to do; the method itself is that of the cell.
-        label_offset: Added to a label to give the model's class.
+        repair: Samples, seed and settings of the methods; the method itself is the cell's.
+        label_offset: Added to a label to give the model's class: 1 where class 0 is background.
     """
 
     scope: Scope = "global"

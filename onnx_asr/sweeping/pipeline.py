@@ -18,23 +18,23 @@ from onnx_asr.graph.model_io import ModelSource
 from onnx_asr.networks.execution import Execution, Progress
 from onnx_asr.ownership import DISTRIBUTION
 from onnx_asr.repairing.options import check_at_least
-from onnx_asr.sweeping.bench import Bench, Setup
-from onnx_asr.sweeping.grid import Cell, Goal, SweepGrid, SweepSettings, in_order
+from onnx_asr.sweeping.grid import Cell, PruneGoal, SweepGrid, SweepSettings, in_order
 from onnx_asr.sweeping.result import Outcome, SweepResult, outcome_of
-from onnx_asr.sweeping.store import Store
+from onnx_asr.sweeping.store import ResultsFile
+from onnx_asr.sweeping.workspace import Setup, Workspace
 
 Finished = Generator[tuple[Cell, Outcome], None, None]
 
 
 def sweep(
-    dense: ModelSource,
+    model: ModelSource,
     data: DataSource | Dataset,
     grid: SweepGrid | None = None,
-    *,
     settings: SweepSettings | None = None,
+    *,
+    preprocessing: Preprocessing | None = None,
     test: DataSource | Dataset | None = None,
     labels: str | os.PathLike[str] | None = None,
-    preprocessing: Preprocessing | None = None,
     results: str | os.PathLike[str] | None = None,
     workers: int | None = 1,
     cluster: str | None = None,
@@ -46,7 +46,7 @@ def sweep(
     folded, is told with the reason and ends nothing.
 
     Args:
-        dense: Path or ModelProto; it is not changed.
+        model: Path or ModelProto of the dense model; it is not changed.
         data: Calibration samples, no labels needed, as for :func:`onnx_asr.repair`.
         grid: What to try.
         settings: What all cells have in common; the defaults are those of the pipelines.
@@ -73,21 +73,21 @@ def sweep(
     execution = execution or Execution()
     grid, settings = grid or SweepGrid(), settings or SweepSettings()
     _check_workers(workers, cluster)
-    store = None if results is None else Store(results)
-    setup = Setup(dense, data, test, None if labels is None else os.fspath(labels), preprocessing, settings)
+    store = None if results is None else ResultsFile(results)
+    setup = Setup(model, data, test, None if labels is None else os.fspath(labels), preprocessing, settings)
     execution.progress("reading the samples", 0.0)
-    bench = Bench.of(setup, execution)
-    cells = {} if store is None else store.finished(bench.conditions)
+    workspace = Workspace.of(setup, execution)
+    cells = {} if store is None else store.finished(workspace.conditions)
     wanted = [cell for cell in grid.cells if cell not in cells]
     progress = _Progress(execution.progress, len(wanted))
-    with closing(_run(setup, bench, wanted, workers, cluster, replace(execution, progress=progress))) as finished:
+    with closing(_run(setup, workspace, wanted, workers, cluster, replace(execution, progress=progress))) as finished:
         for cell, outcome in finished:
             cells[cell] = outcome
             progress.finish(cell)
             if store is not None:
-                store.write(_result(bench, cells))
+                store.write(_result(workspace, cells))
     execution.progress("done", 1.0)
-    return _result(bench, cells)
+    return _result(workspace, cells)
 
 
 def _check_workers(workers: int | None, cluster: str | None) -> None:
@@ -98,35 +98,40 @@ def _check_workers(workers: int | None, cluster: str | None) -> None:
 
 
 def _run(
-    setup: Setup, bench: Bench, cells: Sequence[Cell], workers: int | None, cluster: str | None, execution: Execution
+    setup: Setup,
+    workspace: Workspace,
+    cells: Sequence[Cell],
+    workers: int | None,
+    cluster: str | None,
+    execution: Execution,
 ) -> Finished:
     if workers is None and find_spec("distributed") is None:
         workers = 1
     if not cells or (cluster is None and (workers == 1 or len(cells) == 1)):
-        return _in_process(bench, cells, execution)
+        return _in_process(workspace, cells, execution)
     from onnx_asr.sweeping.workers import on_workers
 
-    return on_workers(setup, bench, cells, workers, cluster, execution)
+    return on_workers(setup, workspace, cells, workers, cluster, execution)
 
 
-def _in_process(bench: Bench, cells: Sequence[Cell], execution: Execution) -> Finished:
+def _in_process(workspace: Workspace, cells: Sequence[Cell], execution: Execution) -> Finished:
     """One cell after the other."""
 
     @lru_cache(maxsize=1)
-    def pruned(goal: Goal) -> onnx.ModelProto:
-        return bench.pruned(goal, execution)
+    def pruned(goal: PruneGoal) -> onnx.ModelProto:
+        return workspace.pruned(goal, execution)
 
     def scored(cell: Cell) -> Outcome:
-        return bench.score(cell, None if cell.method == "compress" else pruned(cell.goal), execution)
+        return workspace.score(cell, None if cell.method == "compress" else pruned(cell.goal), execution)
 
     for cell in cells:
         execution.progress(str(cell), 0.0)
         yield cell, outcome_of(partial(scored, cell))
 
 
-def _result(bench: Bench, cells: dict[Cell, Outcome]) -> SweepResult:
+def _result(workspace: Workspace, cells: dict[Cell, Outcome]) -> SweepResult:
     ordered = {cell: cells[cell] for cell in in_order(cells)}
-    return SweepResult(bench.conditions, bench.dense_score(), ordered, bench.notes)
+    return SweepResult(workspace.conditions, workspace.dense_score(), ordered, workspace.notes)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 
 from onnx_asr.errors import OnnxAsrError, is_interrupt
 from onnx_asr.networks.fidelity import Fidelity
-from onnx_asr.sweeping.grid import Cell, Goal
+from onnx_asr.sweeping.grid import Cell, PruneGoal
 from onnx_asr.version import __version__
 
 
@@ -67,7 +67,7 @@ class SweepResult:
         return "snr_db" if self.dense.agreement is None else "agreement"
 
     @property
-    def goals(self) -> list[Goal]:
+    def goals(self) -> list[PruneGoal]:
         """What was pruned."""
         return list(dict.fromkeys(cell.goal for cell in self.cells))
 
@@ -126,4 +126,4 @@ def cell_from_dict(values: Mapping[str, Any]) -> tuple[Cell, Outcome]:
         chosen=values["chosen"],
         error=values["error"],
     )
-    return Cell(Goal(values["pattern"], values["sparsity"]), values["method"]), outcome
+    return Cell(PruneGoal(values["pattern"], values["sparsity"]), values["method"]), outcome

@@ -18,7 +18,7 @@ _KIND = "onnx-resuscitate sweep"
 _FEW, _LONG = 3, 24  # differences named in an error, and characters of a value there
 
 
-class Store:
+class ResultsFile:
     """A results file.
 
     Raises:

@@ -30,22 +30,27 @@ from onnx_asr.data import Dataset
 from onnx_asr.errors import DataError, OnnxAsrError, OptionError
 from onnx_asr.graph.tensors import is_self_contained
 from onnx_asr.networks.execution import Execution, silent
-from onnx_asr.sweeping.bench import Bench, Setup
-from onnx_asr.sweeping.grid import Cell, Goal
+from onnx_asr.sweeping.grid import Cell, PruneGoal
 from onnx_asr.sweeping.result import Outcome, outcome_of
+from onnx_asr.sweeping.workspace import Setup, Workspace
 
 _MOST = 8  # local workers, where their number is not given: each holds samples and activations of its own
 _PATIENCE = 30  # seconds for a scheduler to answer, and for a first worker to be there
 
 
 def on_workers(
-    setup: Setup, bench: Bench, cells: Sequence[Cell], workers: int | None, cluster: str | None, execution: Execution
+    setup: Setup,
+    workspace: Workspace,
+    cells: Sequence[Cell],
+    workers: int | None,
+    cluster: str | None,
+    execution: Execution,
 ) -> Generator[tuple[Cell, Outcome], None, None]:
     """Cells as they are finished, in whatever order.
 
     Args:
         setup: What every worker reads.
-        bench: What this process has made of it, which the workers have to find, too.
+        workspace: What this process has made of it, which the workers have to find, too.
         cells: The cells.
         workers: Local processes; None for one a core.
         cluster: Address of a scheduler whose workers take the place of local ones.
@@ -55,13 +60,13 @@ def on_workers(
         OptionError: A model that cannot be sent, or a cluster that cannot be reached.
         OnnxAsrError: When the cluster is lost on the way.
     """
-    if not is_self_contained(bench.dense):
+    if not is_self_contained(workspace.dense):
         raise OptionError("a model over 2 GB cannot be handed from worker to worker: give --workers 1")
     count = min(workers or min(CPU_COUNT, _MOST), len(cells))
     share = 1 if cluster is not None else max(1, CPU_COUNT // count)
     threads = execution.runtime.threads or share
     theirs = Execution(replace(execution.runtime, threads=threads), execution.memory_limit, silent)
-    plugin = _BenchPlugin(_sendable(setup, bench), theirs, bench.conditions, ours=cluster is None)
+    plugin = _WorkspacePlugin(_sendable(setup, workspace), theirs, workspace.conditions, ours=cluster is None)
     execution.progress("starting the workers", 0.0)
     with _local(count, threads) if cluster is None else _remote(cluster) as client, _registered(client, plugin):
         pruned = {goal: _submit(client, _pruned, plugin.name, goal) for goal in {cell.goal for cell in cells}}
@@ -160,7 +165,7 @@ def _silenced() -> Iterator[None]:
 
 
 @contextmanager
-def _registered(client: Client, plugin: _BenchPlugin) -> Iterator[None]:
+def _registered(client: Client, plugin: _WorkspacePlugin) -> Iterator[None]:
     client.register_plugin(plugin, name=plugin.name)
     try:
         yield
@@ -169,8 +174,8 @@ def _registered(client: Client, plugin: _BenchPlugin) -> Iterator[None]:
             client.unregister_worker_plugin(plugin.name)
 
 
-class _BenchPlugin(WorkerPlugin):
-    """Makes a worker's bench when the first cell asks for it, so that what goes wrong is told like any other error."""
+class _WorkspacePlugin(WorkerPlugin):
+    """Makes a worker's workspace when the first cell asks for it, so that errors are reported like a cell's."""
 
     def __init__(self, setup: Setup, execution: Execution, conditions: Mapping[str, Any], ours: bool) -> None:
         self.name = f"onnx-resuscitate-sweep-{uuid4().hex}"
@@ -184,48 +189,48 @@ class _BenchPlugin(WorkerPlugin):
         if self._ours:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._lock = threading.Lock()
-        self._bench: Bench | None = None
+        self._workspace: Workspace | None = None
 
-    def bench(self) -> Bench:
-        """The worker's bench.
+    def workspace(self) -> Workspace:
+        """The worker's workspace.
 
         Raises:
             DataError: When it is not the one that the sweep was started with.
         """
         with self._lock:
-            if self._bench is None:
-                bench = Bench.of(self._setup, self.execution)
+            if self._workspace is None:
+                workspace = Workspace.of(self._setup, self.execution)
                 for name, value in self._conditions.items():
-                    if bench.conditions[name] != value:
+                    if workspace.conditions[name] != value:
                         raise DataError(
                             f"worker {get_worker().address} finds other {name} than the sweep was started with "
-                            f"({bench.conditions[name]}, not {value}): give paths that lead to the same files "
+                            f"({workspace.conditions[name]}, not {value}): give paths that lead to the same files "
                             "everywhere, and install one version"
                         )
-                self._bench = bench
-            return self._bench
+                self._workspace = workspace
+            return self._workspace
 
 
-def _pruned(plugin: str, goal: Goal) -> onnx.ModelProto:
+def _pruned(plugin: str, goal: PruneGoal) -> onnx.ModelProto:
     """A task: the pruned model of a goal."""
     here = _here(plugin)
-    return here.bench().pruned(goal, here.execution)
+    return here.workspace().pruned(goal, here.execution)
 
 
 def _scored(plugin: str, cell: Cell, pruned: onnx.ModelProto | None) -> Outcome:
     """A task: what becomes of a cell."""
     here = _here(plugin)
-    return here.bench().score(cell, pruned, here.execution)
+    return here.workspace().score(cell, pruned, here.execution)
 
 
-def _here(plugin: str) -> _BenchPlugin:
-    return cast(_BenchPlugin, get_worker().plugins[plugin])
+def _here(plugin: str) -> _WorkspacePlugin:
+    return cast(_WorkspacePlugin, get_worker().plugins[plugin])
 
 
-def _sendable(setup: Setup, bench: Bench) -> Setup:
+def _sendable(setup: Setup, workspace: Workspace) -> Setup:
     """With absolute paths, and opened what is no path: a reader can be read only once."""
-    dense = _path_or(setup.dense, bench.dense)
-    data, test = _path_or(setup.data, bench.calibration), _path_or(setup.test, bench.scored)
+    dense = _path_or(setup.dense, workspace.dense)
+    data, test = _path_or(setup.data, workspace.calibration), _path_or(setup.test, workspace.scored)
     labels = None if setup.labels is None else os.path.abspath(setup.labels)
     return replace(setup, dense=dense, data=data, test=test, labels=labels)
 

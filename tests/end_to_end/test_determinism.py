@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
+from onnx_asr.pruning.options import PruneOptions
 from onnx_asr.pruning.zeros import prune
 from tests.end_to_end.conftest import CALIBRATION, DENSE, PRESET, cli, environment
 from tests.graphs import images, net
@@ -43,7 +44,7 @@ def test_refit_does_not_depend_on_the_number_of_cores(tmp_path: Path, monkeypatc
     """A layer wide enough for numpy to use all cores, which the command prevents."""
     dense = net("g (float[N,64,H,W] x) => (float[N,K,A,B] y) { y = Conv (x, w) }", w=(64, 64, 3, 3))
     onnx.save(dense, tmp_path / "dense.onnx")
-    onnx.save(prune(dense, 0.8).model, tmp_path / "pruned.onnx")
+    onnx.save(prune(dense, options=PruneOptions(0.8)).model, tmp_path / "pruned.onnx")
     np.savez(tmp_path / "data.npz", x=images(64, seed=1, shape=(64, 16, 16)))
     written = []
     for threads in ("1", None):

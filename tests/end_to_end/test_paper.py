@@ -83,7 +83,7 @@ def test_a_cell_is_what_the_public_api_gives(finished: Path) -> None:
         ("dense", 0.0, finished / "cells" / NET / "0 dense.json"),
         ("none", 0.9, cell(finished, "none")),
     ):
-        model = onnx_asr.prune(finished / f"{NET}.onnx", sparsity).model
+        model = onnx_asr.prune(finished / f"{NET}.onnx", options=onnx_asr.PruneOptions(sparsity)).model
         expected = onnx_asr.evaluate(model, data, labels=labels, preprocessing=preprocessing).top1
         assert json.loads(path.read_text())["top1"] == expected, name
     top1 = {name: json.loads(cell(finished, name).read_text())["top1"] for name in CELLS - {"damage"}}
@@ -143,7 +143,7 @@ def test_zeros_can_be_allocated_by_another_scope(work: Path) -> None:
     script("repair", "--work", work, *grid)
     with np.load(work / "test.npz") as arrays:
         data, labels = {"images": arrays["images"][:SCORED]}, arrays["labels"][:SCORED]
-    model = onnx_asr.prune(work / f"{NET}.onnx", 0.9, scope="erk").model
+    model = onnx_asr.prune(work / f"{NET}.onnx", options=onnx_asr.PruneOptions(0.9, scope="erk")).model
     preprocessing = onnx_asr.Preprocessing.from_options(preset="digits")
     expected = onnx_asr.evaluate(model, data, labels=labels, preprocessing=preprocessing).top1
     found = json.loads((work / "cells" / NET / "0.9 erk none.json").read_text())["top1"]

@@ -59,7 +59,7 @@ def test_simplified_pairs_are_repaired(name: str, tool: str) -> None:
     original = digits(name)
     dense, sparse = simplified(original), simplified(pruned(original, 0.8))
     x, _ = digit_images("validation")
-    result = onnx_asr.repair(sparse, digit_images()[0], dense=dense, options=OPTIONS)
+    result = onnx_asr.repair(sparse, digit_images()[0], OPTIONS, dense=dense)
     onnx.checker.check_model(result.model, full_check=True)
     assert zeros(result.model) >= zeros(sparse)
     reference = scores(original, x)
@@ -72,14 +72,14 @@ def test_one_of_a_folded_pair_may_be_simplified(name: str, tool: str) -> None:
     original = folded(digits(name))
     sparse = pruned(original, 0.7)
     for dense, other in ((original, SIMPLIFIERS[tool](sparse)), (SIMPLIFIERS[tool](original), sparse)):
-        result = onnx_asr.repair(other, digit_images()[0], dense=dense, options=OPTIONS)
+        result = onnx_asr.repair(other, digit_images()[0], OPTIONS, dense=dense)
         assert result.improved
 
 
 def test_a_simplifier_that_folds_only_one_of_a_pair_is_reported() -> None:
     original = digits("resnet")
     with pytest.raises(StructureError, match="a tool seems to have folded BatchNormalization in only one"):
-        onnx_asr.repair(slim(pruned(original, 0.8)), digit_images()[0], dense=original, options=OPTIONS)
+        onnx_asr.repair(slim(pruned(original, 0.8)), digit_images()[0], OPTIONS, dense=original)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def repaired_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("repaired")
     files = {}
     for name in NETS:
-        result = onnx_asr.repair(pruned(digits(name), 0.8), digit_images()[0], dense=digits(name), options=OPTIONS)
+        result = onnx_asr.repair(pruned(digits(name), 0.8), digit_images()[0], OPTIONS, dense=digits(name))
         files[name] = onnx_asr.save(result.model, folder / f"{name}.onnx")
     return files
 
@@ -170,7 +170,7 @@ def test_a_float16_model_is_repaired(convert: Callable[[onnx.ModelProto], onnx.M
     x, _ = digit_images("validation")
     reference = scores(original, x)
     for dense in (convert(copy(original)), original):
-        result = onnx_asr.repair(sparse, digit_images()[0], dense=dense, options=OPTIONS)
+        result = onnx_asr.repair(sparse, digit_images()[0], OPTIONS, dense=dense)
         onnx.checker.check_model(result.model, full_check=True)
         assert kl(reference, scores(result.model, x)) < 0.5 * kl(reference, scores(sparse, x))
 
@@ -180,14 +180,17 @@ def test_a_float16_model_is_repaired(convert: Callable[[onnx.ModelProto], onnx.M
 def test_a_real_net_through_all_tools(tool: str, tmp_path: Path) -> None:
     """ResNet-20: pruned, simplified, repaired, quantized; the int8 net is as good as the repaired one."""
     original = onnx.load(ASSETS / "cifar10/resnet20_bn.onnx")
-    dense, sparse = (SIMPLIFIERS[tool](model) for model in (original, onnx_asr.prune(original, 0.8).model))
+    dense, sparse = (
+        SIMPLIFIERS[tool](model)
+        for model in (original, onnx_asr.prune(original, options=onnx_asr.PruneOptions(0.8)).model)
+    )
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     x = {}
     for split, count in (("train4k", 256), ("test1k", 500)):
         with np.load(ASSETS / f"data/cifar10_{split}_lossless.npz") as file:
             pixels, labels = file["images"][:count], file["labels"][:count]
         x[split] = ((pixels / 255 - mean) / std).astype(np.float32).transpose(0, 3, 1, 2)
-    result = onnx_asr.repair(sparse, x["train4k"], dense=dense, options=OPTIONS)
+    result = onnx_asr.repair(sparse, x["train4k"], OPTIONS, dense=dense)
     path = onnx_asr.save(result.model, tmp_path / "r.onnx")
     onnx.checker.check_model(path, full_check=True)
     quantize(path, tmp_path / "int8.onnx", x["train4k"][:128])

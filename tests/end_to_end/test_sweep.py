@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 import onnx_asr
+from onnx_asr import SweepGrid, sweep
 from onnx_asr.data import PRESETS
 from onnx_asr.errors import OnnxAsrError, OptionError
-from onnx_asr.sweeping import SweepGrid, sweep
 from tests.end_to_end.conftest import CALIBRATION, DENSE, FOLDER, PRESET, VALIDATION, cli, command, environment
 
 GRID = ("--sparsities", "0.8,0.9", "--methods", "none,bn,paired,refit,compress", "--rounds", 2)

@@ -28,7 +28,7 @@ COUNT = 64
 
 
 def repaired(model: onnx.ModelProto, dense: onnx.ModelProto, x: np.ndarray, method: str = "paired") -> RepairResult:
-    return repair(model, x, dense=dense, options=RepairOptions(method=method, samples=len(x), verify_samples=0))
+    return repair(model, x, RepairOptions(method=method, samples=len(x), verify_samples=0), dense=dense)
 
 
 def emptied(model: onnx.ModelProto, count: int) -> onnx.ModelProto:

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_asr.errors import DataError, ModelError
 from onnx_asr.measuring.evaluation import evaluate
 from onnx_asr.pruning.compression import CompressOptions, compress
+from onnx_asr.pruning.options import PruneOptions
 from onnx_asr.pruning.zeros import prune
 from onnx_asr.repairing.options import RepairOptions
 from onnx_asr.repairing.pipeline import repair
@@ -411,7 +412,7 @@ def layer_weights(model: onnx.ModelProto) -> list[np.ndarray]:
 def repaired(
     method: str, damaged: onnx.ModelProto, dense: onnx.ModelProto, feeds: dict[str, np.ndarray]
 ) -> RepairResult:
-    result = repair(damaged, feeds, dense=dense, options=RepairOptions(method=method, samples=COUNT, verify_samples=0))
+    result = repair(damaged, feeds, RepairOptions(method=method, samples=COUNT, verify_samples=0), dense=dense)
     # onnx infers no shapes from sparse initializers
     onnx.checker.check_model(result.model, full_check=not result.model.graph.sparse_initializer)
     return result
@@ -421,7 +422,7 @@ def repaired(
 @pytest.mark.parametrize("name", NAMES)
 def test_pruned_graphs_come_closer_to_the_dense_ones(name: str, method: str) -> None:
     dense, feeds = dense_of(name), sources(name, seed=3)
-    damaged = prune(dense, 0.5).model
+    damaged = prune(dense, options=PruneOptions(0.5)).model
     result = repaired(method, damaged, dense, feeds)
     assert error(result.model, dense, feeds) < error(damaged, dense, feeds)
     for was, now in zip(layer_weights(damaged), layer_weights(result.model), strict=True):
@@ -444,7 +445,7 @@ def test_dense_graphs_repaired_by_themselves_are_unchanged(name: str, method: st
 @pytest.mark.parametrize("name", ["conv", "conv-1d", "conv-3d", "transposed", "gemm", "squeeze-and-excitation"])
 def test_folded_graphs_are_repaired_to_the_same_function(name: str, method: str) -> None:
     dense, feeds = dense_of(name), sources(name, seed=3)
-    damaged, twin = prune(dense, 0.5).model, folded(dense)
+    damaged, twin = prune(dense, options=PruneOptions(0.5)).model, folded(dense)
     assert error(twin, dense, feeds) < 1e-5
     kept = repaired(method, damaged, dense, feeds).model
     assert error(repaired(method, folded(damaged), twin, feeds).model, kept, feeds) < 1e-3
@@ -454,7 +455,7 @@ def test_folded_graphs_are_repaired_to_the_same_function(name: str, method: str)
 def test_compressed_graphs_are_closer_than_their_last_mask(name: str) -> None:
     dense, feeds = dense_of(name), sources(name, seed=3)
     options = RepairOptions(samples=COUNT - 32, verify_samples=32)
-    result = compress(dense, feeds, CompressOptions(sparsity=0.5, rounds=2), repair_options=options)
+    result = compress(dense, feeds, CompressOptions(sparsity=0.5, rounds=2, repair=options))
     onnx.checker.check_model(result.model, full_check=not result.model.graph.sparse_initializer)
     found = result.repair.verification
     assert found is not None
@@ -469,7 +470,7 @@ def test_ranks_of_a_later_round_are_those_of_their_own_weights() -> None:
     feeds = sources("conv", seed=3)
     options = RepairOptions(samples=COUNT, verify_samples=0)
     results = [
-        compress(model, feeds, CompressOptions(sparsity=0.7, rounds=3), repair_options=options).model
+        compress(model, feeds, CompressOptions(sparsity=0.7, rounds=3, repair=options)).model
         for model in (plain, chained)
     ]
     pairs = list(zip(*(layer_weights(model) for model in results), strict=True))
@@ -480,7 +481,7 @@ def test_ranks_of_a_later_round_are_those_of_their_own_weights() -> None:
 @pytest.mark.parametrize("name", ["tied", "siamese"])
 def test_a_tied_weight_stays_tied_when_pruned(name: str) -> None:
     """One copy per way it is read: in one of the nets through an Identity and a Transpose."""
-    tensors = prune(dense_of(name), 0.5).model.graph.initializer
+    tensors = prune(dense_of(name), options=PruneOptions(0.5)).model.graph.initializer
     assert [tensor.dims for tensor in tensors if len(tensor.dims) > 1] == (
         [[8, 12], [12, 8]] if name == "tied" else [[8, 3, 3, 3]]
     )
@@ -493,14 +494,14 @@ def test_samples_of_different_sizes_go_one_by_one(method: str) -> None:
         dense.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = f"size{axis}"
     sizes = [(8, 8), (6, 11), (12, 9)]
     feeds = [{"x": images(1, seed=i, shape=(3, *sizes[i % 3]))} for i in range(60)]
-    damaged = prune(dense, 0.5).model
+    damaged = prune(dense, options=PruneOptions(0.5)).model
     options = RepairOptions(method=method, samples=48, verify_samples=12, batch_size=1)
-    result = repair(damaged, feeds, dense=dense, options=options)
+    result = repair(damaged, feeds, options, dense=dense)
     assert result.improved
     before, after = (sum(error(model, dense, feed) for feed in feeds) for model in (damaged, result.model))
     assert after < 0.5 * before
     with pytest.raises(DataError, match="batches of one"):
-        repair(damaged, feeds, dense=dense, options=RepairOptions(method=method))
+        repair(damaged, feeds, RepairOptions(method=method), dense=dense)
 
 
 @pytest.mark.parametrize("method", ["paired", "refit"])
@@ -508,9 +509,9 @@ def test_matrices_of_different_sizes(method: str) -> None:
     text = "g (float[N,S,4] x) => (float[N,S,5] y) { a = MatMul (x, a_w)  r = Relu (a)  y = MatMul (r, b_w) }"
     dense = net(text, a_w=(4, 8), b_w=(8, 5))
     feeds = [{"x": images(1, seed=i, shape=(5 + 3 * i, 4))} for i in range(40)]
-    damaged = prune(dense, 0.5).model
+    damaged = prune(dense, options=PruneOptions(0.5)).model
     options = RepairOptions(method=method, samples=40, verify_samples=0, batch_size=1)
-    result = repair(damaged, feeds, dense=dense, options=options).model
+    result = repair(damaged, feeds, options, dense=dense).model
     assert sum(error(result, dense, feed) for feed in feeds) < sum(error(damaged, dense, feed) for feed in feeds)
 
 
@@ -519,7 +520,7 @@ def test_any_input_may_fix_the_batch() -> None:
     dense = net(text, w=(4, 3))
     feeds = {name: images(75, seed=seed, shape=(4,)) for seed, name in enumerate("xz")}
     options = RepairOptions(method="refit", samples=41, verify_samples=31)
-    result = repair(prune(dense, 0.5).model, feeds, dense=dense, options=options)
+    result = repair(prune(dense, options=PruneOptions(0.5)).model, feeds, options, dense=dense)
     assert result.calibration_samples == 40
     assert result.verification is not None
     assert result.verification.after.samples == 30
@@ -535,10 +536,10 @@ def test_an_input_without_axes_is_refused() -> None:
 @pytest.mark.parametrize("method", ["paired", "refit"])
 def test_a_float16_model_may_come_from_a_float32_one(method: str) -> None:
     dense, feeds = dense_of("squeeze-and-excitation"), sources("squeeze-and-excitation", seed=3)
-    damaged = prune(dense_of("float16"), 0.5).model
+    damaged = prune(dense_of("float16"), options=PruneOptions(0.5)).model
     halves = {name: value.astype(np.float16) for name, value in feeds.items()}
     options = RepairOptions(method=method, samples=COUNT - 32, verify_samples=32)
-    result = repair(damaged, halves, dense=dense, options=options)
+    result = repair(damaged, halves, options, dense=dense)
     assert result.improved
     wanted = run(dense, feeds)["y"]
     before, after = (np.linalg.norm(run(model, halves)["y"] - wanted) for model in (damaged, result.model))
@@ -574,13 +575,15 @@ def test_float16_activations_may_be_large_but_not_infinite(method: str) -> None:
     feeds = {"x": x.astype(np.float16)}
     dense = large_net(60_000, x)
     assert np.abs(run(dense, feeds, ["a"])["a"]).max() > 59_000
-    damaged = prune(dense, 0.5, scope="layer").model
+    damaged = prune(dense, options=PruneOptions(0.5, scope="layer")).model
     options = RepairOptions(method=method, samples=64, verify_samples=0)
-    result = repair(damaged, feeds, dense=dense, options=options).model
+    result = repair(damaged, feeds, options, dense=dense).model
     assert all(np.isfinite(weight).all() for weight in layer_weights(result))
     assert error(result, dense, feeds) < error(damaged, dense, feeds)
     with pytest.raises(ModelError, match="float16 ends at 65504"):
-        repair(prune(large_net(150_000, x), 0.5).model, feeds, dense=large_net(150_000, x), options=options)
+        repair(
+            prune(large_net(150_000, x), options=PruneOptions(0.5)).model, feeds, options, dense=large_net(150_000, x)
+        )
 
 
 # --- detections ---
@@ -605,12 +608,12 @@ def test_detections_are_verified_on_what_they_are_selected_from() -> None:
     shapes = {"a_w": (8, 3, 3, 3), "a_b": (8,), "c_w": (2, 8, 1, 1), "c_b": (2,), "s_w": (1, 8, 1, 1), "f_w": (4, 2)}
     dense = net(BOXES, seed=2, **shapes, **sizes, **limits, **places)
     x = images(COUNT, seed=9)
-    damaged = prune(dense, 0.5).model
+    damaged = prune(dense, options=PruneOptions(0.5)).model
     single = [{"x": x[i : i + 1]} for i in range(COUNT)]
     counts = [sum(len(one["found"]) for one in run_each(model, single[:32])) for model in (dense, damaged)]
     assert counts[0] != counts[1]
     options = RepairOptions(method="refit", samples=COUNT - 32, verify_samples=32)
-    result = repair(damaged, x, dense=dense, options=options)
+    result = repair(damaged, x, options, dense=dense)
     assert result.improved
     assert [skip.code for skip in result.skips if skip.op_type == "Gemm"] == ["behind-non-max-suppression"]
     judged = evaluate(result.model, x, dense=dense)
@@ -633,9 +636,9 @@ def test_networks_that_select_different_rows_are_refused() -> None:
     }
     """
     dense = net(text, a_w=(8, 3, 3, 3), axes=np.array([1, 2, 3]), fc_w=(8, 5))
-    damaged = prune(dense, 0.5).model
+    damaged = prune(dense, options=PruneOptions(0.5)).model
     x = images(64, seed=3)
     assert len(run(dense, {"x": x})["y"]) != len(run(damaged, {"x": x})["y"])
     for settings in ({"method": "refit"}, {"method": "paired", "reliability_power": 0.5}):
         with pytest.raises(ModelError, match="different shapes at Gemm:y"):
-            repair(damaged, x, dense=dense, options=RepairOptions(**settings, samples=64, verify_samples=0))
+            repair(damaged, x, RepairOptions(**settings, samples=64, verify_samples=0), dense=dense)

@@ -24,6 +24,7 @@ from onnx_asr.graph.points import survey
 from onnx_asr.networks.fidelity import collect_outputs
 from onnx_asr.networks.pair import Networks
 from onnx_asr.networks.samples import input_specs
+from onnx_asr.pruning.options import PruneOptions
 from onnx_asr.pruning.zeros import prune
 from onnx_asr.repairing.options import RefitRecipe, RepairOptions
 from onnx_asr.repairing.pipeline import repair
@@ -50,7 +51,7 @@ def test_bytes_at_random_are_refused_or_harmless(tmp_path: Path, seed: int) -> N
     for data in (bytes(flipped), sound[: rng.randrange(len(sound))], sound[99:], rng.randbytes(999)):
         path.write_bytes(data)
         try:
-            prune(path, 0.5)
+            prune(path, options=PruneOptions(0.5))
         except OnnxAsrError as error:
             assert str(path) in str(error) or "constant" in str(error)  # noqa: PT017
 
@@ -181,14 +182,14 @@ def test_a_negative_input_size_counts_as_open(tmp_path: Path) -> None:
     bounds = {name: np.array([value]) for name, value in (("s", 0), ("e", 5), ("a", 2))}
     model = net(text, w=(4, 3, 3, 3), **bounds)
     model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = -(2**31)
-    assert np.count_nonzero(constant(prune(model, 0.5).model, "w") == 0) == 54
+    assert np.count_nonzero(constant(prune(model, options=PruneOptions(0.5)).model, "w") == 0) == 54
 
 
 def test_an_operator_of_a_domain_that_is_not_imported() -> None:
     model = residual_net()
     model.graph.node[-1].domain = "elsewhere"
     with pytest.raises(ModelError, match="onnx cannot infer the model's shapes"):
-        prune(model, 0.5)
+        prune(model, options=PruneOptions(0.5))
 
 
 @pytest.mark.parametrize("operator", ["Conv", "ConvTranspose"])
@@ -210,9 +211,9 @@ def test_a_batchnorm_computed_at_run_time_behind_a_residual_add() -> None:
         c = Conv (x, w)  a = Add (c, x)  p = ReduceMean <axes = [0, 2, 3], keepdims = 0> (x)
         n = BatchNormalization (a, s, p, m, v)  r = Relu (n)  y = Conv (r, u) }"""
     dense = net(text, w=(4, 4, 1, 1), u=(4, 4, 1, 1), s=(4,), m=(4,), v=np.ones(4, np.float32))
-    damaged = prune(dense, 0.5).model
+    damaged = prune(dense, options=PruneOptions(0.5)).model
     options = RepairOptions("refit", samples=8, verify_samples=0)
-    result = repair(damaged, images(8, seed=0, shape=(4, 8, 8)), dense=dense, options=options)
+    result = repair(damaged, images(8, seed=0, shape=(4, 8, 8)), options, dense=dense)
     assert [point.name for point in result.points] == ["Conv:c", "Conv:y"]
     assert [(skip.name, skip.op_type) for skip in result.skips] == [("BatchNormalization:n", "BatchNormalization")]
 
@@ -223,7 +224,7 @@ def test_a_sum_of_shapes_that_do_not_fit_is_refused() -> None:
     dense = net(text, w=(4, 4, 1, 1))
     options = RepairOptions("refit", samples=8, verify_samples=0)
     with pytest.raises(ModelError, match="onnxruntime cannot load the model"):
-        repair(prune(dense, 0.5).model, images(8, seed=0, shape=(4, 8, 8)), dense=dense, options=options)
+        repair(prune(dense, options=PruneOptions(0.5)).model, images(8, seed=0, shape=(4, 8, 8)), options, dense=dense)
 
 
 def test_a_slice_whose_lists_do_not_fit_is_refused() -> None:
@@ -231,7 +232,7 @@ def test_a_slice_whose_lists_do_not_fit_is_refused() -> None:
     model = net(text, one=np.array([0, 0]), two=np.array([4]), axes=np.array([2, 3]), w=(4, 4, 1, 1))
     options = RepairOptions("paired", samples=4, verify_samples=0)
     with pytest.raises(ModelError, match="onnxruntime cannot"):
-        repair(prune(model, 0.5).model, images(8, seed=0, shape=(4, 8, 8)), dense=model, options=options)
+        repair(prune(model, options=PruneOptions(0.5)).model, images(8, seed=0, shape=(4, 8, 8)), options, dense=model)
 
 
 def test_an_empty_weight_is_skipped() -> None:
@@ -289,7 +290,7 @@ def test_layers_too_large_to_be_refitted_are_named() -> None:
     set_parameter(dense, 0, 1, np.full((4, 3, 3, 3), 1e30, np.float32))
     options = RepairOptions("refit", samples=8, verify_samples=0, refit=RefitRecipe(rows=200))
     with pytest.raises(ModelError, match="activations at Conv:y are infinite, NaN or beyond"):
-        repair(dense, images(8, seed=0), dense=dense, options=options)
+        repair(dense, images(8, seed=0), options, dense=dense)
 
 
 # --- external data ---

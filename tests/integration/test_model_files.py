@@ -46,7 +46,7 @@ DATA = images(96, seed=5)
 
 
 def repaired(sparse: Any, dense: Any, options: onnx_asr.RepairOptions = OPTIONS) -> onnx_asr.RepairResult:
-    result = onnx_asr.repair(sparse, DATA, dense=dense, options=options)
+    result = onnx_asr.repair(sparse, DATA, options, dense=dense)
     assert result.improved
     return result
 
@@ -411,7 +411,7 @@ def test_model_local_functions_are_written_out(tmp_path: Path) -> None:
     np.testing.assert_allclose(session_scores(path, DATA), run(expected, {"x": DATA})["logits"], atol=1e-5)
     again = repaired(sparse, plain)  # one with functions, the other without
     np.testing.assert_allclose(run(again.model, {"x": DATA})["logits"], run(expected, {"x": DATA})["logits"], atol=1e-5)
-    assert onnx_asr.prune(calls, 0.5).sparsity == pytest.approx(0.5, abs=1e-3)
+    assert onnx_asr.prune(calls, options=onnx_asr.PruneOptions(0.5)).sparsity == pytest.approx(0.5, abs=1e-3)
 
 
 def test_subgraphs_are_left_alone_and_named(tmp_path: Path) -> None:
@@ -487,7 +487,7 @@ def test_a_sparse_initializer_that_two_nodes_share() -> None:
     values = numpy_helper.from_array(weight.ravel()[kept], "w")
     sparse.graph.sparse_initializer.append(helper.make_sparse_tensor(values, numpy_helper.from_array(kept), (3, 3)))
     data = np.random.default_rng(0).normal(size=(96, 3)).astype(np.float32)
-    result = onnx_asr.repair(sparse, data, dense=dense, options=REFIT)
+    result = onnx_asr.repair(sparse, data, REFIT, dense=dense)
     onnx.checker.check_model(result.model)
     assert not result.model.graph.sparse_initializer
     run(result.model, {"x": data})
@@ -521,7 +521,7 @@ def test_a_cycle_is_refused() -> None:
     model = net("g (float[N,2] x) => (float[N,2] y) { a = Add (x, x) y = Relu (a) }")
     model.graph.node[0].input[1] = "y"
     with pytest.raises(ModelError, match="reads tensor 'y'"):
-        onnx_asr.prune(model, 0.5)
+        onnx_asr.prune(model, options=onnx_asr.PruneOptions(0.5))
 
 
 def test_batchnorm_in_training_mode_is_named_and_left() -> None:

@@ -15,8 +15,9 @@ from onnx_asr.graph.index import FLOAT_TYPES
 from onnx_asr.measuring.inspection import inspect
 from onnx_asr.pruning.channels import prune_channels
 from onnx_asr.pruning.compression import CompressOptions, compress
+from onnx_asr.pruning.options import DATA_AWARE, ChannelPruneOptions, PruneOptions, Score
 from onnx_asr.pruning.zeros import prune
-from onnx_asr.repairing.options import DATA_AWARE, METHODS, Method, RepairOptions, Score
+from onnx_asr.repairing.options import METHODS, Method, RepairOptions
 from onnx_asr.repairing.pipeline import repair
 from tests.graphs import (
     bn,
@@ -176,7 +177,7 @@ def attempt(
     method: Method, damaged: onnx.ModelProto, dense: onnx.ModelProto | None, x: np.ndarray, refusal: str | None
 ) -> None:
     options = RepairOptions(method, samples=max(1, len(x) - 4), verify_samples=4)
-    judge(lambda: repair(damaged, x, dense=dense, options=options).model, refusal)
+    judge(lambda: repair(damaged, x, options, dense=dense).model, refusal)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -211,7 +212,7 @@ def test_compress_writes_finite_weights_or_refuses(net: Make, change: Change, ca
     model, x = changed(net(), case, change)
     options = RepairOptions(samples=max(1, len(x) - 4), verify_samples=4)
     judge(
-        lambda: compress(model, x, CompressOptions(0.5, rounds=2), repair_options=options).model,
+        lambda: compress(model, x, CompressOptions(0.5, rounds=2, repair=options)).model,
         refused_from_data(case, change),
     )
 
@@ -222,7 +223,9 @@ def test_compress_writes_finite_weights_or_refuses(net: Make, change: Change, ca
 @pytest.mark.parametrize("change", [copy, half])
 def test_scores_from_data_give_finite_weights_or_refuse(change: Change, case: Case, score: Score) -> None:
     model, x = changed(residual_net(), case, change)
-    judge(lambda: prune(model, 0.5, score=score, data=x, samples=len(x)).model, refused_from_data(case, change))
+    judge(
+        lambda: prune(model, x, PruneOptions(0.5, score=score, samples=len(x))).model, refused_from_data(case, change)
+    )
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -230,7 +233,7 @@ def test_scores_from_data_give_finite_weights_or_refuse(change: Change, case: Ca
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_repairs_after_channel_pruning_write_finite_weights_or_refuse(case: Case, method: Method) -> None:
     dense = residual_net()
-    damaged = prune_channels(dense, 0.5).model
+    damaged = prune_channels(dense, ChannelPruneOptions(0.5)).model
     attempt(method, damaged, dense, case(damaged), REFUSED.get((case.__name__, method)))
 
 
@@ -253,11 +256,11 @@ def test_parameters_that_are_not_finite_are_refused(operator: str, slot: int, va
     sound, model, x = residual_net(), poisoned(value, slot, operator), images(COUNT, seed=3)
     few = RepairOptions("paired", samples=8, verify_samples=4)
     attempts: tuple[Callable[[], object], ...] = (
-        lambda: repair(model, x, dense=sound, options=few),
-        lambda: repair(sound, x, dense=model, options=few),
-        lambda: repair(model, x, options=few),
-        lambda: compress(model, x, CompressOptions(0.5, rounds=2), repair_options=few),
-        lambda: prune(model, 0.5, score="variance", data=x, samples=8),
+        lambda: repair(model, x, few, dense=sound),
+        lambda: repair(sound, x, few, dense=model),
+        lambda: repair(model, x, few),
+        lambda: compress(model, x, CompressOptions(0.5, rounds=2, repair=few)),
+        lambda: prune(model, x, PruneOptions(0.5, score="variance", samples=8)),
     )
     for refused in attempts:
         with pytest.raises(ModelError, match="NaN or infinite"):
@@ -312,6 +315,6 @@ def test_activations_that_are_nan_or_infinite_are_refused(operator: str) -> None
         attempt(method, damaged, dense, x, None if method == "bn" else ACTIVATIONS)
     for score in DATA_AWARE:
         with pytest.raises(ModelError, match="infinite, NaN"):
-            prune(dense, 0.5, score=score, data=x, samples=8)
+            prune(dense, x, PruneOptions(0.5, score=score, samples=8))
     with pytest.raises(ModelError, match="infinite, NaN"):
-        repair(damaged, x, dense=dense, options=RepairOptions("paired", samples=8, verify_samples=4))
+        repair(damaged, x, RepairOptions("paired", samples=8, verify_samples=4), dense=dense)

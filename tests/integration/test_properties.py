@@ -156,7 +156,7 @@ def repaired(
     data = images(COUNT, seed=7) if samples is None else samples
     options = RepairOptions(method=method, samples=len(data), verify_samples=0, batch_size=batch_size)
     execution = Execution(Runtime(threads=threads), limit)
-    return repair(damaged, data, dense=dense, options=options, execution=execution).model
+    return repair(damaged, data, options, dense=dense, execution=execution).model
 
 
 def outputs(model: onnx.ModelProto) -> np.ndarray:

@@ -74,8 +74,8 @@ def with_mask_of(dense: onnx.ModelProto, pruned: onnx.ModelProto) -> onnx.ModelP
 def prune(model: onnx.ModelProto, sparsity: str) -> onnx.ModelProto:
     """Prune to a sparsity, or to a pattern such as 2:4."""
     if ":" in sparsity:
-        return onnx_asr.prune(model, pattern=sparsity).model
-    return onnx_asr.prune(model, float(sparsity)).model
+        return onnx_asr.prune(model, options=onnx_asr.PruneOptions(pattern=sparsity)).model
+    return onnx_asr.prune(model, options=onnx_asr.PruneOptions(float(sparsity))).model
 
 
 def variants(net: Net, assets: Path, sparsity: str) -> Iterator[tuple[str, onnx.ModelProto, onnx.ModelProto]]:
@@ -100,8 +100,8 @@ def repaired(
     if name == "compress":
         goal: dict[str, Any] = {"pattern": sparsity} if ":" in sparsity else {"sparsity": float(sparsity)}
         settings = RepairOptions(samples=count, verify_samples=0, refit=recipe_of(overrides))
-        options = onnx_asr.CompressOptions(**goal, **overrides)
-        return onnx_asr.compress(dense, options=options, repair_options=settings, **arguments).repair
+        options = onnx_asr.CompressOptions(**goal, **overrides, repair=settings)
+        return onnx_asr.compress(dense, options=options, **arguments).repair
     held_out = 256 if name == "auto" else 0  # auto splits off held-out images itself
     return onnx_asr.repair(
         pruned, dense=dense, options=method_options(method, samples=count, verify_samples=held_out), **arguments

@@ -31,7 +31,6 @@ from onnx_asr.graph.index import GraphIndex
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Outputs, accuracy, collect_outputs, compare
 from onnx_asr.networks.samples import input_specs
-from onnx_asr.repairing.options import DATA_AWARE
 from tools.arguments import add_assets, add_threads, script_parser
 from tools.bench.methods import method_options
 from tools.bench.nets import NETS, cifar10, imagenet
@@ -50,9 +49,9 @@ def verdict(good: bool) -> str:
 
 
 def goal(text: str) -> dict[str, Any]:
-    """Arguments of the pruning functions for a sparsity, or for a budget such as flops:0.5."""
+    """Options of pruning for a sparsity, or for a target such as flops:0.5."""
     measure, colon, limit = text.partition(":")
-    return {"budget": onnx_asr.Budget(measure, float(limit))} if colon else {"sparsity": float(text)}  # type: ignore[arg-type]
+    return {f"target_{measure}": float(limit)} if colon else {"sparsity": float(text)}
 
 
 class Bench:
@@ -91,11 +90,13 @@ class Bench:
         if method == "none":
             return pruned
         options = method_options(method, samples=self.count, verify_samples=0)
-        return onnx_asr.repair(pruned, self.calibration, dense=self.dense, options=options, **self.shared).model
+        return onnx_asr.repair(pruned, self.calibration, options, dense=self.dense, **self.shared).model
 
-    def looks(self, score: str, scope: str = "global") -> dict[str, Any]:
-        """The data, if a score or a scope needs them."""
-        return {"data": self.calibration} if scope == "sensitivity" or score in DATA_AWARE else {}
+    def prune(self, **options: Any) -> onnx_asr.PruneResult:
+        """The dense net with zeros; from the images, where a score or a scope needs them."""
+        asked = onnx_asr.PruneOptions(**options)
+        data = None if asked.needs_data is None else self.calibration
+        return onnx_asr.prune(self.dense, data, asked, **self.shared)
 
 
 def share_text(result: onnx_asr.ChannelPruneResult, name: str) -> str:
@@ -106,8 +107,10 @@ def measure_channels(arguments: argparse.Namespace) -> None:
     bench = Bench(arguments.net, arguments.graph, arguments)
     print("| removed | parameters | FLOPs | method | top-1 | KL | seconds | goal |\n|---|---|---|---|---|---|---|---|")
     for text in arguments.goals:
-        options = {"include": INNER.get(bench.name, ()), "multiple": arguments.multiple}
-        cut = onnx_asr.prune_channels(bench.dense, **goal(text), **options)
+        options = onnx_asr.ChannelPruneOptions(
+            **goal(text), include=INNER.get(bench.name, ()), multiple=arguments.multiple
+        )
+        cut = onnx_asr.prune_channels(bench.dense, options)
         left = " | ".join(share_text(cut, name) for name in ("parameters", "flops"))
         for method in arguments.methods:
             started = time.perf_counter()
@@ -116,7 +119,7 @@ def measure_channels(arguments: argparse.Namespace) -> None:
             top1, kl = bench.score(model)
             least = TOP1_GOALS.get((bench.name, text, method)) if arguments.graph == "bn" else None
             bar = "" if least is None else f">= {least:g}: {verdict(top1 >= least)}"
-            removed = f"{100 * cut.options['sparsity']:.0f}%"
+            removed = f"{100 * cut.sparsity:.0f}%"
             print(f"| {removed} | {left} | `{method}` | {top1:.1f} | {kl:.3f} | {seconds:.0f} | {bar} |", flush=True)
 
 
@@ -126,10 +129,8 @@ def measure_scopes(arguments: argparse.Namespace) -> None:
     for text in arguments.goals:
         for name in arguments.scopes:
             scope, _, score = name.partition(":")
-            score = score or "magnitude"
             started = time.perf_counter()
-            options = {"scope": scope, "score": score, **bench.looks(score, scope), **bench.shared}
-            pruned = onnx_asr.prune(bench.dense, **goal(text), **options).model
+            pruned = bench.prune(**goal(text), scope=scope, score=score or "magnitude").model
             seconds = time.perf_counter() - started
             before, _ = bench.score(pruned)
             after, kl = bench.score(bench.repaired(pruned, "refit"))
@@ -142,7 +143,7 @@ def measure_patterns(arguments: argparse.Namespace) -> None:
         print("| pattern | score | stays dense | method | top-1 | KL | goal |\n|---|---|---|---|---|---|---|")
         for pattern in arguments.goals:
             for score in arguments.scores:
-                found = onnx_asr.prune(bench.dense, pattern=pattern, score=score, **bench.looks(score), **bench.shared)
+                found = bench.prune(pattern=pattern, score=score)
                 narrow = ", ".join(skip.name for skip in found.skips) or "none"
                 for method in arguments.methods:
                     top1, kl = bench.score(bench.repaired(found.model, method))
@@ -156,18 +157,19 @@ def measure_patterns(arguments: argparse.Namespace) -> None:
 
 def measure_latency(arguments: argparse.Namespace) -> None:
     dense = onnx.load(arguments.assets / NETS[arguments.net].graphs[arguments.graph])
-    runtime = Runtime(threads=arguments.threads)
+    execution = Execution(Runtime(threads=arguments.threads))
     print(f"{arguments.net} ({arguments.graph}), batch 1, to multiples of {arguments.multiple} channels\n")
     print("| goal | removed | parameters | FLOPs | ms, dense | cut | ratio (middle half) | pairs | goal |")
     print("|---|---|---|---|---|---|---|---|---|")
     for text in arguments.goals:
-        cut = onnx_asr.prune_channels(dense, **goal(text), multiple=arguments.multiple, runtime=runtime)
-        took = cut.latency or onnx_asr.measure_latency(dense, cut.model, runtime=runtime, seconds=arguments.seconds)
+        options = onnx_asr.ChannelPruneOptions(**goal(text), multiple=arguments.multiple)
+        cut = onnx_asr.prune_channels(dense, options, execution=execution)
+        took = cut.latency or onnx_asr.measure_latency(dense, cut.model, seconds=arguments.seconds, execution=execution)
         most = LATENCY_GOALS.get(text)
         bar = "" if most is None else f"<= {most:g}: {verdict(took.ratio <= most)}"
         left = " | ".join(share_text(cut, name) for name in ("parameters", "flops"))
         print(
-            f"| {text} | {100 * cut.options['sparsity']:.1f}% | {left} | {1e3 * took.seconds_before:.1f} "
+            f"| {text} | {100 * cut.sparsity:.1f}% | {left} | {1e3 * took.seconds_before:.1f} "
             f"| {1e3 * took.seconds_after:.1f} | {took.ratio:.3f} ({took.low:.3f} to {took.high:.3f}) | {took.pairs} "
             f"| {bar} |",
             flush=True,

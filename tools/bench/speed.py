@@ -117,11 +117,11 @@ def whole(
     execution = Execution(Runtime(threads=threads))
     name, overrides = parse_method(method)
     if name == "compress":
-        goal = onnx_asr.CompressOptions(SPARSITY, **overrides)
         settings = onnx_asr.RepairOptions(samples=len(images), verify_samples=0)
-        return onnx_asr.compress(dense, images, goal, repair_options=settings, execution=execution)
+        goal = onnx_asr.CompressOptions(SPARSITY, **overrides, repair=settings)
+        return onnx_asr.compress(dense, images, goal, execution=execution)
     options = method_options(method, samples=len(images), verify_samples=0)
-    return onnx_asr.repair(pruned, images, dense=dense, options=options, execution=execution)
+    return onnx_asr.repair(pruned, images, options, dense=dense, execution=execution)
 
 
 def profile(function: Callable[[], Any]) -> dict[str, float]:
@@ -139,7 +139,7 @@ def profile(function: Callable[[], Any]) -> dict[str, float]:
 
 def compare(net: str, method: str, count: int, repeats: int, threads: int, linear: bool) -> Speed:
     dense = network(net)
-    pruned = onnx_asr.prune(dense, SPARSITY).model
+    pruned = onnx_asr.prune(dense, options=onnx_asr.PruneOptions(SPARSITY)).model
     images = random_images(dense, 2 * count)
     batch_size = batch_size_for(input_specs(GraphIndex.of(dense)))
     session_options = onnxruntime.SessionOptions()
@@ -183,7 +183,7 @@ def peak_memory(net: str, method: str, count: int, threads: int) -> Peak:
     with tempfile.TemporaryDirectory() as folder:
         dense = network(net)
         onnx.save(dense, Path(folder) / "dense.onnx")
-        onnx.save(onnx_asr.prune(dense, SPARSITY).model, Path(folder) / "pruned.onnx")
+        onnx.save(onnx_asr.prune(dense, options=onnx_asr.PruneOptions(SPARSITY)).model, Path(folder) / "pruned.onnx")
         np.save(Path(folder) / "images.npy", random_images(dense, count))
         command = [
             sys.executable,

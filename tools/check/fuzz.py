@@ -44,6 +44,7 @@ from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex
 from onnx_asr.graph.model_io import load, save
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.samples import input_specs
+from onnx_asr.pruning.options import PruneOptions
 from onnx_asr.pruning.zeros import prune
 from onnx_asr.repairing.options import METHODS, RepairOptions
 from onnx_asr.repairing.pipeline import repair
@@ -244,13 +245,13 @@ def attempt(case: Case, folder: Path) -> tuple[str, str]:
     try:
         twin = load(sound)
         if rng.random() < 0.5:
-            pruned, dense = prune(spoilt, 0.6).model, load(spoilt)
+            pruned, dense = prune(spoilt, options=PruneOptions(0.6)).model, load(spoilt)
         else:
             pruned, dense = load(spoilt), twin
         skip = data is not None and rng.random() < 0.5
         options = RepairOptions(rng.choice(METHODS), samples=SAMPLES - 2, verify_samples=2, skip_bad_images=skip)
         execution = Execution(Runtime(threads=1))
-        result = repair(pruned, feeds, dense=dense, options=options, preprocessing=preprocessing, execution=execution)
+        result = repair(pruned, feeds, options, dense=dense, preprocessing=preprocessing, execution=execution)
         output = save(result.model, folder / "out.onnx")
     except OnnxAsrError as error:
         return REFUSED, f"{type(error).__name__}: {error}"

@@ -389,7 +389,7 @@ def check(case: Case, calibration: int, held_out: int, threads: int) -> Row:
     }
     covered = sum(sizes[point.node] for point in found.points if point.node in sizes)
     coverage = covered / sum(sizes.values()) if sizes else None
-    pruned = onnx_asr.prune(dense, SPARSITY).model
+    pruned = onnx_asr.prune(dense, options=onnx_asr.PruneOptions(SPARSITY)).model
     reference = outputs(dense, samples[calibration:])
     result = {"pruned": snr(reference, outputs(pruned, samples[calibration:]))}
     seconds, checks = {}, []
@@ -397,7 +397,7 @@ def check(case: Case, calibration: int, held_out: int, threads: int) -> Row:
         begun = time.perf_counter()
         options = RepairOptions(method=method, samples=calibration, verify_samples=0)  # type: ignore[arg-type]
         execution = Execution(Runtime(threads=threads))
-        repaired = onnx_asr.repair(pruned, samples[:calibration], dense=dense, options=options, execution=execution)
+        repaired = onnx_asr.repair(pruned, samples[:calibration], options, dense=dense, execution=execution)
         seconds[method] = time.perf_counter() - begun
         try:
             onnx.checker.check_model(repaired.model, full_check=True)

@@ -28,6 +28,7 @@ import numpy as np
 import onnx
 from PIL import Image
 
+from onnx_asr.pruning.options import PruneOptions
 from onnx_asr.pruning.zeros import prune
 from onnx_asr.repairing.options import METHODS
 from tools.arguments import script_parser
@@ -55,7 +56,7 @@ def repair(*arguments: object) -> tuple[int, float]:
 def make(dense: Path, pruned: Path, data: Path, images: int) -> None:
     model = build("resnet50", SIZE)
     onnx.save(model, dense)
-    onnx.save(prune(model, 0.5).model, pruned)
+    onnx.save(prune(model, options=PruneOptions(0.5)).model, pruned)
     data.mkdir()
     generator = np.random.default_rng(0)
     for number in range(images):
@@ -91,7 +92,7 @@ def repeat() -> None:
         folder = Path(name)
         for net in sorted(MODELS.glob("*.onnx")):
             pruned = folder / "pruned.onnx"
-            onnx.save(prune(net, 0.8).model, pruned)
+            onnx.save(prune(net, options=PruneOptions(0.8)).model, pruned)
             for method in METHODS:
                 digests = []
                 for extra in ((), (), ("--threads", 2), ("--memory-limit", "2MB")):

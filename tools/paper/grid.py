@@ -134,9 +134,9 @@ def cells(sparsities: Iterable[str], methods: Collection[str], batches: Sequence
 def prune(net: Path, sparsity: str) -> onnx.ModelProto:
     """Prune a net by magnitude to a sparsity, with a scope if one is named, or to N:M. Callers must not modify it."""
     if ":" in sparsity:
-        return onnx_asr.prune(net, pattern=sparsity).model
+        return onnx_asr.prune(net, options=onnx_asr.PruneOptions(pattern=sparsity)).model
     share, *scope = sparsity.split()
-    return onnx_asr.prune(net, float(share), scope=scope[0] if scope else "global").model
+    return onnx_asr.prune(net, options=onnx_asr.PruneOptions(float(share), scope=scope[0] if scope else "global")).model
 
 
 def scaled(model: onnx.ModelProto, factor: float) -> onnx.ModelProto:
@@ -220,7 +220,7 @@ class Bench:
             {"images": self.scored.pixels},
             labels=self.scored.labels,
             preprocessing=self.preprocessing,
-            runtime=self.execution.runtime,
+            execution=self.execution,
         )
         assert measured.top1 is not None
         return measured.top1
@@ -234,8 +234,8 @@ class Bench:
         result = onnx_asr.repair(
             scaled(pruned, factor),
             {"images": self.calibration[: options.samples + options.verify_samples]},
+            options,
             dense=scaled(self.dense, factor),
-            options=options,
             preprocessing=self.preprocessing,
             execution=self.execution,
         )

@@ -21,6 +21,7 @@ from onnx_asr.graph.points import survey
 from onnx_asr.networks.cost import cost
 from onnx_asr.networks.latency import random_feeds
 from onnx_asr.pruning.channels import channel_scores, prune_channels
+from onnx_asr.pruning.options import ChannelPruneOptions
 from onnx_asr.repairing.options import RepairOptions
 from tests.graphs import (
     bn,
@@ -445,7 +446,7 @@ def test_broken_metadata_are_an_error() -> None:
 
 
 def test_layer_scope_removes_the_same_fraction_of_every_group() -> None:
-    result = prune_channels(digits("mobilenet"), 0.3)
+    result = prune_channels(digits("mobilenet"), ChannelPruneOptions(0.3))
     for group in result.groups:
         assert group.kept == group.channels - round(0.3 * group.channels)
     assert result.after.parameters < 0.6 * result.before.parameters
@@ -454,17 +455,17 @@ def test_layer_scope_removes_the_same_fraction_of_every_group() -> None:
 
 
 def test_global_scope_counts_all_channels_together() -> None:
-    result = prune_channels(digits("vgg"), 0.4, scope="global")
+    result = prune_channels(digits("vgg"), ChannelPruneOptions(0.4, scope="global"))
     total = sum(group.channels for group in result.groups)
     assert sum(group.kept for group in result.groups) == total - round(0.4 * total)
     assert len({group.kept / group.channels for group in result.groups}) > 1
-    extreme = prune_channels(digits("vgg"), 0.999, scope="global")
+    extreme = prune_channels(digits("vgg"), ChannelPruneOptions(0.999, scope="global"))
     assert [group.kept for group in extreme.groups] == [1] * len(extreme.groups)
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_the_number_of_channels_kept_is_a_multiple(scope: Any) -> None:
-    result = prune_channels(digits("mobilenet"), 0.35, scope=scope, multiple=16)
+    result = prune_channels(digits("mobilenet"), ChannelPruneOptions(0.35, scope=scope, multiple=16))
     for group in result.groups:
         assert group.kept % 16 == 0 or group.kept == group.channels
         assert group.kept >= 16
@@ -481,14 +482,14 @@ def test_the_channels_of_smallest_score_go() -> None:
     norms = np.linalg.norm(rows.reshape(6, -1), axis=1) * np.linalg.norm(columns.swapaxes(0, 1).reshape(6, -1), axis=1)
     np.testing.assert_allclose(scores, norms, rtol=1e-6)
     kept = np.sort(np.argsort(norms)[2:])
-    np.testing.assert_array_equal(parameter(prune_channels(model, 1 / 3).model, 0, 1), rows[kept])
+    np.testing.assert_array_equal(parameter(prune_channels(model, ChannelPruneOptions(1 / 3)).model, 0, 1), rows[kept])
 
 
 def test_a_group_is_cut_only_if_all_its_layers_are_chosen() -> None:
-    result = prune_channels(residual_net(), 0.5, exclude=["^b_w$"])
+    result = prune_channels(residual_net(), ChannelPruneOptions(0.5, exclude=("^b_w$",)))
     assert all("Conv:stem" not in group.layers for group in result.groups)
     assert {skip.name: skip.code for skip in result.skips}["Conv:stem"] == "channels-tied-to-skipped-layer"
-    inner = prune_channels(digits("resnet"), 0.5, include=[r"body\.0"])
+    inner = prune_channels(digits("resnet"), ChannelPruneOptions(0.5, include=(r"body\.0",)))
     assert all(len(group.layers) == 1 for group in inner.groups)
 
 
@@ -499,13 +500,13 @@ def test_a_group_is_cut_only_if_all_its_layers_are_chosen() -> None:
         ({}, OptionError, "missing"),
         ({"sparsity": 0.5, "scope": "world"}, OptionError, "scope 'world' is unknown"),
         ({"sparsity": 0.5, "multiple": 0}, OptionError, "multiple 0 is out of range"),
-        ({"sparsity": 0.5, "include": ["nobody"]}, OptionError, "leave no weight"),
-        ({"sparsity": 0.5, "include": ["fc"]}, ModelError, "no channel of the model can be removed"),
+        ({"sparsity": 0.5, "include": ("nobody",)}, OptionError, "leave no weight"),
+        ({"sparsity": 0.5, "include": ("fc",)}, ModelError, "no channel of the model can be removed"),
     ],
 )
 def test_bad_options_are_refused(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
-        prune_channels(residual_net(), **arguments)
+        prune_channels(residual_net(), ChannelPruneOptions(**arguments))
 
 
 # Repair
@@ -515,9 +516,9 @@ def test_bad_options_are_refused(arguments: dict[str, Any], error: type[Exceptio
 @pytest.mark.parametrize("name", ["resnet", "mobilenet", "densenet"])
 def test_a_cut_net_is_repaired_against_the_dense_one(name: str, method: str) -> None:
     dense = digits(name)
-    smaller = prune_channels(dense, 0.4).model
+    smaller = prune_channels(dense, ChannelPruneOptions(0.4)).model
     options = RepairOptions(method=method, samples=256, verify_samples=128)  # type: ignore[arg-type]
-    result = onnx_asr.repair(smaller, digit_images()[0], dense=dense, options=options)
+    result = onnx_asr.repair(smaller, digit_images()[0], options, dense=dense)
     assert result.verification is not None
     before, after = result.verification.before.distance, result.verification.after.distance
     assert after < {"refit": 0.1, "paired": 0.8, "bn": 0.9}[method] * before
@@ -538,5 +539,5 @@ def test_a_net_that_lost_only_unread_channels_keeps_its_function() -> None:
     assert len(read_kept(smaller)) == 1
     options = RepairOptions(method="paired", samples=128, verify_samples=64)
     data = digit_images()[0]
-    result = onnx_asr.repair(smaller, data, dense=dense, options=options)
+    result = onnx_asr.repair(smaller, data, options, dense=dense)
     np.testing.assert_allclose(first_output(result.model, data[:8]), first_output(dense, data[:8]), atol=1e-3)

@@ -17,7 +17,7 @@ from onnx_asr.errors import ModelError
 from onnx_asr.graph.model_io import digest, load, save
 from onnx_asr.pruning.compression import CompressOptions
 from onnx_asr.repairing.options import RepairOptions
-from onnx_asr.sweeping import SweepGrid, SweepSettings
+from onnx_asr.sweeping.grid import SweepGrid, SweepSettings
 from tests.graphs import MODELS, first_output, images, net, pruned, residual_net
 
 Source = Any
@@ -41,7 +41,7 @@ library = pytest.mark.parametrize("imported", LIBRARIES.values(), ids=LIBRARIES)
 
 def cells(dense: Source, _: Source) -> list[object]:
     grid = SweepGrid((0.5,), ("unstructured",), ("none", "paired"))
-    result = onnx_asr.sweep(dense, DATA, grid, settings=SweepSettings(repair=OPTIONS))
+    result = onnx_asr.sweep(dense, DATA, grid, SweepSettings(repair=OPTIONS))
     return [outcome.fidelity for outcome in result.cells.values()]
 
 
@@ -52,16 +52,18 @@ def layers(dense: Source, sparse: Source) -> object:
 
 ENTRIES: dict[str, Callable[[Source, Source], object]] = {
     "load": lambda dense, _: load(dense),
-    "prune": lambda dense, _: onnx_asr.prune(dense, 0.6).model,
-    "prune_channels": lambda dense, _: onnx_asr.prune_channels(dense, 0.5).model,
+    "prune": lambda dense, _: onnx_asr.prune(dense, options=onnx_asr.PruneOptions(0.6)).model,
+    "prune_channels": lambda dense, _: onnx_asr.prune_channels(dense, onnx_asr.ChannelPruneOptions(0.5)).model,
     "shrink": lambda _, sparse: onnx_asr.shrink(sparse).model,
-    "repair": lambda dense, sparse: onnx_asr.repair(sparse, DATA, dense=dense, options=OPTIONS).model,
+    "repair": lambda dense, sparse: onnx_asr.repair(sparse, DATA, OPTIONS, dense=dense).model,
     "compress": lambda dense, _: (
-        onnx_asr.compress(dense, DATA, CompressOptions(sparsity=0.6, rounds=1), repair_options=OPTIONS).model
+        onnx_asr.compress(dense, DATA, CompressOptions(sparsity=0.6, rounds=1, repair=OPTIONS)).model
     ),
     "evaluate": lambda dense, sparse: onnx_asr.evaluate(sparse, DATA, dense=dense),
     "inspect": layers,
-    "sensitivity": lambda dense, _: onnx_asr.sensitivity(dense, DATA, sparsities=(0.8,), options=OPTIONS).layers,
+    "sensitivity": lambda dense, _: (
+        onnx_asr.sensitivity(dense, DATA, onnx_asr.SensitivityOptions(sparsities=(0.8,), repair=OPTIONS)).layers
+    ),
     "sweep": cells,
     "measure_latency": lambda dense, sparse: onnx_asr.measure_latency(dense, sparse, seconds=0.01).shapes,
 }

@@ -431,7 +431,7 @@ OTHER = "in the dense model one of shape .*; give the dense file that the pruned
 
 def test_a_lost_record_of_the_channels_is_suspected() -> None:
     dense = residual_net()
-    cut = onnx_asr.prune_channels(dense, 0.5).model
+    cut = onnx_asr.prune_channels(dense, onnx_asr.ChannelPruneOptions(0.5)).model
     Networks.of(cut, dense)
     del cut.metadata_props[:]
     with pytest.raises(StructureError, match=LOST):

@@ -76,7 +76,7 @@ def test_batchnorm_folded_or_alone() -> None:
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "1:2"])
 def test_patterns_are_found(pattern: str) -> None:
-    found = onnx_asr.inspect(onnx_asr.prune(residual_net(), pattern=pattern).model)
+    found = onnx_asr.inspect(onnx_asr.prune(residual_net(), options=onnx_asr.PruneOptions(pattern=pattern)).model)
     narrow = int(pattern[2:])
     for layer in found.layers:
         assert layer.shape is not None
@@ -85,7 +85,7 @@ def test_patterns_are_found(pattern: str) -> None:
 
 def test_no_pattern_is_found_where_there_is_none() -> None:
     for sparsity in (0.3, 0.5, 0.9, 0.97):
-        found = onnx_asr.inspect(onnx_asr.prune(digits("vgg"), sparsity).model)
+        found = onnx_asr.inspect(onnx_asr.prune(digits("vgg"), options=onnx_asr.PruneOptions(sparsity)).model)
         assert {layer.pattern for layer in found.layers} <= {"unstructured", "dense"}
 
 
@@ -138,9 +138,9 @@ def test_several_versions_in_one_walk_and_a_bias_that_a_repair_added() -> None:
         "g (float[N,6] x) => (float[N,4] y) { a = MatMul (x, w)  b = Relu (a)  y = MatMul (b, v) }", w=(6, 5), v=(5, 4)
     )
     rows = np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32)
-    model = onnx_asr.prune(dense, 0.5).model
+    model = onnx_asr.prune(dense, options=onnx_asr.PruneOptions(0.5)).model
     options = RepairOptions(method="paired", samples=64, verify_samples=0)
-    repaired = onnx_asr.repair(model, {"x": rows}, dense=dense, options=options).model
+    repaired = onnx_asr.repair(model, {"x": rows}, options, dense=dense).model
     assert len(repaired.graph.node) > len(model.graph.node)
     networks = Networks.of(model, dense)
     data = TensorDataset([{"x": rows}], "rows", input_specs(networks.pruned))

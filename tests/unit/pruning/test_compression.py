@@ -16,6 +16,7 @@ from onnx_asr.graph.index import GraphIndex
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.walk import Walk
 from onnx_asr.pruning.compression import CompressOptions, compress
+from onnx_asr.pruning.options import PruneOptions
 from onnx_asr.pruning.zeros import prune
 from onnx_asr.repairing.options import RepairOptions
 from onnx_asr.repairing.pipeline import repair
@@ -64,7 +65,7 @@ def test_masks_are_nested_and_the_schedule_is_cubic(fold: bool, monkeypatch: pyt
     if fold:
         model = folded(model)
     before = model.SerializeToString(deterministic=True)
-    result = compress(model, images(48, seed=1), CompressOptions(0.8, rounds=4), repair_options=settings(48))
+    result = compress(model, images(48, seed=1), CompressOptions(0.8, rounds=4, repair=settings(48)))
     assert model.SerializeToString(deterministic=True) == before
     total = size(model)
     # between the first round and the last, each begins with the mask that the one before has ended with
@@ -84,10 +85,10 @@ def test_masks_are_nested_and_the_schedule_is_cubic(fold: bool, monkeypatch: pyt
 
 def test_one_round_is_pruning_then_refit() -> None:
     model, x = residual_net(), images(48, seed=1)
-    at_once = compress(model, x, CompressOptions(0.7, rounds=1), repair_options=settings(48)).model
-    damaged = prune(model, 0.7).model
+    at_once = compress(model, x, CompressOptions(0.7, rounds=1, repair=settings(48))).model
+    damaged = prune(model, options=PruneOptions(0.7)).model
     options = RepairOptions(method="refit", samples=48, verify_samples=0, refit=replace(FAST, rows=2 * FAST.rows))
-    by_hand = repair(damaged, x, dense=model, options=options).model
+    by_hand = repair(damaged, x, options, dense=model).model
     np.testing.assert_array_equal(run(at_once, {"x": x})["logits"], run(by_hand, {"x": x})["logits"])
 
 
@@ -103,7 +104,7 @@ def test_the_last_round_samples_twice_as_many_positions(monkeypatch: pytest.Monk
         monkeypatch.setattr(place, "repair_refit", spy)
     recipe = RefitRecipe(rows=300, relu_steps=3)
     options = RepairOptions(samples=48, verify_samples=0, refit=recipe)
-    result = compress(residual_net(), images(48, seed=1), CompressOptions(0.7, rounds=3), repair_options=options)
+    result = compress(residual_net(), images(48, seed=1), CompressOptions(0.7, rounds=3, repair=options))
     assert [(item.rows, item.relu_steps) for item in seen] == [(300, 1), (300, 1), (600, 3)]
     assert result.repair.options.refit == replace(recipe, rows=600)
 
@@ -117,7 +118,7 @@ def test_layers_choose_their_own_weights_step_by_step() -> None:
     w0 = parameter(model, 0, 1).astype(float)
     recipe = RefitRecipe(ridge=0.0, gain_power=0.0, class_steps=0)
     options = RepairOptions(samples=6000, verify_samples=0, refit=recipe)
-    result = compress(model, x, CompressOptions(0.8, rounds=3, round_samples=1.0), repair_options=options)
+    result = compress(model, x, CompressOptions(0.8, rounds=3, round_samples=1.0, repair=options))
 
     def kept(values: np.ndarray, count: int) -> np.ndarray:
         return np.asarray(np.abs(values) >= np.sort(np.abs(values), axis=None)[-count])
@@ -154,7 +155,7 @@ def test_a_narrowed_round_leaves_each_layer_what_the_ranking_gives_it(monkeypatc
     monkeypatch.setattr(module, "make_masks", spy)
     rounds = Rounds(monkeypatch)
     options = replace(settings(48), refit=replace(FAST, classifier=False))  # the Gemm has no refit to choose by
-    compress(residual_net(), images(48, seed=1), CompressOptions(0.8, rounds=4), repair_options=options)
+    compress(residual_net(), images(48, seed=1), CompressOptions(0.8, rounds=4, repair=options))
     given = [value != 0 for value in weights_of(rounds.models[2])]  # the third round's, which the second has chosen
     assert [mask.sum() for mask in given] == [mask.sum() for mask in goals[1]]
     assert any((mask != goal).any() for mask, goal in zip(given, goals[1], strict=True))
@@ -189,8 +190,7 @@ def test_the_dense_network_is_run_once_for_all_rounds_that_rank(
         compress(
             make(),
             images(50, seed=1),
-            CompressOptions(0.7, rounds=4),
-            repair_options=options,
+            CompressOptions(0.7, rounds=4, repair=options),
             execution=Execution(memory_limit=limit),
         ).model.SerializeToString(deterministic=True)
         for limit in (None, 1 << 30)
@@ -203,14 +203,14 @@ def test_later_masks_rank_refitted_weights(monkeypatch: pytest.MonkeyPatch) -> N
     """Two rounds do not end in the mask that the dense magnitudes alone give."""
     rounds = Rounds(monkeypatch)
     model = residual_net()
-    compress(model, images(48, seed=1), CompressOptions(0.7, rounds=2), repair_options=settings(48))
-    at_once = prune(model, 0.7).model
+    compress(model, images(48, seed=1), CompressOptions(0.7, rounds=2, repair=settings(48)))
+    at_once = prune(model, options=PruneOptions(0.7)).model
     different = [
         (old != 0) != (new != 0) for old, new in zip(weights_of(at_once), weights_of(rounds.models[-1]), strict=True)
     ]
     assert sum(int(item.sum()) for item in different) > 0.02 * size(model)
     # the first mask is the dense magnitudes'
-    first = prune(model, 0.7 * 7 / 8).model
+    first = prune(model, options=PruneOptions(0.7 * 7 / 8)).model
     for old, new in zip(weights_of(first), weights_of(rounds.models[0]), strict=True):
         np.testing.assert_array_equal(old, new)
 
@@ -222,7 +222,7 @@ def test_patterns_are_valid_at_the_end_and_lose_one_weight_per_round(
     seen = Rounds(monkeypatch)
     model = residual_net()
     options = CompressOptions(pattern=pattern, rounds=rounds)
-    result = compress(model, images(48, seed=1), options, repair_options=settings(48))
+    result = compress(model, images(48, seed=1), replace(options, repair=settings(48)))
     steps = list(range(3, n - 1, -1))
     assert len(seen.models) == len(steps)
     for kept, item in zip(steps, [*seen.models[:-1], result.model], strict=True):
@@ -244,7 +244,7 @@ def test_rounds_beat_pruning_at_once_on_images_never_seen(name: str) -> None:
     found = []
     for rounds in (1, 4):
         options = CompressOptions(0.95, rounds=rounds)
-        result = compress(model, x, options, repair_options=settings(256)).model
+        result = compress(model, x, replace(options, repair=settings(256))).model
         found.append(kl(reference, run(result, {source: fresh})[output]))
     assert found[1] < 0.9 * found[0]
 
@@ -252,7 +252,7 @@ def test_rounds_beat_pruning_at_once_on_images_never_seen(name: str) -> None:
 def test_the_verification_is_of_the_last_mask_before_and_after() -> None:
     model, x = residual_net(), images(96, seed=1)
     options = RepairOptions(samples=64, verify_samples=32, refit=FAST)
-    result = compress(model, x, CompressOptions(0.6, rounds=2), repair_options=options)
+    result = compress(model, x, CompressOptions(0.6, rounds=2, repair=options))
     verification = result.repair.verification
     assert verification is not None
     assert verification.held_out
@@ -284,12 +284,7 @@ def test_bad_options_are_refused(options: dict[str, Any], words: str) -> None:
 def test_rounds_of_blocks_are_nested_and_share_their_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = Rounds(monkeypatch)
     x = images(48, seed=0)
-    result = compress(
-        residual_net(),
-        x,
-        CompressOptions(sparsity=0.75, pattern="4x1", rounds=3),
-        repair_options=settings(48),
-    )
+    result = compress(residual_net(), x, CompressOptions(sparsity=0.75, pattern="4x1", rounds=3, repair=settings(48)))
     for earlier, later in zip(rounds.models, rounds.models[1:], strict=False):
         for before, after in zip(weights_of(earlier), weights_of(later), strict=True):
             assert not after[before == 0].any()
@@ -304,6 +299,6 @@ def test_rounds_of_blocks_are_nested_and_share_their_zeros(monkeypatch: pytest.M
 
 def test_layers_with_hardly_any_weights_left_are_noted() -> None:
     x, _ = digit_images()
-    result = compress(digits("vgg"), x[:64], CompressOptions(0.999, rounds=1), repair_options=settings(64))
+    result = compress(digits("vgg"), x[:64], CompressOptions(0.999, rounds=1, repair=settings(64)))
     (note,) = (note for note in result.repair.notes if note.startswith("so few weights are left"))
     assert f"in {sum(layer.starved for layer in result.layers)} of {len(result.layers)} layers" in note

@@ -14,8 +14,8 @@ from hypothesis.extra import numpy as hnp
 
 from onnx_asr.errors import OptionError
 from onnx_asr.numerics.scores import cheapest_keep, erk_keep, lamp, row_normalised, saliency
+from onnx_asr.pruning.options import SCORES, PruneOptions
 from onnx_asr.pruning.zeros import prune
-from onnx_asr.repairing.options import SCORES
 from tests.graphs import copy, dense_net, images, net, parameter, residual_net, run, set_parameter
 
 weights = hnp.arrays(
@@ -123,7 +123,7 @@ def expected_scores(model: onnx.ModelProto, score: str, x: np.ndarray) -> list[n
 @pytest.mark.parametrize("score", ["activation", "variance", "gram"])
 def test_data_aware_scores_choose_what_their_definition_chooses(score: str) -> None:
     model, x = grouped_net(), images(40, seed=3, shape=(4, 8, 8))
-    result = prune(model, 0.5, score=score, data=x, samples=len(x))  # type: ignore[arg-type]
+    result = prune(model, x, PruneOptions(0.5, score=score, samples=len(x)))  # type: ignore[arg-type]
     scores = expected_scores(model, score, x)
     kept = [parameter(result.model, position, 1) != 0 for position in (0, 2)]
     assert result.sparsity == pytest.approx(0.5, abs=0.01)
@@ -140,13 +140,13 @@ def test_data_aware_scores_choose_what_their_definition_chooses(score: str) -> N
 )
 def test_every_score_works_with_every_pattern(score: str, options: dict[str, Any]) -> None:
     model, x = dense_net(), images(24, seed=1)
-    needs = {"data": x, "samples": len(x)} if score in ("activation", "variance", "gram") else {}
-    result = prune(model, score=score, **options, **needs)  # type: ignore[arg-type]
+    data = x if score in ("activation", "variance", "gram") else None
+    result = prune(model, data, PruneOptions(score=score, samples=len(x), **options))  # type: ignore[arg-type]
     onnx.checker.check_model(result.model, full_check=True)
     total = sum(layer.size for layer in result.layers)
     if "pattern" not in options:
         assert sum(layer.zeros for layer in result.layers) == round(0.6 * total)
-    assert result.options["score"] == score
+    assert result.options.score == score
 
 
 def test_scores_of_folded_graphs_do_not_see_the_scale_of_channels() -> None:
@@ -158,7 +158,7 @@ def test_scores_of_folded_graphs_do_not_see_the_scale_of_channels() -> None:
     set_parameter(scaled, 0, 2, parameter(model, 0, 2) * factor)
     set_parameter(scaled, 2, 1, parameter(model, 2, 1) / factor[None, :, None, None])
     masks = [
-        parameter(prune(item, 0.5, score="variance", scope="layer", data=x, samples=40).model, 2, 1) != 0
+        parameter(prune(item, x, PruneOptions(0.5, score="variance", scope="layer", samples=40)).model, 2, 1) != 0
         for item in (model, scaled)
     ]
     np.testing.assert_array_equal(*masks)
@@ -166,20 +166,20 @@ def test_scores_of_folded_graphs_do_not_see_the_scale_of_channels() -> None:
 
 def test_plain_magnitude_without_batchnormalization_is_noted() -> None:
     model = grouped_net()
-    (note,) = prune(model, 0.5).notes
+    (note,) = prune(model, options=PruneOptions(0.5)).notes
     assert "--score variance" in note
-    assert prune(model, 0.5, score="row").notes == ()
-    assert prune(dense_net(), 0.5).notes == ()
+    assert prune(model, options=PruneOptions(0.5, score="row")).notes == ()
+    assert prune(dense_net(), options=PruneOptions(0.5)).notes == ()
 
 
 def test_a_score_and_its_data_belong_together() -> None:
     model = residual_net()
     with pytest.raises(OptionError, match="needs calibration samples"):
-        prune(model, 0.5, score="gram")
-    with pytest.raises(OptionError, match="reads no data"):
-        prune(model, 0.5, data=images(8, seed=0))
+        prune(model, options=PruneOptions(0.5, score="gram"))
+    with pytest.raises(OptionError, match="does not use calibration data: drop --data"):
+        prune(model, images(8, seed=0), PruneOptions(0.5))
     with pytest.raises(OptionError, match="unknown"):
-        prune(model, 0.5, score="best")  # type: ignore[arg-type]
+        prune(model, options=PruneOptions(0.5, score="best"))  # type: ignore[arg-type]
 
 
 def hull_cost(zeros: int, corners: list[tuple[int, float]]) -> float:

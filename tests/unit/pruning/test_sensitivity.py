@@ -14,6 +14,7 @@ import pytest
 import onnx_asr
 from onnx_asr.errors import OptionError
 from onnx_asr.networks.fidelity import Fidelity
+from onnx_asr.pruning.options import PruneOptions
 from onnx_asr.pruning.sensitivity import LayerSensitivity, SensitivityResult
 from onnx_asr.pruning.zeros import prune
 from onnx_asr.repairing.options import RefitRecipe, RepairOptions
@@ -27,13 +28,15 @@ FEW = RepairOptions(samples=32, verify_samples=16)
 @pytest.mark.parametrize("make", [residual_net, dense_net, lambda: folded(residual_net())])
 def test_the_refit_takes_part_of_the_damage_back(make: Callable[[], onnx.ModelProto]) -> None:
     model, x = make(), images(48, seed=1)
-    result = onnx_asr.sensitivity(model, x, sparsities=[0.8, 0.4], options=FEW)
+    result = onnx_asr.sensitivity(model, x, onnx_asr.SensitivityOptions(sparsities=[0.8, 0.4], repair=FEW))
     assert result.sparsities == (0.4, 0.8)
-    assert [layer.name for layer in result.layers] == [layer.name for layer in prune(model, 0.5).layers]
+    assert [layer.name for layer in result.layers] == [
+        layer.name for layer in prune(model, options=PruneOptions(0.5)).layers
+    ]
     alone = refitted = 0.0
     for layer in result.layers:
         for share, fidelity in zip(result.sparsities, layer.fidelities, strict=True):
-            pruned = prune(model, share, include=[f"^{layer.name}$"], scope="layer").model
+            pruned = prune(model, options=PruneOptions(share, include=(f"^{layer.name}$",), scope="layer")).model
             assert fidelity.samples == 16
             job = RepairJob.of(pruned, model, x, replace(FEW, method="refit"), None)
             alone += job.measure(pruned, onnx_asr.Execution()).distance
@@ -50,11 +53,11 @@ def test_of_a_last_layer_it_is_exactly_a_repair() -> None:
     )
     x = images(48, seed=1)
     options = replace(FEW, refit=RefitRecipe(rows=100_000))
-    result = onnx_asr.sensitivity(model, x, sparsities=[0.5], options=options)
+    result = onnx_asr.sensitivity(model, x, onnx_asr.SensitivityOptions(sparsities=[0.5], repair=options))
     for number in (0, 1):
         weight = model.graph.node[number].input[1]
-        pruned = prune(model, 0.5, include=[f"^{weight}$"], scope="layer").model
-        repaired = onnx_asr.repair(pruned, x, dense=model, options=replace(options, method="refit"))
+        pruned = prune(model, options=PruneOptions(0.5, include=(f"^{weight}$",), scope="layer")).model
+        repaired = onnx_asr.repair(pruned, x, replace(options, method="refit"), dense=model)
         assert repaired.verification is not None
         expected = repaired.verification.after.distance
         got = result.layers[number].fidelities[0].distance
@@ -67,7 +70,7 @@ def test_of_a_last_layer_it_is_exactly_a_repair() -> None:
 def test_a_weight_that_two_layers_share_is_refitted_for_both() -> None:
     model = net("g (float[N,4] x) => (float[N,4] y) { a = MatMul (x, w)  y = MatMul (a, w) }", w=(4, 4))
     x = np.random.default_rng(0).standard_normal((40, 4)).astype(np.float32)
-    result = onnx_asr.sensitivity(model, x, sparsities=[0.25, 0.5, 0.75], options=FEW)
+    result = onnx_asr.sensitivity(model, x, onnx_asr.SensitivityOptions(sparsities=[0.25, 0.5, 0.75], repair=FEW))
     (layer,) = result.layers
     distances = [fidelity.distance for fidelity in layer.fidelities]
     assert distances == sorted(distances)
@@ -90,18 +93,18 @@ def test_layers_without_effect_are_insensitive_and_pruned_most() -> None:
         tiny=np.array(1e-4, np.float32),
     )
     x = images(48, seed=1)
-    result = onnx_asr.sensitivity(model, x, sparsities=[0.5, 0.75], options=FEW)
+    result = onnx_asr.sensitivity(model, x, onnx_asr.SensitivityOptions(sparsities=[0.5, 0.75], repair=FEW))
     loud, quiet = (layer.fidelities[1].distance for layer in result.layers)
     assert quiet < 1e-3 * loud
-    pruned = prune(model, 0.25, scope="sensitivity", data=x, samples=32)
+    pruned = prune(model, x, PruneOptions(0.25, scope="sensitivity", samples=32))
     assert [layer.zeros for layer in pruned.layers] == [0, 6]
-    assert pruned.options["scope"] == "sensitivity"
+    assert pruned.options.scope == "sensitivity"
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.37, 0.9, 0.99])
 def test_scope_sensitivity_is_exact_and_takes_the_smallest_of_a_layer(sparsity: float) -> None:
     model, x = residual_net(), images(40, seed=1)
-    result = prune(model, sparsity, scope="sensitivity", data=x, samples=24)
+    result = prune(model, x, PruneOptions(sparsity, scope="sensitivity", samples=24))
     assert sum(layer.zeros for layer in result.layers) == round(sparsity * sum(layer.size for layer in result.layers))
     for position in positions(model, "Conv", "Gemm"):
         before, after = np.abs(parameter(model, position, 1)), parameter(result.model, position, 1)
@@ -113,7 +116,9 @@ def test_scope_sensitivity_is_exact_and_takes_the_smallest_of_a_layer(sparsity: 
 def test_the_model_is_not_changed() -> None:
     model = residual_net()
     kept = copy(model)
-    onnx_asr.sensitivity(model, images(40, seed=1), sparsities=[0.5], options=FEW, include=["fc|gemm|conv"])
+    onnx_asr.sensitivity(
+        model, images(40, seed=1), onnx_asr.SensitivityOptions(sparsities=[0.5], include=("fc|gemm|conv",), repair=FEW)
+    )
     assert model == kept
 
 
@@ -121,15 +126,15 @@ def test_wrong_options() -> None:
     model, x = residual_net(), images(40, seed=1)
     for sparsities in ([], [0.0], [1.0], [0.5, float("nan")], [-0.1]):
         with pytest.raises(OptionError, match="sparsit"):
-            onnx_asr.sensitivity(model, x, sparsities=sparsities, options=FEW)
+            onnx_asr.sensitivity(model, x, onnx_asr.SensitivityOptions(sparsities=sparsities, repair=FEW))
     with pytest.raises(OptionError, match="verify-samples 0"):
-        onnx_asr.sensitivity(model, x, options=RepairOptions(verify_samples=0))
+        onnx_asr.sensitivity(model, x, onnx_asr.SensitivityOptions(repair=RepairOptions(verify_samples=0)))
     with pytest.raises(OptionError, match="score 'best'"):
-        onnx_asr.sensitivity(model, x, score="best")  # type: ignore[arg-type]
+        onnx_asr.sensitivity(model, x, onnx_asr.SensitivityOptions(score="best"))  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="scope 'sensitivity' needs calibration samples"):
-        prune(model, 0.5, scope="sensitivity")
-    with pytest.raises(OptionError, match="leave --scope sensitivity out"):
-        prune(model, pattern="2:4", scope="sensitivity", data=x)
+        prune(model, options=PruneOptions(0.5, scope="sensitivity"))
+    with pytest.raises(OptionError, match="drop --scope sensitivity"):
+        prune(model, x, PruneOptions(pattern="2:4", scope="sensitivity"))
 
 
 @pytest.mark.parametrize("highest", [0.5, math.inf, math.nan])

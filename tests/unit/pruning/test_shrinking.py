@@ -14,6 +14,7 @@ from onnx import numpy_helper
 import onnx_asr.pruning.shrinking
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import GraphIndex
+from onnx_asr.pruning.options import PruneOptions
 from onnx_asr.pruning.shrinking import shrink
 from onnx_asr.pruning.zeros import prune
 from tests.graphs import (
@@ -179,7 +180,7 @@ def test_random_graphs_with_dead_rows_and_columns_keep_their_function(seed: int)
 
 @pytest.mark.parametrize("name", ["resnet", "mobilenet", "densenet", "vgg"])
 def test_sparse_trained_nets_get_smaller(name: str) -> None:
-    pruned = prune(digits(name), 0.97).model
+    pruned = prune(digits(name), options=PruneOptions(0.97)).model
     result = shrink(pruned)
     data = digit_images()[0][:16]
     expected = first_output(pruned, data)

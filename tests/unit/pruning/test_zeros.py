@@ -11,6 +11,7 @@ import pytest
 
 from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.numerics.patterns import Pattern
+from onnx_asr.pruning.options import PruneOptions
 from onnx_asr.pruning.zeros import prune
 from onnx_asr.repairing.options import RepairOptions
 from onnx_asr.repairing.pipeline import repair
@@ -48,7 +49,7 @@ def zeros(weights: dict[str, np.ndarray]) -> int:
 @pytest.mark.parametrize("name", NETS)
 def test_global_sparsity_is_exact_and_takes_the_smallest(name: str, sparsity: float) -> None:
     model = NETS[name]()
-    result = prune(model, sparsity)
+    result = prune(model, options=PruneOptions(sparsity))
     before, after = prunable(model), prunable(result.model)
     total = sum(value.size for value in before.values())
     assert zeros(after) == round(sparsity * total)
@@ -63,7 +64,7 @@ def test_global_sparsity_is_exact_and_takes_the_smallest(name: str, sparsity: fl
 
 def test_layer_sparsity_is_exact_in_every_layer() -> None:
     model = residual_net()
-    result = prune(model, 0.37, scope="layer")
+    result = prune(model, options=PruneOptions(0.37, scope="layer"))
     for tensor, value in prunable(result.model).items():
         assert (value == 0).sum() == round(0.37 * value.size), tensor
     assert [layer.zeros for layer in result.layers] == [round(0.37 * layer.size) for layer in result.layers]
@@ -73,7 +74,7 @@ def test_layer_sparsity_is_exact_in_every_layer() -> None:
 @pytest.mark.parametrize("name", NETS)
 def test_patterns_hold_along_the_input_channels(name: str, n: int, m: int) -> None:
     model = NETS[name]()
-    result = prune(model, pattern=f"{n}:{m}")
+    result = prune(model, options=PruneOptions(pattern=f"{n}:{m}"))
     for position in positions(model, "Conv", "Gemm", "ConvTranspose", "MatMul"):
         node = model.graph.node[position]
         before, after = parameter(model, position, 1), parameter(result.model, position, 1)
@@ -139,7 +140,7 @@ def group_blocks(model: onnx.ModelProto, height: int) -> list[list[np.ndarray]]:
 @pytest.mark.parametrize("height", [2, 4])
 def test_blocks_share_their_zeros_and_the_weakest_go(height: int, scope: Any) -> None:
     model = grouped_net()
-    result = prune(model, 0.6, pattern=f"{height}x1", scope=scope)
+    result = prune(model, options=PruneOptions(0.6, pattern=f"{height}x1", scope=scope))
     before, after = group_blocks(model, height), group_blocks(result.model, height)
     kept: list[np.ndarray] = []
     for was, now in zip(before, after, strict=True):
@@ -156,14 +157,14 @@ def test_blocks_share_their_zeros_and_the_weakest_go(height: int, scope: Any) ->
         assert means[~everything].max() <= means[everything].min()
     if scope != "layer":
         assert (~everything).sum() == round(0.6 * everything.size)
-    assert result.options["pattern"] == f"{height}x1"
+    assert result.options.pattern == f"{height}x1"
     onnx.checker.check_model(result.model, full_check=True)
 
 
 def test_nothing_but_weights_changes() -> None:
     model = residual_net()
     before = model.SerializeToString(deterministic=True)
-    result = prune(model, 0.5).model
+    result = prune(model, options=PruneOptions(0.5)).model
     assert model.SerializeToString(deterministic=True) == before
     weights = {model.graph.node[p].input[1] for p in positions(model, "Conv", "Gemm")}
     for old, new in zip(model.graph.initializer, result.graph.initializer, strict=True):
@@ -177,7 +178,7 @@ def test_nothing_but_weights_changes() -> None:
 @pytest.mark.parametrize("options", [{"sparsity": 0.9}, {"pattern": "2:4"}, {"sparsity": 0.8, "pattern": "4x1"}])
 def test_sizes_before_and_after_are_reported(options: dict[str, Any]) -> None:
     model = digits("vgg")
-    result = prune(model, **options)
+    result = prune(model, options=PruneOptions(**options))
     zeros_made = zeros(prunable(result.model)) - zeros(prunable(model))
     assert result.before.parameters == result.after.parameters
     assert result.before.nonzeros - result.after.nonzeros == zeros_made > 0
@@ -187,7 +188,7 @@ def test_sizes_before_and_after_are_reported(options: dict[str, Any]) -> None:
     assert result.after.compressed < (1 - 0.5 * result.sparsity) * result.before.compressed
     values = result.to_dict()
     assert values["after"]["nonzeros"] == result.after.nonzeros
-    assert values["helps"] == Pattern.parse(result.options["pattern"]).helps
+    assert values["helps"] == Pattern.parse(result.options.pattern).helps
 
 
 def test_every_pattern_says_what_it_helps_with() -> None:
@@ -198,10 +199,10 @@ def test_every_pattern_says_what_it_helps_with() -> None:
 
 def test_existing_zeros_are_kept_and_count() -> None:
     model = residual_net()
-    once = prune(model, 0.8).model
-    again = prune(once, 0.5)
+    once = prune(model, options=PruneOptions(0.8)).model
+    again = prune(once, options=PruneOptions(0.5))
     assert zeros(prunable(again.model)) == zeros(prunable(once))
-    more = prune(once, 0.9)
+    more = prune(once, options=PruneOptions(0.9))
     for tensor, value in prunable(once).items():
         assert not prunable(more.model)[tensor][value == 0].any()
     total = sum(value.size for value in prunable(model).values())
@@ -211,7 +212,7 @@ def test_existing_zeros_are_kept_and_count() -> None:
 
 def test_a_weight_that_two_layers_share_stays_shared_and_counts_once() -> None:
     model = net("g (float[N,4] x) => (float[N,4] y) { a = MatMul (x, w)  y = MatMul (a, w) }", w=(4, 4))
-    result = prune(model, 0.5)
+    result = prune(model, options=PruneOptions(0.5))
     assert len(result.model.graph.initializer) == 1
     assert len(result.layers) == 1
     weight = parameter(result.model, 0, 1)
@@ -226,14 +227,14 @@ def test_a_weight_that_an_excluded_layer_shares_is_not_pruned(excluded: str) -> 
         "g (float[N,4,8,8] x) => (float[N,4,H,W] y) { a = Conv (x, w)  r = Relu (a)  b = Conv (r, v)  y = Conv (b, w) }"
     )
     dense = net(text, w=(4, 4, 1, 1), v=(4, 4, 1, 1))
-    result = prune(dense, 0.5, exclude=[excluded])
+    result = prune(dense, options=PruneOptions(0.5, exclude=(excluded,)))
     np.testing.assert_array_equal(constant(result.model, "w"), constant(dense, "w"))
     assert [(layer.name, layer.zeros) for layer in result.layers] == [("Conv:b", 8)]
     assert [(skip.name, skip.reason) for skip in result.skips] == [("Conv:a", "excluded by a pattern")]
 
     x = images(24, seed=1, shape=(4, 8, 8))
     options = RepairOptions("refit", samples=16, verify_samples=8)
-    repaired = repair(result.model, x, dense=dense, options=options)
+    repaired = repair(result.model, x, options, dense=dense)
     onnx.checker.check_model(repaired.model, full_check=True)
     assert repaired.improved
     assert [point.name for point in repaired.points] == ["Conv:a", "Conv:b", "Conv:y"]
@@ -243,13 +244,13 @@ def test_a_weight_that_an_excluded_layer_shares_is_not_pruned(excluded: str) -> 
 
 def test_names_choose_who_takes_part() -> None:
     model = residual_net()
-    result = prune(model, 0.5, exclude=["stem", "fc"])
+    result = prune(model, options=PruneOptions(0.5, exclude=("stem", "fc")))
     changed = {
         tensor for tensor, value in prunable(result.model).items() if not np.array_equal(value, prunable(model)[tensor])
     }
     assert changed == {"a", "b", "c", "short"}
     assert {skip.name for skip in result.skips} == {"Conv:stem", "Gemm:logits"}
-    only = prune(model, 0.5, include=["^a_w$"])
+    only = prune(model, options=PruneOptions(0.5, include=("^a_w$",)))
     assert [layer.zeros for layer in only.layers] == [288]
 
 
@@ -269,19 +270,19 @@ def test_names_choose_who_takes_part() -> None:
         ({"pattern": "4x1"}, "missing"),
         ({"pattern": "channel", "sparsity": 0.5}, "prune_channels"),
         ({"sparsity": 0.5, "scope": "world"}, "unknown"),
-        ({"sparsity": 0.5, "include": ["nobody"]}, "leave no weight"),
-        ({"sparsity": 0.5, "include": ["("]}, "not a regular expression"),
+        ({"sparsity": 0.5, "include": ("nobody",)}, "leave no weight"),
+        ({"sparsity": 0.5, "include": ("(",)}, "not a regular expression"),
         ({"pattern": "1:500"}, "no weight has"),
     ],
 )
 def test_bad_options_are_refused(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionError, match=words):
-        prune(residual_net(), **arguments)
+        prune(residual_net(), options=PruneOptions(**arguments))
 
 
 def test_models_without_weights_are_refused() -> None:
     with pytest.raises(ModelError, match="nothing to prune"):
-        prune(net("g (float[N,4] x) => (float[N,4] y) { y = Relu (x) }"), 0.5)
+        prune(net("g (float[N,4] x) => (float[N,4] y) { y = Relu (x) }"), options=PruneOptions(0.5))
 
 
 def test_patterns_are_read_and_written() -> None:
@@ -292,7 +293,7 @@ def test_patterns_are_read_and_written() -> None:
 
 def test_ties_are_broken_by_position() -> None:
     model = net("g (float[N,4] x) => (float[N,4] y) { y = MatMul (x, w) }", w=np.ones((4, 4), np.float32))
-    weight = parameter(prune(copy(model), 0.5).model, 0, 1).ravel()
+    weight = parameter(prune(copy(model), options=PruneOptions(0.5)).model, 0, 1).ravel()
     np.testing.assert_array_equal(weight, [1] * 8 + [0] * 8)
     assert np.isfinite(first_output(model, images(1, seed=0, shape=(4,))[:1].reshape(1, 4))).all()
 
@@ -319,17 +320,17 @@ def starving(notes: tuple[str, ...]) -> list[str]:
 
 def test_a_layer_with_hardly_any_weights_left_is_noted() -> None:
     model = uneven_net()
-    emptied = prune(model, 0.5)
+    emptied = prune(model, options=PruneOptions(0.5))
     assert [layer.zeros for layer in emptied.layers] == [288, 368]
     (note,) = starving(emptied.notes)
     assert "in 1 of 2 layers: Conv:a (0 of 288);" in note
-    assert starving(prune(model, 0.5, scope="layer").notes) == []
+    assert starving(prune(model, options=PruneOptions(0.5, scope="layer")).notes) == []
     x = images(40, seed=0, shape=(1, 8, 8))
     assert starving(repair(emptied.model, x, dense=model).notes) == [note]
 
 
 def test_the_emptiest_layers_are_named_without_a_dense_network_too() -> None:
-    result = prune(digits("vgg"), 0.999)
+    result = prune(digits("vgg"), options=PruneOptions(0.999))
     kept = sorted((layer.size - layer.zeros, layer.name) for layer in result.layers if layer.starved)
     assert len(kept) > 3
     (note,) = starving(result.notes)
@@ -337,19 +338,19 @@ def test_the_emptiest_layers_are_named_without_a_dense_network_too() -> None:
     assert [int(count.replace(",", "")) for _, count in named] == [count for count, _ in kept[:3]]
     assert ", ...;" in note
     x, _ = digit_images()
-    assert starving(repair(result.model, x[:64], options=RepairOptions(method="bn")).notes) == [note]
+    assert starving(repair(result.model, x[:64], RepairOptions(method="bn")).notes) == [note]
 
 
 @pytest.mark.parametrize(("kept", "told"), [(3, True), (4, False)])
 def test_fewer_weights_than_a_tenth_of_the_channels_are_few(kept: int, told: bool) -> None:
-    notes = prune(uneven_net(), 1 - kept / 288, scope="layer", include=["w"]).notes
+    notes = prune(uneven_net(), options=PruneOptions(1 - kept / 288, scope="layer", include=("w",))).notes
     assert bool(starving(notes)) == told
 
 
 def test_what_the_dense_network_lacks_was_not_pruned() -> None:
     dense = uneven_net()
     set_parameter(dense, 0, 1, np.zeros((32, 1, 3, 3), np.float32))
-    result = prune(dense, 0.5)
+    result = prune(dense, options=PruneOptions(0.5))
     assert result.layers[0].zeros == 288
     assert starving(result.notes) == []
     assert starving(repair(result.model, images(40, seed=0, shape=(1, 8, 8)), dense=dense).notes) == []

@@ -87,7 +87,7 @@ def repaired(
 ) -> onnx.ModelProto:
     """Repaired on all of ``x``."""
     settings = RepairOptions(method=method, samples=len(x), verify_samples=0, **options)
-    result = repair(model, x, dense=dense, options=settings)
+    result = repair(model, x, settings, dense=dense)
     assert result.calibration_samples == len(x)
     onnx.checker.check_model(result.model)
     return result.model
@@ -425,7 +425,7 @@ def test_without_a_dense_model_paired_is_bn(name: str) -> None:
 
 def test_without_a_dense_model_nothing_is_verified_and_auto_is_bn() -> None:
     damaged, x = pruned_of("residual", 0.6), data_of("residual")
-    result = repair(damaged, x, options=RepairOptions(samples=len(x)))
+    result = repair(damaged, x, RepairOptions(samples=len(x)))
     assert result.options.method == "bn"
     assert result.verification is None
     assert result.improved
@@ -488,7 +488,7 @@ class Spy:
 def test_auto_gives_back_what_it_cannot_improve() -> None:
     model = model_of("residual")
     options = RepairOptions(samples=32, verify_samples=16)
-    result = repair(model, data_of("residual"), dense=model, options=options)
+    result = repair(model, data_of("residual"), options, dense=model)
     assert not result.improved
     assert result.model == model
     assert result.points == ()
@@ -503,7 +503,7 @@ def test_auto_takes_the_smallest_divergence_on_samples_it_did_not_calibrate_on(
     model, damaged = model_of(name), pruned_of(name, sparsity)
     x = images(160, seed=8) if name == "residual" else digit_images()[0][:160]
     common = {"samples": 96, "verify_samples": 64}
-    result = repair(damaged, x, dense=model, options=RepairOptions(**common))
+    result = repair(damaged, x, RepairOptions(**common), dense=model)
     held_out = spy.measured[0]
     assert all(indices == held_out for indices in spy.measured)
     assert (len(spy.calibrated), len(set(held_out))) == (96, 64)
@@ -512,7 +512,7 @@ def test_auto_takes_the_smallest_divergence_on_samples_it_did_not_calibrate_on(
     reference = outputs(model, x[held_out])
     divergences = []
     for item in result.candidates:
-        alone = repair(damaged, x, dense=model, options=item.options).model
+        alone = repair(damaged, x, item.options, dense=model).model
         divergences.append(kl(reference, outputs(alone, x[held_out])))
         np.testing.assert_allclose(item.fidelity.kl, divergences[-1], rtol=1e-4, atol=1e-7)
     assert result.options == result.candidates[int(np.argmin(divergences))].options
@@ -527,7 +527,7 @@ def test_auto_takes_the_smallest_divergence_on_samples_it_did_not_calibrate_on(
 def test_a_time_budget_skips_candidates() -> None:
     model, damaged = model_of("residual"), pruned_of("residual", 0.5)
     options = RepairOptions(samples=64, verify_samples=32, time_budget=0.0)
-    result = repair(damaged, images(96, seed=8), dense=model, options=options)
+    result = repair(damaged, images(96, seed=8), options, dense=model)
     assert [item.label for item in result.candidates] == ["paired", "paired (rho^0.25)", "bn"]
     assert any("time budget" in note for note in result.notes)
 
@@ -537,7 +537,7 @@ def test_a_result_that_is_not_better_says_so(method: str) -> None:
     """A network that needs no repair gets worse when its statistics are replaced."""
     model = model_of("digits_resnet")
     x = digit_images()[0][:96]
-    result = repair(model, x, dense=model, options=RepairOptions(method=method, samples=32, verify_samples=64))
+    result = repair(model, x, RepairOptions(method=method, samples=32, verify_samples=64), dense=model)
     assert result.verification is not None
     assert result.verification.before.kl == pytest.approx(0.0, abs=1e-9)
     assert result.verification.after.kl > 1e-6
@@ -564,7 +564,7 @@ def test_samples_of_a_dataset_and_of_an_array_are_the_same() -> None:
     model, damaged, x = model_of("residual"), pruned_of("residual", 0.5), data_of("residual")
     dataset = TensorDataset([{"x": x}], "the data", input_specs(GraphIndex.of(damaged)), None)
     options = RepairOptions(method="paired", samples=32, verify_samples=16)
-    models = [repair(damaged, data, dense=model, options=options).model for data in (x, dataset)]
+    models = [repair(damaged, data, options, dense=model).model for data in (x, dataset)]
     assert models[0].SerializeToString(deterministic=True) == models[1].SerializeToString(deterministic=True)
 
 
@@ -598,8 +598,8 @@ def test_the_classifier_can_be_left_alone() -> None:
     result = repair(
         damaged,
         x,
+        RepairOptions(method="refit", samples=len(x), verify_samples=0, refit=RefitRecipe(classifier=False)),
         dense=model,
-        options=RepairOptions(method="refit", samples=len(x), verify_samples=0, refit=RefitRecipe(classifier=False)),
     )
     np.testing.assert_array_equal(parameter(result.model, classifier, 1), parameter(damaged, classifier, 1))
     assert any(skip.node == classifier for skip in result.skips)
@@ -654,6 +654,6 @@ def test_another_provider_gives_the_same_repair(method: str) -> None:
     values = []
     for providers in (("CPUExecutionProvider",), (OTHERS[0], "CPUExecutionProvider")):
         execution = Execution(Runtime(providers, threads=1))
-        values.append(outputs(repair(damaged, x, dense=model, options=options, execution=execution).model, x))
+        values.append(outputs(repair(damaged, x, options, dense=model, execution=execution).model, x))
     np.testing.assert_allclose(values[1], values[0], atol=1e-3 * np.abs(values[0]).max())
     assert np.abs(values[0] - outputs(damaged, x)).max() > 1e-2

@@ -36,7 +36,7 @@ def refitted(
     damaged: onnx.ModelProto, dense: onnx.ModelProto, x: np.ndarray, recipe: RefitRecipe = PLAIN
 ) -> onnx.ModelProto:
     options = RepairOptions(method="refit", samples=len(x), verify_samples=0, refit=recipe)
-    result = repair(damaged, x, dense=dense, options=options).model
+    result = repair(damaged, x, options, dense=dense).model
     onnx.checker.check_model(result)
     return result
 

@@ -28,7 +28,7 @@ from onnx_asr.report import check_report
 from onnx_asr.report.data import Run, compress_data, inspect_data, prune_data, repair_data
 from onnx_asr.report.html import render, write_report
 from onnx_asr.report.sweep_data import sweep_data
-from onnx_asr.sweeping.grid import Cell, Goal
+from onnx_asr.sweeping.grid import Cell, PruneGoal
 from onnx_asr.sweeping.result import Outcome, SweepResult
 from tests.graphs import MODELS, copy, digits, images, residual_net
 
@@ -40,13 +40,13 @@ NASTY = "<script>alert('x')</script>&\"quoted\""
 
 
 def zeroed(model: onnx.ModelProto, sparsity: float) -> onnx.ModelProto:
-    return onnx_asr.prune(model, sparsity).model
+    return onnx_asr.prune(model, options=onnx_asr.PruneOptions(sparsity)).model
 
 
 def repaired(model: onnx.ModelProto, dense: onnx.ModelProto, **given: Any) -> dict[str, Any]:
     """The report of a repair on digits."""
     options = RepairOptions(**{"samples": 128, "verify_samples": 64, **given})
-    result = onnx_asr.repair(model, FOLDER, dense=dense, options=options, preprocessing=DIGITS)
+    result = onnx_asr.repair(model, FOLDER, options, dense=dense, preprocessing=DIGITS)
     files = {"model": "pruned.onnx", "dense": "dense.onnx", "data": "images", "output": "repaired.onnx"}
     run = Run("repair", "onnx-resuscitate repair pruned.onnx", files, DIGITS)
     return repair_data(run, result, model, dense, FOLDER, Execution())
@@ -166,7 +166,7 @@ def test_shrinkage_of_the_methods_that_have_it() -> None:
 def test_without_a_dense_model_there_is_no_damage() -> None:
     model = zeroed(digits("resnet"), 0.9)
     options = RepairOptions(method="bn", samples=64)
-    result = onnx_asr.repair(model, FOLDER, options=options, preprocessing=DIGITS)
+    result = onnx_asr.repair(model, FOLDER, options, preprocessing=DIGITS)
     run = Run("repair", "line", {"model": "m.onnx", "output": "o.onnx"}, DIGITS)
     values = repair_data(run, result, model, None, FOLDER, Execution())
     assert [row["name"] for row in values["versions"]] == ["pruned", "repaired"]
@@ -178,7 +178,7 @@ def test_without_a_dense_model_there_is_no_damage() -> None:
 
 def test_the_other_commands() -> None:
     dense = digits("vgg")
-    result = onnx_asr.prune(dense, pattern="2:4")
+    result = onnx_asr.prune(dense, options=onnx_asr.PruneOptions(pattern="2:4"))
     page = render(prune_data(Run("prune", "line", {"model": "m.onnx"}), result, dense))
     assert page.count("<b>2:4</b>") == sum(layer.zeros > 0 for layer in result.layers)
     model = zeroed(dense, 0.9)
@@ -192,8 +192,9 @@ def test_the_other_commands() -> None:
     compressed = onnx_asr.compress(
         dense,
         FOLDER,
-        onnx_asr.CompressOptions(0.9, rounds=2),
-        repair_options=RepairOptions(samples=64, verify_samples=64, refit=RefitRecipe(rows=2000)),
+        onnx_asr.CompressOptions(
+            0.9, rounds=2, repair=RepairOptions(samples=64, verify_samples=64, refit=RefitRecipe(rows=2000))
+        ),
         preprocessing=DIGITS,
     )
     values = compress_data(Run("compress", "line", {"model": "m.onnx"}, DIGITS), compressed, dense, FOLDER, Execution())
@@ -209,7 +210,7 @@ def test_labels_that_do_not_fit_are_reported_and_ignored(tmp_path: Path) -> None
     path = tmp_path / "feeds.npz"
     np.savez(path, x=images(96, seed=0), labels=np.full(96, 10))
     options = RepairOptions(method="paired", samples=48, verify_samples=32)
-    result = onnx_asr.repair(model, path, dense=dense, options=options)
+    result = onnx_asr.repair(model, path, options, dense=dense)
     values = repair_data(Run("repair", "line", {"model": "m"}), result, model, dense, str(path), Execution())
     assert values["versions"][0]["fidelity"] is None
     assert values["versions"][2]["fidelity"]["top1"] is None
@@ -279,7 +280,7 @@ def chromium() -> str:
 
 def of_a_sweep() -> str:
     """A page of a sweep with many cells, one of which failed with a long message."""
-    goals = [Goal(pattern, share) for pattern in ("unstructured", "4x1") for share in (0.5, 0.7, 0.8, 0.9, 0.95)]
+    goals = [PruneGoal(pattern, share) for pattern in ("unstructured", "4x1") for share in (0.5, 0.7, 0.8, 0.9, 0.95)]
     score = Outcome(Fidelity(600, top1=0.5, top5=0.9, agreement=0.5, kl=1.0, snr_db=3.0), 0.5, 1.0, "refit")
     cells = {Cell(goal, method): score for goal in goals for method in ("none", "auto", "compress")}
     cells[Cell(goals[0], "none")] = Outcome(error=9 * NASTY)

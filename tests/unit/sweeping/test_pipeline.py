@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import onnx_asr
+from onnx_asr import SweepGrid, SweepResult, SweepSettings, sweep
 from onnx_asr.data import PRESETS
 from onnx_asr.engine.session import Runtime
 from onnx_asr.errors import DataError, OptionError, OutputError
@@ -26,9 +27,8 @@ from onnx_asr.report.data import Run
 from onnx_asr.report.html import render
 from onnx_asr.report.sweep_data import panels, sweep_data
 from onnx_asr.report.sweep_figure import draw_svg, write_plot
-from onnx_asr.sweeping import SweepGrid, SweepResult, SweepSettings, sweep
-from onnx_asr.sweeping.bench import Bench
-from onnx_asr.sweeping.grid import Cell, Goal
+from onnx_asr.sweeping.grid import Cell, PruneGoal
+from onnx_asr.sweeping.workspace import Workspace
 from tests.graphs import MODELS, copy, digit_images, digits, first_output, folded, images, kl, net, residual_net
 
 FEW = RepairOptions(samples=48, verify_samples=40, refit=RefitRecipe(rows=500, relu_steps=1))
@@ -42,20 +42,20 @@ DENSE, SAMPLES = residual_net(), {"x": images(96, seed=1), "labels": np.random.d
 @pytest.fixture(scope="module")
 def swept() -> SweepResult:
     methods = ("compress", "auto", "refit", "asr", "bn", "none")
-    return sweep(DENSE, SAMPLES, SweepGrid((0.5,), ("unstructured", "channel"), methods), settings=SETTINGS)
+    return sweep(DENSE, SAMPLES, SweepGrid((0.5,), ("unstructured", "channel"), methods), SETTINGS)
 
 
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts prunings and scored cells from now on."""
     counted: Counter[str] = Counter()
     for name in ("pruned", "score"):
-        original = getattr(Bench, name)
+        original = getattr(Workspace, name)
 
-        def counting(self: Bench, *given: Any, name: str = name, original: Any = original) -> Any:
+        def counting(self: Workspace, *given: Any, name: str = name, original: Any = original) -> Any:
             counted[name] += 1
             return original(self, *given)
 
-        monkeypatch.setattr(Bench, name, counting)
+        monkeypatch.setattr(Workspace, name, counting)
     return counted
 
 
@@ -79,7 +79,7 @@ def test_a_grid_has_each_cell_once_in_order() -> None:
         (((),), "a sweep without sparsities"),
         (((0.5,), ()), "a sweep without patterns"),
         (((0.5,), ("unstructured",), ()), "a sweep without methods"),
-        (((0.5,), ("2:4",)), "pattern 2:4 sets the sparsity itself: leave --sparsities out"),
+        (((0.5,), ("2:4",)), "pattern 2:4 sets the sparsity itself: drop --sparsities"),
         ((None, ("5:4",)), "pattern '5:4' is unknown"),
     ],
 )
@@ -94,7 +94,10 @@ def test_cells_are_what_the_single_pipelines_make(swept: SweepResult) -> None:
     chosen, held = split_samples(len(x), FEW, verify=True)
     reference = first_output(DENSE, x[held])
     assert swept.dense.top1 == np.mean(reference.argmax(axis=1) == labels[held])
-    pruned = {"unstructured": onnx_asr.prune(DENSE, 0.5).model, "channel": onnx_asr.prune_channels(DENSE, 0.5).model}
+    pruned = {
+        "unstructured": onnx_asr.prune(DENSE, options=onnx_asr.PruneOptions(0.5)).model,
+        "channel": onnx_asr.prune_channels(DENSE, onnx_asr.ChannelPruneOptions(0.5)).model,
+    }
     tried = 0
     for cell, outcome in swept.cells.items():
         if outcome.error is not None:
@@ -102,12 +105,12 @@ def test_cells_are_what_the_single_pipelines_make(swept: SweepResult) -> None:
         if cell.method == "compress":
             options = replace(FEW, samples=len(chosen), verify_samples=0)
             goal = onnx_asr.CompressOptions(0.5, rounds=2)
-            model = onnx_asr.compress(DENSE, x, goal, repair_options=options).model
+            model = onnx_asr.compress(DENSE, x, replace(goal, repair=options)).model
         elif cell.method == "none":
             model = pruned[cell.goal.pattern]
         else:
             options = replace(FEW, method=cell.method)  # type: ignore[arg-type]
-            model = onnx_asr.repair(pruned[cell.goal.pattern], x, dense=DENSE, options=options).model
+            model = onnx_asr.repair(pruned[cell.goal.pattern], x, options, dense=DENSE).model
         outputs = first_output(model, x[held])
         assert outcome.fidelity is not None
         assert outcome.fidelity.top1 == np.mean(outputs.argmax(axis=1) == labels[held])
@@ -119,7 +122,7 @@ def test_cells_are_what_the_single_pipelines_make(swept: SweepResult) -> None:
 
 
 def test_what_auto_chose_and_how_much_is_gone(swept: SweepResult) -> None:
-    single, channel = Goal("unstructured", 0.5), Goal("channel", 0.5)
+    single, channel = PruneGoal("unstructured", 0.5), PruneGoal("channel", 0.5)
     assert swept.cells[Cell(single, "auto")].chosen == "refit"
     assert swept.cells[Cell(single, "refit")].chosen is None
     for method in ("none", "refit", "compress"):
@@ -132,7 +135,7 @@ def test_what_auto_chose_and_how_much_is_gone(swept: SweepResult) -> None:
 def test_a_failing_cell_does_not_stop_the_sweep(swept: SweepResult) -> None:
     (reason,) = swept.failures
     assert "it removes no channels" in reason
-    assert swept.failures[reason] == [Cell(Goal("channel", 0.5), "compress")]
+    assert swept.failures[reason] == [Cell(PruneGoal("channel", 0.5), "compress")]
     result = sweep(folded(residual_net()), images(96, seed=1), SweepGrid((0.5,), methods=("none", "bn", "paired")))
     (reason,) = result.failures
     assert "has none (it was folded" in reason
@@ -144,8 +147,8 @@ def test_unexpected_errors_are_failures_and_interrupts_are_not(monkeypatch: pyte
         def fail(*_: object) -> None:
             raise error
 
-        monkeypatch.setattr(Bench, "pruned", fail)
-        return sweep(residual_net(), images(96, seed=1), SweepGrid((0.5,), methods=("none",)), settings=SETTINGS)
+        monkeypatch.setattr(Workspace, "pruned", fail)
+        return sweep(residual_net(), images(96, seed=1), SweepGrid((0.5,), methods=("none",)), SETTINGS)
 
     assert list(run_with(ZeroDivisionError("x")).failures) == ["unexpected ZeroDivisionError: x"]
     disguised = RuntimeError("stopped")
@@ -157,30 +160,30 @@ def test_unexpected_errors_are_failures_and_interrupts_are_not(monkeypatch: pyte
 
 def test_a_goal_is_pruned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     counted = calls(monkeypatch)
-    sweep(residual_net(), images(128, seed=1), GRID, settings=SETTINGS)
+    sweep(residual_net(), images(128, seed=1), GRID, SETTINGS)
     assert counted == {"pruned": 3, "score": 9}
 
 
 def test_finished_cells_are_kept_and_missing_ones_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, path = residual_net(), images(128, seed=1), tmp_path / "results.json"
-    whole = sweep(model, x, GRID, settings=SETTINGS)
-    score = Bench.score
+    whole = sweep(model, x, GRID, SETTINGS)
+    score = Workspace.score
 
-    def interrupted(self: Bench, *given: Any) -> Any:
+    def interrupted(self: Workspace, *given: Any) -> Any:
         if counted["score"] == 4:
             raise KeyboardInterrupt
         return score(self, *given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Bench, "score", interrupted)
+        patch.setattr(Workspace, "score", interrupted)
         counted = calls(patch)
         with pytest.raises(KeyboardInterrupt):
-            sweep(model, x, GRID, settings=SETTINGS, results=path)
+            sweep(model, x, GRID, SETTINGS, results=path)
     stored = json.loads(path.read_text())
     assert len(stored["cells"]) == 3
     with monkeypatch.context() as patch:
         counted = calls(patch)
-        result = sweep(model, x, GRID, settings=SETTINGS, results=path)
+        result = sweep(model, x, GRID, SETTINGS, results=path)
         assert counted == {"pruned": 2, "score": 6}
     assert {cell: outcome.fidelity for cell, outcome in result.cells.items()} == {
         cell: outcome.fidelity for cell, outcome in whole.cells.items()
@@ -189,9 +192,9 @@ def test_finished_cells_are_kept_and_missing_ones_computed(tmp_path: Path, monke
     assert [item.name for item in tmp_path.iterdir()] == ["results.json"]
     with monkeypatch.context() as patch:  # another grid, the same conditions: cells of both
         counted = calls(patch)
-        wider = sweep(model, x, SweepGrid((0.3,), methods=("none",)), settings=SETTINGS, results=path)
+        wider = sweep(model, x, SweepGrid((0.3,), methods=("none",)), SETTINGS, results=path)
         assert counted == {"pruned": 1, "score": 1}
-    assert wider.cells.keys() == {*whole.cells, Cell(Goal("unstructured", 0.3), "none")}
+    assert wider.cells.keys() == {*whole.cells, Cell(PruneGoal("unstructured", 0.3), "none")}
 
 
 def test_failed_cells_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +208,7 @@ def test_failed_cells_are_tried_again(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 CHANGES = [  # what makes a sweep another one, and what the error names
-    ("dense_sha256", {"dense": residual_net(seed=1)}),
+    ("dense_sha256", {"model": residual_net(seed=1)}),
     ("calibration.sha256", {"data": images(128, seed=2)}),
     ("scored.sha256", {"test": images(40, seed=3)}),
     ("settings.repair.samples", {"settings": SweepSettings(repair=RepairOptions(samples=32, verify_samples=48))}),
@@ -218,14 +221,14 @@ CHANGES = [  # what makes a sweep another one, and what the error names
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("stored") / "results.json"
-    sweep(residual_net(), images(128, seed=1), SweepGrid((0.5,), methods=("none",)), settings=SETTINGS, results=path)
+    sweep(residual_net(), images(128, seed=1), SweepGrid((0.5,), methods=("none",)), SETTINGS, results=path)
     return path
 
 
 @pytest.mark.parametrize(("name", "change"), CHANGES, ids=[name for name, _ in CHANGES])
 def test_a_file_of_another_sweep_is_refused(name: str, change: dict[str, Any], stored: Path) -> None:
     before = stored.read_bytes()
-    arguments: dict[str, Any] = {"dense": residual_net(), "data": images(128, seed=1), "settings": SETTINGS} | change
+    arguments: dict[str, Any] = {"model": residual_net(), "data": images(128, seed=1), "settings": SETTINGS} | change
     with pytest.raises(OutputError, match=rf"cells of another sweep \(.*({name} is|and \d more).*another file with"):
         sweep(grid=SweepGrid((0.5,), methods=("none",)), results=stored, **arguments)
     assert stored.read_bytes() == before
@@ -234,9 +237,9 @@ def test_a_file_of_another_sweep_is_refused(name: str, change: dict[str, Any], s
 def test_labels_are_a_condition_too(tmp_path: Path) -> None:
     pixels, labels = digit_images()
     path, grid = tmp_path / "results.json", SweepGrid((0.5,), methods=("none",))
-    sweep(digits("vgg"), {"input": pixels, "labels": labels}, grid, settings=SETTINGS, results=path)
+    sweep(digits("vgg"), {"input": pixels, "labels": labels}, grid, SETTINGS, results=path)
     with pytest.raises(OutputError, match=r"scored.labels_sha256 is [0-9a-f]{24}\.\.\. there, None now"):
-        sweep(digits("vgg"), {"input": pixels}, grid, settings=SETTINGS, results=path)
+        sweep(digits("vgg"), {"input": pixels}, grid, SETTINGS, results=path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"kind": "onnx-resuscitate sweep"}', '{"a": 1}', "\xff", None])
@@ -253,9 +256,9 @@ def test_a_file_that_is_not_a_sweep_result_is_not_overwritten(content: str | Non
 
 def test_samples_of_their_own_to_score_on(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, test = residual_net(), images(96, seed=1), images(40, seed=9)
-    result = sweep(model, x, SweepGrid((0.7,), methods=("none",)), settings=SETTINGS, test=test)
+    result = sweep(model, x, SweepGrid((0.7,), methods=("none",)), SETTINGS, test=test)
     (outcome,) = result.cells.values()
-    outputs = first_output(onnx_asr.prune(model, 0.7).model, test)
+    outputs = first_output(onnx_asr.prune(model, options=onnx_asr.PruneOptions(0.7)).model, test)
     assert outcome.fidelity is not None
     assert outcome.fidelity.samples == 40
     assert outcome.fidelity.kl == pytest.approx(kl(first_output(model, test), outputs), rel=1e-4)
@@ -273,18 +276,15 @@ def test_labels_that_do_not_fit_are_refused_before_any_cell() -> None:
 def test_a_score_that_looks_at_data_and_a_pattern_of_blocks() -> None:
     model, x = residual_net(), images(96, seed=1)
     settings = SweepSettings(repair=FEW, score="variance", scope="erk", exclude=("gemm|fc",))
-    result = sweep(model, x, SweepGrid((0.5,), ("unstructured", "4x1"), ("none",)), settings=settings)
+    result = sweep(model, x, SweepGrid((0.5,), ("unstructured", "4x1"), ("none",)), settings)
     chosen, held = split_samples(len(x), FEW, verify=True)
     for cell, outcome in result.cells.items():
         pruned = onnx_asr.prune(
             model,
-            0.5,
-            pattern=cell.goal.pattern,
-            score="variance",
-            scope="erk",
-            exclude=("gemm|fc",),
-            data=x,
-            samples=len(chosen),
+            x,
+            onnx_asr.PruneOptions(
+                0.5, pattern=cell.goal.pattern, score="variance", scope="erk", exclude=("gemm|fc",), samples=len(chosen)
+            ),
         ).model
         assert outcome.fidelity is not None
         expected = kl(first_output(model, x[held]), first_output(pruned, x[held]))
@@ -317,7 +317,7 @@ def test_local_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     for asked, threads in ((2, 0), (4, 0), (None, 0), (2, 5)):
         execution = onnx_asr.Execution(Runtime(threads=threads))
         with pytest.raises(OptionError, match="seen"):
-            sweep(DENSE, SAMPLES, SweepGrid((0.5, 0.9)), settings=SETTINGS, workers=asked, execution=execution)
+            sweep(DENSE, SAMPLES, SweepGrid((0.5, 0.9)), SETTINGS, workers=asked, execution=execution)
     assert given == [(2, 3), (4, 1), (6, 1), (2, 5)]
 
 
@@ -347,7 +347,7 @@ def test_the_curves_of_a_sweep(swept: SweepResult, tmp_path: Path) -> None:
     assert single["x"] == [1.0]
     assert single["labels"] == ["50%"]
     for method, (value,) in single["curves"].items():
-        fidelity = swept.cells[Cell(Goal("unstructured", 0.5), method)].fidelity
+        fidelity = swept.cells[Cell(PruneGoal("unstructured", 0.5), method)].fidelity
         assert fidelity is not None
         assert value == fidelity.top1
     assert "compress" in single["curves"]
@@ -380,7 +380,7 @@ def test_the_page_of_a_sweep(swept: SweepResult) -> None:
 
 def test_a_net_that_does_not_classify_is_judged_by_its_snr() -> None:
     model = net("g (float[N,3,8,8] x) => (float[N,4,8,8] y) { y = Conv (x, w) }", w=(4, 3, 1, 1))
-    result = sweep(model, images(96, seed=1), SweepGrid((0.5,), ("2:4", "unstructured")), settings=SETTINGS)
+    result = sweep(model, images(96, seed=1), SweepGrid((0.5,), ("2:4", "unstructured")), SETTINGS)
     assert result.measure == "snr_db"
     page = render(sweep_data(Run("sweep", "line", {"model": "m.onnx"}), result))
     assert "output SNR, dB" in page
@@ -390,7 +390,7 @@ def test_a_net_that_does_not_classify_is_judged_by_its_snr() -> None:
 def test_nothing_given_is_changed() -> None:
     model = residual_net()
     kept = copy(model)
-    sweep(model, images(96, seed=1), SweepGrid((0.5,), methods=("none", "refit")), settings=SETTINGS)
+    sweep(model, images(96, seed=1), SweepGrid((0.5,), methods=("none", "refit")), SETTINGS)
     assert model == kept
 
 
@@ -399,7 +399,7 @@ def test_data_by_path_and_opened() -> None:
     dense, data = MODELS / "digits_mobilenet.onnx", MODELS / "data"
     grid = SweepGrid((0.5,), methods=("none",))
     results = [
-        sweep(model, source, grid, settings=SETTINGS, preprocessing=PRESETS["digits"])
+        sweep(model, source, grid, SETTINGS, preprocessing=PRESETS["digits"])
         for model, source in (
             (str(dense), data / "digits_calibration"),
             (digits("mobilenet"), str(data / "digits_calibration.npz")),

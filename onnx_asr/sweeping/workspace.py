@@ -21,12 +21,13 @@ from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Fidelity, Outputs, collect_outputs, is_classifier
 from onnx_asr.networks.samples import input_specs, whole_batches
 from onnx_asr.pruning.channels import prune_channels
-from onnx_asr.pruning.compression import CompressOptions, compress
+from onnx_asr.pruning.compression import compress
+from onnx_asr.pruning.options import ChannelPruneOptions, CompressOptions, PruneOptions
 from onnx_asr.pruning.zeros import prune
-from onnx_asr.repairing.options import DATA_AWARE, Method, RepairOptions
+from onnx_asr.repairing.options import Method, RepairOptions
 from onnx_asr.repairing.pipeline import RepairJob, repair
 from onnx_asr.repairing.result import RepairResult
-from onnx_asr.sweeping.grid import CHANNEL, Cell, Goal, SweepSettings
+from onnx_asr.sweeping.grid import CHANNEL, Cell, PruneGoal, SweepSettings
 from onnx_asr.sweeping.result import Outcome
 from onnx_asr.version import __version__
 
@@ -53,7 +54,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Workspace:
     """What every cell of a process uses.
 
     Attributes:
@@ -67,7 +68,7 @@ class Bench:
         reference: The dense model's outputs on them.
         settings: What all cells have in common.
         notes: What a user should know about the samples.
-        conditions: Digests of the above: two benches give the same scores where these are equal.
+        conditions: Digests of the above: two workspaces give the same scores where these are equal.
     """
 
     dense: onnx.ModelProto
@@ -83,7 +84,7 @@ class Bench:
     conditions: dict[str, Any]
 
     @classmethod
-    def of(cls, setup: Setup, execution: Execution) -> Bench:
+    def of(cls, setup: Setup, execution: Execution) -> Workspace:
         """Read models and samples, and run the dense model.
 
         Raises:
@@ -130,29 +131,28 @@ class Bench:
         """The dense model beside itself: its top-1 where there are labels."""
         return self._measured(self.reference)
 
-    def pruned(self, goal: Goal, execution: Execution) -> onnx.ModelProto:
+    def pruned(self, goal: PruneGoal, execution: Execution) -> onnx.ModelProto:
         """The dense model, pruned.
 
         Raises:
             OnnxAsrError: When it cannot be pruned so.
         """
-        include, exclude = self.settings.include, self.settings.exclude
+        settings = self.settings
         if goal.pattern == CHANNEL:
-            return prune_channels(self.dense, goal.sparsity, include=include, exclude=exclude).model
-        scope, score = self.settings.scope, self.settings.score
-        return prune(
-            self.dense,
+            channels = ChannelPruneOptions(goal.sparsity, include=settings.include, exclude=settings.exclude)
+            return prune_channels(self.dense, channels).model
+        options = PruneOptions(
             goal.sparsity,
             pattern=goal.pattern,
-            scope=scope,
-            score=score,
-            include=include,
-            exclude=exclude,
-            data=self.calibration if score in DATA_AWARE or scope == "sensitivity" else None,
+            scope=settings.scope,
+            score=settings.score,
+            include=settings.include,
+            exclude=settings.exclude,
             samples=self.chosen,
             seed=self.options.seed,
-            execution=execution,
-        ).model
+        )
+        data = None if options.needs_data is None else self.calibration
+        return prune(self.dense, data, options, execution=execution).model
 
     def score(self, cell: Cell, pruned: onnx.ModelProto | None, execution: Execution) -> Outcome:
         """Repair the pruned model, which "compress" has no use for, as the cell says, and measure the result.
@@ -180,9 +180,9 @@ class Bench:
         """Only "auto" looks at samples that are held out; the others would verify what is scored anyway."""
         options = self.options if method == "auto" else self._unverified
         options = replace(options, method=method)
-        return repair(pruned, self.calibration, dense=self.dense, options=options, execution=execution)
+        return repair(pruned, self.calibration, options, dense=self.dense, execution=execution)
 
-    def _compressed(self, goal: Goal, execution: Execution) -> RepairResult:
+    def _compressed(self, goal: PruneGoal, execution: Execution) -> RepairResult:
         if goal.pattern == CHANNEL:
             raise OptionError("'compress' zeros weights, it removes no channels: 'refit' repairs what is left of them")
         options = CompressOptions(
@@ -191,10 +191,9 @@ class Bench:
             self.settings.rounds,
             include=self.settings.include,
             exclude=self.settings.exclude,
+            repair=self._unverified,
         )
-        return compress(
-            self.dense, self.calibration, options, repair_options=self._unverified, execution=execution
-        ).repair
+        return compress(self.dense, self.calibration, options, execution=execution).repair
 
     @property
     def _unverified(self) -> RepairOptions:
