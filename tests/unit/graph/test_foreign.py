@@ -186,7 +186,7 @@ def test_other_objects_are_refused(given: Source) -> None:
 def test_the_libraries_are_not_imported() -> None:
     script = (
         "import sys, onnx_asr\n"
-        f"onnx_asr.prune({str(MODELS / 'digits_resnet.onnx')!r}, 0.5)\n"
+        f"onnx_asr.prune({str(MODELS / 'digits_resnet.onnx')!r}, options=onnx_asr.PruneOptions(0.5))\n"
         "assert not {'onnx_graphsurgeon', 'onnx_ir'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
