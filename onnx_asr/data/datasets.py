@@ -1,6 +1,6 @@
-"""Datasets: samples a model can take, addressed one by one.
+"""Datasets: samples ready for a model, addressed by index.
 
-`_samples` is what each kind of dataset is: the prepared samples of some indices, in order. Everything else follows.
+Each kind of dataset implements `_samples`, which prepares the samples of given indices in order; all else rests on it.
 """
 
 from __future__ import annotations
@@ -27,22 +27,30 @@ Indices = Sequence[int] | NDArray[np.integer[Any]]
 
 _DIGEST_CHUNK = 64  # samples held at once while hashing
 _MAX_DECODERS = 8
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # whatever the name: others may start programs (EPS)
+_FORMATS = (
+    "BMP",
+    "GIF",
+    "JPEG",
+    "PNG",
+    "PPM",
+    "TIFF",
+    "WEBP",
+)  # whatever the suffix: other decoders may start programs (EPS)
 _EIGHT_BIT_MODES = frozenset(
     {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
 )
 
 
 def sample_indices(count: int, n: int, seed: int) -> NDArray[np.int64]:
-    """Draw `n` of `count` indices without replacement, all of them where `n` is as large, in random order.
+    """Draw `n` of `count` indices without replacement, or all if there are fewer, in random order.
 
-    So any first few of them are as mixed as all, though data often come sorted by class.
+    Any first few of them are then as mixed as all, although data are often sorted by class.
 
     Raises:
         OptionError: `n` is below 1.
     """
     if n < 1:
-        raise OptionError(f"{n} samples were asked for: give a number from 1 up")
+        raise OptionError(f"the number of samples is {n}: give at least 1")
     return np.random.default_rng(seed).permutation(count)[:n].astype(np.int64)
 
 
@@ -50,19 +58,19 @@ class Dataset(ABC):
     """Random access to samples that fit a model's inputs.
 
     Attributes:
-        names: What to call each sample in a message: "cat/1.jpg" or "#17".
-        labels: The class index of each sample, where known.
-        preprocessing: What is done to the images, with the layout as used; None for ready tensors.
-        left_out: Files that were passed over because they cannot be read as images.
+        names: Name of each sample in messages: "cat/1.jpg" or "#17".
+        labels: Class index of each sample, if known.
+        preprocessing: How images are prepared, with the layout resolved; None for ready tensors.
+        unreadable: Files that were skipped because they cannot be read as images.
     """
 
-    left_out: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
     def __init__(
         self, names: Sequence[str], labels: NDArray[np.int64] | None, preprocessing: Preprocessing | None
     ) -> None:
         if labels is not None and len(labels) != len(names):
-            raise DataError(f"there are {len(labels)} labels for {len(names)} samples: give one label a sample")
+            raise DataError(f"there are {len(labels)} labels for {len(names)} samples: give one label per sample")
         self.names = tuple(names)
         self.labels = labels
         self.preprocessing = preprocessing
@@ -72,10 +80,10 @@ class Dataset(ABC):
 
     @abstractmethod
     def _samples(self, indices: Indices) -> list[Sample]:
-        """Prepare samples in the order asked for."""
+        """Prepare the samples of these indices, in their order."""
 
     def load(self, index: int) -> Sample:
-        """Prepare one sample: an array for each model input, without the batch axis."""
+        """Prepare one sample: an array per model input, without the batch axis."""
         return self._samples([index])[0]
 
     def batch(self, indices: Indices) -> Sample:
@@ -105,12 +113,12 @@ class Dataset(ABC):
         return result.hexdigest()
 
     def thumbnail(self, index: int) -> Image.Image | None:
-        """Show a sample as the model gets to see it, resized and cropped; None where samples are not images."""
+        """The resized and cropped image of a sample, as the model sees it; None if samples are not images."""
         return None
 
 
 class _ImageDataset(Dataset):
-    """Images, for a model with one input."""
+    """Images for a model with one input."""
 
     def __init__(
         self, names: Sequence[str], labels: NDArray[np.int64] | None, spec: InputSpec, preprocessing: Preprocessing
@@ -124,10 +132,10 @@ class _ImageDataset(Dataset):
 
     @abstractmethod
     def _image(self, index: int) -> Image.Image:
-        """Read an image, in mode L for a model of one channel and RGB for three."""
+        """Read an image, in mode L for one channel and RGB for three."""
 
     def thumbnail(self, index: int) -> Image.Image:
-        """Show a sample as the model gets to see it, resized and cropped."""
+        """The resized and cropped image of a sample, as the model sees it."""
         with _bombs_are_errors():
             return self._frame(index)
 
@@ -150,8 +158,8 @@ class _ImageDataset(Dataset):
         shape = (channels, height, width) if first else (height, width, channels)
         if not self._spec.fits(shape):
             raise DataError(
-                f"{self.names[indices[0]]} is prepared to {shape}, model input {self._spec.name!r} expects "
-                f"{self._spec.sample_shape()}: {self._size_advice()}"
+                f"{self.names[indices[0]]} has shape {shape} after preprocessing, but model input "
+                f"{self._spec.name!r} expects {self._spec.sample_shape()}: {self._size_advice()}"
             )
         values = np.empty((count, *shape), self._spec.dtype)
         order = range(channels - 1, -1, -1) if self._steps.channel_order == "BGR" else range(channels)
@@ -163,23 +171,23 @@ class _ImageDataset(Dataset):
     def _size_advice(self) -> str:
         height, width = self._spec.shape[2:] if self._steps.layout == "NCHW" else self._spec.shape[1:3]
         if height is not None and width is not None and height != width:
-            return f"crops are square, so give images of {width} x {height} pixels, or ready tensors"
+            return f"crops are square, so give images of {width} x {height} pixels or ready tensors"
         size = height or width
         return f"pass --resize {size} --crop {size}, or a --preset that gives this size"
 
 
 class FolderDataset(_ImageDataset):
-    """Image files, read when they are asked for.
+    """Image files, read on demand.
 
-    As in training pipelines, the first frame counts, transparency is dropped and an orientation tag is not applied.
+    As in training pipelines, only the first frame is used, transparency is dropped and orientation tags are ignored.
 
     Args:
         root: The folder.
         names: The files' paths in it.
-        labels: Class indices, where known.
+        labels: Class indices, if known.
         spec: The model's input.
-        preprocessing: What to do to each image.
-        left_out: Files of the folder that are not among the names because they cannot be read.
+        preprocessing: How to prepare each image.
+        unreadable: Files of the folder that are not among the names because they cannot be read.
     """
 
     def __init__(
@@ -189,10 +197,10 @@ class FolderDataset(_ImageDataset):
         labels: NDArray[np.int64] | None,
         spec: InputSpec,
         preprocessing: Preprocessing,
-        left_out: Sequence[str] = (),
+        unreadable: Sequence[str] = (),
     ) -> None:
         super().__init__(names, labels, spec, preprocessing)
-        self.left_out = tuple(left_out)
+        self.unreadable = tuple(unreadable)
         self._root = root
         self._samples([0])  # a wrong size shows at once
 
@@ -201,7 +209,7 @@ class FolderDataset(_ImageDataset):
 
 
 def unreadable_images(root: Path, names: Sequence[str]) -> dict[str, DataError]:
-    """Decode every image; those that fail, with the reason."""
+    """Decode every image; return the reason for each one that fails."""
 
     def attempt(name: str) -> DataError | None:
         try:
@@ -216,17 +224,17 @@ def unreadable_images(root: Path, names: Sequence[str]) -> dict[str, DataError]:
 
 def _read_image(path: Path, wanted: str) -> Image.Image:
     if not path.is_file():  # reading from a pipe might never end
-        raise DataError(f"{path} cannot be read as an image: it is missing or no plain file. Replace or remove it")
+        raise DataError(f"{path} cannot be read as an image: it is missing or not a plain file. Replace or remove it")
     try:
         with Image.open(path, formats=_FORMATS) as image:
             mode = image.mode
             converted: Image.Image = image.convert(wanted)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{path} is too large to be opened safely: {error} Scale it down or remove it") from error
+        raise DataError(f"{path} is too large to open safely: {error} Scale it down or remove it") from error
     except Exception as error:  # Pillow's decoders raise many kinds on broken files
         raise DataError(f"{path} cannot be read as an image: {error}. Replace or remove it") from error
     if mode not in _EIGHT_BIT_MODES:  # Pillow clips 16-bit values to 255
-        raise DataError(f"{path} has pixels of mode {mode}, not of 8 bits a channel: convert it to 8 bits")
+        raise DataError(f"{path} has pixels of mode {mode}: convert it to 8 bits per channel")
     return converted
 
 
@@ -235,9 +243,9 @@ class PixelDataset(_ImageDataset):
 
     Args:
         pixels: uint8, (N, H, W, C) with C 1 or 3.
-        labels: Class indices, where known.
+        labels: Class indices, if known.
         spec: The model's input.
-        preprocessing: What to do to each image.
+        preprocessing: How to prepare each image.
     """
 
     def __init__(
@@ -265,16 +273,16 @@ class PixelDataset(_ImageDataset):
 
 
 class TensorDataset(Dataset):
-    """Ready tensors: feeds of one or many samples each, addressed sample by sample.
+    """Ready tensors: feeds of one or more samples each, addressed sample by sample.
 
     Args:
         feeds: Arrays by input name, each with a leading batch axis.
-        where: What to call the data in a message.
+        where: Name of the data in messages.
         specs: The model's inputs.
-        labels: Class indices, where known.
+        labels: Class indices, if known.
 
     Raises:
-        DataError: A feed does not fit the inputs, or there is no sample at all.
+        DataError: A feed does not fit the inputs, or labels and samples differ in number.
     """
 
     def __init__(
@@ -311,14 +319,14 @@ def _check_feed(feed: Mapping[str, NDArray[Any]], where: str, specs: Sequence[In
     if wanted != given:
         raise DataError(
             f"{where} holds {_listed(given)}, the model's inputs are {_listed(wanted)}: "
-            "name the arrays after the inputs, with none missing and none besides"
+            "give exactly one array per input, under its name"
         )
     for spec in specs:
         value = feed[spec.name]
         if value.ndim == 0 or not spec.fits(value.shape[1:]):
             raise DataError(
                 f"{where} has an array of shape {value.shape} for model input {spec.name!r}, which expects "
-                f"{spec.sample_shape()} a sample: give that shape after one leading axis that counts the samples"
+                f"{spec.sample_shape()} per sample: give that shape behind a batch axis"
             )
         kinds = value.dtype.kind + spec.dtype.kind
         if value.dtype != spec.dtype and kinds != "ff" and not (kinds[0] in "biu" and kinds[1] in "iuf"):
@@ -329,14 +337,14 @@ def _check_feed(feed: Mapping[str, NDArray[Any]], where: str, specs: Sequence[In
     lengths = {spec.name: len(feed[spec.name]) for spec in specs}
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{length} for {name!r}" for name, length in lengths.items())
-        raise DataError(f"{where} has samples in different numbers: {listed}: give every input the same number")
+        raise DataError(f"{where} has different numbers of samples: {listed}: give every input the same number")
     return next(iter(lengths.values()))
 
 
 def _cast(value: NDArray[Any], spec: InputSpec, name: str) -> NDArray[Any]:
-    """Convert one sample to the input's type; a value that would become another one is an error."""
+    """Convert one sample to the input's type; a value that the type cannot hold is an error."""
     if value.dtype.kind == "f" and not np.isfinite(value).all():
-        raise DataError(f"{name} has NaN or infinite values for model input {spec.name!r}: remove or mend it")
+        raise DataError(f"{name} has NaN or infinite values for model input {spec.name!r}: remove or correct it")
     if value.dtype == spec.dtype:
         return np.asarray(value)
     with np.errstate(over="ignore"):
@@ -355,7 +363,7 @@ def _listed(names: Iterable[str]) -> str:
 
 @contextmanager
 def _decoders(images: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads to decode images in: Pillow does that outside the interpreter lock."""
+    """A pool of threads: Pillow decodes images outside the interpreter lock."""
     workers = min(images, os.cpu_count() or 1, _MAX_DECODERS)
     with _bombs_are_errors(), ThreadPoolExecutor(workers) as pool:
         yield pool
@@ -363,7 +371,7 @@ def _decoders(images: int) -> Iterator[ThreadPoolExecutor]:
 
 @contextmanager
 def _bombs_are_errors() -> Iterator[None]:
-    """Make Pillow's warning about a decompression bomb an exception; entered outside of any worker thread."""
+    """Turn Pillow's warning about a decompression bomb into an exception; to be entered outside any worker thread."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         yield

@@ -1,8 +1,8 @@
-"""Class indices from a text table: one row an image, its name in one column and its class index in another.
+"""Class indices from a text table: one row per image, its name in one column and its class index in another.
 
-Which column is which is not declared: a reading is a pair of columns under which every image gets exactly one class.
-Images are looked for by their path in the folder, then by file name, then by file name without extension. Two readings
-that give different classes make the table ambiguous, and that is an error.
+The columns need not be declared: a reading is a pair of columns that gives every image exactly one class. Images are
+looked up by their path in the folder, then by file name, then by file name without extension. Two readings that give
+different classes make the table ambiguous, which is an error.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def read_labels(path: Path, names: Sequence[str]) -> NDArray[np.int64]:
 
     Args:
         path: The table: separated by tabs, commas, semicolons or spaces, with or without a header row. Rows for other
-            images, and columns that are neither name nor class, are passed over.
+            images, and columns that are neither name nor class, are ignored.
         names: The images' paths in their folder, with forward slashes.
 
     Returns:
-        One class index an image, in the order of `names`.
+        A class index per image, in the order of `names`.
 
     Raises:
-        DataError: The file cannot be read, does not cover every image, or can be read in two ways.
+        DataError: The file cannot be read, does not cover every image, or is ambiguous.
     """
     rows = _read_rows(path)
     header = _header(rows)
@@ -45,7 +45,7 @@ def read_labels(path: Path, names: Sequence[str]) -> NDArray[np.int64]:
     for form in _FORMS:
         keys = [form(name) for name in names]
         if len(set(keys)) < len(keys):
-            continue  # two images of one file name in different sub-folders: only the path tells them apart
+            continue  # images of one file name in different sub-folders: only their paths differ
         wanted = set(keys)
         for name_column, class_column in itertools.product(range(len(columns)), class_columns):
             if name_column == class_column:
@@ -59,7 +59,7 @@ def read_labels(path: Path, names: Sequence[str]) -> NDArray[np.int64]:
                 )
             elif len(table) > most_found:
                 most_found = len(table)
-                problem = f"{missing!r} is not in it ({len(table)} of {len(keys)} images are): add the rest"
+                problem = f"{missing!r} is missing ({len(table)} of {len(keys)} images are listed): add the rest"
                 if repeated is not None:
                     problem = f"{repeated!r} has more than one class: keep one row of it"
         if readings:
@@ -78,7 +78,7 @@ def read_labels(path: Path, names: Sequence[str]) -> NDArray[np.int64]:
 
 
 def _read_rows(path: Path) -> list[list[str]]:
-    """Read the non-empty rows of a table, cells stripped, all of one length."""
+    """The non-empty rows of a table, cells stripped, all of one length."""
     try:
         lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         delimiter = next((mark for mark in "\t,;" if lines and mark in lines[0]), " ")
@@ -86,33 +86,33 @@ def _read_rows(path: Path) -> list[list[str]]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot read the labels file {path}: {error}; give a TSV or CSV file in UTF-8") from error
     if not rows:
-        raise DataError(f"the labels file {path} is empty: expected a row of file name and class index for each image")
+        raise DataError(f"the labels file {path} is empty: give a row of file name and class index for each image")
     for number, row in enumerate(rows, 1):
         if len(row) != len(rows[0]):
             raise DataError(
-                f"{path}, row {number} has {len(row)} columns where the first row has {len(rows[0])}: "
-                "every row needs the same columns"
+                f"{path}: row {number} has {len(row)} columns, the first row has {len(rows[0])}: "
+                "give every row the same columns"
             )
     return rows
 
 
 def _header(rows: list[list[str]]) -> list[str]:
-    """Take the header off the rows, if there is one: a row of data holds a class index, so a whole number."""
+    """Remove and return the header, if any: a row of data holds a class index, so a whole number."""
     return [] if any(map(_is_index, rows[0])) else [cell.lower() for cell in rows.pop(0)]
 
 
 def _class_columns(columns: Sequence[Sequence[str]], header: Sequence[str], path: Path) -> list[int]:
-    """Columns that can hold the class: those of whole numbers, or the ones among them whose header says so."""
+    """Columns that can hold the class: those of whole numbers, narrowed down by the header where it names one."""
     found = [number for number, cells in enumerate(columns) if all(map(_is_index, cells))]
     if not found:
         raise DataError(
-            f"{path} has no column of class indices: one column must hold a whole number from 0 up in every row"
+            f"{path} has no column of class indices: give one that holds a whole number from 0 up in every row"
         )
     return [number for number in found if header and header[number] in _CLASS_HEADERS] or found
 
 
 def _classes(keys: Iterable[str], cells: Iterable[str], wanted: set[str]) -> dict[str, set[int]]:
-    """The classes that a reading gives each wanted image."""
+    """The classes that a reading gives to each wanted image."""
     table: dict[str, set[int]] = {}
     for key, cell in zip(keys, cells, strict=True):
         if key in wanted:

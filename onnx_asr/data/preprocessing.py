@@ -36,12 +36,12 @@ ChannelOrder = Literal["RGB", "BGR"]
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What one input of a model wants.
+    """Name, type and shape of one model input.
 
     Attributes:
         name: The input's name in the graph.
         dtype: The element type.
-        shape: One entry an axis, None where any size goes; axis 0 is the batch.
+        shape: Size of each axis, None if it is open; axis 0 is the batch.
     """
 
     name: str
@@ -49,13 +49,13 @@ class InputSpec:
     shape: tuple[int | None, ...]
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Say whether a sample of this shape, without the batch axis, goes into the input."""
+        """Whether a sample of this shape, without the batch axis, fits the input."""
         return len(shape) == len(self.shape) - 1 and all(
             want in (None, size) for size, want in zip(shape, self.shape[1:], strict=True)
         )
 
     def sample_shape(self) -> str:
-        """Write the shape of one sample, without the batch axis, for a message: `(3, ?, ?)`."""
+        """The shape of one sample, without the batch axis, for messages: `(3, ?, ?)`."""
         return "(" + ", ".join("?" if size is None else str(size) for size in self.shape[1:]) + ")"
 
 
@@ -115,7 +115,7 @@ class Preprocessing:
         layout: str | None = None,
         channel_order: str | None = None,
     ) -> Preprocessing | None:
-        """Build a preprocessing from a preset or a TOML file, and what is given beside it.
+        """Build a preprocessing from a preset or a TOML file, with single attributes replaced.
 
         Args:
             preset: A name from `PRESETS` to start from.
@@ -129,15 +129,13 @@ class Preprocessing:
             channel_order: See `resize`.
 
         Returns:
-            The preprocessing, or None where nothing at all was given.
+            The preprocessing, or None if nothing was given.
 
         Raises:
-            OptionError: A name, a value or a file that cannot be used.
+            OptionError: A name, a value or a file is invalid.
         """
         if preset is not None and file is not None:
-            raise OptionError(
-                f"both a preset ({preset}) and a preprocessing file ({file}) were given: give one of them"
-            )
+            raise OptionError(f"both a preset ({preset}) and a preprocessing file ({file}) were given: give only one")
         if preset is not None and preset not in PRESETS:
             raise OptionError(f"there is no preset {preset!r}: choose one of {', '.join(PRESETS)}")
         overrides = {
@@ -161,13 +159,13 @@ class Preprocessing:
         return dataclasses.replace(base, **_with_tuples(given))
 
     def to_dict(self) -> dict[str, Any]:
-        """Describe this preprocessing in plain values, for a report."""
+        """This preprocessing as plain values, for a report."""
         return {
             key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
         }
 
     def resolve(self, spec: InputSpec) -> tuple[Preprocessing, int]:
-        """Settle what the model's input decides: the layout, the number of channels, whether values are scaled at all.
+        """Resolve what depends on the model's input: layout, number of channels, whether values are scaled.
 
         Args:
             spec: The input the images are for.
@@ -176,34 +174,34 @@ class Preprocessing:
             This preprocessing with its layout set (and no scaling, for an integer input), and the number of channels.
 
         Raises:
-            DataError: The input takes no images, or not with this preprocessing.
+            DataError: The input does not take images, or not with this preprocessing.
         """
-        what = f"model input {spec.name!r} ({spec.dtype}, {spec.sample_shape()} a sample)"
+        what = f"model input {spec.name!r} ({spec.dtype}, {spec.sample_shape()} per sample)"
         if len(spec.shape) != 4:
             raise DataError(f"the data are images, but {what} has no height, width and channels: pass ready tensors")
-        fixed: list[Layout] = []  # layouts that the model's own channel axis points to
+        fixed: list[Layout] = []  # layouts that the sizes of the model's axes allow
         if spec.shape[1] in (1, 3):
             fixed.append("NCHW")
         if spec.shape[3] in (1, 3):
             fixed.append("NHWC")
         if self.layout is not None and len(fixed) == 1 and fixed[0] != self.layout:
-            raise DataError(f"layout {self.layout} was asked for, but {what} is {fixed[0]}: pass --layout {fixed[0]}")
+            raise DataError(f"layout {self.layout} was given, but {what} is {fixed[0]}: pass --layout {fixed[0]}")
         layout = self.layout or (fixed[0] if len(fixed) == 1 else "NCHW")
         channels = spec.shape[1 if layout == "NCHW" else 3]
         if channels is None:
             channels = 3
         if channels not in (1, 3):
-            raise DataError(f"an image has 1 or 3 channels, but {what} is not of that kind: pass ready tensors")
+            raise DataError(f"an image has 1 or 3 channels, but {what} has {channels}: pass ready tensors")
 
         if spec.dtype.kind in "iu":
             if not np.can_cast(np.uint8, spec.dtype):
                 raise DataError(f"{what} cannot hold pixel values 0..255: pass ready tensors")
             return dataclasses.replace(self, scale=None, mean=(0.0,), std=(1.0,), layout=layout), channels
         if spec.dtype.kind not in "fV":  # V: bfloat16 of ml_dtypes
-            raise DataError(f"the data are images, but {what} takes no numbers: pass ready tensors")
+            raise DataError(f"the data are images, but {what} does not take numbers: pass ready tensors")
         if self.scale is None:
             raise DataError(
-                f"the data are images, {what} wants normalised values, and how pixels become values was not said: "
+                f"the data are images, but nothing says how to normalise their pixels for {what}: "
                 f"pass --preset ({', '.join(PRESETS)}), or --scale with --mean and --std"
             )
         for key, values in (("mean", self.mean), ("std", self.std)):
@@ -258,7 +256,7 @@ def _is_number(value: object) -> bool:
 
 
 def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn `mean` and `std`, a number or any sequence, into tuples; what is neither is left to be refused."""
+    """Turn `mean` and `std`, each a number or a sequence, into tuples; anything else stays, to be refused later."""
     result = dict(values)
     for key in ("mean", "std"):
         value = result.get(key)

@@ -1,7 +1,7 @@
-"""Opening data, whatever form it comes in.
+"""Open data of any supported form.
 
-Three kinds of dataset come out: image files, decoded when asked for; images in one uint8 array (N, H, W, C); and ready
-tensors, from arrays, feeds or a reader, which are used as they are.
+There are three kinds of dataset: image files, decoded on demand; images in one uint8 array (N, H, W, C); and ready
+tensors, from arrays, feeds or a reader, which are used unchanged.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from onnx_asr.data.labels import IMAGE_SUFFIXES, read_labels
 from onnx_asr.data.preprocessing import InputSpec, Preprocessing
 from onnx_asr.errors import DataError, OptionError
 
-_LARGE, _MOST_EXPANSION = 1 << 30, 100  # bytes; times a file's size
+_LARGE, _MOST_EXPANSION = 1 << 30, 100  # bytes; factor on the size of the file
 
 
 @runtime_checkable
 class FeedReader(Protocol):
-    """What onnxruntime's `CalibrationDataReader` offers: feeds one by one, then None."""
+    """The interface of onnxruntime's `CalibrationDataReader`: feeds one by one, then None."""
 
     def get_next(self) -> Mapping[str, ArrayLike] | None:
-        """Give the next feed."""
+        """Return the next feed."""
 
 
 DataSource: TypeAlias = (
@@ -46,17 +46,17 @@ def open_data(
     """Open calibration or evaluation data for a model.
 
     Args:
-        source: A folder of images; an .npz with `images` (uint8, (N, H, W, C) or (N, H, W)) and perhaps `labels`; an
-            .npz with an array for each model input and perhaps `labels`; an .npy for a model of one input; the same as
-            a dict or an array; an iterable of feeds (dicts of arrays with a leading batch axis) or an onnxruntime
-            `CalibrationDataReader`, either of which is read to its end at once. A lone uint8 array is taken as images
+        source: A folder of images; an .npz with `images` (uint8, (N, H, W, C) or (N, H, W)) and optionally `labels`;
+            an .npz with an array per model input and optionally `labels`; an .npy for a model with one input; the same
+            as a dict or an array; an iterable of feeds (dicts of arrays with a leading batch axis) or an onnxruntime
+            `CalibrationDataReader`, both of which are read to the end at once. A lone uint8 array counts as images
             if the input is of another type or a preprocessing is given.
-        inputs: What the model wants.
-        preprocessing: What to do to images; an input of integers needs none.
-        labels: For a folder, a table of file name and class index. Without it the classes are the folder's
-            sub-folders: their names where all are whole numbers, else their place in sorted order.
-        skip_bad_images: Pass over the files of a folder that cannot be read as images, after reading all of them;
-            the dataset names them.
+        inputs: The model's inputs.
+        preprocessing: How to prepare images; not needed for an input of integers.
+        labels: For a folder, a table of file name and class index. Without it, each sub-folder is a class: its name
+            if all names are whole numbers, else its position in sorted order.
+        skip_bad_images: Read all files of a folder once and skip those that cannot be read as images; the dataset
+            lists them.
 
     Returns:
         The samples.
@@ -68,10 +68,10 @@ def open_data(
     for spec in inputs:
         if not spec.shape:
             raise DataError(
-                f"model input {spec.name!r} is a scalar: data need a batch axis, fix its value in the model"
+                f"model input {spec.name!r} is a scalar, and data need a batch axis: fix its value in the model"
             )
     if not inputs:
-        raise DataError("the model has no inputs: there is nothing to feed data to")
+        raise DataError("the model has no inputs: give a model that data can be fed to")
 
     value: object = source
     where = "the data"
@@ -82,15 +82,13 @@ def open_data(
             return _open_folder(path, inputs, preprocessing, labels, skip_bad_images)
         value = _load_numpy(path)
     if labels is not None:
-        raise OptionError(
-            f"the labels file {labels} goes with a folder of images: put 'labels' beside the arrays instead"
-        )
+        raise OptionError(f"a labels file ({labels}) needs a folder of images: put 'labels' beside the arrays instead")
 
     if isinstance(value, np.ndarray):
         if len(inputs) > 1:
             names = ", ".join(repr(spec.name) for spec in inputs)
             raise DataError(
-                f"{where} is one array, but the model has the inputs {names}: give an array for each, by name"
+                f"{where} is one array, but the model has the inputs {names}: give a dict with an array per input"
             )
         spec = inputs[0]
         if _are_images(value, spec, preprocessing):
@@ -111,10 +109,10 @@ def _open_folder(
 ) -> Dataset:
     names = _find_images(root)
     if not names:
-        raise DataError(f"{root} holds no images: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
+        raise DataError(f"{root} holds no images: give files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
     bad = unreadable_images(root, names) if skip_bad_images else {}
     if len(bad) == len(names):
-        raise DataError(f"none of the {len(names)} images in {root} can be read: {bad[names[0]]}")
+        raise DataError(f"none of the {len(names)} images in {root} can be read; the first: {bad[names[0]]}")
     names = [name for name in names if name not in bad]
     classes = _folder_labels(root, names) if labels is None else read_labels(Path(labels), names)
     spec = _image_input(inputs, str(root))
@@ -126,7 +124,7 @@ def _find_images(root: Path) -> list[str]:
 
     def refuse(error: OSError) -> NoReturn:
         raise DataError(
-            f"cannot look into {error.filename}: {error.strerror}. Make it readable or remove it"
+            f"cannot list the folder {error.filename}: {error.strerror}. Make it readable or remove it"
         ) from error
 
     names = []
@@ -147,20 +145,20 @@ def _find_images(root: Path) -> list[str]:
 
 
 def _folder_labels(root: Path, names: Sequence[str]) -> NDArray[np.int64] | None:
-    """Take classes from sub-folders: their names if all are whole numbers, else their place in sorted order."""
+    """Classes from sub-folders: their names if all are whole numbers, else their positions in sorted order."""
     classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     loose = [name for name in names if "/" not in name]
     if len(loose) == len(names):
         return None
     if loose:
         raise DataError(
-            f"{root} holds images ({loose[0]}) beside sub-folders of images: keep all in one folder, or all in one "
-            "sub-folder a class, or pass --labels"
+            f"{root} holds images ({loose[0]}) beside sub-folders of images: put all of them into one folder, or into "
+            "one sub-folder per class, or pass --labels"
         )
     if all(name.isascii() and name.isdecimal() for name in classes):
         index = {name: int(name) for name in classes}
     elif len(classes) == 1:
-        return None  # one sub-folder sets nothing apart
+        return None  # a single sub-folder is no division into classes
     else:
         index = {name: position for position, name in enumerate(classes)}
     return np.array([index[name.partition("/")[0]] for name in names], np.int64)
@@ -168,9 +166,9 @@ def _folder_labels(root: Path, names: Sequence[str]) -> NDArray[np.int64] | None
 
 def _load_numpy(path: Path) -> NDArray[Any] | dict[str, NDArray[Any]]:
     if not path.exists():
-        raise DataError(f"{path} does not exist: expected a folder of images, an .npz or an .npy file")
+        raise DataError(f"{path} does not exist: give a folder of images, an .npz or an .npy file")
     if path.suffix.lower() not in (".npz", ".npy") or not path.is_file():
-        raise DataError(f"{path} is no data: expected a folder of images, an .npz or an .npy file")
+        raise DataError(f"{path} is not a supported data source: give a folder of images, an .npz or an .npy file")
     try:
         if path.suffix.lower() == ".npy":
             return np.lib.format.open_memmap(path, mode="r")  # never unpickles
@@ -181,7 +179,7 @@ def _load_numpy(path: Path) -> NDArray[Any] | dict[str, NDArray[Any]]:
         raise
     except Exception as error:  # zipfile, zlib and numpy raise many kinds on broken files
         raise DataError(
-            f"cannot read arrays from {path}: {error}. Expected plain arrays written by numpy.save or numpy.savez; "
+            f"cannot read arrays from {path}: {error}. Give plain arrays written by numpy.save or numpy.savez; "
             "pickled Python objects are refused, since loading them can run code"
         ) from error
     return _arrays(arrays, str(path))
@@ -192,8 +190,8 @@ def _check_expansion(archive: Any, path: Path) -> None:
     size = sum(member.file_size for member in archive.zip.infolist())
     if size > _LARGE and size > _MOST_EXPANSION * path.stat().st_size:
         raise DataError(
-            f"{path} would grow from {path.stat().st_size} to {size} bytes: it is taken for a decompression bomb. "
-            "If it is none, write it with numpy.savez instead of numpy.savez_compressed"
+            f"{path} would expand from {path.stat().st_size} to {size} bytes and is refused as a decompression bomb: "
+            "if it is not one, write it with numpy.savez instead of numpy.savez_compressed"
         )
 
 
@@ -212,7 +210,7 @@ def _open_mapping(
 
 
 def _are_images(array: NDArray[Any], spec: InputSpec, preprocessing: Preprocessing | None) -> bool:
-    """Say whether an array that could be a ready tensor is one of pixels."""
+    """Whether an array that could be a ready tensor holds pixels."""
     return array.dtype == np.uint8 and len(spec.shape) == 4 and (preprocessing is not None or spec.dtype != np.uint8)
 
 
@@ -226,11 +224,11 @@ def _open_pixels(
     spec = _image_input(inputs, where)
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or (pixels.ndim == 4 and pixels.shape[3] not in (1, 3)):
         raise DataError(
-            f"{where} has images of {pixels.dtype} in shape {pixels.shape}: expected uint8 in (N, H, W), (N, H, W, 1) "
-            f"or (N, H, W, 3); name ready tensors after the model's input, {spec.name!r}"
+            f"{where} has images of {pixels.dtype} in shape {pixels.shape}: give uint8 in (N, H, W), (N, H, W, 1) "
+            f"or (N, H, W, 3), or ready tensors under the name of the model's input, {spec.name!r}"
         )
     if 0 in pixels.shape:
-        raise DataError(f"{where} has images in shape {pixels.shape}: it is empty, give at least one image")
+        raise DataError(f"{where} has images in shape {pixels.shape}, which is empty: give at least one image")
     if pixels.ndim == 3:
         pixels = pixels[..., None]  # (N, H, W) -> (N, H, W, 1)
     return PixelDataset(pixels, labels, spec, preprocessing or Preprocessing())
@@ -245,31 +243,31 @@ def _open_tensors(
 ) -> Dataset:
     if preprocessing is not None:
         raise OptionError(
-            f"{where} holds ready tensors, which are used as they are, but a preprocessing was given: drop it, or give "
-            "images (uint8, named 'images')"
+            f"{where} holds ready tensors, to which the given preprocessing does not apply: drop it, or give images "
+            "(uint8, named 'images')"
         )
     dataset = TensorDataset(feeds, where, inputs, labels)
     if len(dataset) == 0:
-        raise DataError(f"{where} holds no samples: give at least one (a reader that was used before must be rewound)")
+        raise DataError(f"{where} holds no samples: give at least one (and rewind a reader that was used before)")
     return dataset
 
 
 def _read_feeds(source: object) -> list[dict[str, NDArray[Any]]]:
-    """Read feeds to the end; they are copied, since a reader may fill the same buffers again."""
+    """Read all feeds and copy them, since a reader may reuse its buffers."""
     if isinstance(source, FeedReader):
         items: Iterable[object] = iter(source.get_next, None)
     elif isinstance(source, Iterable):
         items = source
     else:
         raise DataError(
-            f"the data are of type {type(source).__name__}: expected a path, an array, a dict of arrays, an iterable "
-            "of such dicts or a CalibrationDataReader"
+            f"the data are of type {type(source).__name__}: give a path, an array, a dict of arrays, an iterable of "
+            "such dicts or a CalibrationDataReader"
         )
     feeds = []
     for number, item in enumerate(items):
         if not isinstance(item, Mapping):
             raise DataError(
-                f"feed {number} of the data is of type {type(item).__name__}: expected a dict from input name to array"
+                f"feed {number} of the data is of type {type(item).__name__}: give a dict from input name to array"
             )
         feeds.append({name: array.copy() for name, array in _arrays(item, f"feed {number} of the data").items()})
     return feeds
@@ -281,7 +279,7 @@ def _arrays(values: Mapping[str, Any], where: str) -> dict[str, NDArray[Any]]:
         try:
             arrays[name] = np.asarray(value)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise DataError(f"{where}: {name!r} is no array: {error}") from error
+            raise DataError(f"{where}: {name!r} is not an array ({error}): give numbers in equal rows") from error
     return arrays
 
 
@@ -290,8 +288,8 @@ def _class_indices(labels: NDArray[Any], where: str) -> NDArray[np.int64]:
         labels = labels[:, 0]  # (N, 1) -> (N,)
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or (labels.size and labels.min() < 0):
         raise DataError(
-            f"{where} has labels of {labels.dtype} in shape {labels.shape}: expected class indices, whole numbers "
-            "from 0 up, in shape (N,)"
+            f"{where} has labels of {labels.dtype} in shape {labels.shape}: give class indices, whole numbers from 0 "
+            "up, in shape (N,)"
         )
     return labels.astype(np.int64)
 
@@ -300,6 +298,6 @@ def _image_input(inputs: Sequence[InputSpec], where: str) -> InputSpec:
     if len(inputs) > 1:
         names = ", ".join(repr(spec.name) for spec in inputs)
         raise DataError(
-            f"{where} holds images, but the model has the inputs {names}: give ready tensors, one for each, by name"
+            f"{where} holds images, but the model has the inputs {names}: give a dict with a ready tensor per input"
         )
     return inputs[0]

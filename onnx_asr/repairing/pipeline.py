@@ -281,9 +281,9 @@ def _notes(
         notes.append(
             f"{len(chosen)} calibration samples of the {options.samples} asked for: the data have {len(dataset)}"
         )
-    if dataset.left_out:
-        few = ", ".join(dataset.left_out[:_FEW_NAMES]) + (", ..." if len(dataset.left_out) > _FEW_NAMES else "")
-        notes.append(f"{len(dataset.left_out)} images cannot be read and were left out: {few}")
+    if dataset.unreadable:
+        few = ", ".join(dataset.unreadable[:_FEW_NAMES]) + (", ..." if len(dataset.unreadable) > _FEW_NAMES else "")
+        notes.append(f"{len(dataset.unreadable)} images cannot be read and were skipped: {few}")
     if len(held_out) and np.isin(held_out, chosen).any():
         notes.append("too few samples to hold any out: the verification used calibration samples")
     if options.method in ("asr", "raw", "layerwise") and options.bn == "exact":

@@ -76,7 +76,7 @@ def test_channels_removed_by_another_tool(tmp_path, output):
     model = onnx.load(small)
     del model.metadata_props[:]
     onnx.save(model, small)
-    assert "which channels are left" in refused("repair", small, "--dense", DENSE, *DATA, output=output)
+    assert "no record of the channels it kept" in refused("repair", small, "--dense", DENSE, *DATA, output=output)
 
 
 def test_a_bad_dense_model(broken, output):
@@ -107,7 +107,7 @@ def test_bad_data(tmp_path, output):
     for data, words in (
         (tmp_path / "missing", "does not exist"),
         (empty, "holds no images"),
-        (text, "is no data"),
+        (text, "is not a supported data source"),
         (archive, "cannot read arrays"),
         (large, "9"),
     ):

@@ -366,7 +366,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_read(tmp_path: Path) -> No
     data = path.read_bytes()
     assert claim[0] in data
     path.write_bytes(data.replace(*claim))
-    with pytest.raises(DataError, match=r"a\.npz would grow from \d+ to 3221225472 bytes: .* numpy\.savez instead"):
+    with pytest.raises(DataError, match=r"a\.npz would expand from \d+ to 3221225472 bytes .* numpy\.savez instead"):
         open_data(path, [SPEC], preprocessing=UNIT)
 
 
@@ -377,10 +377,10 @@ def test_images_that_start_programs_or_never_end_are_refused(tmp_path: Path) -> 
         open_data(tmp_path, [SPEC], preprocessing=UNIT)
     (tmp_path / "script.png").unlink()
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(DataError, match=r"pipe\.png cannot be read as an image: it is missing or no plain file"):
+    with pytest.raises(DataError, match=r"pipe\.png cannot be read as an image: it is missing or not a plain file"):
         open_data(tmp_path, [SPEC], preprocessing=UNIT)
     os.mkfifo(tmp_path / "pipe.npz")
-    with pytest.raises(DataError, match=r"pipe\.npz is no data"):
+    with pytest.raises(DataError, match=r"pipe\.npz is not a supported data source"):
         open_data(tmp_path / "pipe.npz", [SPEC], preprocessing=UNIT)
 
 
@@ -414,7 +414,7 @@ def test_bad_images_are_named(folder: Path) -> None:
 def test_bad_images_are_skipped_where_that_is_asked_for(folder: Path) -> None:
     data = open_data(folder, [SPEC], preprocessing=UNIT, skip_bad_images=True)
     assert data.names == ("good0.png", "good1.png", "good2.png", "good3.png")
-    assert data.left_out == ("bomb.bmp", "cut.png", "empty.png", "text.png")
+    assert data.unreadable == ("bomb.bmp", "cut.png", "empty.png", "text.png")
     for path in folder.glob("good*"):
         path.unlink()
     with pytest.raises(DataError, match=r"none of the 4 images .*bomb\.bmp"):
@@ -436,4 +436,4 @@ def test_skipped_images_are_counted_in_the_output(
     assert command([str(argument) for argument in arguments]) == 2
     assert "bomb.bmp" in capsys.readouterr().err
     assert command([*(str(argument) for argument in arguments), "--skip-bad-images"]) in (0, 1)
-    assert "4 images cannot be read and were left out: bomb.bmp, cut.png" in capsys.readouterr().out
+    assert "4 images cannot be read and were skipped: bomb.bmp, cut.png" in capsys.readouterr().out

@@ -130,7 +130,7 @@ def test_layout_comes_from_the_model_and_a_contradiction_is_an_error() -> None:
     undecided = InputSpec("input", FLOAT, (None, None, None, None))
     assert open_data(images, [undecided], preprocessing=UNIT).load(0)["input"].shape == (3, 8, 8)
     with pytest.raises(
-        DataError, match=r"layout NCHW was asked for.*'input' \(float32, \(8, 8, 3\).*is NHWC.*--layout NHWC"
+        DataError, match=r"layout NCHW was given.*'input' \(float32, \(8, 8, 3\).*is NHWC.*--layout NHWC"
     ):
         open_data(images, [last], preprocessing=Preprocessing(scale=1.0, layout="NCHW"))
 
@@ -302,12 +302,12 @@ def test_loose_images_beside_class_folders(folder: Path) -> None:
 
 
 def test_empty_and_missing_places(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no images: expected files ending in \.bmp, "):
+    with pytest.raises(DataError, match=r"holds no images: give files ending in \.bmp, "):
         open_data(tmp_path, [RGB8], preprocessing=UNIT)
-    with pytest.raises(DataError, match=r"nowhere does not exist: expected a folder of images, an \.npz or an \.npy"):
+    with pytest.raises(DataError, match=r"nowhere does not exist: give a folder of images, an \.npz or an \.npy"):
         open_data(tmp_path / "nowhere", [RGB8], preprocessing=UNIT)
     (tmp_path / "a.csv").write_text("1")
-    with pytest.raises(DataError, match=r"a\.csv is no data: expected a folder"):
+    with pytest.raises(DataError, match=r"a\.csv is not a supported data source: give a folder"):
         open_data(tmp_path / "a.csv", [RGB8], preprocessing=UNIT)
 
 
@@ -325,7 +325,7 @@ def test_decompression_bomb_is_named(folder: Path, monkeypatch: pytest.MonkeyPat
     dataset = open_data(folder, [RGB8], preprocessing=UNIT)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     for use in (dataset.load, dataset.thumbnail):
-        with pytest.raises(DataError, match=r"c\.png is too large to be opened safely.*Scale it down"):
+        with pytest.raises(DataError, match=r"c\.png is too large to open safely.*Scale it down"):
             use(2)
 
 
@@ -338,7 +338,7 @@ def test_resizing_must_not_blow_an_image_up(tmp_path: Path, monkeypatch: pytest.
 
 def test_sixteen_bit_image_is_refused(tmp_path: Path) -> None:
     write_image(tmp_path / "a.png", np.full((8, 8), 1000, np.uint16))
-    with pytest.raises(DataError, match=r"a\.png has pixels of mode I;16, not of 8 bits a channel: convert"):
+    with pytest.raises(DataError, match=r"a\.png has pixels of mode I;16: convert it to 8 bits per channel"):
         open_data(tmp_path, [RGB8], preprocessing=UNIT)
 
 
@@ -351,7 +351,10 @@ def test_float_input_needs_to_know_how_pixels_become_values(folder: Path) -> Non
 
 def test_sizes_that_do_not_fit(folder: Path) -> None:
     spec = InputSpec("input", FLOAT, (None, 3, 224, 224))
-    message = r"is prepared to \(3, 8, 8\), model input 'input' expects \(3, 224, 224\): pass --resize 224 --crop 224"
+    message = (
+        r"has shape \(3, 8, 8\) after preprocessing, but model input 'input' expects \(3, 224, 224\): "
+        "pass --resize 224 --crop 224"
+    )
     for source, name in ((folder, "a.png"), (pixels(2, 8, 8, 3), "#0")):
         with pytest.raises(DataError, match=name + " " + message):
             open_data(source, [spec], preprocessing=UNIT)
@@ -366,7 +369,10 @@ def test_sizes_that_do_not_fit(folder: Path) -> None:
 def test_images_of_different_sizes(folder: Path) -> None:
     write_image(folder / "d.png", pixels(8, 9, 3))
     dataset = open_data(folder, [RGB8], preprocessing=UNIT)
-    with pytest.raises(DataError, match=r"d\.png is prepared to \(3, 8, 9\), model input 'input' expects \(3, 8, 8\)"):
+    with pytest.raises(
+        DataError,
+        match=r"d\.png has shape \(3, 8, 9\) after preprocessing, but model input 'input' expects \(3, 8, 8\)",
+    ):
         dataset.load(3)
     dataset = open_data(folder, [ANY], preprocessing=UNIT)
     assert dataset.load(3)["input"].shape == (3, 8, 9)
@@ -378,12 +384,12 @@ def test_images_of_different_sizes(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("specs", "message"),
     [
-        ([RGB8, VECTOR], r"holds images, but the model has the inputs 'input', 'x': give ready tensors"),
-        ([VECTOR], r"'x' \(float32, \(4\) a sample\) has no height, width and channels"),
+        ([RGB8, VECTOR], r"holds images, but the model has the inputs 'input', 'x': give a dict with a ready tensor"),
+        ([VECTOR], r"'x' \(float32, \(4\) per sample\) has no height, width and channels"),
         ([InputSpec("y", FLOAT, (None, 4, 8, 8))], r"1 or 3 channels, but model input 'y' \(float32, \(4, 8, 8\)"),
-        ([InputSpec("y", np.dtype(bool), (None, 3, 8, 8))], r"'y' \(bool.*takes no numbers"),
+        ([InputSpec("y", np.dtype(bool), (None, 3, 8, 8))], r"'y' \(bool.*does not take numbers"),
         ([InputSpec("y", FLOAT, (None, 1, 8, 8))], r"mean has 3 values.*has 1 channel: pass --mean with one value"),
-        ([InputSpec("y", FLOAT, ())], r"'y' is a scalar: data need a batch axis"),
+        ([InputSpec("y", FLOAT, ())], r"'y' is a scalar, and data need a batch axis"),
         ([], r"the model has no inputs"),
     ],
 )
@@ -424,18 +430,18 @@ def test_a_label_file_takes_precedence_over_class_folders_and_distinguishes_equa
     file.write_text("dog/1.png,5\ncat\\1.png,6\n")
     assert read_labels(file, names).tolist() == [6, 5]
     file.write_text("1.png,5\n1.png,6\n")
-    with pytest.raises(DataError, match=r"'cat/1\.png' is not in it"):
+    with pytest.raises(DataError, match=r"'cat/1\.png' is missing"):
         read_labels(file, names)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"labels\.csv is empty: expected a row of file name and class index"),
-        ("a,3\nb,1\n", r"does not give every image one class index: 'c.png' is not in it \(2 of 3 images are\)"),
+        ("", r"labels\.csv is empty: give a row of file name and class index"),
+        ("a,3\nb,1\n", r"does not give every image one class index: 'c.png' is missing \(2 of 3 images are listed\)"),
         ("a,cat\nb,dog\nc,cat\n", r"has no column of class indices"),
         ("a,3\nb,-1\nc,4\n", r"has no column of class indices"),
-        ("a,3\nb,1,2\nc,4\n", r"row 2 has 3 columns where the first row has 2"),
+        ("a,3\nb,1,2\nc,4\n", r"row 2 has 3 columns, the first row has 2"),
         ("a,3\nb,1\nc,4\na,5\n", r"'a' has more than one class: keep one row of it"),
         ("a,3,0\nb,1,1\nc,4,2\n", r"read in two ways: name and class in columns 1 and 2, or 1 and 3: add a header row"),
         ("3\n1\n4\n", r"it needs two columns"),
@@ -466,7 +472,7 @@ def test_unreadable_label_files(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "bytes.tsv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match=r"cannot read the labels file"):
         open_data(folder, [RGB8], preprocessing=UNIT, labels=tmp_path / "bytes.tsv")
-    with pytest.raises(OptionError, match=r"goes with a folder of images: put 'labels' beside the arrays"):
+    with pytest.raises(OptionError, match=r"needs a folder of images: put 'labels' beside the arrays"):
         open_data(pixels(2, 8, 8, 3), [RGB8], preprocessing=UNIT, labels=tmp_path / "bytes.tsv")
 
 
@@ -508,11 +514,11 @@ def test_input_called_images() -> None:
     [
         (
             np.zeros((2, 8, 8, 3), np.float32),
-            r"images of float32 in shape \(2, 8, 8, 3\): expected uint8 in \(N, H, W\)",
+            r"images of float32 in shape \(2, 8, 8, 3\): give uint8 in \(N, H, W\)",
         ),
         (pixels(2, 3, 8, 8), r"images of uint8 in shape \(2, 3, 8, 8\)"),
-        (pixels(8, 8), r"images of uint8 in shape \(8, 8\).*after the model's input, 'input'"),
-        (pixels(0, 8, 8, 3), r"in shape \(0, 8, 8, 3\): it is empty"),
+        (pixels(8, 8), r"images of uint8 in shape \(8, 8\).*under the name of the model's input, 'input'"),
+        (pixels(0, 8, 8, 3), r"in shape \(0, 8, 8, 3\), which is empty"),
     ],
 )
 def test_image_arrays_refused(images: np.ndarray, message: str) -> None:
@@ -523,7 +529,7 @@ def test_image_arrays_refused(images: np.ndarray, message: str) -> None:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (np.zeros((2, 10), int), r"labels of int64 in shape \(2, 10\): expected class indices"),
+        (np.zeros((2, 10), int), r"labels of int64 in shape \(2, 10\): give class indices"),
         (np.zeros(2), r"labels of float64 in shape \(2,\)"),
         (np.array([0, -1]), r"labels of int64.*from 0 up"),
         (np.zeros(3, int), r"3 labels for 2 samples"),
@@ -600,19 +606,22 @@ def test_values_refused(value: np.ndarray, want: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"y": np.zeros((1, 4))}, r"holds 'y', the model's inputs are 'n', 'x': name the arrays after the inputs"),
-        ({"x": np.zeros((1, 4)), "n": np.zeros(1), "z": np.zeros(1)}, r"holds 'n', 'x', 'z'.*none besides"),
-        ({"x": np.zeros((2, 4)), "n": np.zeros(3)}, r"different numbers: 2 for 'x', 3 for 'n'"),
-        ({"x": np.zeros(4), "n": np.zeros(4)}, r"shape \(4,\) for model input 'x', which expects \(4\) a sample"),
+        ({"y": np.zeros((1, 4))}, r"holds 'y', the model's inputs are 'n', 'x': give exactly one array per input"),
+        (
+            {"x": np.zeros((1, 4)), "n": np.zeros(1), "z": np.zeros(1)},
+            r"holds 'n', 'x', 'z', the model's inputs are 'n', 'x'",
+        ),
+        ({"x": np.zeros((2, 4)), "n": np.zeros(3)}, r"different numbers of samples: 2 for 'x', 3 for 'n'"),
+        ({"x": np.zeros(4), "n": np.zeros(4)}, r"shape \(4,\) for model input 'x', which expects \(4\) per sample"),
         ({"x": np.zeros((1, 5)), "n": np.zeros(1)}, r"shape \(1, 5\) for model input 'x'"),
         ({"x": np.zeros((1, 4)), "n": np.float32(3)}, r"shape \(\) for model input 'n'"),
         ({"x": np.zeros((0, 4)), "n": np.zeros(0)}, r"the data holds no samples"),
-        ({"x": [[1, 2], [3]], "n": np.zeros(1)}, r"the data: 'x' is no array"),
+        ({"x": [[1, 2], [3]], "n": np.zeros(1)}, r"the data: 'x' is not an array"),
         ([{"x": np.zeros((1, 4)), "n": np.zeros(1)}, {"x": np.zeros((1, 4))}], r"feed 1 of the data holds 'x'"),
-        ([np.zeros((1, 4))], r"feed 0 of the data is of type ndarray: expected a dict"),
+        ([np.zeros((1, 4))], r"feed 0 of the data is of type ndarray: give a dict"),
         ([], r"holds no samples"),
         (np.zeros((1, 4)), r"is one array, but the model has the inputs 'x', 'n'"),
-        (7, r"the data are of type int: expected a path, an array"),
+        (7, r"the data are of type int: give a path, an array"),
     ],
 )
 def test_feeds_refused(source: Any, message: str) -> None:
@@ -621,7 +630,7 @@ def test_feeds_refused(source: Any, message: str) -> None:
 
 
 def test_preprocessing_does_not_go_with_ready_tensors() -> None:
-    with pytest.raises(OptionError, match=r"ready tensors, which are used as they are.*drop it"):
+    with pytest.raises(OptionError, match=r"ready tensors, to which the given preprocessing does not apply: drop it"):
         open_data(np.zeros((2, 3, 8, 8), np.float32), [RGB8], preprocessing=UNIT)
 
 
@@ -638,7 +647,7 @@ def test_reader_and_generator_are_read_once_and_copied() -> None:
 
     dataset = open_data(feeds(), [VECTOR])
     assert dataset.batch([2, 1])["x"][:, 0].tolist() == [2, 1]
-    with pytest.raises(DataError, match=r"holds no samples.*rewound"):
+    with pytest.raises(DataError, match=r"holds no samples: give at least one .and rewind"):
         open_data(Reader([]), [VECTOR])
 
 
@@ -690,5 +699,5 @@ def test_sampling(count: int, n: int, seed: int) -> None:
 def test_sampling_is_the_same_everywhere() -> None:
     assert sample_indices(1000, 5, seed=0).tolist() == [459, 206, 222, 162, 711]
     assert not np.array_equal(sample_indices(1000, 5, 0), sample_indices(1000, 5, 1))
-    with pytest.raises(OptionError, match=r"0 samples were asked for"):
+    with pytest.raises(OptionError, match=r"the number of samples is 0: give at least 1"):
         sample_indices(10, 0, 0)
