@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from onnx import numpy_helper
 from PIL import Image
 
+import onnx_asr
 from tests.end_to_end.conftest import PRESET, ROOT, VALIDATION, cli, environment, run_blocks
 from tests.graphs import first_output, net
 
@@ -97,6 +99,21 @@ def test_the_tutorial(folder: Path) -> None:
     assert len(json.loads((folder / "sweep.json").read_text())["cells"]) == 9
     for name in ("sweep.svg", "repaired.onnx", "report.html", "small.onnx"):
         assert (folder / name).stat().st_size > 0
+
+
+def test_the_functions_are_those_of_the_package(folder: Path) -> None:
+    text = (DOCS / "python.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"^\| `(\w+)\((.*?)\)`", text, re.MULTILINE))
+    public = {name for name in onnx_asr.__all__ if inspect.isfunction(getattr(onnx_asr, name))}
+    assert set(shown) == public - {"load", "save", "open_data"}
+    for name, arguments in shown.items():
+        parameters = inspect.signature(getattr(onnx_asr, name)).parameters.values()
+        positional, _, keywords = arguments.partition(", *, ")
+        assert positional.split(", ") == [item.name for item in parameters if item.kind != item.KEYWORD_ONLY], name
+        assert set(filter(None, keywords.split(", "))) <= {item.name for item in parameters}, name
+    report, measured = run_blocks(text, folder).splitlines()
+    assert json.loads(report)["improved"]
+    assert all(0.9 < float(value) <= 1 for value in measured.split()[:2])
 
 
 def test_the_options_are_those_of_the_code() -> None:
