@@ -1,7 +1,25 @@
-"""Calibration and evaluation data: images, arrays and feeds, made ready for a model's inputs."""
+"""Calibration and evaluation data: images, arrays and feeds, made ready for a model's inputs.
 
-from onnx_asr.data.datasets import Dataset, sample_indices
+What needs numpy and Pillow is imported when it is first used, so that options of the preprocessing are there without.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from onnx_asr.data.preprocessing import PRESETS, InputSpec, Preprocessing
-from onnx_asr.data.sources import open_data
+
+if TYPE_CHECKING:
+    from onnx_asr.data.datasets import Dataset as Dataset
+    from onnx_asr.data.datasets import sample_indices as sample_indices
+    from onnx_asr.data.sources import open_data as open_data
 
 __all__ = ["PRESETS", "Dataset", "InputSpec", "Preprocessing", "open_data", "sample_indices"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    from onnx_asr.data import datasets, sources
+
+    return getattr(sources if name == "open_data" else datasets, name)

@@ -128,7 +128,7 @@ class _ImageDataset(Dataset):
         self._spec = spec
         self._steps = resolved
         self._channels = channels
-        self._table = resolved.table(channels, spec.dtype)
+        self._table = _table(resolved, channels, spec.dtype)
 
     @abstractmethod
     def _image(self, index: int) -> Image.Image:
@@ -140,7 +140,7 @@ class _ImageDataset(Dataset):
             return self._frame(index)
 
     def _frame(self, index: int) -> Image.Image:
-        return self._steps.frame(self._image(index), self.names[index])
+        return _framed(self._image(index), self._steps, self.names[index])
 
     def _samples(self, indices: Indices) -> list[Sample]:
         def prepare(index: int) -> Sample:
@@ -174,6 +174,51 @@ class _ImageDataset(Dataset):
             return f"crops are square, so give images of {width} x {height} pixels or ready tensors"
         size = height or width
         return f"pass --resize {size} --crop {size}, or a --preset that gives this size"
+
+
+def _table(steps: Preprocessing, channels: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The value of each pixel level: (channels, 256), channels in red, green, blue order.
+
+    Pixels are whole numbers from 0 to 255, so values are looked up: computed in float64, rounded once to the type.
+    """
+    mean, std = (np.broadcast_to(np.array(values), channels)[:, None] for values in (steps.mean, steps.std))
+    levels = np.arange(256.0) * (1.0 if steps.scale is None else steps.scale)
+    values: NDArray[Any] = ((levels - mean) / std).astype(dtype)
+    return values
+
+
+def _framed(image: Image.Image, steps: Preprocessing, name: str) -> Image.Image:
+    """Resize and crop an image; sizes and offsets are rounded as torchvision's `Resize` and `CenterCrop` round them.
+
+    Args:
+        image: The image, in mode L or RGB.
+        steps: The size and the crop.
+        name: What to call it in a message.
+
+    Returns:
+        The framed image; `image` itself where there is nothing to do.
+
+    Raises:
+        DataError: The image is smaller than the crop, or would become huge.
+    """
+    width, height = image.size
+    short = min(width, height)
+    if steps.resize is not None and short != steps.resize:
+        width, height = (int(steps.resize * side / short) for side in (width, height))
+        if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+            raise DataError(
+                f"{name} is {image.width} x {image.height} pixels and would grow to {width} x {height}: remove it"
+            )
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    if steps.crop is not None and (width, height) != (steps.crop, steps.crop):
+        if min(width, height) < steps.crop:
+            raise DataError(
+                f"{name} is {width} x {height} pixels where {steps.crop} x {steps.crop} are to be cut out: "
+                f"pass --resize {steps.crop} or more, or a smaller --crop"
+            )
+        left, top = round((width - steps.crop) / 2), round((height - steps.crop) / 2)
+        image = image.crop((left, top, left + steps.crop, top + steps.crop))
+    return image
 
 
 class FolderDataset(_ImageDataset):
@@ -258,7 +303,7 @@ class PixelDataset(_ImageDataset):
         super().__init__([f"#{index}" for index in range(len(pixels))], labels, spec, preprocessing)
         self._pixels = pixels
         first = self._image(0)
-        self._as_is = pixels.shape[3] == self._channels and self._steps.frame(first, self.names[0]) is first
+        self._as_is = pixels.shape[3] == self._channels and _framed(first, self._steps, self.names[0]) is first
         self._samples([0])  # a wrong size shows at once
 
     def _image(self, index: int) -> Image.Image:

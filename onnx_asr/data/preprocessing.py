@@ -4,8 +4,7 @@
       -> short side to `resize` (bilinear, antialiased)  -> centre crop to `crop` x `crop`
       -> y = (x * scale - mean) / std                    -> RGB or BGR, channels first or last
 
-Pixels are whole numbers from 0 to 255, so the third step is a table of 256 values a channel, computed in float64 and
-rounded once to the model's type. Sizes and offsets are rounded as torchvision's `Resize` and `CenterCrop` round them.
+The steps are carried out in `data.datasets`. Nothing heavy is imported here: the command line takes options from this.
 """
 
 from __future__ import annotations
@@ -17,13 +16,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
+from typing import TYPE_CHECKING, Any, Literal
 
 from onnx_asr.errors import DataError, OptionError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -61,16 +59,16 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What is done to an image before a model sees it.
+    """How an image becomes a model's input.
 
     Attributes:
-        resize: Length of the short side after resizing; None leaves the size.
-        crop: Side of the square cut from the centre; None leaves the size.
-        scale: Factor on the pixel values 0..255; None if not stated, which only an integer input allows.
-        mean: Subtracted after scaling: one value, or one a channel as red, green, blue whatever `channel_order` is.
+        resize: Length of the short side after resizing; by default the size is kept.
+        crop: Side of the square cut from the centre; by default nothing is cut.
+        scale: Factor on pixel values 0..255, such as 0.00392157 (1/255); only an integer input needs none.
+        mean: Subtracted after scaling: one value, or one per channel as red,green,blue, whatever the channel order.
         std: Divided by after that, in the same form.
-        layout: Where the channels go; None reads it from the model, and is NCHW where the model leaves it open.
-        channel_order: The order in which the model wants the three channels.
+        layout: Where the channels go; by default read from the model, and NCHW where the model leaves it open.
+        channel_order: Order in which the model expects the channels.
     """
 
     resize: int | None = None
@@ -194,7 +192,7 @@ class Preprocessing:
             raise DataError(f"an image has 1 or 3 channels, but {what} has {channels}: pass ready tensors")
 
         if spec.dtype.kind in "iu":
-            if not np.can_cast(np.uint8, spec.dtype):
+            if spec.dtype.kind == "i" and spec.dtype.itemsize == 1:
                 raise DataError(f"{what} cannot hold pixel values 0..255: pass ready tensors")
             return dataclasses.replace(self, scale=None, mean=(0.0,), std=(1.0,), layout=layout), channels
         if spec.dtype.kind not in "fV":  # V: bfloat16 of ml_dtypes
@@ -210,45 +208,6 @@ class Preprocessing:
                     f"{key} has {len(values)} values, but {what} has 1 channel: pass --{key} with one value"
                 )
         return dataclasses.replace(self, layout=layout), channels
-
-    def table(self, channels: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-        """Tabulate the value of each pixel level: (channels, 256), channels in red, green, blue order."""
-        mean, std = (np.broadcast_to(np.array(values), channels)[:, None] for values in (self.mean, self.std))
-        levels = np.arange(256.0) * (1.0 if self.scale is None else self.scale)
-        values: NDArray[Any] = ((levels - mean) / std).astype(dtype)
-        return values
-
-    def frame(self, image: Image.Image, name: str) -> Image.Image:
-        """Resize and crop an image.
-
-        Args:
-            image: The image, in mode L or RGB.
-            name: What to call it in a message.
-
-        Returns:
-            The framed image; `image` itself where there is nothing to do.
-
-        Raises:
-            DataError: The image is smaller than the crop, or would become huge.
-        """
-        width, height = image.size
-        short = min(width, height)
-        if self.resize is not None and short != self.resize:
-            width, height = (int(self.resize * side / short) for side in (width, height))
-            if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
-                raise DataError(
-                    f"{name} is {image.width} x {image.height} pixels and would grow to {width} x {height}: remove it"
-                )
-            image = image.resize((width, height), Image.Resampling.BILINEAR)
-        if self.crop is not None and (width, height) != (self.crop, self.crop):
-            if min(width, height) < self.crop:
-                raise DataError(
-                    f"{name} is {width} x {height} pixels where {self.crop} x {self.crop} are to be cut out: "
-                    f"pass --resize {self.crop} or more, or a smaller --crop"
-                )
-            left, top = round((width - self.crop) / 2), round((height - self.crop) / 2)
-            image = image.crop((left, top, left + self.crop, top + self.crop))
-        return image
 
 
 def _is_number(value: object) -> bool:
