@@ -5,54 +5,57 @@ from __future__ import annotations
 import faulthandler
 import io
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Annotated, NoReturn, Protocol, runtime_checkable
-
-import typer
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Annotated, NoReturn
 
 from onnx_asr.blas import BLAS_THREADS
 from onnx_asr.cli import making, measuring, sweeping
-from onnx_asr.cli.command import BAD_INPUT, DONE, INTERRUPTED, app
+from onnx_asr.cli.command import BAD_INPUT, COMMANDS, DONE, INTERRUPTED
+from onnx_asr.cli.options import Form
+from onnx_asr.cli.parameters import DECLARATIONS
+from onnx_asr.cli.parser import Parser, asks_for_help
 from onnx_asr.cli.supervision import supervised
 from onnx_asr.cli.terminal import drop_stdout, leave_progress, say, say_traceback
 from onnx_asr.errors import OnnxAsrError, is_interrupt
 from onnx_asr.ownership import DISTRIBUTION, check_owner
 from onnx_asr.version import __version__
 
-COMMANDS = (making, measuring, sweeping)  # importing them registers what they offer
+REGISTERED = (making, measuring, sweeping)  # importing them registers their commands
+
+PURPOSE = "Give a pruned ONNX vision network its accuracy back: no retraining, no labels, no PyTorch."
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 done, but the result is further from the dense model than its input; 2 bad usage or bad "
+    "input; 130 interrupted."
+)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(f"{DISTRIBUTION} {__version__}")
-        raise typer.Exit
+@dataclass(frozen=True)
+class Globals:
+    """What may stand before the command.
+
+    Attributes:
+        version: Print the version and exit.
+        verbose: As after the command.
+        quiet: As after the command.
+        debug: Show the traceback of an error.
+    """
+
+    version: bool = False
+    verbose: Annotated[bool, Form(names=("--verbose", "-v"))] = False
+    quiet: Annotated[bool, Form(names=("--quiet", "-q"))] = False
+    debug: bool = False
 
 
-@app.callback()
-def _global(
-    context: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
-    ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="As after the command.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="As after the command.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-) -> None:
-    given = {"verbose": verbose, "quiet": quiet, "debug": debug}
-    if context.invoked_subcommand is not None:
-        context.default_map = {context.invoked_subcommand: {name: True for name, value in given.items() if value}}
-
-
-@runtime_checkable
-class _UsageError(Protocol):
-    """What click's exceptions look like; click itself may be vendored in Typer."""
-
-    exit_code: int
-
-    def format_message(self) -> str:
-        """The message."""
+def program() -> Parser:
+    """What reads the arguments before the command, and has the program's help."""
+    options = list(DECLARATIONS.group_of(Globals).options())
+    commands = {name: command.summary for name, command in COMMANDS.items()}
+    return Parser(f"{DISTRIBUTION}", PURPOSE, options, commands, EXIT_CODES)
 
 
 def main() -> NoReturn:
@@ -90,23 +93,39 @@ def run(arguments: Sequence[str]) -> int:
 
     def work() -> int:
         check_owner()
-        code = app(list(arguments) or ["--help"], prog_name=DISTRIBUTION, standalone_mode=False, obj=list(arguments))
-        if code == INTERRUPTED:  # what some versions of Typer make of an interrupt
-            raise KeyboardInterrupt
-        return int(code or DONE)
+        return _dispatch(list(arguments))
 
     return _code_of(work, "--debug" in arguments)
 
 
+def _dispatch(arguments: list[str]) -> int:
+    """Run the command among the arguments, or show what is asked for instead of it."""
+    before = list(takewhile(lambda argument: argument.startswith("-"), arguments))
+    name, *rest = arguments[len(before) :] or [""]
+    known = program()
+    given = known.values(before)
+    if "--version" in given:
+        print(f"{DISTRIBUTION} {__version__}")
+    elif not arguments or asks_for_help(before):
+        print(known.format_help(), end="")
+    elif name not in COMMANDS:
+        known.error(f"'{name}' is not a command: give one of {', '.join(COMMANDS)}")
+    elif asks_for_help(rest):
+        print(COMMANDS[name].parser().format_help(), end="")
+    else:
+        return COMMANDS[name].run([*given, *rest], shlex.join([DISTRIBUTION, *arguments]))
+    return DONE
+
+
 def _code_of(work: Callable[[], int], debug: bool) -> int:
-    """The exit code of some work; where it fails, that of the error, which is told."""
+    """The exit code of some work; if it fails, that of the error, which is printed."""
     try:
         return work()
-    except (SystemExit, BrokenPipeError):  # the reader of a help text has left; SystemExit is click's word for that
+    except BrokenPipeError:  # the reader of a help text has left
         drop_stdout()
         return DONE
     except (Exception, KeyboardInterrupt) as error:
-        if is_interrupt(error) or type(error).__name__ == "Abort":  # click's word for it
+        if is_interrupt(error):
             say("error", "interrupted")
             return INTERRUPTED
         if debug:
@@ -116,16 +135,13 @@ def _code_of(work: Callable[[], int], debug: bool) -> int:
 
 
 def _message(error: BaseException) -> str:
-    """What a user can do something with."""
+    """The cause, and what to do about it."""
     if isinstance(error, OnnxAsrError):
         return str(error)
-    if isinstance(error, _UsageError):
-        path = getattr(getattr(error, "ctx", None), "command_path", DISTRIBUTION)
-        return f"{error.format_message().rstrip('.')}; see {path} --help"
     if isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime":
         return f"onnxruntime is missing: pip install '{DISTRIBUTION}[cpu]', or '{DISTRIBUTION}[gpu]' for CUDA"
     if isinstance(error, MemoryError):
         return "out of memory: lower --memory-limit, --samples or --batch-size"
     text = str(error).strip()
     first = f": {text.splitlines()[0]}" if text else ""
-    return f"unexpected {type(error).__name__}{first}; run again with --debug for the whole story"
+    return f"unexpected {type(error).__name__}{first}; run again with --debug for the traceback"

@@ -1,108 +1,68 @@
-"""The commands that look at models and write none."""
+"""The commands that measure or show models and write none."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, cast
-
-import typer
+from typing import Annotated
 
 from onnx_asr.cli import show
 from onnx_asr.cli.command import DONE, Page, command, plain
+from onnx_asr.cli.options import Form
 from onnx_asr.cli.parameters import (
     BatchSize,
-    Calibration,
     Data,
     Dense,
-    DenseArgument,
-    Display,
-    Exclude,
+    DenseModel,
     Images,
-    Include,
     LabelOffset,
     Labels,
     Machine,
     Model,
-    Refit,
+    Plot,
     Report,
     Samples,
     Seed,
     Walk,
-    repair_options,
 )
 from onnx_asr.cli.terminal import Terminal
-from onnx_asr.cli.values import numbers
-
-if TYPE_CHECKING:
-    from onnx_asr.pruning.options import Score
+from onnx_asr.pruning.options import SensitivityOptions
 
 
-@command("sensitivity")
+@command("sensitivity", without=("Method", "Refit"))
 def sensitivity(
-    model: DenseArgument,
+    terminal: Terminal,
+    model: DenseModel,
     data: Data,
-    calibration: Calibration,
+    options: SensitivityOptions,
     images: Images,
     walk: Walk,
-    display: Display,
-    sparsities: Annotated[
-        str | None, typer.Option(metavar="S[,S]", help="Sparsities to try every layer at: {sensitivity} if not given.")
-    ] = None,
-    score: Annotated[
-        str, typer.Option(metavar="NAME", help="What a weight is worth, as in prune: {scores}.")
-    ] = "magnitude",
-    include: Include = None,
-    exclude: Exclude = None,
-    plot: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Draw the table, too: .svg or .png; needs the extra 'report'.")
-    ] = None,
+    plot: Plot = None,
 ) -> int:
     """Show how far the outputs move when one layer alone is pruned and repaired, at several sparsities."""
-    from onnx_asr.pruning.options import SENSITIVITY_SPARSITIES, SensitivityOptions
     from onnx_asr.pruning.sensitivity import sensitivity as run
     from onnx_asr.report import check_plot
 
     drawing = None if plot is None else check_plot(plot)
-    shares = numbers("sparsities", sparsities)
-    options = SensitivityOptions(
-        SENSITIVITY_SPARSITIES if shares is None else shares,
-        cast("Score", score),
-        tuple(include or ()),
-        tuple(exclude or ()),
-        repair_options(calibration, Refit()),
-    )
     preprocessing = images.preprocessing()
-    terminal = Terminal(display)
     with terminal.progress() as progress:
-        result = run(
-            model,
-            data,
-            options,
-            preprocessing=preprocessing,
-            execution=walk.execution(display.verbose, progress),
-        )
+        execution = walk.execution(terminal.verbose, progress)
+        result = run(model, data, options, preprocessing=preprocessing, execution=execution)
     if drawing is not None:
         from onnx_asr.report.sensitivity_figure import write_sensitivity
 
         write_sensitivity(result, drawing)
-    values = {
-        "command": "sensitivity",
-        "model": model,
-        "data": data,
-        "plot": None if drawing is None else str(drawing),
-        "preprocessing": plain(preprocessing),
-        **result.to_dict(),
-    }
-    terminal.result(values, *show.sensitivity(result, display.verbose), *show.plot(drawing))
+    plot = None if drawing is None else str(drawing)
+    values = {"model": model, "data": data, "plot": plot, "preprocessing": plain(preprocessing), **result.to_dict()}
+    terminal.result(values, *show.sensitivity(result, terminal.verbose), *show.plot(drawing))
     return DONE
 
 
 @command("evaluate")
 def evaluate(
+    terminal: Terminal,
     model: Model,
     data: Data,
     images: Images,
     machine: Machine,
-    display: Display,
     dense: Dense = None,
     labels: Labels = None,
     label_offset: LabelOffset = 0,
@@ -110,51 +70,37 @@ def evaluate(
     batch_size: BatchSize = None,
     seed: Seed = 0,
 ) -> int:
-    """Measure a model: top-1 and top-5 with labels, agreement, KL and SNR against a dense model."""
+    """Measure a model: top-1 and top-5 with labels; agreement, KL and SNR against a dense model."""
     from onnx_asr.measuring.evaluation import evaluate as run
-    from onnx_asr.networks.execution import Execution
 
     preprocessing = images.preprocessing()
-    terminal = Terminal(display)
     with terminal.progress() as progress:
         fidelity = run(
             model,
             data,
             dense=dense,
-            labels=labels,
             preprocessing=preprocessing,
+            labels=labels,
+            label_offset=label_offset,
             samples=samples,
             seed=seed,
-            label_offset=label_offset,
             batch_size=batch_size,
-            execution=Execution(machine.runtime(display.verbose), progress=progress),
+            execution=machine.execution(terminal.verbose, progress),
         )
-    values = {
-        "command": "evaluate",
-        "model": model,
-        "dense": dense,
-        "data": data,
-        "preprocessing": plain(preprocessing),
-        **fidelity.to_dict(),
-    }
+    values = {"model": model, "dense": dense, "data": data, "preprocessing": plain(preprocessing), **fidelity.to_dict()}
     terminal.result(values, *show.evaluation(fidelity, model))
     return DONE
 
 
 @command("inspect")
 def inspect(
-    context: typer.Context,
+    terminal: Terminal,
     model: Model,
     images: Images,
     walk: Walk,
-    display: Display,
     dense: Dense = None,
-    data: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Samples to measure the damage on, as for repair; with --dense.")
-    ] = None,
-    channels: Annotated[
-        str | None, typer.Option(metavar="LAYER", help="Show every channel of this layer instead of all layers.")
-    ] = None,
+    data: Annotated[str | None, Form("PATH", "Samples to measure the damage on, as for repair; needs --dense.")] = None,
+    channels: Annotated[str | None, Form("LAYER", "Show every channel of this layer instead of all layers.")] = None,
     samples: Samples = None,
     batch_size: BatchSize = None,
     seed: Seed = 0,
@@ -165,57 +111,45 @@ def inspect(
     from onnx_asr.measuring.inspection import inspect as run
     from onnx_asr.report.data import inspect_data
 
-    page = Page.of(context, report, None)
+    page, preprocessing = Page.of(terminal, report, None), images.preprocessing()
     if channels is not None:
-        run(model).layer(channels)  # an unknown name shows before the damage is measured
-    preprocessing = images.preprocessing()
-    terminal = Terminal(display)
+        run(model).layer(channels)  # an unknown name is an error before the damage is measured
     with terminal.progress() as progress:
         result = run(
             model,
+            data,
             dense=dense,
-            data=data,
             preprocessing=preprocessing,
             samples=DAMAGE_SAMPLES if samples is None else samples,
             seed=seed,
             batch_size=batch_size,
-            execution=walk.execution(display.verbose, progress),
+            execution=walk.execution(terminal.verbose, progress),
         )
-    layer = None if channels is None else result.layer(channels)
     files = {"model": model, "dense": dense, "data": data}
     page.write(lambda run: inspect_data(run, result), files, preprocessing)
-    values = {
-        "command": "inspect",
-        "model": model,
-        "dense": dense,
-        "data": data,
-        "preprocessing": plain(preprocessing),
-        "report": page.name,
-        **result.to_dict(),
-    }
-    if layer is not None:
-        values["channels"] = layer.channel_table()
-    shown = show.inspection(result, display.verbose) if layer is None else show.channels(layer)
+    values = {**files, "preprocessing": plain(preprocessing), "report": page.name, **result.to_dict()}
+    shown = show.inspection(result, terminal.verbose)
+    if channels is not None:
+        layer = result.layer(channels)
+        values["channels"], shown = layer.channel_table(), show.channels(layer)
     terminal.result(values, *shown, *show.report(page.path))
     return DONE
 
 
 @command("view")
 def view(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="One or more .onnx files.")],
-    display: Display,
+    terminal: Terminal,
+    models: Annotated[list[str], Form(help="One or more .onnx files.", names=("MODEL",))],
     port: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Port of the first file, the next have those after it; free ones if not given."),
+        int | None, Form(help="Port of the first file; the others have the ones after it. By default free ones.")
     ] = None,
-    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the addresses in the browser.")] = True,
+    browser: Annotated[bool, Form(help="Open the addresses in the browser.")] = True,
 ) -> int:
     """Show models in Netron until interrupted; needs the extra 'view'."""
     from onnx_asr.cli.viewing import serving, wait_for_the_end
 
-    terminal = Terminal(display)
     with serving(models, port=port, browse=browser) as addresses:
         pairs = list(zip(models, addresses, strict=True))
-        values = {"command": "view", "models": [{"model": model, "address": address} for model, address in pairs]}
+        values = {"models": [{"model": model, "address": address} for model, address in pairs]}
         terminal.result(values, *show.view(pairs))
         wait_for_the_end()

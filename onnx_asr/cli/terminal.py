@@ -21,21 +21,27 @@ Progress = Callable[[str, float], None]
 
 
 class Terminal:
-    """The two streams, as a command's display options want them used."""
+    """The two streams of a command, as its display options want them used.
 
-    def __init__(self, display: Display) -> None:
-        self.verbose = display.verbose
+    Attributes:
+        command: Its name.
+        line: The whole command line.
+        verbose: Whether to show every layer.
+    """
+
+    def __init__(self, command: str, line: str, display: Display) -> None:
+        self.command, self.line, self.verbose = command, line, display.verbose
         self._json, self._quiet = display.json, display.quiet
         self._out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
         self._err = Console(stderr=True, highlight=False, emoji=False)
 
     def result(self, values: dict[str, Any], *shown: RenderableType) -> None:
-        """Print a result: as JSON, or as text and tables for a reader, or not at all.
+        """Print a result: as JSON, or as text and tables, or not at all.
 
-        A reader who has left changes nothing: the work is done.
+        A closed stdout is not an error: the work is done.
         """
         try:
-            self._print(values, shown)
+            self._print({"command": self.command, **values}, shown)
             sys.stdout.flush()
         except (BrokenPipeError, SystemExit):  # SystemExit is rich's word for it
             drop_stdout()
@@ -49,7 +55,7 @@ class Terminal:
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:
-        """A progress bar, which shows on a terminal only."""
+        """A progress bar, shown on a terminal only."""
         if self._quiet or not self._err.is_terminal:
             yield lambda stage, fraction: None
             return
@@ -77,25 +83,25 @@ def leave_progress() -> None:
 
 
 def drop_stdout() -> None:
-    """Let nothing more be written to a stdout that nobody reads."""
+    """Discard what is still written to a stdout that nobody reads."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(kind: str, message: str) -> None:
-    """One line on stderr: "error: ..." or "warning: ...", without what would command a terminal."""
+    """One line on stderr, "error: ..." or "warning: ...", with control characters escaped."""
     line = " ".join(message.split())
     shown = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line)
     print(f"{kind}: {shown}", file=sys.stderr, flush=True)
 
 
 def say_traceback(error: BaseException) -> None:
-    """The whole story, for --debug."""
+    """The traceback, for --debug."""
     traceback.print_exception(error, file=sys.stderr)
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON knows it: what is not finite becomes None."""
+    """A value as JSON has it; numbers that are not finite become None."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

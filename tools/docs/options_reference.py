@@ -5,12 +5,11 @@ python -m tools.docs.options_reference
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Sequence
 
-import typer
-
-from onnx_asr.cli.app import app
+from onnx_asr.cli.app import EXIT_CODES, program
+from onnx_asr.cli.command import COMMANDS
+from onnx_asr.cli.options import Option
 from tools.arguments import script_parser
 from tools.paths import ROOT
 
@@ -18,51 +17,37 @@ TARGET = ROOT / "docs" / "options.md"
 HEAD = """# Options
 
 All commands and their options. Written by `python -m tools.docs.options_reference` from the declarations that `--help`
-shows; a test fails where it is out of date. Where no default is shown, the text tells it, or the option is off.
+shows; a test fails where it is out of date.
 """
 
 
 def reference() -> str:
-    group: Any = typer.main.get_command(app)
-    parts = [HEAD, "`onnx-resuscitate COMMAND`: " + ", ".join(f"[{name}](#{name})" for name in group.commands) + "\n"]
-    parts.append("\n".join(table(group)) + "\n")
-    for name, command in group.commands.items():
-        command.fill_in()
-        parts.append(f"## {name}\n\n{command.help}\n\n" + "\n".join(table(command)) + "\n")
-    return "\n".join([*parts, f"{group.epilog}\n"])
+    parts = [HEAD, "`onnx-resuscitate [options] COMMAND ...`: " + ", ".join(f"[{name}](#{name})" for name in COMMANDS)]
+    parts = ["\n".join(parts) + "\n", table(program().options)]
+    parts += [f"## {name}\n\n{command.summary}\n\n{table(command.options)}" for name, command in COMMANDS.items()]
+    return "\n".join([*parts, f"{EXIT_CODES}\n"])
 
 
-def table(command: Any) -> Iterator[str]:
-    """One row a parameter: arguments first, then options, in the order of the help."""
-    yield "| parameter | value | default | meaning |"
-    yield "|---|---|---|---|"
-    panels: dict[str, list[str]] = {"": []}
-    for parameter in command.params:
-        panels.setdefault(parameter.rich_help_panel or "", []).append(row(parameter))
-    for panel, rows in panels.items():
-        if panel:
-            yield f"| **{panel}** | | | |"
-        yield from rows
+def table(options: Sequence[Option]) -> str:
+    """One row per option, by panel as in the help."""
+    rows = ["| option | value | default | meaning |", "|---|---|---|---|"]
+    titles = dict.fromkeys(["Arguments", "Options", *(option.panel for option in options)])
+    for title in titles:
+        found = [row(option) for option in options if option.panel == title]
+        if found and title not in ("Arguments", "Options"):
+            rows.append(f"| **{title}** | | | |")
+        rows += found
+    return "\n".join(rows) + "\n"
 
 
-def row(parameter: Any) -> str:
-    if parameter.param_type_name == "argument":
-        return cells(f"`{parameter.metavar}`", "", "required", parameter.help)
-    names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
-    return cells(names, "" if parameter.is_flag else f"`{parameter.metavar}`", default(parameter), parameter.help)
-
-
-def default(parameter: Any) -> str:
-    if parameter.required:
-        return "required"
-    value = parameter.default
-    if isinstance(value, bool) and parameter.secondary_opts:
-        return f"`{(parameter.opts if value else parameter.secondary_opts)[0]}`"
-    return "" if value is None or isinstance(value, bool) else str(value)
-
-
-def cells(*texts: str) -> str:
-    return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+def row(option: Option) -> str:
+    names = [option.metavar] if option.is_argument else sorted(option.names, key=len)
+    if option.kind == "pair":
+        names.append(f"--no-{names[0].removeprefix('--')}")
+    value = f"`{option.metavar}`" if option.metavar and not option.is_argument else ""
+    default = "required" if option.required else option.shown_default
+    cells = ", ".join(f"`{name}`" for name in names), value, default, option.help
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 if __name__ == "__main__":
