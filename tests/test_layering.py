@@ -134,7 +134,7 @@ def test_a_violation_is_found(name: str, source: str) -> None:
         ("numerics.x", "import math\nimport numpy as np\nfrom onnx_asr.errors import OptionError"),
         ("engine.x", "import onnxruntime\nfrom onnx_asr.graph.index import GraphIndex"),
         ("sweeping.workers", "from distributed import Client\nfrom onnx_asr.sweeping.grid import SweepGrid"),
-        ("cli.x", "import typer\nfrom onnx_asr.repairing.pipeline import repair"),
+        ("cli.x", "import rich\nfrom onnx_asr.repairing.pipeline import repair"),
     ],
 )
 def test_allowed_imports_are_no_violations(name: str, source: str) -> None:
