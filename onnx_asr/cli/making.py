@@ -114,7 +114,7 @@ def _zero_weights(
     terminal.result(
         {**files, "report": page.name, **result.to_dict(), **timed(latency)},
         *show.prune(result, str(target), terminal.verbose, latency),
-        *show.report(page.path),
+        *show.file("report", page.path),
     )
     return DONE
 
@@ -165,7 +165,7 @@ def repair(
     terminal.result(
         {**files, "preprocessing": plain(preprocessing), "report": page.name, **result.to_dict()},
         *show.repair(result, path, terminal.verbose),
-        *show.report(page.path),
+        *show.file("report", page.path),
     )
     return verdict(result.improved, "repaired model", "the pruned one", target, force)
 
@@ -201,7 +201,7 @@ def compress(
     terminal.result(
         {**files, "preprocessing": plain(preprocessing), "report": page.name, **result.to_dict(), **timed(latency)},
         *show.compress(result, path, terminal.verbose, latency),
-        *show.report(page.path),
+        *show.file("report", page.path),
     )
     return verdict(improved, "compressed model", "its last mask without repair", target, force)
 

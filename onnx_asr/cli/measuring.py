@@ -52,7 +52,7 @@ def sensitivity(
         write_sensitivity(result, drawing)
     plot = None if drawing is None else str(drawing)
     values = {"model": model, "data": data, "plot": plot, "preprocessing": plain(preprocessing), **result.to_dict()}
-    terminal.result(values, *show.sensitivity(result, terminal.verbose), *show.plot(drawing))
+    terminal.result(values, *show.sensitivity(result, terminal.verbose), *show.file("plot", drawing))
     return DONE
 
 
@@ -132,7 +132,7 @@ def inspect(
     if channels is not None:
         layer = result.layer(channels)
         values["channels"], shown = layer.channel_table(), show.channels(layer)
-    terminal.result(values, *shown, *show.report(page.path))
+    terminal.result(values, *shown, *show.file("report", page.path))
     return DONE
 
 
@@ -148,8 +148,8 @@ def view(
     """Show models in Netron until interrupted; needs the extra 'view'."""
     from onnx_asr.cli.viewing import serving, wait_for_the_end
 
-    with serving(models, port=port, browse=browser) as addresses:
-        pairs = list(zip(models, addresses, strict=True))
+    with serving(models, port=port, browse=browser) as servers:
+        pairs = list(zip(models, servers, strict=True))
         values = {"models": [{"model": model, "address": address} for model, address in pairs]}
         terminal.result(values, *show.view(pairs))
-        wait_for_the_end()
+        wait_for_the_end(servers)

@@ -1,8 +1,8 @@
-"""Work in a process of its own, so that an error is left where onnxruntime ends that process or does not return.
+"""Work in a process of its own: an error is reported even where onnxruntime ends that process or does not return.
 
 The process that the user started forks before anything large is imported; the child does the work, the parent waits.
-What the parent has to know is in memory that both share. Neither outlives the other. Where there is no ``os.fork``
-(Windows), the work is done unsupervised.
+What the parent needs to know is in shared memory. Neither process outlives the other. Without ``os.fork`` (Windows),
+the work is done unsupervised.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TICK = 0.2  # seconds between two looks at the child
 
 
 class _State(ctypes.Structure):
-    """What the child tells: an odd number of steps into onnxruntime and out of it means that it is in there."""
+    """State of the child: an odd number of steps into onnxruntime and out of it means that it is inside."""
 
     _fields_: ClassVar = [("limit", ctypes.c_double), ("steps", ctypes.c_uint64), ("files", ctypes.c_char * 1000)]
 
@@ -32,14 +32,14 @@ _state = _State.from_buffer(mmap.mmap(-1, ctypes.sizeof(_State)))
 
 
 def announce(limit: float, files: Iterable[str]) -> None:
-    """Tell the seconds that one call into onnxruntime may take (0: any number), and the models worked on."""
+    """Set the seconds that one call into onnxruntime may take (0 for no limit), and the models worked on."""
     _state.limit = limit
     _state.files = " and ".join(f"'{name}'" for name in files).encode(errors="replace")[: _State.files.size - 1]
 
 
 @contextmanager
 def native_call() -> Iterator[None]:
-    """Tell that the work is in onnxruntime while this is entered."""
+    """Mark the work as inside onnxruntime."""
     _state.steps += 1
     try:
         yield
@@ -51,8 +51,8 @@ def supervised(work: Callable[[], int]) -> int:
     """Do the work in a child process; its exit code.
 
     Raises:
-        OnnxAsrError: When the child was ended by a signal, or by this process because a call took longer than it may.
-        KeyboardInterrupt: When it was ended because it did not get to see an interrupt.
+        OnnxAsrError: When the child was ended by a signal, or by this process because a call exceeded its limit.
+        KeyboardInterrupt: When it was ended because it did not react to an interrupt.
     """
     if not hasattr(os, "fork"):
         return work()
@@ -67,23 +67,29 @@ def supervised(work: Callable[[], int]) -> int:
     return _Child(pid, ours[0]).wait()
 
 
-def _as_child(work: Callable[[], int], parent: int) -> int:
-    def end_with_parent() -> None:
-        os.read(parent, 1)
-        os.kill(os.getpid(), signal.SIGKILL)
+def end_with(pipe: int) -> None:
+    """End this process when the one at the other end of a pipe ends, however it does, or closes its end."""
 
+    def wait() -> None:
+        os.read(pipe, 1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _as_child(work: Callable[[], int], parent: int) -> int:
     def interrupt(*_: object) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it too, beside the parent
         raise KeyboardInterrupt
 
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with(parent)
     signal.signal(signal.SIGINT, interrupt)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     return work()
 
 
 class _Child:
-    """The process that works, as the waiting one sees it."""
+    """The working process, as its parent sees it."""
 
     def __init__(self, pid: int, alive: int) -> None:
         self._pid = pid
@@ -91,7 +97,7 @@ class _Child:
         self._interrupts = 0
 
     def wait(self) -> int:
-        """Wait for its end, and bring it about where a call takes longer than it may."""
+        """Wait for its end; end it where a call exceeds its limit."""
         signal.signal(signal.SIGINT, self._interrupt)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         hangs = self._hangs()
@@ -106,7 +112,7 @@ class _Child:
         raise OnnxAsrError(_hang() if hangs else _death(signal.Signals(-code)))
 
     def _hangs(self) -> bool:
-        """Whether a call exceeds its limit, counted in looks: there are none while both processes are suspended."""
+        """Whether a call exceeds its limit, counted in looks, as the clock goes on while both are suspended."""
         looks, seen = 0, 0
         while not select.select([self._alive], [], [], _TICK)[0]:
             steps = _state.steps
@@ -116,7 +122,7 @@ class _Child:
         return False
 
     def _interrupt(self, *_: object) -> None:
-        """Pass the first interrupt on; after a second one, wait no longer for the child to see it."""
+        """Pass the first interrupt on; end the child at the second."""
         self._interrupts += 1
         os.kill(self._pid, signal.SIGINT if self._interrupts == 1 else signal.SIGKILL)
 

@@ -82,7 +82,7 @@ def sweep(
     terminal.result(
         {**files, "preprocessing": plain(preprocessing), "plot": plot, "report": page.name, **result.to_dict()},
         *show.sweep(result, str(target), drawing),
-        *show.report(page.path),
+        *show.file("report", page.path),
     )
     failed = sum(map(len, result.failures.values()))
     if failed:

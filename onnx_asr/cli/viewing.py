@@ -1,34 +1,37 @@
-"""Model files in Netron, one server a file, each in a process of its own.
+"""Model files in Netron, one server per file, each in a process of its own.
 
-Netron keeps what it serves in a class variable: two servers in one process would both show the file opened last. A
-server ends when the pipe to it closes, however this process ends.
+Netron keeps what it serves in a class variable: two servers in one process would both show the file opened last.
 """
 
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
-from multiprocessing.connection import Connection, wait
 from typing import NoReturn
 
+from onnx_asr.cli.supervision import end_with
 from onnx_asr.errors import OnnxAsrError, OptionError
 from onnx_asr.graph.model_io import load
 from onnx_asr.ownership import DISTRIBUTION
 
 _LAST_PORT = 65535
+Server = subprocess.Popen[str]
 
 
 @contextmanager
-def serving(models: Sequence[str], *, port: int | None = None, browse: bool = True) -> Iterator[list[str]]:
-    """Serve model files on this machine while the context is open; yields their addresses.
+def serving(models: Sequence[str], *, port: int | None = None, browse: bool = True) -> Iterator[dict[str, Server]]:
+    """Serve model files on this machine while the context is open; yields the servers by address, in order.
 
     Args:
         models: Paths of .onnx files.
-        port: The port of the first file; the others have those after it. None lets Netron choose free ones.
+        port: The port of the first file; the others have the ones after it. None lets Netron choose free ones.
         browse: Open the addresses in the browser.
 
     Raises:
@@ -36,56 +39,55 @@ def serving(models: Sequence[str], *, port: int | None = None, browse: bool = Tr
         ModelError: When a file is missing or is not an ONNX model.
     """
     if find_spec("netron") is None:
-        raise OptionError(f"this needs Netron, which is not installed: pip install '{DISTRIBUTION}[view]'")
+        raise OptionError(f"view needs Netron, which is not installed: pip install '{DISTRIBUTION}[view]'")
     if port is not None and not 1 <= port <= _LAST_PORT + 1 - len(models):
         raise OptionError(f"port {port} is out of range: give 1 to {_LAST_PORT + 1 - len(models)}")
     for model in models:
         load(model)
     with ExitStack() as stack:
-        yield [
-            _start(stack, model, None if port is None else port + number, browse) for number, model in enumerate(models)
-        ]
+        ports = [""] * len(models) if port is None else map(str, range(port, port + len(models)))
+        yield dict(_start(stack, model, place, browse) for model, place in zip(models, ports, strict=True))
 
 
-def wait_for_the_end() -> NoReturn:
+def wait_for_the_end(servers: dict[str, Server]) -> NoReturn:
     """Wait until a server ends, which it does not do by itself, or the user interrupts.
 
     Raises:
         OnnxAsrError: When a server has ended.
     """
-    wait([process.sentinel for process in multiprocessing.active_children()])
+    while all(server.poll() is None for server in servers.values()):
+        time.sleep(0.1)
     raise OnnxAsrError("Netron has ended unexpectedly; start it again")
 
 
-def _start(stack: ExitStack, model: str, port: int | None, browse: bool) -> str:
-    """Start a server that ends with the stack; its address."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, model, port, browse))
-    process.start()
-    theirs.close()
-    stack.callback(process.join)
-    stack.callback(ours.close)  # first, being the last: it makes the process end
-    try:
-        reply = ours.recv()
-    except EOFError:
-        raise OnnxAsrError(f"Netron could not be started for '{model}'") from None
-    if isinstance(reply, OSError):
-        raise OptionError(f"no server can be started on port {port} ({reply}): give another one, or none")
-    return str(reply)
+def _start(stack: ExitStack, model: str, port: str, browse: bool) -> tuple[str, Server]:
+    """Start a server that ends with the stack; its address, and the server."""
+    command = [sys.executable, "-m", __name__, model, port, "browse" if browse else ""]
+    server = stack.enter_context(Server(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    assert server.stdout is not None
+    reply = server.stdout.readline().strip()
+    if not reply:
+        raise OnnxAsrError(f"Netron could not be started for '{model}'")
+    if not reply.startswith("http"):
+        raise OptionError(f"no server can be started on port {port} ({reply}): give another --port, or none")
+    return reply, server
 
 
-def _serve(connection: Connection, model: str, port: int | None, browse: bool) -> None:
-    """Serve one file until the other end of the connection is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it, too
+def _serve(model: str, port: str, browse: str) -> None:
+    """Serve one file until the process at the other end of stdin ends, or closes it; print the address or an error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too
+    end_with(sys.stdin.fileno())
     import netron
 
     logging.getLogger().addHandler(logging.NullHandler())  # or Netron logs to stderr
     try:
-        host, given = netron.start(model, address=port, browse=browse)
+        host, given = netron.start(model, address=int(port) if port else None, browse=bool(browse))
     except OSError as error:
-        connection.send(OSError(str(error)))
+        print(error, flush=True)
         return
-    connection.send(f"http://{host}:{given}")
-    with suppress(EOFError):
-        connection.recv()
+    print(f"http://{host}:{given}", flush=True)
+    threading.Event().wait()
+
+
+if __name__ == "__main__":
+    _serve(*sys.argv[1:])
