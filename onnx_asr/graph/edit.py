@@ -227,8 +227,6 @@ class _Writer:
                 self.model.graph.sparse_initializer.remove(self.sparse[name])
             else:
                 producer = self.index.producer[name]
-                if any(out != name and self.index.consumers.get(out) for out in self.nodes[producer].output):
-                    continue
                 dead_nodes.add(producer)
                 pending.extend(node_reads(self.nodes[producer]))
             _remove_named(self.model.graph.value_info, name)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from onnx_asr.graph import layers
-from onnx_asr.graph.layers import Layer, WeightLayout
+from onnx_asr.graph.layers import Layer, WeightLayout, is_channel_bias
 from tests.graphs import LAYERS, copy, first_output, index, layer, parameter, set_parameter
 
 LAYOUTS = [
@@ -70,3 +70,27 @@ def test_an_input_channel_is_read_by_its_own_blocks_alone(name: str) -> None:
 def test_a_point_carries_the_layer_of_its_node(name: str) -> None:
     model, _, point = layer(name)
     assert Layer.of(index(model), point.node) == point.layer
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "expected"),
+    [
+        ((6,), -1, True),
+        ((1,), -1, True),
+        ((), -1, True),
+        ((5,), -1, False),
+        ((1, 6), -1, True),
+        ((6, 1), -1, False),
+        ((6, 1), -2, True),
+        ((1, 6, 1, 1), -3, True),
+        ((1, 1, 1, 1), -3, True),
+        ((1, 6, 1, 2), -3, False),
+        ((2, 6, 1, 1), -3, False),
+        ((6,), -3, False),
+        ((1,), -3, False),
+    ],
+)
+def test_a_channel_bias_has_one_value_per_channel_or_one_for_all(
+    shape: tuple[int, ...], axis: int, expected: bool
+) -> None:
+    assert is_channel_bias(np.ones(shape, np.float32), 6, axis) == expected

@@ -71,6 +71,8 @@ def test_patches_are_what_the_taps_meet(case: tuple[ConvGeometry, tuple[int, ...
     table = input_positions(geometry, input_shape, output_shape)
     actual = gather_patches(tensor, table, positions, geometry.groups)
     taps = int(np.prod(geometry.kernel))
+    assert table.shape == (np.prod(output_shape), taps)
+    assert ((table >= -1) & (table < np.prod(input_shape))).all()
     assert actual.dtype == np.float32
     assert actual.shape == (2 * count, geometry.groups, taps * 4 // geometry.groups)
     for image, place in itertools.product(range(2), range(count)):

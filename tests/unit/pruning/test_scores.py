@@ -34,6 +34,15 @@ def test_lamp_is_a_share_of_all_that_are_no_smaller(weight: np.ndarray) -> None:
     np.testing.assert_allclose(lamp(weight).ravel(), expected)
 
 
+@given(weight=weights)
+def test_row_scores_are_magnitudes_over_the_root_mean_square_of_their_row(weight: np.ndarray) -> None:
+    expected = np.zeros(weight.shape)
+    for row, values in enumerate(weight):
+        if values.any():
+            expected[row] = np.abs(values) / np.sqrt(np.mean(values**2))
+    np.testing.assert_allclose(row_normalised(weight), expected)
+
+
 @given(weight=weights, scale=st.floats(0.1, 10))
 def test_row_scores_do_not_see_the_scale_of_a_row(weight: np.ndarray, scale: float) -> None:
     scaled = weight * np.geomspace(1, scale, len(weight))[:, None]
