@@ -346,16 +346,12 @@ class TensorDataset(Dataset):
         self._specs = specs
 
     def _samples(self, indices: Indices) -> list[Sample]:
-        samples = []
-        for index in indices:
-            feed, row = self._rows[index]
-            samples.append(
-                {
-                    spec.name: _cast(self._feeds[feed][spec.name][row], spec, f"sample {self.names[index]}")
-                    for spec in self._specs
-                }
-            )
-        return samples
+        return [self._sample(index) for index in indices]
+
+    def _sample(self, index: int) -> Sample:
+        feed, row = self._rows[index]
+        name = f"sample {self.names[index]}"
+        return {spec.name: _cast(self._feeds[feed][spec.name][row], spec, name) for spec in self._specs}
 
 
 def _check_feed(feed: Mapping[str, NDArray[Any]], where: str, specs: Sequence[InputSpec]) -> int:

@@ -101,30 +101,14 @@ class Preprocessing:
 
     @classmethod
     def from_options(
-        cls,
-        *,
-        preset: str | None = None,
-        file: str | os.PathLike[str] | None = None,
-        resize: int | None = None,
-        crop: int | None = None,
-        scale: float | None = None,
-        mean: Sequence[float] | float | None = None,
-        std: Sequence[float] | float | None = None,
-        layout: str | None = None,
-        channel_order: str | None = None,
+        cls, *, preset: str | None = None, file: str | os.PathLike[str] | None = None, **changes: Any
     ) -> Preprocessing | None:
         """Build a preprocessing from a preset or a TOML file, with single attributes replaced.
 
         Args:
             preset: A name from `PRESETS` to start from.
             file: A TOML file to start from instead; its keys are the attributes of this class.
-            resize: Replaces the attribute of this name, as do the arguments after it.
-            crop: See `resize`.
-            scale: See `resize`.
-            mean: See `resize`; one number stands for all channels.
-            std: See `resize`; one number stands for all channels.
-            layout: See `resize`.
-            channel_order: See `resize`.
+            **changes: Attributes to replace, unless None; for `mean` and `std`, a number stands for all channels.
 
         Returns:
             The preprocessing, or None if nothing was given.
@@ -136,24 +120,13 @@ class Preprocessing:
             raise OptionError(f"both a preset ({preset}) and a preprocessing file ({file}) were given: give only one")
         if preset is not None and preset not in PRESETS:
             raise OptionError(f"there is no preset {preset!r}: choose one of {', '.join(PRESETS)}")
-        overrides = {
-            "resize": resize,
-            "crop": crop,
-            "scale": scale,
-            "mean": mean,
-            "std": std,
-            "layout": layout,
-            "channel_order": channel_order,
-        }
-        given = {key: value for key, value in overrides.items() if value is not None}
+        given = {key: value for key, value in changes.items() if value is not None}
+        if preset is None and file is None and not given:
+            return None
         if preset is not None:
             base = PRESETS[preset]
-        elif file is not None:
-            base = cls(**_with_tuples(_read_toml(Path(file))))
-        elif given:
-            base = cls()
         else:
-            return None
+            base = cls() if file is None else cls(**_with_tuples(_read_toml(Path(file))))
         return dataclasses.replace(base, **_with_tuples(given))
 
     def to_dict(self) -> dict[str, Any]:

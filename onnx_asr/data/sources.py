@@ -85,12 +85,7 @@ def open_data(
         raise OptionError(f"a labels file ({labels}) needs a folder of images: put 'labels' beside the arrays instead")
 
     if isinstance(value, np.ndarray):
-        if len(inputs) > 1:
-            names = ", ".join(repr(spec.name) for spec in inputs)
-            raise DataError(
-                f"{where} is one array, but the model has the inputs {names}: give a dict with an array per input"
-            )
-        spec = inputs[0]
+        spec = _only_input(inputs, f"{where} is one array")
         if _are_images(value, spec, preprocessing):
             return _open_pixels(value, None, where, inputs, preprocessing)
         return _open_tensors([{spec.name: value}], where, inputs, preprocessing)
@@ -115,7 +110,7 @@ def _open_folder(
         raise DataError(f"none of the {len(names)} images in {root} can be read; the first: {bad[names[0]]}")
     names = [name for name in names if name not in bad]
     classes = _folder_labels(root, names) if labels is None else read_labels(Path(labels), names)
-    spec = _image_input(inputs, str(root))
+    spec = _only_input(inputs, f"{root} holds images")
     return FolderDataset(root, names, classes, spec, preprocessing or Preprocessing(), list(bad))
 
 
@@ -221,7 +216,7 @@ def _open_pixels(
     inputs: Sequence[InputSpec],
     preprocessing: Preprocessing | None,
 ) -> Dataset:
-    spec = _image_input(inputs, where)
+    spec = _only_input(inputs, f"{where} holds images")
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or (pixels.ndim == 4 and pixels.shape[3] not in (1, 3)):
         raise DataError(
             f"{where} has images of {pixels.dtype} in shape {pixels.shape}: give uint8 in (N, H, W), (N, H, W, 1) "
@@ -294,10 +289,8 @@ def _class_indices(labels: NDArray[Any], where: str) -> NDArray[np.int64]:
     return labels.astype(np.int64)
 
 
-def _image_input(inputs: Sequence[InputSpec], where: str) -> InputSpec:
+def _only_input(inputs: Sequence[InputSpec], what: str) -> InputSpec:
     if len(inputs) > 1:
         names = ", ".join(repr(spec.name) for spec in inputs)
-        raise DataError(
-            f"{where} holds images, but the model has the inputs {names}: give a dict with a ready tensor per input"
-        )
+        raise DataError(f"{what}, but the model has the inputs {names}: give a dict with a ready tensor per input")
     return inputs[0]

@@ -15,9 +15,11 @@ import pytest
 import onnx_asr
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.model_io import digest, load, save
+from onnx_asr.networks.execution import Execution
 from onnx_asr.pruning.compression import CompressOptions
 from onnx_asr.repairing.options import RepairOptions
 from onnx_asr.sweeping.grid import SweepGrid, SweepSettings
+from onnx_asr.sweeping.workspace import Setup, Workspace
 from tests.graphs import MODELS, first_output, images, net, pruned, residual_net
 
 Source = Any
@@ -86,6 +88,16 @@ def test_every_entry_point_takes_them(
 ) -> None:
     dense, sparse = map(imported, paths)
     assert comparable(entry(dense, sparse)) == comparable(entry(*paths))
+
+
+@library
+def test_workers_are_sent_the_exported_model(imported: Callable[[Path], Source], paths: tuple[Path, Path]) -> None:
+    """Which is a file's content; the objects of the libraries need not even be picklable."""
+    workers = pytest.importorskip("onnx_asr.sweeping.workers")
+    setup = Setup(imported(paths[0]), DATA, None, None, None, SweepSettings(repair=OPTIONS))
+    workspace = Workspace.of(setup, Execution())
+    assert workers._sendable(setup, workspace).dense is workspace.dense
+    assert isinstance(workspace.dense, onnx.ModelProto)
 
 
 def state(model: Source) -> str:
