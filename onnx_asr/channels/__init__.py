@@ -1,1 +1,1 @@
-"""Channels: which ones belong together, how operators pass them on, and their removal from a graph."""
+"""Channels: which ones belong together, how operators pass them on, and their removal."""

@@ -1,4 +1,4 @@
-"""How channels pass the operators that compute: layers, normalization, arithmetic, pools and sums."""
+"""Rules for operators that compute: layers, normalization, arithmetic, pools and sums."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import onnx
 from onnx_asr.arrays import Floats
 from onnx_asr.channels.trace import Obstacle, OperatorRule, Tracer, from_the_front, passing
 from onnx_asr.channels.units import ChannelLabels, Counted, Read, Sliced, varying
-from onnx_asr.graph.index import attribute, node_label
+from onnx_asr.graph.index import attribute
 from onnx_asr.graph.layers import LAYERS, NORMALIZATION, PER_CHANNEL_SLOTS, Layer
 from onnx_asr.graph.skips import Reason
 
 
 def _layer(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
-    """Make new units for the output, and sum over those of the input; a depthwise convolution hands them on."""
+    """Sum over the units of the input and start new ones; a depthwise convolution passes its units on."""
     layer = Layer.of(tracer.index, position)
     if isinstance(layer, Reason):
         raise Obstacle(layer.text)
@@ -28,7 +28,7 @@ def _layer(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
     labels, out_axis = _source(tracer, node, layer)
     ids = tracer.new(layout.channels)
     blocks = layout.to_blocks(tracer.index.value(node.input[slot]))
-    # rows that are all zero carry nothing but their bias
+    # a row of zeros leaves nothing but the bias
     constant = np.where((blocks != 0).any(axis=(2, 3)).reshape(-1), np.nan, 0.0)
     added: Floats | float = 0.0
     if bias is not None:
@@ -44,7 +44,7 @@ def _layer(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
             tracer.reads.append(Read(position, labels))
         tracer.slices.append(Sliced(position, slot, layout.output_axis, ids[: layout.shape[layout.output_axis]]))
     elif labels is None:
-        tracer.freeze(ids, f"depthwise {node_label(node, position)} reads channels that cannot be removed")
+        tracer.freeze(ids, f"depthwise {tracer.name(position)} reads channels that cannot be removed")
     else:
         tracer.join(ids, np.repeat(labels.ids, layout.outputs))
         tracer.slices.append(Sliced(position, slot, 0, labels.ids if layer.is_transposed else ids))
@@ -60,7 +60,7 @@ def _layer(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
 
 
 def _source(tracer: Tracer, node: onnx.NodeProto, layer: Layer) -> tuple[ChannelLabels | None, int]:
-    """The channels that a layer reads, where it sums over them, and the axis of those it makes."""
+    """The channels that a layer sums over, if they can be followed, and the axis of those it makes."""
     if layer.input_axis >= 0:
         return tracer.source(node, layer.input_axis), layer.output_axis
     name = node.input[layer.data_slot]
@@ -74,7 +74,7 @@ def _source(tracer: Tracer, node: onnx.NodeProto, layer: Layer) -> tuple[Channel
 
 
 def pads(node: onnx.NodeProto) -> bool:
-    """Whether a convolution or pool sees anything beside its input."""
+    """Whether a convolution or pool pads its input."""
     return attribute(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID") or any(attribute(node, "pads", ()))
 
 
@@ -82,7 +82,7 @@ def _normalization(tracer: Tracer, position: int, node: onnx.NodeProto, labels: 
     slots = PER_CHANNEL_SLOTS[node.op_type]
     values = [tracer.constant(node.input[slot], "parameters") for slot in slots]
     if any(value.shape != labels.ids.shape for value in values) or len([name for name in node.output if name]) > 1:
-        raise Obstacle("it does not normalise channel by channel")
+        raise Obstacle("it does not normalize channel by channel")
     tracer.slices.extend(Sliced(position, slot, 0, labels.ids) for slot in slots)
     constant = varying(len(labels.ids))
     if node.op_type == NORMALIZATION:
@@ -92,12 +92,12 @@ def _normalization(tracer: Tracer, position: int, node: onnx.NodeProto, labels: 
 
 
 def _elementwise(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
-    """Any number of operands, broadcast against each other."""
+    """Join the units of operands, any number of them, that are broadcast against each other."""
     names = list(dict.fromkeys(name for name in node.input if name))
     if not any(name in tracer.labels for name in names):
         return
     if attribute(node, "broadcast", 0):
-        raise Obstacle("it broadcasts as operator sets below 7 do")
+        raise Obstacle("it uses the broadcasting of operator sets below 7")
     shape = tracer.shape(node.output[0])
     rank = len(shape)
     found: list[ChannelLabels] = []
@@ -109,9 +109,7 @@ def _elementwise(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
             if len(labels.ids) == shape[axis]:
                 found.append(replace(labels, axis=axis))
             else:
-                tracer.freeze(
-                    labels.ids, f"{node.op_type} {node_label(node, position)} spreads one channel over several"
-                )
+                tracer.freeze(labels.ids, f"{tracer.name(position)} broadcasts one channel to several")
                 constant = False
     if len({labels.axis for labels in found}) != 1:
         raise Obstacle("its operands have their channels along different axes")
@@ -129,7 +127,7 @@ def _elementwise(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
                 )
             constant &= math.prod(own) == (own[axis] if wide else 1)
         elif wide:
-            raise Obstacle("it meets a tensor whose channels cannot be removed")
+            raise Obstacle("another operand has channels that cannot be removed")
         else:
             constant = False
     for other in found[1:]:
@@ -142,7 +140,7 @@ def _elementwise(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
 def _evaluated(
     tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLabels, operands: Sequence[Floats]
 ) -> Floats:
-    """What a node makes of channels that are constant."""
+    """The node's results for channels that are constant."""
     known = ~np.isnan(np.stack(operands)).any(axis=0)
     if not known.any():
         return varying(len(labels.ids))
@@ -161,13 +159,10 @@ def _evaluated(
 
 def _pool(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLabels) -> ChannelLabels:
     if len([name for name in node.output if name]) > 1:
-        raise Obstacle("it gives positions as well")
-    constant = labels.constant
-    if node.op_type in ("LpPool", "GlobalLpPool") or (
-        node.op_type == "AveragePool" and pads(node) and attribute(node, "count_include_pad", 0)
-    ):
-        constant = np.where(constant == 0, constant, np.nan)
-    return replace(labels, constant=constant)
+        raise Obstacle("it also returns Indices")
+    counts_padding = node.op_type == "AveragePool" and pads(node) and attribute(node, "count_include_pad", 0)
+    keeps_constants = not counts_padding and node.op_type not in ("LpPool", "GlobalLpPool")
+    return labels.constant_where(keeps_constants | (labels.constant == 0))
 
 
 def _reduce(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLabels) -> ChannelLabels:
@@ -179,17 +174,15 @@ def _reduce(tracer: Tracer, position: int, node: onnx.NodeProto, labels: Channel
     axis = labels.axis
     if not attribute(node, "keepdims", 1):
         axis -= sum(item < axis for item in reduced)
-    constant = labels.constant
-    if node.op_type not in ("ReduceMean", "ReduceMax", "ReduceMin"):
-        constant = np.where(constant == 0, constant, np.nan)
-    return ChannelLabels(axis, labels.ids, constant)
+    keeps_constants = node.op_type in ("ReduceMean", "ReduceMax", "ReduceMin")
+    return replace(labels.constant_where(keeps_constants | (labels.constant == 0)), axis=axis)
 
 
 def _softmax(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLabels) -> ChannelLabels:
     axis = int(attribute(node, "axis", -1)) % len(tracer.shape(node.input[0]))
     if tracer.opset < 13 or axis == labels.axis:
         raise Obstacle("it mixes channels")
-    return replace(labels, constant=varying(len(labels.ids)))
+    return labels.constant_where(False)
 
 
 _ELEMENTWISE = (

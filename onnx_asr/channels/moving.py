@@ -1,4 +1,4 @@
-"""How channels pass the operators that move values: joining, cutting, padding, resizing, reshaping."""
+"""Rules for operators that move values: joining, slicing, padding, resizing, reshaping."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import onnx
 
 from onnx_asr.channels.trace import Obstacle, OperatorRule, Tracer, from_the_front, passing
 from onnx_asr.channels.units import ChannelLabels, Counted, Ids, varying
-from onnx_asr.graph.index import attribute, is_standard, node_label
+from onnx_asr.graph.index import attribute, input_name, is_standard
 from onnx_asr.graph.shapes import Shape
 
 
@@ -26,18 +26,18 @@ def _concat(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
         raise Obstacle("its operands have their channels along different axes")
     if known[0].axis != axis:
         if len(known) != len(found):
-            raise Obstacle("it meets a tensor whose channels cannot be removed")
+            raise Obstacle("another operand has channels that cannot be removed")
         for labels in known[1:]:
             tracer.join(known[0].ids, labels.ids)
         same = np.all([labels.constant == known[0].constant for labels in known], axis=0)
-        tracer.labels[node.output[0]] = replace(known[0], constant=np.where(same, known[0].constant, np.nan))
+        tracer.labels[node.output[0]] = known[0].constant_where(same)
         return
     parts = []
     for name, own in zip(node.input, found, strict=True):
         if own is None:
             count = tracer.shape(name)[axis]
             ids = tracer.new(count)
-            tracer.freeze(ids, f"Concat {node_label(node, position)} takes them from '{name}', where they are fixed")
+            tracer.freeze(ids, f"{tracer.name(position)} takes them from '{name}', where they cannot be removed")
             own = ChannelLabels(axis, ids, varying(count))
         parts.append(own)
     tracer.labels[node.output[0]] = ChannelLabels(
@@ -57,7 +57,7 @@ def _split(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
     sizes, where = tracer.integers(position, 1, "split")
     if sizes is None:
         if len(labels.ids) % len(node.output):
-            raise Obstacle("its parts are not equal")
+            raise Obstacle("its parts differ in size")
         sizes = [len(labels.ids) // len(node.output)] * len(node.output)
         tracer.join_groups(labels.ids, len(node.output))
     else:
@@ -84,11 +84,11 @@ def _slice(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelL
     assert ends is not None
     entry = order.index(labels.axis)
     if steps is not None and steps[entry] != 1:
-        raise Obstacle("it takes every so many channels")
+        raise Obstacle("its step is not 1")
     count = len(labels.ids)
     start, stop, _ = slice(starts[entry], ends[entry]).indices(count)
     if stop <= start:
-        raise Obstacle("it takes no channels")
+        raise Obstacle("its result has no channels")
     tracer.counts.append(Counted(position, start_where, entry, labels.ids[:start]))
     tracer.counts.append(Counted(position, end_where, entry, labels.ids[:stop]))
     return labels.along(lambda values: values[start:stop])
@@ -102,13 +102,11 @@ def _pad(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLab
     assert amounts is not None
     order = from_the_front(axes, rank)
     spatial = any(amounts[i] for i in range(len(amounts)) if order[i % len(order)] != labels.axis)
-    value = attribute(node, "value", 0.0)
-    if len(node.input) > 2 and node.input[2]:
-        value = float(tracer.constant(node.input[2], "value").reshape(-1)[0])
-    constant = labels.constant
+    value, source = attribute(node, "value", 0.0), input_name(node, 2)
+    if source:
+        value = float(tracer.constant(source, "value").reshape(-1)[0])
     if spatial and mode == b"constant":
-        constant = np.where(constant == value, constant, np.nan)
-    labels = replace(labels, constant=constant)
+        labels = labels.constant_where(labels.constant == value)
     if labels.axis not in order:
         return labels
     entry = order.index(labels.axis)
@@ -116,14 +114,14 @@ def _pad(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLab
     if not before and not after:
         return labels
     if mode != b"constant" or before < 0 or after < 0:
-        raise Obstacle("it adds channels that are not constant, or takes some away")
+        raise Obstacle("it adds channels that are not constant, or removes some")
     first, last = tracer.new(before), tracer.new(after)
     if before:
         tracer.counts.append(Counted(position, where, entry, first))
     if after:
         tracer.counts.append(Counted(position, where, entry + len(order), last))
     ids = np.concatenate([first, labels.ids, last])
-    constant = np.concatenate([np.full(before, value), constant, np.full(after, value)])
+    constant = np.concatenate([np.full(before, value), labels.constant, np.full(after, value)])
     tracer.made.append(node.output[0])
     return ChannelLabels(labels.axis, ids, constant)
 
@@ -131,12 +129,12 @@ def _pad(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLab
 def _resize(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLabels) -> ChannelLabels:
     if tracer.shape(node.output[0])[labels.axis] != len(labels.ids):
         raise Obstacle("it resizes the channel axis")
-    if len(node.input) > 3 and node.input[3]:
+    if input_name(node, 3):
         order = from_the_front(attribute(node, "axes", None), len(tracer.shape(node.input[0])))
         if labels.axis in order:
             tracer.count_entry(position, 3, order.index(labels.axis), labels.ids)
     exact = attribute(node, "coordinate_transformation_mode", b"half_pixel") != b"tf_crop_and_resize"
-    return labels if exact else replace(labels, constant=varying(len(labels.ids)))
+    return labels.constant_where(exact)
 
 
 def _transpose(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLabels) -> ChannelLabels:
@@ -146,7 +144,7 @@ def _transpose(tracer: Tracer, position: int, node: onnx.NodeProto, labels: Chan
 
 
 def _reshape(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
-    """Reshape, Flatten, Squeeze, Unsqueeze: the channel axis alone, or merged with its neighbours."""
+    """Reshape, Flatten, Squeeze, Unsqueeze: the channel axis stays alone, or is merged with its neighbors."""
     labels = tracer.source(node)
     if labels is None:
         if node.input[1:] and node.input[1] in tracer.sizes:
@@ -168,7 +166,7 @@ def _reshape(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
 
 
 def _merged_axis(before: Shape, after: Shape, axis: int) -> tuple[int, int, int] | None:
-    """Run of axes ``start:stop`` around ``axis`` that is one axis afterwards, and that axis."""
+    """Axes ``start:stop`` around ``axis`` that become one axis, and that axis; None where there are none."""
     if before[axis] == 1:
         return None
     for start in range(axis, -1, -1):

@@ -1,4 +1,4 @@
-"""How channels pass each operator (see ``channels``); an operator without a rule freezes what reaches it."""
+"""The rules of all operators; an operator without a rule freezes the units that reach it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Units handed from node to node: the bookkeeping; what each operator does is in ``channel_rules``."""
+"""Bookkeeping of units on their way from node to node; :mod:`onnx_asr.channels.rules` has the operators."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from onnx_asr.arrays import Floats
 from onnx_asr.channels.units import ChannelLabels, Channels, Counted, Ids, Read, Sliced
-from onnx_asr.graph.index import GraphIndex, attribute, is_standard, node_label, node_reads, subgraphs
+from onnx_asr.graph.index import GraphIndex, attribute, input_name, is_standard, node_label, node_reads, subgraphs
 from onnx_asr.graph.shapes import Shape, typical_shapes
 
 
@@ -22,13 +22,13 @@ class Obstacle(Exception):
 
 
 OperatorRule: TypeAlias = Callable[["Tracer", int, onnx.NodeProto], None]
-"""ChannelLabels the outputs of a node at a position, or raises an Obstacle."""
+"""Labels the outputs of a node at a position, or raises an Obstacle."""
 
 
 def passing(
     rule: Callable[[Tracer, int, onnx.NodeProto, ChannelLabels], ChannelLabels], axis: int | None = None
 ) -> OperatorRule:
-    """A rule of what hands the channels of its first input on to its first output; see :meth:`Tracer.source`."""
+    """A rule for operators that pass the channels of their first input on to their first output."""
 
     def follow(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
         labels = tracer.source(node, axis)
@@ -39,12 +39,12 @@ def passing(
 
 
 def from_the_front(axes: Sequence[int] | None, rank: int) -> list[int]:
-    """Axes as numbers from 0 up; all of them where none are given."""
+    """Axes counted from 0; all axes where none are given."""
     return list(range(rank)) if axes is None else [axis % rank for axis in axes]
 
 
 class Tracer:
-    """Hands units from node to node, in file order."""
+    """Passes units from node to node, in file order."""
 
     def __init__(self, index: GraphIndex, rules: Mapping[str, OperatorRule]) -> None:
         self.index = index
@@ -61,7 +61,7 @@ class Tracer:
         self.opset = next((item.version for item in index.model.opset_import if item.domain in ("", "ai.onnx")), 1)
 
     def follow(self, position: int) -> None:
-        """Label what a node makes, or freeze what it reads."""
+        """Label the outputs of a node, or freeze the units it reads."""
         node = self.index.nodes[position]
         if all(self.index.is_constant(name) for name in node.output if name):
             return
@@ -71,14 +71,14 @@ class Tracer:
             return
         try:
             if handler is None or any(True for _ in subgraphs(node)):
-                raise Obstacle("it is not known to treat channels apart")
+                raise Obstacle("it is not known to keep channels apart")
             handler(self, position, node)
         except Obstacle as obstacle:
             for name in reads:
-                self._freeze_tensor(name, f"{node.op_type} {node_label(node, position)}: {obstacle}")
+                self._freeze_tensor(name, f"{self.name(position)}: {obstacle}")
 
     def result(self) -> Channels:
-        """The channels, with units numbered anew."""
+        """The channels, with consecutive unit numbers."""
         for name in self.index.outputs:
             self._freeze_tensor(name, f"'{name}' is an output of the model")
         roots = np.array([self._find(unit) for unit in range(len(self._parent))], np.int64)
@@ -100,7 +100,7 @@ class Tracer:
     # Units
 
     def new(self, count: int) -> Ids:
-        """Units that begin here."""
+        """Start new units."""
         start = len(self._parent)
         self._parent.extend(range(start, start + count))
         return np.arange(start, start + count)
@@ -135,10 +135,15 @@ class Tracer:
             if isinstance(entry, np.ndarray):
                 self.freeze(entry, reason)
 
-    # What handlers need
+    # For rules
+
+    def name(self, position: int) -> str:
+        """Operator and name of a node, for reasons."""
+        node = self.index.nodes[position]
+        return f"{node.op_type} {node.name}" if node.name else node_label(node, position)
 
     def source(self, node: onnx.NodeProto, axis: int | None = None) -> ChannelLabels | None:
-        """Channels of the first input; frozen, and as if there were none, where they are not along ``axis``."""
+        """Channels of the first input; where they are along another axis than ``axis``, they are frozen: None."""
         labels = self.labels.get(node.input[0])
         if labels is None or axis is None or labels.axis == axis:
             return labels
@@ -146,7 +151,7 @@ class Tracer:
         return None
 
     def shape(self, name: str) -> Shape:
-        """Shape of a tensor, for a typical input."""
+        """Shape of a tensor for a typical input."""
         if self.index.is_constant(name):
             return self.index.value(name).shape
         if name not in self.shapes:
@@ -154,28 +159,29 @@ class Tracer:
         return self.shapes[name]
 
     def constant(self, name: str, what: str) -> NDArray[Any]:
-        """Value of a constant; ``what`` it is to the node."""
+        """Value of a tensor that has to be a constant; ``what`` it is to the node."""
         if not self.index.is_constant(name):
             raise Obstacle(f"its {what} is computed at run time")
         return self.index.value(name)
 
     def integers(self, position: int, slot: int, name: str) -> tuple[list[int] | None, int | str]:
-        """A list of integers that newer operator sets keep in an input, older ones in an attribute; and where it is."""
+        """Integers that newer operator sets keep in an input and older ones in an attribute, and where they are."""
         node = self.index.nodes[position]
-        if slot < len(node.input) and node.input[slot]:
-            return [int(item) for item in self.constant(node.input[slot], name).reshape(-1)], slot
+        source = input_name(node, slot)
+        if source:
+            return [int(item) for item in self.constant(source, name).reshape(-1)], slot
         found = attribute(node, name, None)
         return (None if found is None else [int(item) for item in found]), name
 
     def make(self, name: str, axis: int, ids: Ids, constant: Floats) -> None:
-        """Label a tensor in which units begin."""
+        """Label a tensor in which units start."""
         self.labels[name] = ChannelLabels(axis, ids, constant)
         self.made.append(name)
 
     # Vectors of sizes
 
     def _sizes_pass(self, position: int) -> bool:
-        """Follow a shape vector; False where the node uses it as a shape."""
+        """Follow a vector of sizes; False where the node uses it as a shape."""
         node = self.index.nodes[position]
         if node.op_type in ("Reshape", "Resize") and node.input[0] not in self.sizes:
             return False
@@ -193,20 +199,20 @@ class Tracer:
             for name in node.input:
                 for entry in self.sizes.get(name, ()):
                     if isinstance(entry, np.ndarray):
-                        self.freeze(entry, f"{node.op_type} {node_label(node, position)} computes with their number")
+                        self.freeze(entry, f"{self.name(position)} computes with their number")
             return True
         if any(isinstance(entry, np.ndarray) for entry in entries):
             self.sizes[node.output[0]] = entries
         return True
 
     def entries(self, name: str) -> list[int | Ids | None] | None:
-        """What is known of an integer vector: numbers, units that are counted, None where another size stands."""
+        """Entries of an integer vector: numbers, the units that an entry counts, or None for other sizes."""
         if self.index.is_constant(name):
             return [int(item) for item in self.index.value(name).reshape(-1)]
         if name in self.sizes:
             return self.sizes[name]
-        maker = self.index.producer.get(name)
-        if maker is not None and is_standard(self.index.nodes[maker], "Concat"):
+        maker = self.index.made_by(name, "Concat")
+        if maker is not None:
             return self._joined_entries(self.index.nodes[maker])
         shape = self.shapes.get(name)
         return None if shape is None else [None] * math.prod(shape)
@@ -221,7 +227,7 @@ class Tracer:
         return joined
 
     def count_entry(self, position: int, slot: int, entry: int, ids: Ids, inferred: tuple[int, ...] = ()) -> None:
-        """See that an entry of a shape vector follows the number of channels."""
+        """Make an entry of a shape follow the number of channels; ``inferred`` values follow it already."""
         name = self.index.nodes[position].input[slot]
         entries = self.entries(name)
         if entries is None or entry >= len(entries):

@@ -1,14 +1,14 @@
-"""Which channels of a graph can only be removed together, which cannot be removed, and the removal.
+"""Channels that can only be removed together, channels that cannot be removed, and the removal.
 
-Every position of a tensor's channel axis belongs to a *unit*. A node that makes channels (Conv, ConvTranspose, Gemm,
-MatMul, a Pad of the channel axis) makes new units; a node that lets channels pass hands them on; a node that
+Every position along a tensor's channel axis belongs to a *unit*. A node that makes channels (Conv, ConvTranspose, Gemm,
+MatMul, a Pad of the channel axis) starts new units; a node that keeps channels apart passes them on; a node that
 combines positions of several tensors (a residual Add, the gate of squeeze-and-excitation) joins their units into one.
-So a unit is what has to go as a whole: rows of all weights that make it, entries of all per-channel constants, columns
-of all weights that read it. A node that is not known to treat channels apart freezes the units that reach it, and so
-does a graph output.
+So a unit can only be removed as a whole: the rows of all weights that make it, the entries of all per-channel constants
+and the columns of all weights that read it. Graph outputs, and nodes that are not known to keep channels apart, freeze
+the units that reach them.
 
-A grouped convolution joins position ``j`` of all its groups, so that the groups stay equal; a depthwise one joins each
-input channel with the outputs made of it, and its ``group`` counts what is left.
+A grouped convolution joins position ``j`` of all its groups, so that the groups stay equal. A depthwise one joins each
+input channel with the outputs made from it, and its ``group`` attribute counts the channels that are left.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from onnx_asr.arrays import Floats, Mask
 from onnx_asr.errors import ModelError, StructureError
 from onnx_asr.graph.edit import EditPlan, apply, set_metadata, stored, stored_bias
-from onnx_asr.graph.index import GraphIndex, attribute
+from onnx_asr.graph.index import GraphIndex, attribute, input_name
 from onnx_asr.graph.match import KEPT_CHANNELS
 
 Ids: TypeAlias = NDArray[np.int64]
@@ -40,8 +40,8 @@ class ChannelLabels:
     Attributes:
         axis: The channel axis.
         ids: [C] unit of every position.
-        constant: [C] the value at every place of a channel that does not depend on the input (its producing weights
-            are all zero); NaN for the others.
+        constant: [C] the value of a channel that is the same everywhere and for every input, since the weights that
+            make it are zero; NaN for the others.
     """
 
     axis: int
@@ -49,8 +49,12 @@ class ChannelLabels:
     constant: Floats
 
     def along(self, function: Callable[[NDArray[Any]], NDArray[Any]], axis: int | None = None) -> ChannelLabels:
-        """The same rearrangement of units and constants."""
+        """Rearrange units and constants alike."""
         return ChannelLabels(self.axis if axis is None else axis, function(self.ids), function(self.constant))
+
+    def constant_where(self, holds: Mask | bool) -> ChannelLabels:
+        """The same units; those for which ``holds`` is False are no longer constant."""
+        return replace(self, constant=np.where(holds, self.constant, np.nan))
 
 
 def varying(count: int) -> Floats:
@@ -60,7 +64,7 @@ def varying(count: int) -> Floats:
 
 @dataclass(frozen=True)
 class Sliced:
-    """A constant input that has one entry a channel along an axis; a bias may be absent."""
+    """A constant input with one entry per channel along an axis; a bias may be absent."""
 
     node: int
     slot: int
@@ -70,7 +74,7 @@ class Sliced:
 
 @dataclass(frozen=True)
 class Counted:
-    """An integer that counts channels: an entry of a constant input (``where`` is its slot) or of an attribute."""
+    """An integer that counts channels: an entry of an attribute, or of a constant input (``where`` is its slot)."""
 
     node: int
     where: int | str
@@ -92,12 +96,12 @@ class Channels:
 
     Attributes:
         units: Number of units.
-        tensors: Tensor to its channels; tensors without any that can be told apart are left out.
-        made: Tensors in which a unit begins, in file order.
-        slices: Constants with entries a channel.
+        tensors: Channels by tensor, where they can be followed.
+        made: Tensors in which units start, in file order.
+        slices: Constants with one entry per channel.
         counts: Integers that count channels.
-        reads: What sums over channels.
-        frozen: Unit that cannot be removed to the reason.
+        reads: Nodes that sum over channels.
+        frozen: Reasons by unit, for units that cannot be removed.
     """
 
     units: int
@@ -110,13 +114,13 @@ class Channels:
 
     @property
     def removable(self) -> Mask:
-        """[units] whether a unit may be removed."""
+        """[units] whether a unit can be removed."""
         flags = np.ones(self.units, bool)
         flags[list(self.frozen)] = False
         return flags
 
     def groups(self) -> list[Ids]:
-        """Units that occur in the same tensors, together; a tensor never loses all its channels if no group does."""
+        """Units by the tensors they occur in: a tensor keeps a channel if every group keeps a unit."""
         homes: list[list[int]] = [[] for _ in range(self.units)]
         for number, labels in enumerate(self.tensors.values()):
             for unit in np.unique(labels.ids):
@@ -127,7 +131,7 @@ class Channels:
         return [np.array(units) for units in groups.values()]
 
     def kept(self, drop: Mask) -> dict[str, tuple[int, Ids]]:
-        """Channel axis, and positions left along it, of every tensor that loses some."""
+        """Channel axis and remaining positions of every tensor that loses channels."""
         return {
             name: (labels.axis, np.flatnonzero(~drop[labels.ids]))
             for name, labels in self.tensors.items()
@@ -136,15 +140,15 @@ class Channels:
 
 
 def remove(index: GraphIndex, channels: Channels, drop: Mask, plan: EditPlan | None = None) -> onnx.ModelProto:
-    """A copy without some units; what does not carry them stays as it was.
+    """A copy without some units; everything that does not carry them stays as it was.
 
-    The copy's metadata say which channels of the uncut model are left, see :func:`read_kept`.
+    The copy's metadata record which channels of the original model are left, see :func:`read_kept`.
 
     Args:
         index: The graph.
         channels: Its channels.
-        drop: [units] True where a unit goes.
-        plan: Other edits that are written on the way, with values of the full size.
+        drop: [units] True where a unit is removed.
+        plan: Other edits to apply, with values of the original size.
 
     Raises:
         ModelError: When a unit is frozen, or a tensor would be left without channels.
@@ -173,7 +177,7 @@ def remove(index: GraphIndex, channels: Channels, drop: Mask, plan: EditPlan | N
 
 
 def _slice_constants(index: GraphIndex, channels: Channels, drop: Mask, plan: EditPlan) -> None:
-    """Take the rows, columns and entries of removed units out of constants; readers that agree keep sharing one."""
+    """Remove rows, columns and entries from constants; readers that need the same result keep sharing it."""
     sites: dict[tuple[int, int], list[Sliced]] = {}
     for item in channels.slices:
         if drop[item.ids].any():
@@ -181,8 +185,7 @@ def _slice_constants(index: GraphIndex, channels: Channels, drop: Mask, plan: Ed
     shared: dict[tuple[Any, ...], NDArray[Any]] = {}
     for (node, slot), items in sites.items():
         planned = plan.values.get((node, slot))
-        inputs = index.nodes[node].input
-        name = inputs[slot] if slot < len(inputs) else ""
+        name = input_name(index.nodes[node], slot)
         if planned is None and not name:
             continue
         keeps = [(item.axis, ~drop[item.ids]) for item in items]
@@ -215,17 +218,17 @@ def _recount(index: GraphIndex, channels: Channels, drop: Mask, plan: EditPlan) 
 
 
 def read_kept(model: onnx.ModelProto) -> Kept:
-    """Channels of the uncut model that a cut one kept, by the tensors in which units begin; empty if it is uncut.
+    """The channels that are left of the original model, by the tensors in which units start; empty if all are.
 
     Raises:
-        ModelError: When the entry in the metadata is broken.
+        ModelError: When the metadata entry is damaged.
     """
     text = next((entry.value for entry in model.metadata_props if entry.key == KEPT_CHANNELS), "{}")
     try:
         return {str(name): [int(position) for position in positions] for name, positions in json.loads(text).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise ModelError(
-            f"metadata entry '{KEPT_CHANNELS}' is not what prune or shrink writes ({error}): prune the model anew"
+            f"metadata entry '{KEPT_CHANNELS}' is damaged ({error}): prune the dense model again"
         ) from error
 
 
@@ -242,12 +245,17 @@ def _record_kept(model: onnx.ModelProto, channels: Channels, drop: Mask) -> None
 
 
 def missing_units(index: GraphIndex, channels: Channels, kept: Kept) -> Mask:
-    """[units] of a dense graph that a model cut from it does not have any more, by what that model kept.
+    """[units] of a dense graph that are missing in a model made from it.
 
-    The dense graph may itself have been cut from a larger one, of which both say what they kept.
+    The dense graph may itself have lost channels of a larger one; both records then refer to that one.
+
+    Args:
+        index: The dense graph.
+        channels: Its channels.
+        kept: The record of the other model.
 
     Raises:
-        StructureError: When the graph has no such channels.
+        StructureError: When the graph does not have the channels of the record.
     """
     drop = np.zeros(channels.units, bool)
     own = read_kept(index.model)
@@ -257,7 +265,7 @@ def missing_units(index: GraphIndex, channels: Channels, kept: Kept) -> Mask:
         if labels is None or not set(positions) <= set(there):
             raise StructureError(
                 f"the pruned model keeps channels {positions[:3]}... of tensor '{name}', which the dense model does "
-                "not have: give the dense file that the pruned one was cut from"
+                "not have: give the dense file that the pruned one was made from"
             )
         drop[labels.ids[~np.isin(np.array(there), positions)]] = True
     return drop

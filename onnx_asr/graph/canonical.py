@@ -1,9 +1,9 @@
-"""One form for what exporters, simplifiers and opsets write in several ways, so that two graphs can be compared.
+"""One canonical form for operations that exporters, simplifiers and opsets write in different ways.
 
-A fully connected layer is a Gemm (its weight either way round) or a MatMul with an Add; a flattening is a Flatten, a
-Reshape to two dimensions or a Squeeze of the spatial axes; a global average is a pool or a ReduceMean; Slices along
-several axes are one or a chain; parameters such as a Clip's bounds are attributes in one opset and constant inputs in
-another.
+A fully connected layer may be a Gemm, its weight transposed or not, or a MatMul with an Add; a flattening may be a
+Flatten, a Reshape to two dimensions or a Squeeze of the spatial axes; a global average may be a pool or a ReduceMean;
+Slices along several axes may be one node or a chain; parameters such as a Clip's bounds are attributes in one opset and
+constant inputs in another.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx
 
-from onnx_asr.graph.index import GraphIndex, attribute, is_standard
+from onnx_asr.graph.index import STANDARD_DOMAINS, GraphIndex, attribute, is_standard
 from onnx_asr.graph.layers import CONVOLUTIONS, Layer, is_channel_bias
 
 _NEUTRAL = {"strides": 1, "dilations": 1, "pads": 0, "output_padding": 0}
@@ -29,7 +29,7 @@ _PARAMETER_INPUTS = {
 }
 _VECTORS = ("pads", "starts", "ends", "axes", "steps")
 _PARAMETER_DEFAULTS = {"Pad": {"value": 0.0}}
-_COMPUTED = "computed"  # by nodes that another tool may have folded into a constant: equal to any value
+_COMPUTED = "computed"  # at run time, where another tool may have folded a constant: equal to any value
 _SPATIAL = ({2, 3}, {-2, -1})
 _DIGITS = 9
 _LARGEST = 2**31 - 1  # "to the end", whatever integer type an exporter wrote it in
@@ -41,12 +41,12 @@ class Form:
 
     Attributes:
         operator: Domain and operator.
-        parameters: What sets the operation apart from others of the operator.
-        defaults: The values that parameters have where nothing is said.
-        inputs: Tensors to compare, in order; what only says a shape, and optional biases, are left out.
+        parameters: Attributes, and constant inputs that act like attributes.
+        defaults: Default values of parameters.
+        inputs: Tensors to compare, in order, without shapes and optional biases.
         node: Position of the node that holds the weight.
         bias: Position of the node that holds the bias.
-        commutative: Whether the order of the inputs means nothing.
+        commutative: Whether the order of the inputs does not matter.
         weight_shape: Shape of a fully connected weight, outputs first; None elsewhere.
     """
 
@@ -72,7 +72,7 @@ class Form:
 
 
 def form_of(index: GraphIndex, position: int) -> Form:
-    """The form of a node; that of a MatMul's Add covers both."""
+    """The form of a node; that of the Add behind a MatMul covers both nodes."""
     node = index.nodes[position]
     linear = _linear(index, position)
     if linear is not None:
@@ -110,9 +110,12 @@ def _plain(index: GraphIndex, position: int) -> Form:
             if given:
                 parameters[name], inputs[slot] = _plain_value(name, _constant(index, given, name)), ""
     inputs = [name for name in inputs if name]
-    domain = "" if node.domain == "ai.onnx" else node.domain
     commutative = is_standard(node, *_COMMUTATIVE)
-    return Form((domain, node.op_type), parameters, defaults, inputs, position, position, commutative)
+    return Form((_domain(node), node.op_type), parameters, defaults, inputs, position, position, commutative)
+
+
+def _domain(item: onnx.NodeProto | onnx.OperatorSetIdProto) -> str:
+    return "" if item.domain in STANDARD_DOMAINS else str(item.domain)
 
 
 def _constant(index: GraphIndex, tensor: str, parameter: str) -> Any:
@@ -130,8 +133,8 @@ def _linear(index: GraphIndex, position: int) -> Form | None:
     if not is_standard(node, "Add"):
         return None
     for product, bias in (node.input, node.input[::-1]):
-        inner = index.producer.get(product)
-        if inner is None or not is_standard(index.nodes[inner], "MatMul") or index.sole_consumer(product) != position:
+        inner = index.made_by(product, "MatMul")
+        if inner is None or index.sole_consumer(product) != position:
             continue
         form = _linear_form(index, inner, position)
         if form is None or form.weight_shape is None or not index.is_constant(bias):
@@ -161,8 +164,8 @@ def _sliced(index: GraphIndex, last: Form) -> Form:
     """A chain of Slices along different axes as one Slice."""
     cuts, form = _cuts(last), last
     while cuts is not None:
-        inner = index.producer.get(form.inputs[0])
-        if inner is None or not is_standard(index.nodes[inner], "Slice"):
+        inner = index.made_by(form.inputs[0], "Slice")
+        if inner is None:
             break
         previous = _plain(index, inner)
         more = _cuts(previous)
@@ -173,7 +176,7 @@ def _sliced(index: GraphIndex, last: Form) -> Form:
 
 
 def _cuts(form: Form) -> dict[int, tuple[int, int, int]] | None:
-    """Axis to start, end and step of a Slice; None where they are computed or left out, or do not fit together."""
+    """Start, end and step of a Slice by axis; None where they are computed, missing, or differ in number."""
     if _COMPUTED in form.parameters.values() or not {"starts", "ends"} <= form.parameters.keys():
         return None
     starts, ends = form.parameters["starts"], form.parameters["ends"]
@@ -198,17 +201,15 @@ def _is_flattening(index: GraphIndex, node: onnx.NodeProto, axes: Any) -> bool:
     target = node.input[1]
     if index.is_constant(target):
         return bool(index.value(target).size == 2)
-    producer = index.producer.get(target)
-    if producer is None or not is_standard(index.nodes[producer], "Concat"):
-        return False
-    parts = index.nodes[producer].input
+    producer = index.made_by(target, "Concat")
+    parts = [] if producer is None else index.nodes[producer].input
     return len(parts) == 2 and index.is_constant(parts[1]) and index.value(parts[1]).tolist() == [-1]
 
 
 def _defaults(index: GraphIndex, node: onnx.NodeProto) -> dict[str, Any]:
-    """Values of attributes where they are left out, by the model's opset."""
-    domain = "" if node.domain == "ai.onnx" else node.domain
-    versions = {"" if item.domain == "ai.onnx" else item.domain: item.version for item in index.model.opset_import}
+    """Default values of attributes in the model's opset."""
+    domain = _domain(node)
+    versions = {_domain(item): item.version for item in index.model.opset_import}
     if domain not in versions or not onnx.defs.has(node.op_type, versions[domain], domain):
         return {}
     schema = onnx.defs.get_schema(node.op_type, versions[domain], domain)
@@ -220,7 +221,7 @@ def _defaults(index: GraphIndex, node: onnx.NodeProto) -> dict[str, Any]:
 
 
 def _plain_value(name: str, value: Any) -> Any:
-    """A value that compares equal where it means the same; None where it says nothing."""
+    """A value that compares equal to others of the same meaning; None where it has no effect."""
     if isinstance(value, float):
         return round(value, _DIGITS)
     if isinstance(value, int):

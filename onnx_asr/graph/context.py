@@ -1,11 +1,11 @@
-"""What follows a correction point: the residual Add it feeds, and the ReLU that hides part of its errors."""
+"""The surroundings of a correction point: the residual Add behind it, and the ReLU that hides part of its errors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from onnx_asr.graph.index import GraphIndex, ancestors, is_standard
+from onnx_asr.graph.index import GraphIndex, ancestors, attribute, input_name, is_standard
 from onnx_asr.graph.points import LayerPoint, Point, following_batchnorm
 
 _CLASS_SHAPING = ("Softmax", "LogSoftmax", "Identity", "Flatten", "Reshape", "Squeeze", "Dropout")
@@ -19,11 +19,11 @@ class Context:
         point: The point.
         source: The tensor that the weights multiply.
         output: The point's output after its own BatchNormalization.
-        shortcut: The other operand of the residual Add that ``output`` alone feeds, if it is to be corrected here.
+        shortcut: The other operand of the residual Add that ``output`` alone feeds, where this point corrects the sum.
         batchnorm: Position of a BatchNormalization between the Add (or the output) and the ReLU, if there is one.
-        relu: Whether a ReLU is all that reads the result.
-        classes: Whether the result is the graph's first output, a matrix, or becomes it by nothing but a Softmax and
-            changes of shape: where it is one row a sample, it holds logits of classes.
+        relu: Whether nothing but ReLUs read the result.
+        classes: Whether the result is the graph's first output, a matrix, or becomes it through a Softmax and changes
+            of shape alone: with one row per sample, it holds the logits of classes.
     """
 
     point: LayerPoint
@@ -38,8 +38,8 @@ class Context:
 def contexts(index: GraphIndex, points: Sequence[Point]) -> list[Context]:
     """Surroundings of every point with weights, ordered so that each comes after all it depends on.
 
-    Where two branches meet in an Add, the branch whose last point comes later takes the other one as its shortcut, so
-    that it corrects the sum.
+    Where two branches meet in an Add, the branch whose last point comes later corrects the sum: the other branch is its
+    shortcut.
     """
     ordered = sorted((point for point in points if isinstance(point, LayerPoint)), key=lambda p: (p.level, p.node))
     rank = {point.node: number for number, point in enumerate(ordered)}
@@ -47,9 +47,9 @@ def contexts(index: GraphIndex, points: Sequence[Point]) -> list[Context]:
 
 
 def steps(index: GraphIndex, items: Sequence[Context]) -> list[list[Context]]:
-    """Contexts in groups that can be measured together, each after all that it depends on.
+    """Contexts in groups that can be measured together, each after all it depends on.
 
-    A group is a level, split where a shortcut has to wait for another point of the same level.
+    A group is a level, split where a shortcut depends on another point of the same level.
     """
     result = []
     for level in sorted({item.point.level for item in items}):
@@ -76,7 +76,7 @@ def _context(index: GraphIndex, point: LayerPoint, rank: dict[int, int]) -> Cont
         assert consumer is not None
         result = index.nodes[consumer].output[0]
     batchnorm = None
-    if point.channel_axis == 1:  # as BatchNormalization counts channels; MatMul counts from the end
+    if point.channel_axis == 1:  # the axis of BatchNormalization; that of a MatMul counts from the end
         batchnorm = following_batchnorm(index, result)
         result = result if batchnorm is None else index.nodes[batchnorm].output[0]
     readers = index.consumers.get(result, [])
@@ -87,8 +87,8 @@ def _context(index: GraphIndex, point: LayerPoint, rank: dict[int, int]) -> Cont
 def _becomes_classes(index: GraphIndex, name: str) -> bool:
     first = index.outputs[0]
     while name != first:
-        reader = index.sole_consumer(name)
-        if reader is None or not is_standard(index.nodes[reader], *_CLASS_SHAPING):
+        reader = index.sole_consumer(name, *_CLASS_SHAPING)
+        if reader is None:
             return False
         name = index.nodes[reader].output[0]
     declared = index.model.graph.output[0].type.tensor_type
@@ -96,17 +96,12 @@ def _becomes_classes(index: GraphIndex, name: str) -> bool:
 
 
 def _shortcut(index: GraphIndex, point: Point, output: str, rank: dict[int, int]) -> str | None:
-    consumer = index.sole_consumer(output)
-    if consumer is None or not is_standard(index.nodes[consumer], "Add"):
-        return None
-    add = index.nodes[consumer]
-    others = [name for name in add.input if name != output]
+    consumer = index.sole_consumer(output, "Add")
+    others = [] if consumer is None else [name for name in index.nodes[consumer].input if name != output]
     if len(others) != 1 or index.is_constant(others[0]):
         return None
     behind = ancestors(index, others)
-    if point.node in behind:
-        return None
-    if any(rank.get(node, -1) > rank[point.node] for node in behind):
+    if point.node in behind or any(rank.get(node, -1) > rank[point.node] for node in behind):
         return None
     return str(others[0])
 
@@ -118,8 +113,7 @@ def _is_relu(index: GraphIndex, position: int) -> bool:
         return True
     if not is_standard(node, "Clip"):
         return False
-    for item in node.attribute:
-        if item.name == "min":
-            return bool(item.f == 0.0)
-    has_minimum = len(node.input) > 1 and node.input[1]
-    return bool(has_minimum and index.is_constant(node.input[1]) and float(index.value(node.input[1])) == 0.0)
+    minimum, source = attribute(node, "min", None), input_name(node, 1)
+    if source and index.is_constant(source):
+        minimum = float(index.value(source))
+    return bool(minimum == 0.0)

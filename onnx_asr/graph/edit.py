@@ -1,8 +1,8 @@
-"""Plan, then apply: new values for node inputs, written to a copy that is otherwise the file as it was.
+"""Plan, then apply: new values for node inputs, written to a copy that otherwise equals the file.
 
 A plan addresses a value by the node that reads it (position, input slot), never by the initializer's name, because
-exporters share initializers between nodes. Writing replaces the value in place where all its readers get the same new
-one, and gives a private copy to those that get it everywhere else; an original that nobody reads any more is removed.
+exporters share initializers between nodes. A value is replaced in place where all its readers get the same new one;
+elsewhere the readers that get a new one get a private copy. An original that nobody reads any more is removed.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from onnx_asr.errors import ModelError
-from onnx_asr.graph.index import GraphIndex, Slot, node_reads, subgraphs
+from onnx_asr.graph.index import GraphIndex, Slot, input_name, node_reads, subgraphs
 from onnx_asr.graph.tensors import copied, set_sparse_value
 
 
 @dataclass
 class EditPlan:
-    """What a repair or a pruning will change, addressed by node position.
+    """Changes to a model, addressed by node position.
 
     Attributes:
         values: (node position, input slot) to the new value of that input.
@@ -41,10 +41,8 @@ class EditPlan:
         """The planned value of an input, else the model's constant, else None where the input is absent."""
         if (node, slot) in self.values:
             return self.values[node, slot]
-        inputs = index.nodes[node].input
-        if slot >= len(inputs) or not inputs[slot]:
-            return None
-        return index.value(inputs[slot])
+        name = input_name(index.nodes[node], slot)
+        return index.value(name) if name else None
 
     def values_of(self, node: int) -> list[tuple[Slot, NDArray[Any]]]:
         """The planned values of one node's inputs, by slot."""
@@ -57,11 +55,10 @@ def stored(index: GraphIndex, node: int, slot: int, value: NDArray[Any]) -> NDAr
     Raises:
         ModelError: When a value is not finite in the stored type (NaN, or too large for float16).
     """
-    inputs = index.nodes[node].input
-    present = slot < len(inputs) and bool(inputs[slot])
-    reference = inputs[slot] if present else next(name for name in inputs[1:] if name and index.is_constant(name))
+    name = input_name(index.nodes[node], slot)
+    reference = name or next(other for other in index.nodes[node].input[1:] if other and index.is_constant(other))
     result = _cast(index, node, f"input {slot}", reference, value)
-    if present and index.value(reference).size == result.size:
+    if name and index.value(reference).size == result.size:
         result = result.reshape(index.value(reference).shape)
     return result
 
@@ -89,7 +86,7 @@ def _cast(index: GraphIndex, node: int, what: str, reference: str, value: NDArra
 
 
 def apply(index: GraphIndex, plan: EditPlan, metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
-    """Write a plan into a copy of the model; everything it does not name stays as it was.
+    """Write a plan into a copy of the model; everything else stays as it was.
 
     Raises:
         ModelError: When a new value does not fit the stored type.
@@ -124,12 +121,11 @@ def set_metadata(model: onnx.ModelProto, key: str, text: str) -> None:
 
 
 def _tied(index: GraphIndex, plan: EditPlan) -> set[str]:
-    """Constants whose every reader (often there is just one) gets the same new array: they are replaced in place."""
+    """Constants whose readers, often just one, all get the same new array: they are replaced in place."""
     planned: dict[str, list[NDArray[Any]]] = {}
     for (node, slot), value in plan.values.items():
-        inputs = index.nodes[node].input
-        if slot < len(inputs) and inputs[slot]:
-            planned.setdefault(inputs[slot], []).append(value)
+        planned.setdefault(input_name(index.nodes[node], slot), []).append(value)
+    planned.pop("", None)
     tied = set()
     for name, values in planned.items():
         sites = sum(read == name for node in index.consumers[name] for read in node_reads(index.nodes[node]))
@@ -139,7 +135,7 @@ def _tied(index: GraphIndex, plan: EditPlan) -> set[str]:
 
 
 def unique_name(taken: set[str], wish: str) -> str:
-    """A tensor name that is not taken yet; it is taken afterwards."""
+    """A name that is not in ``taken``, to which it is added."""
     name, number = wish, 1
     while name in taken:
         name, number = f"{wish}_{number}", number + 1
@@ -163,9 +159,9 @@ class _Writer:
         self.written: dict[tuple[str, int], str] = {}
 
     def write(self, node: int, slot: int, value: NDArray[Any], origin: int) -> None:
-        """Write one value; where the same constant gets a value of the same origin again, the copy is shared."""
+        """Write one value; readers of one constant that get values of the same origin share a copy."""
         target = self.nodes[node]
-        name = target.input[slot] if slot < len(target.input) else ""
+        name = input_name(target, slot)
         if name in self.tied:
             if name in self.sparse and set_sparse_value(self.sparse[name], value):
                 return
@@ -194,12 +190,12 @@ class _Writer:
     def _add_initializer(self, name: str, value: NDArray[Any]) -> None:
         tensor = numpy_helper.from_array(value, name)
         self.model.graph.initializer.append(tensor)
-        if self.model.ir_version < 4:  # there, every initializer has to be a graph input as well
+        if self.model.ir_version < 4:  # where every initializer has to be a graph input, too
             declared = onnx.helper.make_tensor_value_info(name, tensor.data_type, list(value.shape))
             self.model.graph.input.append(declared)
 
     def _declare(self, name: str, shape: tuple[int, ...]) -> None:
-        """Correct the shape of a constant where the graph states it."""
+        """Correct the shape of a constant where the graph declares it."""
         for value in (*self.model.graph.input, *self.model.graph.value_info):
             if value.name == name:
                 declared = onnx.helper.make_tensor_value_info(name, value.type.tensor_type.elem_type, shape)
@@ -211,7 +207,7 @@ class _Writer:
         item.CopyFrom(onnx.helper.make_attribute(name, setting))
 
     def remove_orphans(self) -> None:
-        """Remove constants that lost their last reader to a private copy, and what only fed them."""
+        """Remove constants whose last reader got a private copy, and nodes that only fed them."""
         pending = list(self.replaced)
         dead_nodes: set[int] = set()
         while pending:

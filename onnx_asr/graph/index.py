@@ -1,7 +1,7 @@
-"""Who produces and who consumes each tensor of an ONNX graph, and which tensors are constants.
+"""Producers and consumers of each tensor of an ONNX graph, and the values of its constants.
 
-The index borrows the model: it never changes it, and positions in ``GraphIndex.nodes`` are positions in
-``model.graph.node``, which is how every other module names a node (ONNX node names may be empty or repeated).
+The index never changes the model. Positions in ``GraphIndex.nodes`` are positions in ``model.graph.node``; every other
+module identifies a node by its position, since ONNX node names may be empty or repeated.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ FLOAT_TYPES = {
     onnx.TensorProto.BFLOAT16,
     onnx.TensorProto.DOUBLE,
 }
-_FOLDABLE = {"Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
-_FOLDABLE |= {"Shape", "Gather", "Slice", "Concat", "ConstantOfShape", "Add", "Sub", "Mul"}  # how exporters build pads
+# how exporters wrap weights, and build pads and shapes
+_FOLDABLE = (
+    "Identity Cast Transpose Reshape Squeeze Unsqueeze Flatten Shape Gather Slice Concat ConstantOfShape Add Sub Mul"
+)
 STANDARD_DOMAINS = {"", "ai.onnx"}
 
 Slot = tuple[int, int]
@@ -38,7 +40,7 @@ class GraphIndex:
     """Producers, consumers and constants of one model's main graph.
 
     Attributes:
-        model: The model, unchanged and not to be changed while the index is used.
+        model: The model, which must not change while the index is in use.
         nodes: Its nodes in file order.
         producer: Tensor name to the position of the node that makes it.
         consumers: Tensor name to the positions of the nodes that read it, subgraphs included.
@@ -78,8 +80,8 @@ class GraphIndex:
             for name in node_reads(node):
                 if name not in known:
                     raise ModelError(
-                        f"node {node_label(node, position)} reads tensor '{name}', which nothing before it produces: "
-                        "the graph is broken or not sorted; re-export it, or run onnx.checker on it"
+                        f"node {node_label(node, position)} reads tensor '{name}', which no earlier node produces: "
+                        "the graph is broken or not sorted; export the model again, or check it with onnx.checker"
                     )
                 readers = consumers.setdefault(name, [])
                 if not readers or readers[-1] != position:
@@ -87,19 +89,19 @@ class GraphIndex:
             for name in filter(None, node.output):
                 if name in known:
                     raise ModelError(
-                        f"tensor '{name}' is produced by node {node_label(node, position)} though it was there before: "
-                        "the graph is not valid ONNX; re-export it"
+                        f"node {node_label(node, position)} produces tensor '{name}', which already exists: "
+                        "the graph is not valid ONNX; export the model again"
                     )
                 producer[name] = position
                 known.add(name)
         outputs = [value.name for value in graph.output]
         missing = [name for name in outputs if name not in known]
         if missing:
-            raise ModelError(f"graph output '{missing[0]}' is produced by no node: the graph is broken; re-export it")
+            raise ModelError(f"no node produces graph output '{missing[0]}': export the model again")
         return cls(model, nodes, producer, consumers, initializers, sparse, inputs, outputs)
 
     def is_constant(self, name: str) -> bool:
-        """Whether a tensor has the same value for every input of the graph (and can be evaluated here)."""
+        """Whether a tensor has the same value for every input of the graph, and can be evaluated here."""
         if name not in self._constant:
             self._constant[name] = self._find_constant(name)
         return self._constant[name]
@@ -115,28 +117,25 @@ class GraphIndex:
             return False
         if node.op_type == "Constant":
             return True
-        return node.op_type in _FOLDABLE and all(self.is_constant(read) for read in filter(None, node.input))
+        return node.op_type in _FOLDABLE.split() and all(self.is_constant(read) for read in filter(None, node.input))
 
     def value(self, name: str) -> NDArray[Any]:
-        """The value of a constant tensor, wherever it stands.
-
-        Initializers, sparse or not, ``Constant`` nodes, and what Identity, Cast, Transpose, reshapes and simple
-        arithmetic make of them.
+        """The value of a constant: an initializer, sparse or not, a ``Constant`` node, or simple operations on them.
 
         Raises:
             KeyError: When the tensor is not a constant.
-            ModelError: When what the file holds for it cannot be decoded or evaluated.
+            ModelError: When its value cannot be decoded or evaluated.
         """
         if not self.is_constant(name):
             raise KeyError(name)
         try:
-            if name in self.initializers:  # not kept: that would take the model's memory a second time
+            if name in self.initializers:  # not cached: that would double the model's memory
                 return value_of(self.initializers[name])
             if name not in self._values:
                 self._values[name] = self._evaluate(name)
         except ModelError:
             raise
-        except Exception as error:  # the evaluator raises whatever its operators do
+        except Exception as error:  # the evaluator raises whatever its operators raise
             raise ModelError(
                 f"constant '{name}' cannot be read: {error}; the file is damaged, export the model again"
             ) from error
@@ -154,7 +153,7 @@ class GraphIndex:
         return self.evaluate(position, name, {})
 
     def evaluate(self, position: int, output: str, feeds: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
-        """One output of a node, by onnx's reference implementation, from ``feeds`` and constants."""
+        """One output of a node, computed by onnx's reference implementation from ``feeds`` and constants."""
         node = self.nodes[position]
         reads = list(dict.fromkeys(read for read in node.input if read))
         scope = onnx.helper.make_graph(
@@ -174,27 +173,40 @@ class GraphIndex:
             return int(self.initializers[name].data_type)
         return int(onnx.helper.np_dtype_to_tensor_dtype(self.value(name).dtype))
 
-    def sole_consumer(self, name: str) -> int | None:
-        """Position of the only node that reads a tensor, or None (several, none, or it is a graph output)."""
+    def made_by(self, name: str, *op_types: str) -> int | None:
+        """Position of the node that produces a tensor, if it is one of these standard operators."""
+        position = self.producer.get(name)
+        return position if position is not None and is_standard(self.nodes[position], *op_types) else None
+
+    def sole_consumer(self, name: str, *op_types: str) -> int | None:
+        """Position of the node that alone reads a tensor that is not a graph output, if it is one of these operators.
+
+        Without ``op_types`` it may be any operator.
+        """
         readers = self.consumers.get(name, [])
         if len(readers) != 1 or name in self.outputs:
             return None
-        return readers[0]
+        return readers[0] if not op_types or is_standard(self.nodes[readers[0]], *op_types) else None
 
     def label(self, position: int) -> str:
-        """A name for a node that a user recognises: its own, or operator and first output."""
+        """A name for a node that a user recognizes: its own, or its operator and first output."""
         return node_label(self.nodes[position], position)
 
 
 def node_label(node: onnx.NodeProto, position: int) -> str:
-    """Name a node for people: its name, or its operator and first output where it has none."""
+    """As :meth:`GraphIndex.label`, before there is an index."""
     if node.name:
         return str(node.name)
     return f"{node.op_type}:{node.output[0] if node.output else position}"
 
 
+def input_name(node: onnx.NodeProto, slot: int) -> str:
+    """The tensor that a node reads in an input slot; empty where the slot is empty or missing."""
+    return str(node.input[slot]) if slot < len(node.input) else ""
+
+
 def node_reads(node: onnx.NodeProto) -> Iterator[str]:
-    """Tensors of the enclosing graph that a node reads: its inputs, and what its subgraphs capture."""
+    """Tensors of the enclosing graph that a node reads: its inputs, and those that its subgraphs capture."""
     yield from (name for name in node.input if name)
     for graph in subgraphs(node):
         yield from captured(graph)

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnx_asr.graph.index import GraphIndex, attribute, is_standard
+from onnx_asr.graph.index import GraphIndex, attribute, input_name, is_standard
 from onnx_asr.graph.skips import Reason
 
 LayerKind = Literal["Conv", "ConvTranspose", "Gemm", "MatMul"]
@@ -179,8 +179,7 @@ class Layer:
 
     def bias_name(self, node: onnx.NodeProto) -> str:
         """Tensor of the node's own bias; empty where there is none."""
-        slot = self.bias_slot
-        return "" if slot is None or slot >= len(node.input) else str(node.input[slot])
+        return "" if self.bias_slot is None else input_name(node, self.bias_slot)
 
     @classmethod
     def of(cls, index: GraphIndex, position: int) -> Layer | Reason:

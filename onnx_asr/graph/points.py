@@ -15,16 +15,7 @@ import onnx
 from numpy.typing import NDArray
 
 from onnx_asr.errors import ModelError
-from onnx_asr.graph.index import (
-    FLOAT_TYPES,
-    GraphIndex,
-    Slot,
-    ancestors,
-    attribute,
-    is_standard,
-    node_reads,
-    subgraphs,
-)
+from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex, Slot, ancestors, attribute, is_standard, node_reads, subgraphs
 from onnx_asr.graph.layers import LAYERS, NORMALIZATION, PER_CHANNEL_SLOTS, Layer, LayerKind, is_channel_bias
 from onnx_asr.graph.skips import Reason, Skip
 
@@ -256,8 +247,8 @@ def _layer_point(index: GraphIndex, position: int, level: int) -> LayerPoint | R
     if layer.bias_slot is not None:
         bias, batchnorm = (position, layer.bias_slot), following_batchnorm(index, tensor)
     else:
-        following = index.sole_consumer(tensor)
-        if following is not None and is_standard(index.nodes[following], "Add"):
+        following = index.sole_consumer(tensor, "Add")
+        if following is not None:
             add = index.nodes[following]
             other = 1 if add.input[0] == tensor else 0
             if index.is_constant(add.input[other]) and is_channel_bias(
@@ -315,13 +306,10 @@ def _batchnorm_obstacle(index: GraphIndex, position: int) -> Reason | None:
 
 def following_batchnorm(index: GraphIndex, tensor: str) -> int | None:
     """Position of the BatchNormalization that alone reads a tensor, if its parameters can be read."""
-    consumer = index.sole_consumer(tensor)
-    if consumer is None:
+    consumer = index.sole_consumer(tensor, NORMALIZATION)
+    if consumer is None or index.nodes[consumer].input[0] != tensor or _batchnorm_obstacle(index, consumer):
         return None
-    node = index.nodes[consumer]
-    if not is_standard(node, NORMALIZATION) or node.input[0] != tensor:
-        return None
-    return None if _batchnorm_obstacle(index, consumer) else consumer
+    return consumer
 
 
 def weight_of(index: GraphIndex, point: LayerPoint) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""Cut a part of a graph out as a model of its own, with a plan's edits already in it."""
+"""A part of a graph as a model of its own, with a plan's edits applied."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Boundary:
 
     Attributes:
         element_type: ONNX element type.
-        shape: Dimensions, None where they may differ from run to run; None altogether where the rank may.
+        shape: Dimensions, None where they may vary from run to run; None where the rank may vary.
     """
 
     element_type: int
@@ -34,9 +34,9 @@ def extract(
     outputs: Iterable[str],
     plan: EditPlan | None = None,
 ) -> onnx.ModelProto:
-    """A model of the nodes at ``positions``, fed with ``inputs``, giving ``outputs``.
+    """A model of the nodes at ``positions`` that computes ``outputs`` from ``inputs``.
 
-    Only the initializers that these nodes read are copied; planned values take their place.
+    It carries only the constants that these nodes read, with planned values in place of the stored ones.
     """
     plan = plan or EditPlan()
     nodes: list[onnx.NodeProto] = []

@@ -13,18 +13,18 @@ from onnx_asr.graph.segments import MIN_IR_VERSION
 
 Shape = tuple[int, ...]
 InputShapes = Mapping[str, Sequence[int]]
-"""Graph input to the shape it is fed with."""
+"""Shape of each graph input."""
 
 BATCH, SIDE = 1, 224
-"""Taken for a first dimension, and for any other one, that the model leaves open."""
-_SMALL = 1024  # elements; larger constants are no shapes, and inference does not need their values
+"""Assumed for a first dimension, and for any other one, that the model leaves open."""
+_SMALL = 1024  # elements; larger constants are not shapes, so inference does not need their values
 
 
 def fed_shapes(index: GraphIndex, given: InputShapes | None = None) -> dict[str, Shape]:
-    """Shapes of the graph inputs: what was given, else what is declared, ``BATCH`` and ``SIDE`` where that is open.
+    """Shapes of the graph inputs: as given, else as declared, with ``BATCH`` and ``SIDE`` for open dimensions.
 
     Raises:
-        OptionError: When a shape is given for what is no input, or does not fit what is declared.
+        OptionError: When a shape is given for a name that is not an input, or contradicts the declared one.
     """
     declared = {
         value.name: [max(0, item.dim_value) for item in value.type.tensor_type.shape.dim] for value in index.inputs
@@ -35,17 +35,18 @@ def fed_shapes(index: GraphIndex, given: InputShapes | None = None) -> dict[str,
     }
     for name, shape in (given or {}).items():
         if name not in declared:
-            raise OptionError(f"'{name}' is no input of the model: its inputs are {', '.join(declared)}")
+            raise OptionError(f"the model has no input '{name}': give shapes of {', '.join(declared)}")
         fits = len(shape) == len(declared[name]) and min(shape, default=1) > 0
         if not (fits and all(size in (0, new) for size, new in zip(declared[name], shape, strict=True))):
             wanted = ",".join(str(size or "?") for size in declared[name])
-            raise OptionError(f"input '{name}' cannot have the shape {','.join(map(str, shape))}: it declares {wanted}")
+            given_shape = ",".join(map(str, shape))
+            raise OptionError(f"input '{name}' cannot have shape {given_shape}: the model declares {wanted}")
         shapes[name] = tuple(shape)
     return shapes
 
 
 def typical_shapes(index: GraphIndex, given: InputShapes | None = None) -> dict[str, Shape]:
-    """Shapes of all tensors that shape inference finds for :func:`fed_shapes`; constants are left out.
+    """Shapes that inference finds for :func:`fed_shapes`, without those of constants.
 
     Raises:
         OptionError: As :func:`fed_shapes`.
@@ -71,7 +72,7 @@ def typical_shapes(index: GraphIndex, given: InputShapes | None = None) -> dict[
         inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     except onnx.shape_inference.InferenceError as error:
         raise ModelError(
-            f"onnx cannot infer the model's shapes: {error}; the file is damaged, export it again"
+            f"onnx cannot infer the model's shapes: {error}; the file is damaged, export the model again"
         ) from error
     shapes = dict(fed)
     for item in [*inferred.value_info, *inferred.output]:

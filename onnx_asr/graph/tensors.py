@@ -1,13 +1,13 @@
-"""Stored tensors: within the model or, where that is over protobuf's 2 GB, left in the file that they came in.
+"""Stored tensors: within the model or, in models over protobuf's 2 GB, left in their external file.
 
-A tensor left in its file keeps its ``external_data`` entries, and the model's folder as ``basepath``; its value is a
-memory map, so that it takes no memory before it is read.
+A tensor left in its file keeps its ``external_data`` entries, and gets the model's folder as ``basepath``; its value is
+a memory map, which takes no memory before it is read.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,13 @@ def dtype_of(element_type: int, what: str) -> np.dtype[Any]:
     """The NumPy type of an ONNX element type.
 
     Raises:
-        ModelError: When it is none.
+        ModelError: When ONNX does not define it.
     """
     try:
         return onnx.helper.tensor_dtype_to_np_dtype(element_type)
     except KeyError:
         raise ModelError(
-            f"{what} is of element type {element_type}, which ONNX does not know; export the model again"
+            f"{what} has element type {element_type}, which ONNX does not define; export the model again"
         ) from None
 
 
@@ -53,7 +53,7 @@ def weights_fit(model: onnx.ModelProto) -> bool:
 
 
 def is_self_contained(model: onnx.ModelProto) -> bool:
-    """Whether a model is one message, with no weight left in a file."""
+    """Whether a model fits one message and leaves no weight in a file."""
     return weights_fit(model) and not any(is_left(tensor) for tensor in model.graph.initializer)
 
 
@@ -63,7 +63,7 @@ def is_left(tensor: onnx.TensorProto) -> bool:
 
 
 def can_be_left(tensor: onnx.TensorProto) -> bool:
-    """Whether leaving a tensor in its file is worth it, and possible."""
+    """Whether a tensor can be, and is large enough to be, left in its file."""
     return is_left(tensor) and size_of(tensor) >= LARGE and tensor.data_type in _MAPPABLE
 
 
@@ -77,8 +77,8 @@ def leave(tensor: onnx.TensorProto, folder: Path) -> None:
     path = (folder / info.location).resolve()
     if not path.is_relative_to(folder.resolve()) or not path.is_file():
         raise ModelError(
-            f"the data of tensor '{tensor.name}' should be in '{info.location}' in the folder of the model, where no "
-            "such file is: keep the model and its external data together"
+            f"the data of tensor '{tensor.name}' should be in '{info.location}' in the folder of the model, but that "
+            "file does not exist: keep the model and its external data together"
         )
     if path.stat().st_size < (info.offset or 0) + size_of(tensor):
         raise ModelError(
@@ -88,7 +88,7 @@ def leave(tensor: onnx.TensorProto, folder: Path) -> None:
 
 
 def location_of(tensor: onnx.TensorProto) -> tuple[str, dict[str, Any]]:
-    """Where a tensor was left: its model's folder, and the entries that say where it is from there."""
+    """Where a tensor was left: the model's folder, and its place relative to that folder."""
     info = ExternalDataInfo(tensor)
     return info.basepath, {"location": info.location, "offset": info.offset or 0, "length": size_of(tensor)}
 
@@ -103,7 +103,7 @@ def value_of(tensor: onnx.TensorProto) -> NDArray[Any]:
 
 
 def sparse_value(tensor: onnx.SparseTensorProto) -> NDArray[Any]:
-    """A sparse tensor's value, with its zeros."""
+    """A sparse tensor's value as a dense array."""
     values = numpy_helper.to_array(tensor.values)
     result = np.zeros(math.prod(tensor.dims), values.dtype)
     result[_places(tensor)] = values
@@ -111,7 +111,7 @@ def sparse_value(tensor: onnx.SparseTensorProto) -> NDArray[Any]:
 
 
 def set_sparse_value(tensor: onnx.SparseTensorProto, value: NDArray[Any]) -> bool:
-    """Write a value that is zero wherever the sparse tensor is; False, and nothing is written, where it is not."""
+    """Write a value if it is zero wherever the sparse tensor is; return whether it is."""
     flat, places = value.ravel(), _places(tensor)
     if np.count_nonzero(flat[places]) != np.count_nonzero(flat):
         return False
@@ -120,7 +120,7 @@ def set_sparse_value(tensor: onnx.SparseTensorProto, value: NDArray[Any]) -> boo
 
 
 def _places(tensor: onnx.SparseTensorProto) -> NDArray[np.int64]:
-    """Positions of the stored values in the flattened tensor; ONNX has them so, or as one coordinate an axis."""
+    """Positions of the stored values in the flattened tensor; ONNX stores these, or one coordinate per axis."""
     indices = numpy_helper.to_array(tensor.indices)
     if indices.ndim == 2:
         indices = np.ravel_multi_index(tuple(indices.T), tuple(tensor.dims))
@@ -128,7 +128,7 @@ def _places(tensor: onnx.SparseTensorProto) -> NDArray[np.int64]:
 
 
 def content_of(tensor: onnx.TensorProto) -> bytes | memoryview:
-    """A tensor's bytes, as ``raw_data`` has them."""
+    """A tensor's bytes, in the format of ``raw_data``."""
     if is_left(tensor):
         return value_of(tensor).data
     if not tensor.HasField("raw_data"):
@@ -137,47 +137,51 @@ def content_of(tensor: onnx.TensorProto) -> bytes | memoryview:
 
 
 def point_to(tensor: onnx.TensorProto, entries: Mapping[str, object]) -> None:
-    """Say where a detached tensor's value is."""
+    """Record where a detached tensor's value is."""
     for key, value in entries.items():
         tensor.external_data.add(key=key, value=str(value))
 
 
 def detached(model: onnx.ModelProto, least: int = LARGE) -> tuple[onnx.ModelProto, dict[int, onnx.TensorProto]]:
-    """A copy whose initializers of at least so many bytes are external and nowhere yet, and by position what they were.
+    """Copy the model with initializers of at least ``least`` bytes as external placeholders.
 
-    Nothing of these is copied.
+    Returns:
+        The copy, and the original initializers by position; their values are not copied.
     """
-    light = onnx.ModelProto()
-    _copy_fields(model, light, "graph")
-    _copy_fields(model.graph, light.graph, "initializer")
-    large = {}
-    for position, tensor in enumerate(model.graph.initializer):
-        if is_left(tensor) or size_of(tensor) >= least:
-            large[position] = tensor
-            bare = light.graph.initializer.add()
-            bare.name, bare.doc_string, bare.data_type = tensor.name, tensor.doc_string, tensor.data_type
-            bare.dims.extend(tensor.dims)
-            bare.data_location = onnx.TensorProto.EXTERNAL
-        else:
-            light.graph.initializer.append(tensor)
+    large = {
+        position: tensor
+        for position, tensor in enumerate(model.graph.initializer)
+        if is_left(tensor) or size_of(tensor) >= least
+    }
+    light = _copied(model, large)
+    for position, tensor in large.items():
+        bare = light.graph.initializer[position]
+        bare.data_type, bare.data_location = tensor.data_type, onnx.TensorProto.EXTERNAL
+        bare.dims.extend(tensor.dims)
     return light, large
 
 
 def copied(model: onnx.ModelProto, without: Collection[str]) -> onnx.ModelProto:
-    """A copy in which some initializers have no more than name and doc string.
+    """A copy in which the named initializers have no value.
 
-    For values that are to be replaced: a message keeps the memory of what it once held.
+    For values that are replaced afterwards: a message keeps the memory of what it once held.
     """
+    bare = [position for position, tensor in enumerate(model.graph.initializer) if tensor.name in without]
+    return _copied(model, frozenset(bare))
+
+
+def _copied(model: onnx.ModelProto, bare: Container[int]) -> onnx.ModelProto:
+    """A copy whose initializers at some positions have no more than a name and a doc string."""
     result = onnx.ModelProto()
     _copy_fields(model, result, "graph")
     _copy_fields(model.graph, result.graph, "initializer")
-    for tensor in model.graph.initializer:
-        if tensor.name in without:
-            bare = result.graph.initializer.add(name=tensor.name)
-            if tensor.HasField("doc_string"):
-                bare.doc_string = tensor.doc_string
-        else:
+    for position, tensor in enumerate(model.graph.initializer):
+        if position not in bare:
             result.graph.initializer.append(tensor)
+        elif tensor.HasField("doc_string"):
+            result.graph.initializer.add(name=tensor.name, doc_string=tensor.doc_string)
+        else:
+            result.graph.initializer.add(name=tensor.name)
     return result
 
 

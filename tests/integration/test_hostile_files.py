@@ -120,7 +120,7 @@ def test_an_impossible_ir_version_is_left_to_onnxruntime() -> None:
 def test_nodes_out_of_order_are_refused() -> None:
     model = residual_net()
     model.graph.node[0].input[0] = model.graph.node[1].output[0]
-    with pytest.raises(ModelError, match="nothing before it produces"):
+    with pytest.raises(ModelError, match="no earlier node produces"):
         index(load(model))
 
 
@@ -155,7 +155,7 @@ def test_a_weight_of_unknown_type_in_a_file(tmp_path: Path, number: int) -> None
     first_initializer(model).data_type = number
     path = tmp_path / "m.onnx"
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(ModelError, match=f"is of element type {number}, which ONNX does not know"):
+    with pytest.raises(ModelError, match=f"has element type {number}, which ONNX does not define"):
         load(path)
 
 

@@ -364,17 +364,17 @@ def test_sizes_in_attributes_follow() -> None:
 
 FROZEN: dict[str, tuple[str, dict[str, Any], str]] = {
     "output": ("y = Conv (x, wa)", {}, "'y' is an output of the model"),
-    "unknown": ("a = Conv (x, wa) y = LRN <size=3> (a)", {}, "LRN LRN:y: it is not known to treat channels apart"),
+    "unknown": ("a = Conv (x, wa) y = LRN <size=3> (a)", {}, "LRN:y: it is not known to keep channels apart"),
     "shuffle": ("a = Conv (x, wa) y = Reshape (a, shape)", {"shape": np.array([1, 2, 3, 8, 8])}, "splits the channel"),
     "reduction": ("a = Conv (x, wa) y = ReduceMean <axes=[1]> (a)", {}, "it sums over channels"),
     "softmax": ("a = Conv (x, wa) y = Softmax <axis=1> (a)", {}, "it mixes channels"),
-    "input": ("a = Conv (x, wb) y = Add (a, x)", {}, "meets a tensor whose channels cannot be removed"),
+    "input": ("a = Conv (x, wb) y = Add (a, x)", {}, "another operand has channels that cannot be removed"),
     "depthwise input": ("a = Conv <group=4> (x, wd) y = Conv (a, wb)", {}, "depthwise Conv:a reads channels"),
     "run-time weight": ("a = Conv (x, wa) w = Relu (wa) y = Conv (a, w)", {}, "weight is computed at run time"),
     "every other": (
         "a = Conv (x, wa) y = Slice (a, s, e, c, p)",
         {"s": np.array([0]), "e": np.array([6]), "c": np.array([1]), "p": np.array([2])},
-        "it takes every so many channels",
+        "its step is not 1",
     ),
     "mirrored": (
         'a = Conv (x, wa) y = Pad <mode="reflect"> (a, p)',
@@ -386,7 +386,7 @@ FROZEN: dict[str, tuple[str, dict[str, Any], str]] = {
         {"wy": (6, 6, 1, 1)},
         "computes with their number",
     ),
-    "spread": ("a = Conv (x, w1) b = Conv (x, wa) y = Mul (a, b)", {"w1": (1, 4, 1, 1)}, "spreads one channel"),
+    "spread": ("a = Conv (x, w1) b = Conv (x, wa) y = Mul (a, b)", {"w1": (1, 4, 1, 1)}, "broadcasts one channel"),
 }
 
 

@@ -213,13 +213,13 @@ def test_a_dense_net_stays_as_it_is() -> None:
 
 
 def test_a_result_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = onnx_asr.pruning.shrinking.cut
+    original = onnx_asr.pruning.shrinking.remove
 
     def broken(index: GraphIndex, *arguments: Any) -> onnx.ModelProto:
         model = copy(original(index, *arguments))
         set_parameter(model, 0, 1, 2 * parameter(model, 0, 1))
         return model
 
-    monkeypatch.setattr(onnx_asr.pruning.shrinking, "cut", broken)
+    monkeypatch.setattr(onnx_asr.pruning.shrinking, "remove", broken)
     with pytest.raises(ModelError, match="differ"):
         shrink(dead_net("matrix product without bias"))
