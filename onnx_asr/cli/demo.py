@@ -148,14 +148,14 @@ def run_demo(
         models / manifest["data"]["validation_npz"], input_specs(GraphIndex.of(dense)), preprocessing=preprocessing
     )
     everything = np.arange(len(validation))
-    reference = collect_outputs(dense, validation, everything, execution.runtime)
+    reference = collect_outputs(dense, validation, everything, execution.sessions)
     started = time.perf_counter()
     pruned = prune(dense, options=PruneOptions(sparsity))
     pruning = time.perf_counter() - started
     results = _repaired_by_all(dense, pruned.model, calibration, preprocessing, execution)
 
     def row(name: str, candidate: onnx.ModelProto, seconds: float, chosen: str | None = None) -> DemoRow:
-        outputs = collect_outputs(candidate, validation, everything, execution.runtime)
+        outputs = collect_outputs(candidate, validation, everything, execution.sessions)
         return DemoRow(name, measure(outputs, reference, validation.labels), seconds, chosen)
 
     rows = [

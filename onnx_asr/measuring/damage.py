@@ -24,7 +24,8 @@ from onnx_asr.data import Dataset
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import Point
 from onnx_asr.networks.execution import Execution
-from onnx_asr.networks.pair import Networks
+from onnx_asr.networks.pair import Pair
+from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.samples import (
     Calibration,
     batch_size_for,
@@ -154,31 +155,30 @@ def draw_samples(
 
 
 def measure_damage(
-    networks: Networks, versions: Sequence[GraphIndex], calibration: Calibration, execution: Execution
+    pair: Pair, versions: Sequence[GraphIndex], calibration: Calibration, execution: Execution
 ) -> list[dict[int, PointDamage]]:
     """The damage in each of several versions of the pruned network: by node position, at every point; in one walk.
 
     Args:
-        networks: The pruned network with its dense one.
+        pair: The networks.
         versions: The pruned network itself, or repaired copies: graphs in which its tensors keep their names.
         calibration: The samples.
         execution: How to run.
     """
-    points = networks.survey.points
-    tensors = [_measured(networks.pruned, point) for point in points]
-    twins = [networks.dense_tensor(name) for name in tensors]
+    points, index = pair.pruned.survey.points, pair.pruned.index
+    tensors = [_measured(index, point) for point in points]
+    dense_tensors = [pair.dense_tensor(name) for name in tensors]
     halves = min(2, len(calibration.chunks))
     found: list[Accumulator[tuple[Point, int], PairMoments]] = [Accumulator() for _ in versions]
     with Walk(calibration, execution) as walk:
-        assert networks.whole is not None
-        lanes = {walk.lane(networks.whole, twins): twins}
-        lanes |= {walk.lane(index, tensors): tensors for index in versions}
+        lanes = {walk.lane(Draft(pair.dense), dense_tensors): dense_tensors}
+        lanes |= {walk.lane(Draft(version), tensors): tensors for version in versions}
         for number, (reference, *others) in enumerate(walk.step(lanes)):
             execution.progress("measuring the damage", number / len(calibration.chunks))
             for chunk, moments in zip(others, found, strict=True):
-                for point, name, twin in zip(points, tensors, twins, strict=True):
-                    pair = PairMoments.of(networks.dense_value(reference, twin), chunk[name], point.channel_axis)
-                    moments.add((point, number % 2), pair)
+                for point, name, dense_name in zip(points, tensors, dense_tensors, strict=True):
+                    both = PairMoments.of(pair.dense_value(reference, dense_name), chunk[name], point.channel_axis)
+                    moments.add((point, number % 2), both)
     return [
         {point.node: PointDamage.of([moments[point, half] for half in range(halves)]) for point in points}
         for moments in found

@@ -23,10 +23,10 @@ from onnx_asr.graph.skips import Skip
 from onnx_asr.measuring.damage import DAMAGE_SAMPLES, PointDamage, draw_samples, measure_damage
 from onnx_asr.networks.cost import compressed_size
 from onnx_asr.networks.execution import Execution
-from onnx_asr.networks.pair import Networks, overflow
+from onnx_asr.networks.pair import Pair, overflow
 from onnx_asr.networks.samples import input_specs
 from onnx_asr.numerics.masks import find_n_of_m
-from onnx_asr.repairing.methods import check_method
+from onnx_asr.repairing.job import check_method
 from onnx_asr.repairing.options import METHODS, check_at_least
 
 _METADATA_PREFIX = "onnx_asr."
@@ -258,12 +258,12 @@ def inspect(
     if dense is None or data is None:
         return describe(network)
     execution = execution or Execution()
-    networks = Networks.of(network, load(dense))
-    inputs = input_specs(networks.pruned)
-    dataset = data if isinstance(data, Dataset) else open_data(data, inputs, preprocessing=preprocessing)
-    calibration = draw_samples(dataset, np.arange(len(dataset)), networks.pruned, samples, seed, batch_size)
-    (damage,) = measure_damage(networks, [networks.pruned], calibration, execution)
-    for point in networks.survey.points:
+    pair = Pair.of(network, load(dense))
+    pruned = pair.pruned.index
+    dataset = data if isinstance(data, Dataset) else open_data(data, pair.pruned.inputs, preprocessing=preprocessing)
+    calibration = draw_samples(dataset, np.arange(len(dataset)), pruned, samples, seed, batch_size)
+    (damage,) = measure_damage(pair, [pruned], calibration, execution)
+    for point in pair.pruned.survey.points:
         channels = damage[point.node]
         if not np.isfinite([channels.dense_std, channels.std]).all():
             raise overflow(point)

@@ -1,14 +1,16 @@
-"""How walks over networks are run: sessions, memory, progress."""
+"""How networks are run: sessions, memory, progress, time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from onnx_asr.engine.session import Runtime
 
 Progress = Callable[[str, float], None]
-"""Told what is being done and how much of it is done, 0 to 1."""
+"""Called with what is being done and the fraction of it that is done, 0 to 1."""
 
 
 def silent(stage: str, fraction: float) -> None:
@@ -17,12 +19,32 @@ def silent(stage: str, fraction: float) -> None:
 
 @dataclass(frozen=True)
 class Execution:
-    """How walks run: sessions, memory for samples and boundary tensors in bytes (None: no limit), progress."""
+    """How networks are run.
+
+    Attributes:
+        runtime: Execution providers and threads.
+        memory_limit: Bytes for samples and for tensors between segments; None for no limit.
+        progress: Called while the work goes on.
+    """
 
     runtime: Runtime = field(default_factory=Runtime)
     memory_limit: int | None = None
     progress: Progress = silent
 
-    def __post_init__(self) -> None:
-        if self.memory_limit is not None and not self.runtime.lean:
-            object.__setattr__(self, "runtime", replace(self.runtime, lean=True))
+    @property
+    def sessions(self) -> Runtime:
+        """How sessions run: with a memory limit they are lean, which makes them slower."""
+        return self.runtime if self.memory_limit is None else replace(self.runtime, lean=True)
+
+    @property
+    def quiet(self) -> Execution:
+        """The same without progress, for a part of a larger job."""
+        return replace(self, progress=silent)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the wall time of a block to those of the other stages."""
+    begun = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - begun

@@ -1,4 +1,4 @@
-"""The networks of one repair, paired and surveyed, and how the walks over them are run."""
+"""The networks of a command: one, or a pruned one beside the dense one that it was made from."""
 
 from __future__ import annotations
 
@@ -11,111 +11,162 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from onnx_asr.arrays import Floats
 from onnx_asr.channels.rules import trace
 from onnx_asr.channels.units import missing_units, read_kept, remove
+from onnx_asr.data import InputSpec
 from onnx_asr.engine.lane import Chunk
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import GraphIndex, ancestors
 from onnx_asr.graph.layers import Layer
 from onnx_asr.graph.match import Pairing, match
-from onnx_asr.graph.model_io import check_finite
-from onnx_asr.graph.points import LayerPoint, Point, Survey, survey, weight_of, without_selected
-from onnx_asr.networks.sparsity import LayerSparsity
+from onnx_asr.graph.model_io import check_finite, inlined_functions
+from onnx_asr.graph.points import LayerPoint, Point, Survey, survey, without_selected
+from onnx_asr.networks.parameters import Draft
+from onnx_asr.networks.samples import input_specs
+from onnx_asr.numerics.gains import BatchNormParameters
 
 
 @dataclass(frozen=True)
-class Networks:
-    """A pruned network, its correction points, and the dense one it came from, if there is one.
+class Network:
+    """A model with its correction points.
 
     Attributes:
-        pruned: The pruned network.
+        index: Its graph.
         survey: Its correction points.
-        dense: The dense network's parameters; where channels were removed, those of the channels that are left.
-        pairing: What corresponds to what in ``pruned`` and ``dense``.
-        whole: The dense network that is run: ``dense`` before any channel was removed.
-        kept: Tensor of ``whole`` to its channel axis and the channels that are left, where some are missing.
     """
 
-    pruned: GraphIndex
+    index: GraphIndex
     survey: Survey
-    dense: GraphIndex | None
-    pairing: Pairing | None
-    whole: GraphIndex | None
-    kept: dict[str, tuple[int, NDArray[np.int64]]]
 
     @classmethod
-    def of(cls, pruned: onnx.ModelProto, dense: onnx.ModelProto | None) -> Networks:
-        """Index, check, survey and pair.
+    def of(cls, model: onnx.ModelProto, role: str, *, compared: bool) -> Network:
+        """Index, survey and check a model.
+
+        Args:
+            model: The model.
+            role: What to call it in messages: "pruned" or "dense".
+            compared: Whether it is compared with another version of itself, place by place: points behind a
+                NonMaxSuppression, which keeps other boxes in another version, are skipped then.
 
         Raises:
-            ModelError: When a model is quantized, not finite, or has nothing to repair.
-            StructureError: When the two are not the same network.
+            ModelError: When it is quantized, not finite, or has nothing to repair.
         """
-        index = GraphIndex.of(pruned)
-        found = survey(index) if dense is None else without_selected(index, survey(index))
+        index = GraphIndex.of(model)
+        found = without_selected(index, survey(index)) if compared else survey(index)
         if not found.points:
             reasons = "; ".join(f"{skip.name}: {skip.reason}" for skip in found.skips[:3])
             raise ModelError(
                 "the model has no Conv, ConvTranspose, Gemm, MatMul or BatchNormalization that can be repaired"
                 + (f" ({reasons})" if reasons else "; give a network with constant weights")
             )
-        check_finite(index, "pruned")
-        if dense is None:
-            return cls(index, found, None, None, None, {})
-        whole = GraphIndex.of(dense)
-        check_finite(whole, "dense")
-        kept = read_kept(pruned)
-        if kept == read_kept(dense):
-            return cls(index, found, whole, match(index, whole), whole, {})
-        channels = trace(whole)
-        drop = missing_units(whole, channels, kept)
-        left = GraphIndex.of(remove(whole, channels, drop))
-        return cls(index, found, left, match(index, left), whole, channels.kept(drop))
+        check_finite(index, role)
+        return cls(index, found)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about the model."""
+        functions = inlined_functions(self.index.model)
+        return () if functions is None else (f"model-local functions were written out in place: {functions}",)
+
+    @cached_property
+    def inputs(self) -> list[InputSpec]:
+        """What the model is fed with."""
+        return input_specs(self.index)
+
+    @cached_property
+    def first_layers(self) -> set[int]:
+        """Nodes with weights that read the model's input directly, with no other weights in between."""
+        sources = {
+            point.node: self.index.nodes[point.node].input[point.layer.data_slot] for point in self.survey.layers
+        }
+        return {node for node, source in sources.items() if sources.keys().isdisjoint(ancestors(self.index, [source]))}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A pruned network and the dense one that it was made from.
+
+    Attributes:
+        pruned: The pruned network.
+        dense: The dense network as it runs.
+        parameters: Parameters of the dense network; where channels were removed, of those that are left.
+        pairing: For nodes and tensors of the pruned network, those of the dense one.
+        kept: Tensor of the dense network to its channel axis and the channels that are left, where some were removed.
+    """
+
+    pruned: Network
+    dense: GraphIndex
+    parameters: Draft
+    pairing: Pairing
+    kept: dict[str, tuple[int, NDArray[np.int64]]]
+
+    @classmethod
+    def of(cls, pruned: onnx.ModelProto, dense: onnx.ModelProto) -> Pair:
+        """Index, survey, check and pair two models.
+
+        Raises:
+            ModelError: When a model is quantized, not finite, or has nothing to repair.
+            StructureError: When the two are not the same network.
+        """
+        network, index = Network.of(pruned, "pruned", compared=True), GraphIndex.of(dense)
+        check_finite(index, "dense")
+        return cls.between(network, index)
+
+    @classmethod
+    def between(cls, pruned: Network, dense: GraphIndex) -> Pair:
+        """Find what corresponds to what.
+
+        Raises:
+            StructureError: When the two are not the same network.
+        """
+        kept = read_kept(pruned.index.model)
+        if kept == read_kept(dense.model):
+            return cls(pruned, dense, Draft(dense), match(pruned.index, dense), {})
+        channels = trace(dense)
+        drop = missing_units(dense, channels, kept)
+        left = GraphIndex.of(remove(dense, channels, drop))
+        return cls(pruned, dense, Draft(left), match(pruned.index, left), channels.kept(drop))
+
+    @classmethod
+    def with_drafts(cls, dense: Network) -> Pair:
+        """A dense network beside drafts of itself, which have its graph and other parameters."""
+        index = dense.index
+        names = [value.name for value in index.inputs] + [name for node in index.nodes for name in node.output]
+        pairing = Pairing({position: position for position in range(len(index.nodes))}, {name: name for name in names})
+        return cls(dense, index, Draft(index), pairing, {})
 
     def dense_tensor(self, name: str) -> str:
         """The dense network's counterpart of a tensor."""
-        assert self.pairing is not None
         return self.pairing.tensors[name]
 
-    def dense_point(self, point: LayerPoint) -> LayerPoint:
-        """The dense network's counterpart of a point with weights; its bias is not looked for."""
-        assert self.dense is not None
-        assert self.pairing is not None
-        nodes = self.pairing.nodes
-        layer = Layer.of(self.dense, nodes[point.node])
-        assert isinstance(layer, Layer), "paired weights have the same shape"
-        return replace(
-            point,
-            layer=layer,
-            node=nodes[point.node],
-            tensor=self.dense_tensor(point.tensor),
-            bias=None,
-            batchnorm=None if point.batchnorm is None else nodes[point.batchnorm],
-        )
-
-    @cached_property
-    def sparsities(self) -> tuple[LayerSparsity, ...]:
-        """Zeros in the weights of all points; those of before are the dense network's, or none where there is none."""
-        found = []
-        for point in self.survey.layers:
-            after = weight_of(self.pruned, point)
-            before = np.ones_like(after) if self.dense is None else weight_of(self.dense, self.dense_point(point))
-            found.append(LayerSparsity.of(point, before, after))
-        return tuple(found)
-
-    def first_layers(self) -> set[int]:
-        """Nodes with weights that no other node with weights stands before: their input is the raw data."""
-        sources = {
-            point.node: self.pruned.nodes[point.node].input[point.layer.data_slot] for point in self.survey.layers
-        }
-        return {node for node, source in sources.items() if sources.keys().isdisjoint(ancestors(self.pruned, [source]))}
-
     def dense_value(self, chunk: Chunk, name: str) -> NDArray[Any]:
-        """A tensor of the dense lane, of the channels that are left in the pruned network."""
+        """A tensor of the dense network, by its name there, with the channels that are left in the pruned one."""
         if name not in self.kept:
             return chunk[name]
         axis, positions = self.kept[name]
         return chunk[name].take(positions, axis)
+
+    def dense_batchnorm(self, position: int) -> BatchNormParameters:
+        """Parameters of the dense network's counterpart of a BatchNormalization."""
+        return self.parameters.batchnorm(self.pairing.nodes[position])
+
+    def dense_weight(self, point: LayerPoint) -> NDArray[Any]:
+        """The dense network's weight at a point, as stored."""
+        return self.parameters.weight(self._dense_point(point))
+
+    def dense_rows(self, point: LayerPoint) -> Floats:
+        """The dense network's weight at a point as :meth:`Draft.folded_rows`."""
+        return self.parameters.folded_rows(self._dense_point(point))
+
+    def _dense_point(self, point: LayerPoint) -> LayerPoint:
+        """The dense network's counterpart of a point, without its bias."""
+        nodes = self.pairing.nodes
+        layer = Layer.of(self.parameters.index, nodes[point.node])
+        assert isinstance(layer, Layer), "paired weights have the same shape"
+        batchnorm = None if point.batchnorm is None else nodes[point.batchnorm]
+        tensor = self.dense_tensor(point.tensor)
+        return replace(point, layer=layer, node=nodes[point.node], tensor=tensor, bias=None, batchnorm=batchnorm)
 
 
 def overflow(point: Point) -> ModelError:
@@ -129,12 +180,12 @@ def overflow(point: Point) -> ModelError:
 def unequal(point: Point) -> ModelError:
     """What to raise where the two networks give different numbers of results for the same samples."""
     return ModelError(
-        f"the dense and the pruned model give tensors of different shapes at {point.name}: what comes before it "
-        "selects by value, so the two cannot be compared place by place; use --method paired or bn"
+        f"the dense and the pruned model give tensors of different shapes at {point.name}: a node before it selects by "
+        "value, so the two cannot be compared place by place; use --method paired or bn"
     )
 
 
 def by_level(points: Sequence[Point]) -> list[list[Point]]:
-    """Points of one level, which do not depend on each other, together; lowest level first."""
+    """Points grouped by level, lowest level first; points of one level do not depend on each other."""
     levels = sorted({point.level for point in points})
     return [[point for point in points if point.level == level] for level in levels]

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from onnx_asr.engine.buffers import BufferPool
 from onnx_asr.engine.lane import Chunk, Lane
-from onnx_asr.graph.edit import EditPlan
-from onnx_asr.graph.index import GraphIndex
 from onnx_asr.networks.execution import Execution
+from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.samples import Calibration, feeds, input_specs
 from onnx_asr.numerics.rows import MEMORY, BufferStore
 
@@ -23,7 +22,7 @@ class Walk:
 
     def __init__(self, calibration: Calibration, execution: Execution) -> None:
         self.calibration = calibration
-        self._runtime = execution.runtime
+        self._runtime = execution.sessions
         self._pool = BufferPool(execution.memory_limit, calibration.nbytes)
         self.store: BufferStore = MEMORY if execution.memory_limit is None else self._pool
 
@@ -33,17 +32,17 @@ class Walk:
     def __exit__(self, *exc: object) -> None:
         self._pool.__exit__(*exc)
 
-    def lane(self, index: GraphIndex, targets: Iterable[str], plan: EditPlan | None = None) -> Lane:
+    def lane(self, draft: Draft, targets: Iterable[str]) -> Lane:
         """A network before its first step.
 
         Args:
-            index: The network; it is fed with the samples in its own input types.
+            draft: The network; it is fed with the samples in its own input types. What is set in the draft between two
+                steps counts from the next one on.
             targets: Every tensor that the steps will ask for, as often as they will.
-            plan: Edits that the network runs with; what is added to it counts from the next step on.
         """
-        specs = input_specs(index)
+        specs = input_specs(draft.index)
         chunks = [feeds(specs, chunk) for chunk in self.calibration.chunks]
-        return Lane(index, targets, chunks, self._pool, self._runtime, plan)
+        return Lane(draft.index, targets, chunks, self._pool, self._runtime, draft.plan)
 
     def step(self, targets: Mapping[Lane, Sequence[str]]) -> Iterator[list[Chunk]]:
         """Run every lane up to its targets, all of them on one chunk before any is run on the next.

@@ -13,17 +13,13 @@ from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.shapes import InputShapes
 from onnx_asr.networks.cost import flops_by_node
-from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Fidelity
-from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.sparsity import LayerSparsity
 from onnx_asr.numerics.masks import keep_count
 from onnx_asr.numerics.patterns import Pattern
 from onnx_asr.numerics.scores import cheapest_keep
 from onnx_asr.pruning.masks import PrunableWeight, apply_masks, make_masks, units_of
 from onnx_asr.pruning.options import Scope
-from onnx_asr.pruning.trials import try_masks
-from onnx_asr.repairing.pipeline import RepairJob
 
 
 @dataclass(frozen=True)
@@ -80,32 +76,14 @@ class Allocation:
         return apply_masks(self.index, self.weights, masks)
 
 
-def sensitivities(
-    job: RepairJob,
-    weights: Sequence[PrunableWeight],
-    scores: Sequence[NDArray[Any]],
-    pattern: Pattern,
-    sparsities: Sequence[float],
-    calibration: Calibration,
-    execution: Execution,
-) -> list[list[Fidelity]]:
-    """Fidelity to the dense network with one weight alone at each of the sparsities, refitted."""
-    masks = [
-        [make_masks([weight], [values], pattern, share, "layer")[0] for share in sparsities]
-        for weight, values in zip(weights, scores, strict=True)
-    ]
-    return try_masks(job, [weight.points for weight in weights], masks, calibration, execution)
-
-
 def layer_costs(
-    index: GraphIndex,
     weights: Sequence[PrunableWeight],
     scores: Sequence[NDArray[Any]],
     pattern: Pattern,
     sparsities: Sequence[float],
     found: Sequence[Sequence[Fidelity]],
 ) -> LayerCosts:
-    """What :func:`sensitivities` found, as costs of zeros."""
+    """The fidelities of single layers at the sparsities, as costs of zeros."""
     sizes = [units_of(weight, values, pattern).size for weight, values in zip(weights, scores, strict=True)]
     zeros = [[size - keep_count(size, share) for share in sparsities] for size in sizes]
     return LayerCosts(sizes, zeros, [[fidelity.distance for fidelity in tried] for tried in found])

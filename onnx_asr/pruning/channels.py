@@ -25,7 +25,7 @@ from onnx_asr.arrays import Floats, Mask
 from onnx_asr.channels.rules import trace
 from onnx_asr.channels.units import Channels, Ids, remove
 from onnx_asr.errors import ModelError
-from onnx_asr.graph.edit import EditPlan, set_metadata
+from onnx_asr.graph.edit import set_metadata
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, check_finite, load
 from onnx_asr.graph.points import LayerPoint, skip, survey
@@ -34,7 +34,7 @@ from onnx_asr.graph.skips import Reason, Skip
 from onnx_asr.networks.cost import Cost, cost, flops
 from onnx_asr.networks.execution import Execution, Progress
 from onnx_asr.networks.latency import Latency, Stopwatch
-from onnx_asr.networks.parameters import read_batchnorm, read_blocks
+from onnx_asr.networks.parameters import Draft
 from onnx_asr.numerics.masks import keep_count, keep_largest
 from onnx_asr.pruning.budget import smallest_share, unreachable
 from onnx_asr.pruning.masks import prunable_weights
@@ -265,19 +265,19 @@ def _more(cutter: _Cutter, share: float) -> float:
 
 def channel_scores(index: GraphIndex, channels: Channels, points: Sequence[LayerPoint]) -> Floats:
     """[units] the norm of all rows that make a unit times the norm of all columns that read it."""
-    nothing = EditPlan()
+    draft = Draft(index)
     rows, columns = np.zeros(channels.units), np.zeros(channels.units)
     by_node = {point.node: point for point in points}
     for point in points:
         if point.tensor in channels.tensors:
-            squares = np.square(read_blocks(index, nothing, point)).sum(axis=(2, 3))  # [G, O]
+            squares = np.square(draft.blocks(point)).sum(axis=(2, 3))  # [G, O]
             np.add.at(rows, channels.tensors[point.tensor].ids, squares.reshape(-1))
     for read in channels.reads:
         if read.node in by_node:
             reader = by_node[read.node]
-            blocks = read_blocks(index, nothing, reader)
+            blocks = draft.blocks(reader)
             if reader.batchnorm is not None:
-                slope = read_batchnorm(index, nothing, reader.batchnorm).slope
+                slope = draft.batchnorm(reader.batchnorm).slope
                 blocks = blocks * slope.reshape(*blocks.shape[:2], 1, 1)
             squares = np.square(blocks).sum(axis=(1, 3))  # [G, I]
             np.add.at(columns, read.labels.ids, squares.reshape(-1))

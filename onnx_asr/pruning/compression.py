@@ -14,25 +14,25 @@ drop the smallest, refit again, from one set of rows.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnx_asr.arrays import Mask
+from onnx_asr.arrays import Floats, Mask
 from onnx_asr.data import Dataset, Preprocessing
 from onnx_asr.data.sources import DataSource
-from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, load
 from onnx_asr.graph.shapes import InputShapes
 from onnx_asr.networks.cost import Cost, cost
-from onnx_asr.networks.execution import Execution, silent
-from onnx_asr.networks.pair import Networks
+from onnx_asr.networks.execution import Execution, timed
+from onnx_asr.networks.pair import Network, Pair
+from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.sparsity import LayerSparsity, starved
 from onnx_asr.numerics.patterns import Pattern
@@ -47,10 +47,13 @@ from onnx_asr.pruning.masks import (
 )
 from onnx_asr.pruning.options import CompressOptions
 from onnx_asr.pruning.scores import input_factors
-from onnx_asr.repairing.pipeline import RepairJob, finish
-from onnx_asr.repairing.refit import Choice, repair_refit
+from onnx_asr.repairing.job import RepairJob
+from onnx_asr.repairing.options import RefitRecipe
+from onnx_asr.repairing.pipeline import run_method, verified
+from onnx_asr.repairing.refit import repair_refit
 from onnx_asr.repairing.result import RepairResult
 from onnx_asr.repairing.rows import DenseRows
+from onnx_asr.repairing.samples import Samples
 
 LAST_ROWS = 2
 """Sampled positions of the last round, as a multiple of the refit recipe's."""
@@ -120,7 +123,7 @@ def compress(
         data: Calibration samples, as for :func:`onnx_asr.repair`.
         options: What to zero, rounds, samples, seed and refit recipe; at least a sparsity or an N:M pattern.
         preprocessing: What to do to images.
-        input_shapes: Shapes of inputs that leave sizes open, for FLOPs; else their batch is 1 and their other open
+        input_shapes: Shapes of inputs with open sizes, for FLOPs; by default their batch is 1 and their other open
             sizes are 224.
         execution: Execution providers, memory limit, progress.
 
@@ -130,58 +133,35 @@ def compress(
         DataError: Missing, broken or unfitting data.
     """
     options, execution = options or CompressOptions(), execution or Execution()
-    started = time.perf_counter()
-    dense = load(model)
     settings = replace(options.repair, method="refit")
-    job = RepairJob.of(dense, dense, data, settings, preprocessing)
-    execution.progress("loading data", 0.0)
-    calibration = job.load_calibration()
-    loaded = time.perf_counter()
-    index = GraphIndex.of(dense)
-    before = cost(index, input_shapes)
-    pattern = Pattern.parse(options.pattern)
-    weights, _ = prunable_weights(index, options.include, options.exclude)
-    weights, _ = split_narrow(weights, pattern)
-    ranking = replace(settings.refit, relu_steps=min(settings.refit.relu_steps, 1))
-    factors = _factors(job.networks, weights, calibration, execution)
-    values = [index.value(weight.tensor) for weight in weights]
-    masks: list[Mask] = [np.ones(value.shape, bool) for value in values]
-    seconds = []
-    kept: dict[int, list[DenseRows]] | None = {} if execution.memory_limit is None else None
-    schedule = _schedule(options, pattern)
-    for number, step in enumerate(schedule):
-        begun = time.perf_counter()
-        goal = make_masks(weights, _scores(values, factors, masks), *step, "global")
-        narrowed = pattern.n is None and 0 < number < len(schedule) - 1
-        given = masks if narrowed else goal
-        masked, layers = apply_masks(index, weights, given)
-        job = replace(job, pruned=masked, networks=Networks.of(masked, dense))
-        if number + 1 == len(schedule):
-            break
-        execution.progress(f"mask round {number + 1} of {len(schedule)}", number / len(schedule))
-        part = calibration.head(round(options.round_samples * calibration.count))
-        plan = EditPlan()
-        quiet = replace(execution, progress=silent)
-        nodes = _pruned_nodes(job.networks, weights)
-        chosen: dict[int, Mask] = {}
-        narrow = _narrowing(weights, nodes, factors, pattern, given, goal, chosen) if narrowed else {}
-        repair_refit(job.networks, part, quiet, plan, ranking, precise=True, kept=kept, narrow=narrow)
-        masks = [chosen.get(node, mask) for node, mask in zip(nodes, goal, strict=True)]
-        values = _refitted(job.networks, weights, nodes, plan)
-        seconds.append(time.perf_counter() - begun)
-    del kept
-    last = replace(settings, refit=replace(settings.refit, rows=LAST_ROWS * settings.refit.rows))
-    result = finish(replace(job, options=last), calibration, execution, begun, begun)
-    seconds.append(time.perf_counter() - begun)
-    stages = {"load": loaded - started, "rounds": begun - loaded}
-    stages.update((stage, result.seconds[stage]) for stage in ("repair", "verify"))
+    seconds: dict[str, float] = {}
+    round_seconds: dict[str, float] = {}
+    with timed(seconds, "load"):
+        dense = Network.of(load(model), "dense", compared=True)
+        samples = Samples.of(data, dense.inputs, settings, preprocessing, verify=True)
+        execution.progress("loading data", 0.0)
+        calibration = samples.load()
+    before = cost(dense.index, input_shapes)
+    with timed(seconds, "rounds"):
+        weights, masks = _last_masks(dense, options, calibration, execution, round_seconds)
+    with timed(round_seconds, "last"):
+        masked, layers = apply_masks(dense.index, weights, masks)
+        pruned = Network.of(masked, "pruned", compared=True)
+        last = replace(settings, refit=replace(settings.refit, rows=LAST_ROWS * settings.refit.rows))
+        job = RepairJob.on(pruned, Pair.between(pruned, dense.index), samples, last, execution)
+        with timed(seconds, "repair"):
+            repaired = run_method(job, calibration, execution)
+        with timed(seconds, "verify"):
+            result = verified(job, repaired, execution)
+    execution.progress("done", 1.0)
+    notes = (*dense.notes, *samples.notes, *result.notes, *starved(layers))
     return CompressResult(
-        repair=replace(result, seconds=stages, notes=(*result.notes, *starved(layers))),
+        repair=replace(result, seconds=seconds, notes=notes),
         layers=layers,
         before=before,
         after=cost(GraphIndex.of(result.model), input_shapes),
         options=options,
-        round_seconds=tuple(seconds),
+        round_seconds=tuple(round_seconds.values()),
         masked=masked,
     )
 
@@ -199,89 +179,147 @@ def _schedule(options: CompressOptions, pattern: Pattern) -> list[Step]:
     return [(replace(pattern, n=round(float(n))), None) for n in kept]
 
 
+def _last_masks(
+    dense: Network,
+    options: CompressOptions,
+    calibration: Calibration,
+    execution: Execution,
+    seconds: dict[str, float],
+) -> tuple[list[PrunableWeight], list[Mask]]:
+    """Run all rounds but the last: the weights that take part, and the masks of the last round.
+
+    Args:
+        dense: The dense network.
+        options: What to zero.
+        calibration: The samples.
+        execution: How to run.
+        seconds: Wall times, to which those of the rounds are added.
+    """
+    pattern, recipe = Pattern.parse(options.pattern), options.repair.refit
+    weights, _ = prunable_weights(dense.index, options.include, options.exclude)
+    weights, _ = split_narrow(weights, pattern)
+    ranking = replace(recipe, relu_steps=min(recipe.relu_steps, 1))
+    factors = _factors(dense, weights, calibration, execution)
+    rounds = _Rounds(dense, weights, factors, ranking, cache=execution.memory_limit is None)
+    part = calibration.head(round(options.round_samples * calibration.count))
+    *steps, last = _schedule(options, pattern)
+    for number, step in enumerate(steps):
+        execution.progress(f"mask round {number + 1} of {len(steps) + 1}", number / (len(steps) + 1))
+        with timed(seconds, f"round {number + 1}"):
+            rounds.run(step, part, execution.quiet, narrowed=pattern.n is None and number > 0)
+    return weights, rounds.goal(last)
+
+
 def _factors(
-    networks: Networks, weights: Sequence[PrunableWeight], calibration: Calibration, execution: Execution
-) -> list[NDArray[np.float64]]:
+    dense: Network, weights: Sequence[PrunableWeight], calibration: Calibration, execution: Execution
+) -> list[Floats]:
     """What to multiply magnitudes with before weights of different layers are compared.
 
     1 where BatchNormalization is kept. Where it was folded, ``|W|`` carries each channel's arbitrary scale; there the
     factors of the score "variance".
-
-    Args:
-        networks: The dense model with itself.
-        weights: The weights.
-        calibration: The samples.
-        execution: How to run.
     """
     if any(weight.points[0].batchnorm is not None for weight in weights):
         return [np.ones(()) for _ in weights]
     execution.progress("measuring the dense network", 0.0)
-    return input_factors(networks, [weight.points[0] for weight in weights], "variance", calibration, execution)
+    return input_factors(dense, [weight.points[0] for weight in weights], "variance", calibration, execution)
 
 
-def _scores(
-    values: Sequence[NDArray[Any]], factors: Sequence[NDArray[np.float64]], masks: Sequence[Mask]
-) -> list[NDArray[np.float64]]:
-    """Scores of the weights' values, below all others where already pruned."""
-    parts = zip(values, factors, masks, strict=True)
-    return [np.where(mask, np.abs(value.astype(np.float64)) * factor, -1.0) for value, factor, mask in parts]
+def _score(value: NDArray[Any], factor: Floats, mask: Mask) -> Floats:
+    """Scores of a weight's entries, below all others where already pruned."""
+    return np.where(mask, np.abs(value.astype(np.float64)) * factor, -1.0)
 
 
-def _narrowing(
-    weights: Sequence[PrunableWeight],
-    nodes: Sequence[int],
-    factors: Sequence[NDArray[np.float64]],
-    pattern: Pattern,
-    given: Sequence[Mask],
-    goal: Sequence[Mask],
-    chosen: dict[int, Mask],
-) -> dict[int, list[Choice]]:
-    """By node, what takes entries (or blocks) out of a weight's mask until there are as many as in the goal's.
+class _Rounds:
+    """The rounds that rank weights, each by what the refit of the one before made of them.
 
     Args:
+        dense: The dense network.
         weights: The weights.
-        nodes: Their nodes.
         factors: Of their magnitudes.
-        pattern: What is kept or dropped as one.
-        given: Masks to begin with.
-        goal: Masks that say how many stay.
-        chosen: Where the masks that the choices leave are put, by node.
+        recipe: How to fit.
+        cache: Whether to keep the dense network's outputs, so that it runs once for all rounds.
     """
 
-    def choice(number: int, keep: int) -> Choice:
-        def choose(value: NDArray[np.float64]) -> Mask:
-            mask = chosen.get(nodes[number], given[number])
-            (scores,) = _scores([value], [factors[number]], [mask])
-            chosen[nodes[number]] = keep_units(weights[number], scores, pattern, keep)
-            return chosen[nodes[number]]
+    def __init__(
+        self,
+        dense: Network,
+        weights: Sequence[PrunableWeight],
+        factors: Sequence[Floats],
+        recipe: RefitRecipe,
+        *,
+        cache: bool,
+    ) -> None:
+        self._pair = Pair.with_drafts(dense)
+        self._weights = weights
+        self._factors = factors
+        self._recipe = recipe
+        self._kept: dict[int, list[DenseRows]] | None = {} if cache else None
+        self._dense_values = [dense.index.value(weight.tensor) for weight in weights]
+        self._values: list[NDArray[Any]] = self._dense_values
+        self._masks: list[Mask] = [np.ones(value.shape, bool) for value in self._values]
 
-        return choose
+    def goal(self, step: Step) -> list[Mask]:
+        """Masks of the weights that are worth most so far, over all layers."""
+        parts = zip(self._values, self._factors, self._masks, strict=True)
+        return make_masks(self._weights, [_score(*part) for part in parts], *step, "global")
 
-    choices = {}
-    shares = [step / NARROWING for step in range(1, NARROWING + 1)]
-    for number, weight in enumerate(weights):
-        begin, end = (
-            np.count_nonzero(units_of(weight, mask.astype(np.float64), pattern))
-            for mask in (given[number], goal[number])
-        )
-        choices[nodes[number]] = [choice(number, round(begin ** (1 - share) * end**share)) for share in shares]
-    return choices
+    def run(self, step: Step, calibration: Calibration, execution: Execution, *, narrowed: bool) -> None:
+        """Refit from the dense weights under the masks of a goal.
+
+        Args:
+            step: The goal.
+            calibration: The samples.
+            execution: How to run.
+            narrowed: Whether the goal only says how many weights each layer keeps; each layer then begins with its
+                mask so far, and its refit says which of them.
+        """
+        goal = self.goal(step)
+        draft = Draft(self._pair.dense)
+        parts = zip(self._weights, self._dense_values, self._masks if narrowed else goal, strict=True)
+        for weight, value, mask in parts:
+            masked = np.where(mask, value, np.zeros((), value.dtype))
+            for point in weight.points:
+                draft.set_weight(point, masked)
+        layers = {}
+        if narrowed:
+            items = zip(self._weights, self._factors, self._masks, goal, strict=True)
+            layers = {item[0].points[0].node: _Narrowing(*item, step[0]) for item in items}
+        choices = {node: layer.choices for node, layer in layers.items()}
+        recipe, kept = self._recipe, self._kept
+        repair_refit(self._pair, draft, calibration, execution, recipe, precise=True, kept=kept, narrow=choices)
+        self._values = [draft.weight(weight.points[0]) for weight in self._weights]
+        self._masks = [layer.mask for layer in layers.values()] if narrowed else goal
 
 
-def _pruned_nodes(networks: Networks, weights: Sequence[PrunableWeight]) -> list[int]:
-    """Where the pruned network has the nodes of the dense model's weights."""
-    assert networks.pairing is not None
-    pruned_node = {dense: pruned for pruned, dense in networks.pairing.nodes.items()}
-    return [pruned_node[weight.points[0].node] for weight in weights]
+class _Narrowing:
+    """One layer on the way from its mask to one with fewer units.
 
+    Args:
+        weight: The weight.
+        factor: Of its magnitudes.
+        begin: Its mask so far.
+        goal: A mask with as many units as are to be left.
+        pattern: What is kept or dropped as one.
+    """
 
-def _refitted(
-    networks: Networks, weights: Sequence[PrunableWeight], nodes: Sequence[int], plan: EditPlan
-) -> list[NDArray[Any]]:
-    """What a refit of the pruned model made of the dense model's weights."""
-    values = []
-    for weight, node in zip(weights, nodes, strict=True):
-        value = plan.current(networks.pruned, node, weight.points[0].layer.weight_slot)
-        assert value is not None
-        values.append(value)
-    return values
+    def __init__(self, weight: PrunableWeight, factor: Floats, begin: Mask, goal: Mask, pattern: Pattern) -> None:
+        self._weight = weight
+        self._factor = factor
+        self._pattern = pattern
+        self._goal = goal
+        self._chosen: Mask | None = None
+        self._begin = begin
+        first, last = (np.count_nonzero(units_of(weight, mask.astype(np.float64), pattern)) for mask in (begin, goal))
+        shares = [step / NARROWING for step in range(1, NARROWING + 1)]
+        self.choices = [partial(self._keep, round(first ** (1 - share) * last**share)) for share in shares]
+
+    @property
+    def mask(self) -> Mask:
+        """What was chosen; the goal where the layer was not refitted."""
+        return self._goal if self._chosen is None else self._chosen
+
+    def _keep(self, count: int, values: Floats) -> Mask:
+        """Keep the ``count`` largest units of the refitted weight."""
+        mask = self._begin if self._chosen is None else self._chosen
+        self._chosen = keep_units(self._weight, _score(values, self._factor, mask), self._pattern, count)
+        return self._chosen

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import LayerPoint, weight_of
 from onnx_asr.networks.execution import Execution
-from onnx_asr.networks.pair import Networks, overflow
+from onnx_asr.networks.pair import Network, overflow
+from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.walk import Walk
 from onnx_asr.numerics.moments import Accumulator, Moments
@@ -27,20 +28,20 @@ Values = list[NDArray[np.float64]]
 
 
 def weight_scores(
-    networks: Networks, points: Sequence[LayerPoint], score: Score, calibration: Calibration, execution: Execution
+    dense: Network, points: Sequence[LayerPoint], score: Score, calibration: Calibration, execution: Execution
 ) -> Values:
-    """Scores of the points' weights, each in its stored shape, by whatever the score looks at.
+    """Scores of the points' weights, each in its stored shape.
 
     Args:
-        networks: The dense model, paired with itself.
+        dense: The network.
         points: Points with weights.
         score: Any of them; those in ``DATA_AWARE`` look at the samples.
         calibration: The samples.
         execution: Execution providers, memory limit, progress.
     """
     if score in DATA_AWARE:
-        return data_aware_scores(networks, points, score, calibration, execution)
-    return data_free_scores(networks.pruned, points, score)
+        return data_aware_scores(dense, points, score, calibration, execution)
+    return data_free_scores(dense.index, points, score)
 
 
 def data_free_scores(index: GraphIndex, points: Sequence[LayerPoint], score: Score) -> Values:
@@ -63,7 +64,7 @@ def data_free_scores(index: GraphIndex, points: Sequence[LayerPoint], score: Sco
 
 
 def data_aware_scores(
-    networks: Networks, points: Sequence[LayerPoint], score: Score, calibration: Calibration, execution: Execution
+    dense: Network, points: Sequence[LayerPoint], score: Score, calibration: Calibration, execution: Execution
 ) -> Values:
     """Scores of the points' weights, each in its stored shape.
 
@@ -73,7 +74,7 @@ def data_aware_scores(
     * gram: ``w^2 / [(H + R I)^-1]_jj``, ``H`` the covariance of the layer's inputs (optimal brain surgeon)
 
     Args:
-        networks: The dense model, paired with itself.
+        dense: The network.
         points: Points with weights.
         score: One of the three.
         calibration: The samples.
@@ -84,28 +85,28 @@ def data_aware_scores(
     """
     execution.progress("measuring the dense network", 0.0)
     if score == "gram":
-        return _saliencies(networks, points, calibration, execution)
-    factors = input_factors(networks, points, score, calibration, execution)
+        return _saliencies(dense, points, calibration, execution)
+    factors = input_factors(dense, points, score, calibration, execution)
     return [
-        np.abs(weight_of(networks.pruned, point).astype(np.float64)) * factor
+        np.abs(weight_of(dense.index, point).astype(np.float64)) * factor
         for point, factor in zip(points, factors, strict=True)
     ]
 
 
 def input_factors(
-    networks: Networks, points: Sequence[LayerPoint], score: Score, calibration: Calibration, execution: Execution
+    dense: Network, points: Sequence[LayerPoint], score: Score, calibration: Calibration, execution: Execution
 ) -> Values:
     """What the magnitude is multiplied by in "activation" and "variance", in the shape of each point's weight.
 
     Raises:
         ModelError: When activations are not finite.
     """
-    index = networks.pruned
+    index = dense.index
     wanted = {tensor for point in points for tensor in (_inputs_of(index, point), (point.tensor, point.channel_axis))}
     names = sorted({name for name, _ in wanted})
     moments: Accumulator[_Channels, Moments] = Accumulator()
     with Walk(calibration, execution) as walk:
-        for (chunk,) in walk.step({walk.lane(index, names): names}):
+        for (chunk,) in walk.step({walk.lane(Draft(index), names): names}):
             for name, axis in wanted:
                 moments.add((name, axis), Moments.of(chunk[name], axis))
     factors = []
@@ -121,13 +122,11 @@ def input_factors(
     return factors
 
 
-def _saliencies(
-    networks: Networks, points: Sequence[LayerPoint], calibration: Calibration, execution: Execution
-) -> Values:
+def _saliencies(dense: Network, points: Sequence[LayerPoint], calibration: Calibration, execution: Execution) -> Values:
     recipe = RefitRecipe(block_targets=False)
     scores = {
-        job.point.node: _saliency(networks.pruned, job, recipe.ridge)
-        for job in dense_rows(networks, points, recipe, calibration, execution)
+        job.point.node: _saliency(dense.index, job, recipe.ridge)
+        for job in dense_rows(dense, points, recipe, calibration, execution)
     }
     return [scores[point.node] for point in points]
 

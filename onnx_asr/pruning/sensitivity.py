@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from onnx_asr.data import Dataset, Preprocessing
 from onnx_asr.data.sources import DataSource
-from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, load
 from onnx_asr.graph.skips import Skip
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Fidelity
+from onnx_asr.networks.pair import Network
 from onnx_asr.numerics.patterns import Pattern
-from onnx_asr.pruning.allocation import sensitivities
+from onnx_asr.pruning.masked_fidelity import fidelity_under_masks, layer_masks
 from onnx_asr.pruning.masks import prunable_weights
 from onnx_asr.pruning.options import Score, SensitivityOptions
 from onnx_asr.pruning.scores import weight_scores
-from onnx_asr.repairing.pipeline import RepairJob
+from onnx_asr.repairing.samples import Samples, Verifier
 
 
 @dataclass(frozen=True)
@@ -134,14 +134,14 @@ def sensitivity(
     started = time.perf_counter()
     options, execution = options or SensitivityOptions(), execution or Execution()
     shares = tuple(sorted(set(options.sparsities)))
-    dense = load(model)
-    index = GraphIndex.of(dense)
-    weights, skips = prunable_weights(index, options.include, options.exclude)
-    job = RepairJob.of(dense, dense, data, replace(options.repair, method="refit"), preprocessing)
-    calibration = job.load_calibration()
+    dense = Network.of(load(model), "dense", compared=True)
+    weights, skips = prunable_weights(dense.index, options.include, options.exclude)
+    samples = Samples.of(data, dense.inputs, options.repair, preprocessing, verify=True)
+    calibration = samples.load()
     points = [weight.points[0] for weight in weights]
-    scores = weight_scores(job.networks, points, options.score, calibration, execution)
-    found = sensitivities(job, weights, scores, Pattern(), shares, calibration, execution)
+    scores = weight_scores(dense, points, options.score, calibration, execution)
+    masks, verifier = layer_masks(weights, scores, Pattern(), shares), Verifier(dense.index.model, samples, execution)
+    found = fidelity_under_masks(dense, weights, masks, verifier, calibration, execution)
     execution.progress("done", 1.0)
     layers = [
         LayerSensitivity(weight.name, weight.points[0].kind, values.shape, values.size, tuple(tried))
@@ -154,6 +154,6 @@ def sensitivity(
         score=options.score,
         samples=found[0][0].samples,
         calibration_samples=calibration.count,
-        notes=tuple(job.notes),
+        notes=(*dense.notes, *samples.notes),
         seconds=time.perf_counter() - started,
     )

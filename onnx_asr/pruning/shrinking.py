@@ -25,7 +25,7 @@ from onnx_asr.channels.rules import trace
 from onnx_asr.channels.units import Channels, Read, remove
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError
-from onnx_asr.graph.edit import EditPlan, set_metadata
+from onnx_asr.graph.edit import set_metadata
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, check_finite, load
 from onnx_asr.graph.points import LayerPoint, survey
@@ -33,7 +33,7 @@ from onnx_asr.graph.shapes import InputShapes
 from onnx_asr.networks.cost import Cost, cost
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.latency import random_feeds
-from onnx_asr.networks.parameters import plan_affine, read_blocks
+from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.samples import Chunk
 from onnx_asr.numerics.gains import ChannelAffine
 from onnx_asr.pruning.channels import CHANNELS_HELP, ChannelGroup
@@ -105,9 +105,9 @@ def shrink(
         drop, held = _idle(index, channels)
         if not drop.any():
             break
-        plan = EditPlan()
-        _fold_constants(index, channels, drop, plan)
-        index = GraphIndex.of(remove(index, channels, drop, plan))
+        draft = Draft(index)
+        _fold_constants(draft, channels, drop)
+        index = GraphIndex.of(remove(index, channels, drop, draft.plan))
     smaller = index.model
     layers = []
     for name, (tensor, width) in widths.items():
@@ -157,7 +157,7 @@ def _used(index: GraphIndex, point: LayerPoint | None, read: Read) -> Mask:
     """[C] whether a weight other than zero reads the channel."""
     if point is None:
         return np.ones(len(read.labels.ids), bool)
-    return np.asarray((read_blocks(index, EditPlan(), point) != 0).any(axis=(1, 3)).reshape(-1))
+    return np.asarray((Draft(index).blocks(point) != 0).any(axis=(1, 3)).reshape(-1))
 
 
 def _folds(index: GraphIndex, point: LayerPoint | None) -> bool:
@@ -166,23 +166,23 @@ def _folds(index: GraphIndex, point: LayerPoint | None) -> bool:
         return False
     if point.layer.is_convolution and pads(index.nodes[point.node]):
         return False
-    bias = None if point.bias is None else EditPlan().current(index, *point.bias)
+    bias = None if point.bias is None else Draft(index).plan.current(index, *point.bias)
     return bias is None or bias.size == point.channels
 
 
-def _fold_constants(index: GraphIndex, channels: Channels, drop: Mask, plan: EditPlan) -> None:
+def _fold_constants(draft: Draft, channels: Channels, drop: Mask) -> None:
     """Put what the dropped channels carry into their readers."""
-    points = {point.node: point for point in survey(index).layers}
+    points = {point.node: point for point in survey(draft.index).layers}
     for read in channels.reads:
         gone = drop[read.labels.ids] & ~np.isnan(read.labels.constant)
         carried = np.where(gone, read.labels.constant, 0.0)
         point = points.get(read.node)
         if point is None or not carried.any():
             continue
-        blocks = read_blocks(index, plan, point).sum(axis=3)  # [G, O, I]
+        blocks = draft.blocks(point).sum(axis=3)  # [G, O, I]
         shift = point.layer.alpha * np.einsum("goi,gi->go", blocks, carried.reshape(len(blocks), -1))
         if shift.any():
-            plan_affine(index, plan, point, ChannelAffine(np.ones(point.channels), shift.reshape(-1)))
+            draft.apply_affine(point, ChannelAffine(np.ones(point.channels), shift.reshape(-1)))
 
 
 def _difference(model: onnx.ModelProto, other: onnx.ModelProto, feeds: Chunk, runtime: Runtime) -> float:

@@ -17,15 +17,17 @@ from onnx_asr.graph.shapes import InputShapes
 from onnx_asr.graph.skips import Skip
 from onnx_asr.networks.cost import Cost, compressed_size, cost, flops
 from onnx_asr.networks.execution import Execution, Progress
+from onnx_asr.networks.pair import Network
 from onnx_asr.networks.sparsity import LayerSparsity, share_of_zeros, starved
 from onnx_asr.numerics.patterns import Pattern
-from onnx_asr.pruning.allocation import Allocation, layer_costs, sensitivities, unit_flops
+from onnx_asr.pruning.allocation import Allocation, layer_costs, unit_flops
 from onnx_asr.pruning.budget import smallest_share
+from onnx_asr.pruning.masked_fidelity import fidelity_under_masks, layer_masks
 from onnx_asr.pruning.masks import PrunableWeight, prunable_weights, split_narrow
 from onnx_asr.pruning.options import SENSITIVITY_SPARSITIES, Budget, PruneOptions
 from onnx_asr.pruning.scores import data_free_scores, weight_scores
 from onnx_asr.repairing.options import RepairOptions
-from onnx_asr.repairing.pipeline import RepairJob
+from onnx_asr.repairing.samples import Samples, Verifier
 
 _FOLDED = (
     "no BatchNormalization follows these layers; where it was folded into them, the magnitudes of different channels "
@@ -129,8 +131,9 @@ def prune(
     else:
         held_out = RepairOptions.verify_samples if options.scope == "sensitivity" else 0
         settings = RepairOptions("refit", samples=options.samples, verify_samples=held_out, seed=options.seed)
-        job = RepairJob.of(dense, dense, data, settings, preprocessing)
-        allocation = _measured(job, weights, options, before, input_shapes, execution)
+        network = Network.of(dense, "dense", compared=True)
+        drawn = Samples.of(data, network.inputs, settings, preprocessing, verify=True)
+        allocation = _measured(network, drawn, weights, options, before, input_shapes, execution)
     budget, share = options.budget, options.sparsity
     if budget is not None:
         share = _within(budget, allocation, before, input_shapes, execution.progress)
@@ -159,23 +162,25 @@ def _check_data(options: PruneOptions, given: bool) -> None:
 
 
 def _measured(
-    job: RepairJob,
+    dense: Network,
+    samples: Samples,
     weights: Sequence[PrunableWeight],
     options: PruneOptions,
-    dense: Cost,
+    before: Cost,
     input_shapes: InputShapes | None,
     execution: Execution,
 ) -> Allocation:
     """The allocation by scores, and for scope "sensitivity" by costs, that are measured on samples."""
-    index, pattern = job.networks.pruned, Pattern.parse(options.pattern)
-    calibration = job.load_calibration()
+    index, pattern = dense.index, Pattern.parse(options.pattern)
+    calibration = samples.load()
     points = [weight.points[0] for weight in weights]
-    scores = weight_scores(job.networks, points, options.score, calibration, execution)
+    scores = weight_scores(dense, points, options.score, calibration, execution)
     if options.scope != "sensitivity":
         return Allocation(index, weights, scores, pattern, options.scope)
-    tried, budget = _tried(options, dense), options.budget
-    found = sensitivities(job, weights, scores, pattern, tried, calibration, execution)
-    costs = layer_costs(index, weights, scores, pattern, tried, found)
+    tried, budget = _tried(options, before), options.budget
+    masks, verifier = layer_masks(weights, scores, pattern, tried), Verifier(index.model, samples, execution)
+    found = fidelity_under_masks(dense, weights, masks, verifier, calibration, execution)
+    costs = layer_costs(weights, scores, pattern, tried, found)
     if budget is not None and budget.measure == "flops":
         costs = replace(costs, prices=unit_flops(index, weights, costs.sizes, input_shapes))
     return Allocation(index, weights, scores, pattern, options.scope, costs)

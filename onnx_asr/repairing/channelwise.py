@@ -2,24 +2,24 @@
 
 Methods: ``paired`` (one walk); ``asr``, ``raw``, ``layerwise`` (gains in one walk, then BatchNormalization re-estimated
 in a second one, as in the ASR paper's Algorithm 1); ``bn`` (the second walk alone). Several methods can share a walk:
-each is a track with a plan and a pruned lane of its own, and the dense network runs once for all of them.
+each is a track with a draft and a lane of its own, and the dense network runs once for all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from onnx_asr.arrays import Floats
 from onnx_asr.engine.lane import Chunk, Lane
-from onnx_asr.graph.edit import EditPlan
-from onnx_asr.graph.points import LayerPoint, Point
+from onnx_asr.graph.points import LayerPoint, Point, skip
+from onnx_asr.graph.skips import Reason, Skip
 from onnx_asr.networks.execution import Execution
-from onnx_asr.networks.pair import Networks, by_level, overflow, unequal
-from onnx_asr.networks.parameters import plan_affine, plan_batchnorm, read_batchnorm, read_bias
+from onnx_asr.networks.pair import Network, Pair, by_level, overflow, unequal
+from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.walk import Walk
 from onnx_asr.numerics.gains import (
@@ -42,6 +42,15 @@ from onnx_asr.repairing.point_report import PointReport, Reports
 _LEVELS_AT_ONCE = 4
 GainMethod = Literal["asr", "raw", "layerwise"]
 
+ONLY_BATCHNORM = Reason(
+    "no-batchnorm", "no BatchNormalization belongs to it; method 'bn' changes only BatchNormalizations"
+)
+NO_DENSE = Reason(
+    "no-batchnorm-no-dense", "no BatchNormalization belongs to it, and there is no dense model to compare with"
+)
+FIRST_LAYER = Reason("first-layer", "first layer: method '{method}' does not change it")
+CONVOLUTIONS_ONLY = Reason("convolutions-only", "method '{method}' scales only convolutions")
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -49,8 +58,8 @@ class Measured:
 
     Attributes:
         pruned: In the pruned network, with everything upstream repaired.
-        dense: In the dense network, or the stored running statistics that stand in for it; None where not asked for.
-        correlation: Of the two; None where not asked for.
+        dense: In the dense network, or the stored running statistics in its place; None where the rule needs none.
+        correlation: Of the two networks; None where the rule needs none.
     """
 
     pruned: Moments
@@ -58,8 +67,22 @@ class Measured:
     correlation: Floats | None = None
 
 
-Rule = Callable[[Lane, Point, Measured], PointReport]
-"""Plans a point's new parameters, applies them to what the lane holds, and says what it did."""
+@dataclass(frozen=True)
+class Correction:
+    """What a rule makes of a point's channels.
+
+    Attributes:
+        new: A map for the point's weights and bias, or new parameters for its BatchNormalization.
+        gain: Gains [C] to report; None where statistics are replaced instead.
+        shrinkage: Factors [C] on the raw gains to report; None where they are trusted fully.
+    """
+
+    new: ChannelAffine | BatchNormParameters
+    gain: Floats | None = None
+    shrinkage: Floats | None = None
+
+
+Rule = Callable[[Point, Measured], Correction]
 
 
 @dataclass(frozen=True)
@@ -67,234 +90,253 @@ class Track:
     """One method's way through the pruned network.
 
     Attributes:
-        points: The points it corrects.
-        plan: Where its edits go.
+        points: The points that it corrects.
+        skips: The points that it does not, and why.
+        draft: Where its corrections go.
         rule: What it does at a point.
-        paired: Whether the rule looks at the dense network.
-        correlated: Whether it looks at the correlation with it.
-        reports: What it did, filled by the walk.
+        paired: Whether the rule needs the dense network's moments.
+        correlated: Whether it needs the correlation with the dense network.
     """
 
     points: Sequence[Point]
-    plan: EditPlan
+    skips: Sequence[Skip]
+    draft: Draft
     rule: Rule
     paired: bool = True
     correlated: bool = False
-    reports: Reports = field(default_factory=dict)
+
+    def correct(self, lane: Lane, point: Point, measured: Measured) -> PointReport:
+        """Apply the rule at a point: to the draft, and to what the lane holds of the point's tensor.
+
+        Raises:
+            ModelError: When the point's activations are not finite.
+        """
+        if not (measured.pruned.is_finite and (measured.dense is None or measured.dense.is_finite)):
+            raise overflow(point)
+        correction = self.rule(point, measured)
+        if isinstance(correction.new, ChannelAffine):
+            assert isinstance(point, LayerPoint)
+            self.draft.apply_affine(point, correction.new)
+            gain, shift = correction.new.gain, correction.new.shift
+            if point.batchnorm is not None:  # the shift went into its mean, not into the tensor
+                shift = np.zeros_like(shift)
+            lane.transform(point.tensor, gain, shift, point.channel_axis)
+            written = "weights"
+        else:
+            assert point.batchnorm is not None
+            self.draft.set_batchnorm(point.batchnorm, correction.new)
+            written = "batchnorm"
+        dead = int((~is_live(measured.dense, measured.pruned)).sum())
+        return PointReport.of(point, written, dead, correction.gain, shrinkage=correction.shrinkage)
 
 
-def paired_track(networks: Networks, plan: EditPlan, power: float = 0.0) -> Track:
+def paired_track(pruned: Network, pair: Pair | None, power: float = 0.0) -> Track:
     """Match every channel's mean and standard deviation to the dense network's on the same samples.
 
     At a BatchNormalization the map goes into its parameters, elsewhere into weights and bias. Without a dense network
-    the stored running statistics stand in for it, at the points that have them.
+    the stored running statistics take its place, at the points that have them.
     """
-    correlated = power > 0 and networks.dense is not None
+    draft, correlated = Draft(pruned.index), power > 0 and pair is not None
 
-    def rule(lane: Lane, point: Point, measured: Measured) -> PointReport:
+    def rule(point: Point, measured: Measured) -> Correction:
         assert measured.dense is not None
         affine = paired(measured.dense, measured.pruned, measured.correlation, power)
         shrinkage = None
         if correlated:
             assert measured.correlation is not None
             shrinkage = paired_shrinkage(measured.correlation, power)
-        if isinstance(point, LayerPoint) and point.batchnorm is None:
-            return _into_weights(networks, plan, lane, point, affine, measured, shrinkage)
-        return _into_batchnorm(networks, plan, point, affine, measured, shrinkage)
+        if point.batchnorm is None:
+            return Correction(affine, affine.gain, shrinkage)
+        target = draft.batchnorm(point.batchnorm)
+        if pair is not None:  # the pruned file's own may be adapted to the pruned tensor, by a repair or fine-tuning
+            dense = pair.dense_batchnorm(point.batchnorm)
+            target = replace(dense, var=dense.var + dense.epsilon - target.epsilon, epsilon=target.epsilon)
+        return Correction(absorb(target, affine), affine.gain, shrinkage)
 
-    return Track(_referenced(networks, networks.survey.points), plan, rule, correlated=correlated)
+    def obstacle(point: Point) -> Reason | None:
+        return NO_DENSE if pair is None and point.batchnorm is None else None
+
+    return Track(*_split(pruned, obstacle), draft, rule, correlated=correlated)
 
 
-def gain_track(networks: Networks, plan: EditPlan, method: GainMethod, prior: Prior, bias_correction: bool) -> Track:
+def gain_track(
+    pruned: Network, draft: Draft, method: GainMethod, prior: Prior, bias_correction: bool, *, dense: bool
+) -> Track:
     """Scale the filters of every convolution but the first (ASR paper, Algorithm 1, before its last step)."""
-    first = networks.first_layers()
-    points = [p for p in networks.survey.layers if p.layer.is_convolution and p.node not in first]
 
-    def rule(lane: Lane, point: Point, measured: Measured) -> PointReport:
-        dense, pruned = measured.dense, measured.pruned
-        assert dense is not None
+    def rule(point: Point, measured: Measured) -> Correction:
+        own, reference = measured.pruned, measured.dense
+        assert reference is not None
         assert isinstance(point, LayerPoint)
         shrinkage = None
         if method == "asr":
-            gain, shrinkage = asr_gain(dense, pruned, prior), asr_reliability(pruned, prior)
+            gain, shrinkage = asr_gain(reference, own, prior), asr_reliability(own, prior)
         else:
-            gain = raw_gain(dense, pruned) if method == "raw" else layerwise_gain(dense, pruned)
-        if bias_correction:
-            shift = dense.mean - gain * pruned.mean
-        else:  # W x + b -> gain W x + b
-            shift = (1.0 - gain) * read_bias(networks.pruned, plan, point)
-        return _into_weights(networks, plan, lane, point, ChannelAffine(gain, shift), measured, shrinkage)
+            gain = raw_gain(reference, own) if method == "raw" else layerwise_gain(reference, own)
+        # without bias correction W x + b -> gain W x + b
+        shift = reference.mean - gain * own.mean if bias_correction else (1.0 - gain) * draft.bias(point)
+        return Correction(ChannelAffine(gain, shift), gain, shrinkage)
 
-    return Track(_referenced(networks, points), plan, rule)
+    def obstacle(point: Point) -> Reason | None:
+        if not dense and point.batchnorm is None:
+            return NO_DENSE
+        if point.node in pruned.first_layers:
+            return FIRST_LAYER.format(method=method)
+        if not (isinstance(point, LayerPoint) and point.layer.is_convolution):
+            return CONVOLUTIONS_ONLY.format(method=method)
+        return None
+
+    return Track(*_split(pruned, obstacle), draft, rule)
 
 
-def batchnorm_track(networks: Networks, plan: EditPlan) -> Track:
+def batchnorm_track(pruned: Network, draft: Draft) -> Track:
     """Re-estimate every BatchNormalization on the whole calibration set, each with all upstream ones re-estimated."""
-    index = networks.pruned
 
-    def rule(lane: Lane, point: Point, measured: Measured) -> PointReport:
+    def rule(point: Point, measured: Measured) -> Correction:
         assert point.batchnorm is not None
-        pruned = measured.pruned
-        new = recalibrate(read_batchnorm(index, plan, point.batchnorm), pruned.mean, pruned.var)
-        plan_batchnorm(index, plan, point.batchnorm, new)
-        return PointReport.of(index, point, "batchnorm", _dead(measured))
+        own = measured.pruned
+        return Correction(recalibrate(draft.batchnorm(point.batchnorm), own.mean, own.var))
 
-    points = [point for point in networks.survey.points if point.batchnorm is not None]
-    return Track(points, plan, rule, paired=False)
+    points, skips = _split(pruned, lambda point: ONLY_BATCHNORM if point.batchnorm is None else None)
+    return Track(points, skips, draft, rule, paired=False)
 
 
-def walk(networks: Networks, tracks: Sequence[Track], calibration: Calibration, execution: Execution) -> None:
-    """Take every track through the pruned network, level by level; plans and reports are filled.
+def _split(pruned: Network, obstacle: Callable[[Point], Reason | None]) -> tuple[list[Point], list[Skip]]:
+    """The points of a network that a method corrects, and the others."""
+    points, skips = [], []
+    for point in pruned.survey.points:
+        reason = obstacle(point)
+        if reason is None:
+            points.append(point)
+        else:
+            skips.append(skip(point, reason))
+    return points, skips
 
-    Moments of the dense network do not depend on the tracks: all are measured in one pass beforehand, unless a rule
-    needs correlations, for which the dense network walks along.
+
+def walk(
+    pruned: Network, pair: Pair | None, tracks: Sequence[Track], calibration: Calibration, execution: Execution
+) -> list[Reports]:
+    """Take every track through the pruned network, level by level.
+
+    Args:
+        pruned: The pruned network.
+        pair: It beside its dense one; None where stored running statistics take the dense one's place.
+        tracks: The methods; their drafts are filled.
+        calibration: The samples.
+        execution: How to run.
+
+    Returns:
+        What each track did at each of its points.
+
+    Raises:
+        ModelError: When activations are not finite, or the two networks cannot be compared place by place.
     """
     every = sorted({point for track in tracks for point in track.points}, key=lambda point: point.node)
-    paired_points = [p for p in every if any(track.paired and p in track.points for track in tracks)]
-    twins = {} if networks.dense is None else {point: networks.dense_tensor(point.tensor) for point in paired_points}
-    along = bool(twins) and any(track.correlated for track in tracks)
+    compared = [p for p in every if any(track.paired and p in track.points for track in tracks)]
+    reports: list[Reports] = [{} for _ in tracks]
+    done = 0
     with Walk(calibration, execution) as steps:
-        references: dict[Point, Moments] = {}
-        dense_lanes = []
-        if twins:
-            assert networks.whole is not None
-            dense_lanes.append(steps.lane(networks.whole, twins.values()))
-        if twins and not along:
-            execution.progress("measuring the dense network", 0.0)
-            references = _dense_moments(networks, dense_lanes.pop(), twins, steps)
-        lanes = [steps.lane(networks.pruned, [point.tensor for point in track.points], track.plan) for track in tracks]
-        done = 0
+        alongside = None
+        if pair is None:
+            known = _stored_moments(pruned, compared)
+        elif any(track.correlated for track in tracks):
+            known, alongside = {}, _Alongside(pair, compared, steps)
+        else:
+            known = _dense_moments(pair, compared, steps, execution)
+        lanes = [steps.lane(track.draft, [point.tensor for point in track.points]) for track in tracks]
         for group in by_level(every):
             execution.progress("measuring and correcting", done / len(every))
-            level = _Level(
-                networks, tracks, group, {point: twins[point] for point in group if point in twins} if along else {}
-            )
-            for chunks in steps.step(dict(zip([*lanes, *dense_lanes], level.targets, strict=True))):
-                level.add(chunks)
-            for lane, track, moments in zip(lanes, tracks, level.moments, strict=True):
-                for point, found in moments.items():
-                    measured = _with_reference(networks, track, point, found, references)
-                    if not (measured.pruned.is_finite and (measured.dense is None or measured.dense.is_finite)):
-                        raise overflow(point)
-                    track.reports[point.node] = track.rule(lane, point, measured)
+            found = _measure(steps, dict(zip(lanes, tracks, strict=True)), group, known, alongside)
+            for track, lane, corrected in zip(tracks, lanes, reports, strict=True):
+                for point in group:
+                    if point in track.points:
+                        corrected[point.node] = track.correct(lane, point, found[lane, point])
             done += len(group)
+    return reports
 
 
-class _Level:
-    """Moments of one level's points, in every track; pairs where the dense network walks along."""
+class _Alongside:
+    """The dense network, which walks along where a track needs correlations with it.
 
-    def __init__(
-        self, networks: Networks, tracks: Sequence[Track], group: Sequence[Point], twins: Mapping[Point, str]
-    ) -> None:
-        self._networks = networks
-        self._points = [[point for point in group if point in track.points] for track in tracks]
-        self._tracks = tracks
-        self._twins = twins
-        self.targets = [[point.tensor for point in points] for points in self._points]
-        if twins or any(track.correlated for track in tracks):
-            self.targets.append(list(twins.values()))
-        self.moments: list[dict[Point, Moments | PairMoments]] = [{} for _ in tracks]
-
-    def add(self, chunks: list[Chunk]) -> None:
-        """Take in a chunk."""
-        for track, points, chunk, moments in zip(self._tracks, self._points, chunks, self.moments, strict=False):
-            for point in points:
-                axis = point.channel_axis
-                found: Moments | PairMoments
-                if track.paired and point in self._twins:
-                    dense = self._networks.dense_value(chunks[-1], self._twins[point])
-                    pruned = chunk[point.tensor]
-                    if dense.shape != pruned.shape:
-                        raise unequal(point)
-                    found = PairMoments.of(dense, pruned, axis)
-                else:
-                    found = Moments.of(chunk[point.tensor], axis)
-                moments[point] = _merged(moments.get(point), found)
-
-
-def _merged(before: Moments | PairMoments | None, found: Moments | PairMoments) -> Moments | PairMoments:
-    if isinstance(before, PairMoments) and isinstance(found, PairMoments):
-        return before.merge(found)
-    if isinstance(before, Moments) and isinstance(found, Moments):
-        return before.merge(found)
-    return found
-
-
-def _dense_moments(networks: Networks, lane: Lane, twins: Mapping[Point, str], walk: Walk) -> dict[Point, Moments]:
-    """Moments of the dense network: a few levels at once, as what one session gives out takes memory all at once."""
-    result: Accumulator[Point, Moments] = Accumulator()
-    levels = by_level(list(twins))
-    for start in range(0, len(levels), _LEVELS_AT_ONCE):
-        points = [point for group in levels[start : start + _LEVELS_AT_ONCE] for point in group]
-        for (chunk,) in walk.step({lane: [twins[point] for point in points]}):
-            for point in points:
-                result.add(point, Moments.of(networks.dense_value(chunk, twins[point]), point.channel_axis))
-    return result
-
-
-def _with_reference(
-    networks: Networks,
-    track: Track,
-    point: Point,
-    found: Moments | PairMoments,
-    references: Mapping[Point, Moments],
-) -> Measured:
-    if isinstance(found, PairMoments):
-        return Measured(found.pruned, found.dense, found.correlation)
-    if not track.paired:
-        return Measured(found)
-    if point in references:
-        return Measured(found, references[point])
-    assert point.batchnorm is not None  # without a dense network, only such points are walked
-    return Measured(found, read_batchnorm(networks.pruned, track.plan, point.batchnorm).moments)
-
-
-def _referenced(networks: Networks, points: Sequence[Point]) -> list[Point]:
-    """The points that have something to be compared with."""
-    return [point for point in points if networks.dense is not None or point.batchnorm is not None]
-
-
-def _into_batchnorm(
-    networks: Networks,
-    plan: EditPlan,
-    point: Point,
-    affine: ChannelAffine,
-    measured: Measured,
-    shrinkage: Floats | None,
-) -> PointReport:
-    assert point.batchnorm is not None
-    target = _target_batchnorm(networks, plan, point.batchnorm)
-    plan_batchnorm(networks.pruned, plan, point.batchnorm, absorb(target, affine))
-    return PointReport.of(networks.pruned, point, "batchnorm", _dead(measured), affine.gain, shrinkage=shrinkage)
-
-
-def _target_batchnorm(networks: Networks, plan: EditPlan, position: int) -> BatchNormParameters:
-    """What is to follow a matched tensor: the dense network's BatchNormalization, with the pruned node's epsilon.
-
-    The pruned file's own may already have been adapted to the pruned tensor, by a repair or by fine-tuning.
+    Attributes:
+        lane: Its lane.
     """
-    own = read_batchnorm(networks.pruned, plan, position)
-    if networks.dense is None or networks.pairing is None:
-        return own
-    dense = read_batchnorm(networks.dense, EditPlan(), networks.pairing.nodes[position])
-    return replace(dense, var=dense.var + dense.epsilon - own.epsilon, epsilon=own.epsilon)
+
+    def __init__(self, pair: Pair, points: Sequence[Point], steps: Walk) -> None:
+        self._pair = pair
+        self._names = {point: pair.dense_tensor(point.tensor) for point in points}
+        self.lane = steps.lane(Draft(pair.dense), self._names.values())
+
+    def targets(self, group: Sequence[Point]) -> list[str]:
+        """Its tensors at those of the points that are compared."""
+        return [self._names[point] for point in group if point in self._names]
+
+    def moments(self, point: Point, dense: Chunk, pruned: Chunk) -> PairMoments:
+        """Moments of both networks at a point.
+
+        Raises:
+            ModelError: When they give different numbers of results for the same samples.
+        """
+        reference, value = self._pair.dense_value(dense, self._names[point]), pruned[point.tensor]
+        if reference.shape != value.shape:
+            raise unequal(point)
+        return PairMoments.of(reference, value, point.channel_axis)
 
 
-def _into_weights(
-    networks: Networks,
-    plan: EditPlan,
-    lane: Lane,
-    point: LayerPoint,
-    affine: ChannelAffine,
-    measured: Measured,
-    shrinkage: Floats | None,
-) -> PointReport:
-    plan_affine(networks.pruned, plan, point, affine)
-    # a shift before a BatchNormalization went into its mean, not into the tensor
-    shift = affine.shift if point.batchnorm is None else np.zeros_like(affine.gain)
-    lane.transform(point.tensor, affine.gain, shift, point.channel_axis)
-    return PointReport.of(networks.pruned, point, "weights", _dead(measured), affine.gain, shrinkage=shrinkage)
+def _measure(
+    steps: Walk,
+    tracks: Mapping[Lane, Track],
+    group: Sequence[Point],
+    known: Mapping[Point, Moments],
+    alongside: _Alongside | None,
+) -> dict[tuple[Lane, Point], Measured]:
+    """Run every lane through one level, and measure the points that its track corrects.
+
+    Args:
+        steps: The walk.
+        tracks: The lanes, and what each is for.
+        group: The points of the level.
+        known: The dense network's moments, where they are known beforehand.
+        alongside: The dense network, where they are not.
+    """
+    own = {lane: [point for point in group if point in track.points] for lane, track in tracks.items()}
+    targets = {lane: [point.tensor for point in points] for lane, points in own.items()}
+    if alongside is not None:
+        targets[alongside.lane] = alongside.targets(group)
+    alone: Accumulator[tuple[Lane, Point], Moments] = Accumulator()
+    pairs: Accumulator[tuple[Lane, Point], PairMoments] = Accumulator()
+    for chunks in steps.step(targets):
+        for (lane, points), chunk in zip(own.items(), chunks, strict=False):  # the dense network's chunk is the last
+            for point in points:
+                if alongside is not None and tracks[lane].paired:
+                    pairs.add((lane, point), alongside.moments(point, chunks[-1], chunk))
+                else:
+                    alone.add((lane, point), Moments.of(chunk[point.tensor], point.channel_axis))
+    together = {key: Measured(found.pruned, found.dense, found.correlation) for key, found in pairs.items()}
+    return together | {
+        (lane, point): Measured(found, known[point] if tracks[lane].paired else None)
+        for (lane, point), found in alone.items()
+    }
 
 
-def _dead(measured: Measured) -> int:
-    return int((~is_live(measured.dense, measured.pruned)).sum())
+def _stored_moments(pruned: Network, points: Sequence[Point]) -> dict[Point, Moments]:
+    """Running statistics that stand in for the dense network's moments, at the points that have them."""
+    draft = Draft(pruned.index)
+    return {point: draft.batchnorm(point.batchnorm).moments for point in points if point.batchnorm is not None}
+
+
+def _dense_moments(pair: Pair, points: Sequence[Point], steps: Walk, execution: Execution) -> dict[Point, Moments]:
+    """Moments of the dense network: a few levels at a time, as all outputs of a session are in memory together."""
+    result: Accumulator[Point, Moments] = Accumulator()
+    if not points:
+        return result
+    execution.progress("measuring the dense network", 0.0)
+    names = {point: pair.dense_tensor(point.tensor) for point in points}
+    lane = steps.lane(Draft(pair.dense), names.values())
+    levels = by_level(points)
+    for start in range(0, len(levels), _LEVELS_AT_ONCE):
+        group = [point for level in levels[start : start + _LEVELS_AT_ONCE] for point in level]
+        for (chunk,) in steps.step({lane: [names[point] for point in group]}):
+            for point in group:
+                result.add(point, Moments.of(pair.dense_value(chunk, names[point]), point.channel_axis))
+    return result

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnx_asr.engine.lane import Lane
-from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.points import Point
 from onnx_asr.networks.execution import Execution
-from onnx_asr.networks.pair import Networks, by_level, overflow
-from onnx_asr.networks.parameters import plan_batchnorm, read_batchnorm
+from onnx_asr.networks.pair import Network, by_level, overflow
+from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.walk import Walk
 from onnx_asr.numerics.gains import BatchNormParameters, is_live, recalibrate
@@ -22,10 +21,11 @@ from onnx_asr.repairing.point_report import PointReport, Reports
 
 
 def recalibrate_ema(
-    networks: Networks,
+    pruned: Network,
+    draft: Draft,
     calibration: Calibration,
     execution: Execution,
-    plan: EditPlan,
+    *,
     momentum: float,
     batch_samples: int,
 ) -> Reports:
@@ -36,42 +36,43 @@ def recalibrate_ema(
     network itself normalises with the batch's mean and biased variance.
 
     Args:
-        networks: The pruned network (a dense one is not needed).
+        pruned: The network.
+        draft: Its parameters so far; the new ones are added.
         calibration: Samples in the order of the batches; ``batch_samples`` is a multiple of its chunk size.
         execution: How to run.
-        plan: The plan to add to.
         momentum: Weight of a new batch; frameworks' default is 0.1.
-        batch_samples: Samples a batch.
+        batch_samples: Samples per batch.
+
+    Raises:
+        ModelError: When activations are not finite.
     """
-    points = [point for point in networks.survey.points if point.batchnorm is not None]
-    index = networks.pruned
+    points = [point for point in pruned.survey.points if point.batchnorm is not None]
     per_batch = batch_samples // calibration.batch_size
     reports: Reports = {}
+    done = 0
     with Walk(calibration, execution) as walk:
-        lane = walk.lane(index, [point.tensor for point in points], plan)
-        done = 0
+        lane = walk.lane(draft, [point.tensor for point in points])
         for group in by_level(points):
-            batches = _measure_batches(walk, lane, group, per_batch)
-            for point in group:
+            for point, batches in _measure_batches(walk, lane, group, per_batch).items():
                 assert point.batchnorm is not None
-                old = read_batchnorm(index, plan, point.batchnorm)
+                old = draft.batchnorm(point.batchnorm)
                 mean, var = np.zeros(point.channels), np.ones(point.channels)
-                for batch in batches[point]:
+                for batch in batches:
                     if not batch.is_finite:
                         raise overflow(point)
                     unbiased = batch.m2 / max(batch.count - 1, 1)
                     mean = (1 - momentum) * mean + momentum * batch.mean
                     var = (1 - momentum) * var + momentum * unbiased
-                lane.replace(point.batchnorm, _training_mode(old, batches[point], per_batch))
-                plan_batchnorm(index, plan, point.batchnorm, recalibrate(old, mean, var))
-                dead = ~np.any([is_live(None, batch) for batch in batches[point]], axis=0)
-                reports[point.node] = PointReport.of(index, point, "batchnorm", int(dead.sum()))
+                lane.replace(point.batchnorm, _training_mode(old, batches, per_batch))
+                draft.set_batchnorm(point.batchnorm, recalibrate(old, mean, var))
+                dead = ~np.any([is_live(None, batch) for batch in batches], axis=0)
+                reports[point.node] = PointReport.of(point, "batchnorm", int(dead.sum()))
             done += len(group)
             execution.progress("re-estimating batch by batch", done / len(points))
     return reports
 
 
-def _measure_batches(walk: Walk, lane: Lane, group: list[Point], per_batch: int) -> dict[Point, list[Moments]]:
+def _measure_batches(walk: Walk, lane: Lane, group: Sequence[Point], per_batch: int) -> dict[Point, list[Moments]]:
     """Moments of every batch, in order, of which ``per_batch`` chunks make one."""
     found: Accumulator[tuple[Point, int], Moments] = Accumulator()
     for number, (chunk,) in enumerate(walk.step({lane: [point.tensor for point in group]})):
@@ -81,7 +82,7 @@ def _measure_batches(walk: Walk, lane: Lane, group: list[Point], per_batch: int)
 
 
 def _training_mode(
-    parameters: BatchNormParameters, batches: list[Moments], per_batch: int
+    parameters: BatchNormParameters, batches: Sequence[Moments], per_batch: int
 ) -> Callable[[int, NDArray[Any]], NDArray[Any]]:
     """A BatchNormalization in training mode, as a function of chunk number and input."""
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_asr.arrays import Floats
-from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import Point
 
 
@@ -24,8 +23,8 @@ class PointReport:
         dead: Channels without variance in the pruned network.
         gain: Smallest, median and largest gain; None where statistics were replaced instead.
         residual: Relative error of the point's output before and after a refit; None for channel rules.
-        shrinkage: Smallest, median and largest factor by which the method trusts a channel's raw gain (``asr``: ``s``;
-            ``paired``: ``rho^k``); None where it trusts all fully.
+        shrinkage: Smallest, median and largest factor on a channel's raw gain (``asr``: ``s``; ``paired``: ``rho^k``);
+            None where raw gains are trusted fully.
     """
 
     node: int
@@ -41,7 +40,6 @@ class PointReport:
     @classmethod
     def of(
         cls,
-        index: GraphIndex,
         point: Point,
         written: str,
         dead: int,
@@ -53,7 +51,7 @@ class PointReport:
         return cls(
             node=point.node,
             name=point.name,
-            op_type=index.nodes[point.node].op_type,
+            op_type=point.kind,
             written=written,
             channels=point.channels,
             dead=dead,

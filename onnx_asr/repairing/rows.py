@@ -1,25 +1,23 @@
-"""What a refit needs to see of one point: sampled input patches and targets, collected chunk by chunk."""
+"""Rows for the refit of one point: sampled input patches and targets, collected chunk by chunk."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_asr.arrays import Floats
-from onnx_asr.engine.lane import Chunk
+from onnx_asr.engine.lane import Chunk, Lane
 from onnx_asr.graph.context import Context, contexts, steps
-from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex, attribute
-from onnx_asr.graph.points import LayerPoint, Point
+from onnx_asr.graph.points import LayerPoint
 from onnx_asr.networks.execution import Execution
-from onnx_asr.networks.pair import Networks, unequal
-from onnx_asr.networks.parameters import read_batchnorm, read_rows
+from onnx_asr.networks.pair import Network, Pair, unequal
+from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.walk import Walk
 from onnx_asr.numerics.patches import (
@@ -55,19 +53,24 @@ class RowSampler:
     """Sampled rows of one point with weights.
 
     Args:
-        networks: The pair.
+        pair: The networks.
         context: The point and what follows it.
         recipe: What to use.
         calibration: The samples to come.
-        number: Place among the points with weights; seeds the positions, alike in a graph and its folded twin.
+        number: Place among the points with weights; seeds the positions, alike in a graph and its folded version.
         store: Where input patches and Gram matrices are kept.
-        kept: What another sampler of this point has seen of the dense network, with the same recipe and samples, or an
-            empty list for what this one will see; None to forget it.
+        kept: Cache of the dense network's sampled outputs, of a sampler of this point with the same recipe and
+            samples: empty = fill it, filled = use it instead of the dense network, None = no cache.
+
+    Attributes:
+        point: The point.
+        pruned_targets: Tensors of the pruned network that it reads.
+        dense_targets: Tensors of the dense network that it reads.
     """
 
     def __init__(
         self,
-        networks: Networks,
+        pair: Pair,
         context: Context,
         recipe: RefitRecipe,
         calibration: Calibration,
@@ -75,9 +78,12 @@ class RowSampler:
         store: BufferStore = MEMORY,
         kept: list[DenseRows] | None = None,
     ) -> None:
-        self.networks = networks
-        self.context = context
         self.point = context.point
+        shortcut = [context.shortcut] if context.shortcut is not None and recipe.block_targets else []
+        self.pruned_targets = [context.source, *shortcut]
+        self.dense_targets = [pair.dense_tensor(name) for name in (context.output, *shortcut)]
+        self._pair = pair
+        self._context = context
         self._recipe = recipe
         self._calibration = calibration
         self._number = number
@@ -91,54 +97,31 @@ class RowSampler:
         self._negative = _Rows(len(calibration.chunks), MEMORY)
         self._threshold: _Threshold | None = None
 
-    @property
-    def pruned_targets(self) -> list[str]:
-        """Tensors of the pruned network that it reads."""
-        return [self.context.source, *self._shortcut_name()]
-
-    @property
-    def dense_targets(self) -> list[str]:
-        """Tensors of the dense network that it reads."""
-        return [self.networks.dense_tensor(name) for name in (self.context.output, *self._shortcut_name())]
-
-    def _shortcut_name(self) -> list[str]:
-        return [self.context.shortcut] if self.context.shortcut is not None and self._recipe.block_targets else []
-
     def add(self, dense: Chunk | None, pruned: Chunk) -> None:
         """Take rows from the next chunk; without the dense network's, those that were kept."""
-        source = pruned[self.context.source]
+        source, *shortcut = (pruned[name] for name in self.pruned_targets)
         if dense is None:
             assert self._kept is not None
             rows = self._kept[self._seen // self._calibration.batch_size]
             x, pick = self._sample(source, rows.shape)
         else:
-            output, *added = (self.networks.dense_value(dense, name) for name in self.dense_targets)
+            output, *added = (self._pair.dense_value(dense, name) for name in self.dense_targets)
             x, pick = self._sample(source, output.shape)
             summed = bool(added) and _spreads(added[0].shape, output.shape)
             values = pick(output) + pick(np.broadcast_to(added[0], output.shape)) if summed else pick(output)
             rows = DenseRows(output.shape, values, summed)
             if self._kept is not None:
                 self._kept.append(rows)
-        if self._shortcut_name() and not rows.summed:
-            # one value a channel added to a whole map: the sum has no position of its own for a row
-            self.context = replace(self.context, shortcut=None, batchnorm=None, relu=False)
+        if self._seen == 0:
+            self._threshold = self._find_threshold(rows.summed)
         self._x.add(x)
-        shortcut = None
-        if rows.summed:
-            assert self.context.shortcut is not None
-            shortcut = pick(np.broadcast_to(pruned[self.context.shortcut], rows.shape))
-        if self.context.relu and self._recipe.relu_steps:
-            self._add_hidden(rows.values, shortcut)
-        self._target.add(rows.values if shortcut is None else rows.values - shortcut)
+        below = pick(np.broadcast_to(shortcut[0], rows.shape)) if rows.summed else None
+        if self._threshold is not None:
+            self._negative.add((rows.values <= self._threshold.value) & self._threshold.usable)
+            if below is not None:
+                self._floor.add(self._threshold.value - below)
+        self._target.add(rows.values if below is None else rows.values - below)
         self._seen += self._calibration.batch_size
-
-    def _add_hidden(self, preactivation: NDArray[np.float32], shortcut: NDArray[np.float32] | None) -> None:
-        """Take where the dense pre-activation is at or below the ReLU's threshold; ``theta`` if rows differ in it."""
-        if self._threshold is None:
-            self._threshold = self._find_threshold()
-        self._negative.add((preactivation <= self._threshold.value) & self._threshold.usable)
-        if shortcut is not None:
-            self._floor.add(self._threshold.value - shortcut)
 
     def _sample(
         self, source: NDArray[Any], shape: tuple[int, ...]
@@ -166,7 +149,7 @@ class RowSampler:
     def _start(
         self, channels: int, input_shape: tuple[int, ...], output_shape: tuple[int, ...], images: int
     ) -> _SpatialSampling:
-        geometry = conv_geometry(self.networks.pruned, self.point, input_shape, output_shape)
+        geometry = conv_geometry(self._pair.pruned.index, self.point, input_shape, output_shape)
         width = channels * math.prod(geometry.kernel)
         rows = min(self._recipe.rows, max(1, MAX_ROW_BYTES // (4 * width)))
         seed = (self._recipe.seed, self._number)
@@ -175,7 +158,7 @@ class RowSampler:
         return _SpatialSampling((input_shape, output_shape), geometry, table, positions)
 
     def _matrix_positions(self, height: int, samples: int) -> NDArray[np.int64]:
-        """Which of a chunk's ``height`` rows to take: equally many of every sample's, where they are so many each."""
+        """Which of a chunk's ``height`` rows to take: equally many per sample, where all samples have equally many."""
         size, rest = divmod(height, samples)
         if rest:
             return np.arange(height)
@@ -196,15 +179,17 @@ class RowSampler:
 
     def again(self) -> RowSampler:
         """The same with a copy of the rows, for one more solution: :meth:`refit` uses the rows up."""
-        twin = copy(self)
-        twin._x = self._x.copy()
-        return twin
+        other = copy(self)
+        other._x = self._x.copy()
+        return other
 
-    def refit(self, plan: EditPlan) -> LayerRefit:
-        """What fits the surviving weights, as patches [G, M, K], to the rows; these are used up.
+    def refit(self, draft: Draft) -> LayerRefit:
+        """The fit of the surviving weights, as patches [G, M, K], to the rows; these are used up.
+
+        ``alpha`` and the BatchNormalization behind the point are folded into the weights.
 
         Args:
-            plan: What is planned so far; zeros of the weights there stay zeros.
+            draft: The network's parameters so far; zeros of the weights there stay zeros.
 
         Raises:
             NotFiniteError: Here or in the refit, when activations are not finite.
@@ -212,18 +197,17 @@ class RowSampler:
         layout, recipe = self.point.layer.layout, self._recipe
         x, target = self._x.array, self._target.array
         floor, negative = self._hidden_by_relu()
-        kept = layout.from_rows(read_rows(self.networks.pruned, plan, self.point) != 0)
         ridge = max(recipe.ridge, FEW_ROWS_RIDGE) if len(x) < FEW_ROWS else recipe.ridge
         one_each = layout.groups == 1 and len(x) == self._calibration.count
         return LayerRefit(
             x,
             target,
-            layout.to_patches(layout.from_rows(self._dense_rows())),  # held by nobody else: it goes early
-            layout.to_patches(kept),
+            layout.to_patches(layout.from_rows(self._pair.dense_rows(self.point))),  # held by nobody else
+            layout.to_patches(draft.weight(self.point) != 0),
             RefitOptions(ridge, recipe.relu_steps, recipe.gain_power, class_steps=recipe.class_steps),
             relu_floor=floor,
             dense_negative=negative,
-            classes=self.context.classes and one_each and len(x) > x.shape[2],  # fewer rows are met as they are
+            classes=self._context.classes and one_each and len(x) > x.shape[2],  # fewer rows are met as they are
             store=self._store,
         )
 
@@ -231,36 +215,31 @@ class RowSampler:
         """Give the input patches back to the store."""
         self._x.release()
 
-    def _dense_rows(self) -> Floats:
-        """The dense weights, folded with the dense BatchNormalization."""
-        networks, nothing = self.networks, EditPlan()
-        assert networks.dense is not None
-        twin = networks.dense_point(self.point)
-        rows = twin.layer.alpha * read_rows(networks.dense, nothing, twin)
-        if twin.batchnorm is None:
-            return np.asarray(rows)
-        return np.asarray(rows * read_batchnorm(networks.dense, nothing, twin.batchnorm).slope[:, None])
-
     def _hidden_by_relu(self) -> tuple[NDArray[np.float32] | None, NDArray[np.bool_] | None]:
         """``theta``, and where the dense pre-activation is at or below the ReLU's threshold."""
-        if not self.context.relu or not self._recipe.relu_steps:
+        if self._threshold is None:
             return None, None
-        assert self._threshold is not None
         negative = self._negative.array
         if self._floor.is_empty:
             return np.broadcast_to(self._threshold.value, negative.shape), negative
         return self._floor.array, negative
 
-    def _find_threshold(self) -> _Threshold:
+    def _find_threshold(self, summed: bool) -> _Threshold | None:
+        """Below what the ReLU hides the point's output; None where none does.
+
+        Args:
+            summed: Whether the shortcut is added to the output place by place, as the first chunk shows. If the output
+                is one value per channel, added to a whole map, then what follows the sum has no position for a row.
+        """
+        context = self._context
+        if not (context.relu and self._recipe.relu_steps) or (len(self.pruned_targets) > 1 and not summed):
+            return None
         threshold = np.zeros(self.point.channels)
         usable = np.ones(self.point.channels, bool)
-        if self.context.batchnorm is not None:
-            assert self.networks.dense is not None
-            assert self.networks.pairing is not None
-            between = self.networks.pairing.nodes[self.context.batchnorm]
-            parameters = read_batchnorm(self.networks.dense, EditPlan(), between)
-            usable = parameters.slope > 0
-            crossing = parameters.mean - parameters.bias / np.where(usable, parameters.slope, 1.0)
+        if context.batchnorm is not None:
+            between = self._pair.dense_batchnorm(context.batchnorm)
+            usable = between.slope > 0
+            crossing = between.mean - between.bias / np.where(usable, between.slope, 1.0)
             threshold = np.where(usable, crossing, 0.0)
         return _Threshold(threshold.astype(np.float32), usable)
 
@@ -304,10 +283,10 @@ class _Rows:
 
     def copy(self) -> _Rows:
         """The same rows, to be changed."""
-        twin = copy(self)
-        twin._all = self._room(self._filled, self.array)
-        twin._all[...] = self.array
-        return twin
+        other = copy(self)
+        other._all = self._room(self._filled, self.array)
+        other._all[...] = self.array
+        return other
 
     def release(self) -> None:
         """Let go of them."""
@@ -325,37 +304,46 @@ def _spreads(shape: tuple[int, ...], over: tuple[int, ...]) -> bool:
 
 
 def dense_rows(
-    networks: Networks, points: Sequence[Point], recipe: RefitRecipe, calibration: Calibration, execution: Execution
+    dense: Network, points: Sequence[LayerPoint], recipe: RefitRecipe, calibration: Calibration, execution: Execution
 ) -> Iterator[RowSampler]:
     """Every point's sampler with the rows that the dense network gives it, upstream first, in one walk.
 
     Args:
-        networks: The dense model, paired with itself.
+        dense: The network.
         points: Points with weights.
         recipe: Number of rows, and whether what is added behind a point is sampled.
         calibration: The samples.
         execution: Execution providers and memory limit.
     """
-    index = networks.pruned
-    items = contexts(index, points)
-    numbers = {item.point.node: number for number, item in enumerate(items)}
-    schedule = [
-        [RowSampler(networks, item, recipe, calibration, numbers[item.point.node]) for item in group]
-        for group in steps(index, items)
-    ]
+    pair, items = Pair.with_drafts(dense), contexts(dense.index, points)
+    samplers = {item: RowSampler(pair, item, recipe, calibration, number) for number, item in enumerate(items)}
+    schedule = [[samplers.pop(item) for item in group] for group in steps(dense.index, items)]
     with Walk(calibration, execution) as walk:
-        lane = walk.lane(index, [name for group in schedule for name in _both_targets(group)])
+        lane = walk.lane(Draft(dense.index), [name for group in schedule for name in _all_targets(group)])
         for number in range(len(schedule)):
             group, schedule[number] = schedule[number], []  # its rows are free once they were used
-            for (chunk,) in walk.step({lane: _both_targets(group)}):
-                for job in group:
-                    job.add(chunk, chunk)
-                del chunk
+            _take(walk, lane, group)
             yield from group
 
 
-def _both_targets(group: Sequence[RowSampler]) -> list[str]:
-    return [name for job in group for name in (*job.pruned_targets, *job.dense_targets)]
+def _take(walk: Walk, lane: Lane, group: Sequence[RowSampler]) -> None:
+    for (chunk,) in walk.step({lane: _all_targets(group)}):
+        for sampler in group:
+            sampler.add(chunk, chunk)
+
+
+def _all_targets(group: Sequence[RowSampler]) -> list[str]:
+    return [*pruned_targets(group), *dense_targets(group)]
+
+
+def pruned_targets(group: Sequence[RowSampler]) -> list[str]:
+    """Tensors of the pruned network that samplers read."""
+    return [name for sampler in group for name in sampler.pruned_targets]
+
+
+def dense_targets(group: Sequence[RowSampler]) -> list[str]:
+    """Tensors of the dense network that samplers read."""
+    return [name for sampler in group for name in sampler.dense_targets]
 
 
 @dataclass(frozen=True)

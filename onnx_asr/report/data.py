@@ -23,8 +23,8 @@ from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Fidelity, collect_outputs, is_classifier
 from onnx_asr.pruning.compression import CompressResult
 from onnx_asr.pruning.zeros import PruneResult
+from onnx_asr.repairing.job import RepairJob
 from onnx_asr.repairing.options import flattened
-from onnx_asr.repairing.pipeline import RepairJob
 from onnx_asr.repairing.point_report import PointReport
 from onnx_asr.repairing.result import Candidate, RepairResult, Verification
 from onnx_asr.version import __version__
@@ -115,15 +115,17 @@ def _repair(
     execution: Execution,
 ) -> Values:
     reference = None if dense is None else load(dense)
-    job = RepairJob.of(pruned, reference, data, result.options, run.preprocessing)
+    job = RepairJob.of(pruned, reference, data, result.options, run.preprocessing, execution)
     models = {names[0]: pruned, names[1]: result.model}
     before: dict[int, PointDamage] = {}
     after, samples = before, 0
-    if reference is not None:
+    if job.pair is not None:
         seed, batch_size = result.options.seed, result.options.batch_size
-        calibration = draw_samples(job.dataset, job.chosen, job.networks.pruned, DAMAGE_SAMPLES, seed, batch_size)
-        versions = [job.networks.pruned, GraphIndex.of(result.model)]
-        before, after = measure_damage(job.networks, versions, calibration, execution)
+        calibration = draw_samples(
+            job.samples.dataset, job.samples.chosen, job.pruned.index, DAMAGE_SAMPLES, seed, batch_size
+        )
+        versions = [job.pruned.index, GraphIndex.of(result.model)]
+        before, after = measure_damage(job.pair, versions, calibration, execution)
         samples = calibration.count
     fidelities, notes = _fidelities(job, models, result.verification, execution)
     sizes = {name: describe(model) for name, model in models.items()}
@@ -147,7 +149,7 @@ def _repair(
         "held_out": result.verification is not None and result.verification.held_out,
         "candidates": [_candidate(item, chosen=item.options == result.options) for item in result.candidates],
         "calibration": {"samples": result.calibration_samples, "sha256": result.calibration_digest},
-        "thumbnails": _thumbnails(job.dataset, job.chosen),
+        "thumbnails": _thumbnails(job.samples.dataset, job.samples.chosen),
         "seconds": dict(result.seconds),
     }
 
@@ -227,12 +229,13 @@ def _fidelities(
 ) -> tuple[dict[str, Fidelity], list[str]]:
     """What the verification found; where the data have labels, with top-1, and for the dense model too."""
     known = {} if verification is None else dict(zip(models, (verification.before, verification.after), strict=True))
-    if job.dense is None or job.dataset.labels is None or not known:
+    dataset, held_out = job.samples.dataset, job.samples.held_out
+    if job.pair is None or dataset.labels is None or not known:
         return known, []
-    labels = job.dataset.labels[job.held_out]
+    labels = dataset.labels[held_out]
     outputs = {
-        name: collect_outputs(model, job.dataset, job.held_out, execution.runtime)
-        for name, model in {"dense": job.dense, **models}.items()
+        name: collect_outputs(model, dataset, held_out, execution.sessions)
+        for name, model in {"dense": job.pair.dense.model, **models}.items()
     }
     if not is_classifier(outputs["dense"]):
         return known, []

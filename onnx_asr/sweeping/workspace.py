@@ -19,14 +19,16 @@ from onnx_asr.graph.points import survey, weight_of
 from onnx_asr.measuring.evaluation import measure
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Fidelity, Outputs, collect_outputs, is_classifier
+from onnx_asr.networks.pair import Network
 from onnx_asr.networks.samples import input_specs, whole_batches
 from onnx_asr.pruning.channels import prune_channels
 from onnx_asr.pruning.compression import compress
 from onnx_asr.pruning.options import ChannelPruneOptions, CompressOptions, PruneOptions
 from onnx_asr.pruning.zeros import prune
 from onnx_asr.repairing.options import Method, RepairOptions
-from onnx_asr.repairing.pipeline import RepairJob, repair
+from onnx_asr.repairing.pipeline import repair
 from onnx_asr.repairing.result import RepairResult
+from onnx_asr.repairing.samples import Samples
 from onnx_asr.sweeping.grid import CHANNEL, Cell, PruneGoal, SweepSettings
 from onnx_asr.sweeping.result import Outcome
 from onnx_asr.version import __version__
@@ -97,14 +99,15 @@ class Workspace:
         if setup.test is None and options.verify_samples == 0:
             raise OptionError("verify-samples 0 leaves nothing to score on: give at least 1, or samples of their own")
         data = _opened(setup, dense, setup.data, setup.labels if setup.test is None else None)
-        job = RepairJob.of(dense, dense, data, options, None)
-        scored, indices = data, job.held_out
+        network = Network.of(dense, "dense", compared=True)
+        samples = Samples.of(data, network.inputs, options, None, verify=True)
+        scored, indices = data, samples.held_out
         if setup.test is not None:
             scored = _opened(setup, dense, setup.test, setup.labels)
             indices = np.arange(len(scored))
-        indices = whole_batches(indices, input_specs(GraphIndex.of(dense)))
+        indices = whole_batches(indices, network.inputs)
         execution.progress("running the dense model", 0.0)
-        reference = collect_outputs(dense, scored, indices, execution.runtime, options.batch_size)
+        reference = collect_outputs(dense, scored, indices, execution.sessions, options.batch_size)
         labels = None
         if scored.labels is not None and (setup.labels is not None or is_classifier(reference)):
             labels = scored.labels[indices]
@@ -113,7 +116,7 @@ class Workspace:
         conditions = {
             "version": __version__,
             "dense_sha256": digest(dense),
-            "calibration": {"samples": len(job.chosen), "sha256": data.digest(job.chosen)},
+            "calibration": {"samples": len(samples.chosen), "sha256": data.digest(samples.chosen)},
             "scored": {
                 "samples": len(indices),
                 "sha256": scored.digest(indices),
@@ -122,9 +125,9 @@ class Workspace:
             "providers": list(execution.runtime.providers),
             "settings": common,
         }
-        notes = tuple(job.notes)
+        notes = (*network.notes, *samples.notes)
         return cls(
-            dense, data, options, len(job.chosen), scored, indices, labels, reference, settings, notes, conditions
+            dense, data, options, len(samples.chosen), scored, indices, labels, reference, settings, notes, conditions
         )
 
     def dense_score(self) -> Fidelity:
@@ -168,7 +171,7 @@ class Workspace:
         model = result.model if result is not None else pruned
         assert model is not None
         execution.progress("scoring", 1.0)
-        outputs = collect_outputs(model, self.scored, self.indices, execution.runtime, self.options.batch_size)
+        outputs = collect_outputs(model, self.scored, self.indices, execution.sessions, self.options.batch_size)
         seconds, chosen = 0.0, None
         if result is not None:
             seconds = sum(value for stage, value in result.seconds.items() if stage not in ("load", "verify"))

@@ -22,7 +22,7 @@ from onnx_asr.errors import DataError, ModelError, OnnxAsrError, StructureError
 from onnx_asr.graph.model_io import load
 from onnx_asr.graph.points import survey
 from onnx_asr.networks.fidelity import collect_outputs
-from onnx_asr.networks.pair import Networks
+from onnx_asr.networks.pair import Pair
 from onnx_asr.networks.samples import input_specs
 from onnx_asr.pruning.options import PruneOptions
 from onnx_asr.pruning.zeros import prune
@@ -173,7 +173,7 @@ def test_an_input_of_unknown_type(number: int) -> None:
     with pytest.raises(ModelError, match=f"element type {number}"):
         input_specs(index(model))
     with pytest.raises(ModelError, match=f"element type {number}"):
-        Networks.of(model, residual_net())
+        Pair.of(model, residual_net())
 
 
 def test_a_negative_input_size_counts_as_open(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_weights_of_the_wrong_rank_are_skipped() -> None:
 def test_a_weight_that_is_a_vector_in_one_network_does_not_match() -> None:
     text = "g (float[N,4] x) => (float[N,K] y) { h = Gemm (x, v) y = MatMul (h, w) }"
     with pytest.raises(StructureError, match="where the dense model has"):
-        Networks.of(net(text, v=(4, 4), w=(4,)), net(text, v=(4, 4), w=(4, 4)))
+        Pair.of(net(text, v=(4, 4), w=(4,)), net(text, v=(4, 4), w=(4, 4)))
 
 
 def test_another_number_of_inputs_is_another_network() -> None:
@@ -273,7 +273,7 @@ def test_another_number_of_inputs_is_another_network() -> None:
     dense = net(text, w=(4, 4))
     dense.graph.input.append(helper.make_tensor_value_info("idle", onnx.TensorProto.FLOAT, ["N", 4]))
     with pytest.raises(StructureError, match="1 inputs, the dense model 2"):
-        Networks.of(net(text, w=(4, 4)), dense)
+        Pair.of(net(text, w=(4, 4)), dense)
     data = open_data(np.zeros((4, 4), np.float32), input_specs(index(net(text, w=(4, 4)))))
     with pytest.raises(DataError, match="inputs are 'x', 'idle', the data hold 'x'"):
         collect_outputs(dense, data, [0, 1], Runtime(threads=1))

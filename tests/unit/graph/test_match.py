@@ -12,7 +12,7 @@ import onnx_asr
 from onnx_asr.errors import StructureError
 from onnx_asr.graph.match import match
 from onnx_asr.graph.points import survey
-from onnx_asr.networks.pair import Networks
+from onnx_asr.networks.pair import Pair
 from tests.graphs import (
     constant,
     copy,
@@ -432,12 +432,12 @@ OTHER = "in the dense model one of shape .*; give the dense file that the pruned
 def test_a_lost_record_of_the_channels_is_suspected() -> None:
     dense = residual_net()
     cut = onnx_asr.prune_channels(dense, onnx_asr.ChannelPruneOptions(0.5)).model
-    Networks.of(cut, dense)
+    Pair.of(cut, dense)
     del cut.metadata_props[:]
     with pytest.raises(StructureError, match=LOST):
-        Networks.of(cut, dense)
+        Pair.of(cut, dense)
     with pytest.raises(StructureError, match=OTHER):  # the larger one cannot come from the smaller one
-        Networks.of(dense, cut)
+        Pair.of(dense, cut)
 
 
 def test_a_record_rules_that_cause_out() -> None:

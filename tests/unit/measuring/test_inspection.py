@@ -13,8 +13,7 @@ from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.measuring.damage import COLLAPSED_RATIO, PointDamage, draw_samples, measure_damage
 from onnx_asr.networks.execution import Execution
-from onnx_asr.networks.pair import Networks
-from onnx_asr.networks.samples import input_specs
+from onnx_asr.networks.pair import Pair
 from onnx_asr.numerics.moments import PairMoments
 from onnx_asr.repairing.options import RepairOptions
 from tests.graphs import (
@@ -142,10 +141,11 @@ def test_several_versions_in_one_walk_and_a_bias_that_a_repair_added() -> None:
     options = RepairOptions(method="paired", samples=64, verify_samples=0)
     repaired = onnx_asr.repair(model, {"x": rows}, options, dense=dense).model
     assert len(repaired.graph.node) > len(model.graph.node)
-    networks = Networks.of(model, dense)
-    data = TensorDataset([{"x": rows}], "rows", input_specs(networks.pruned))
-    calibration = draw_samples(data, np.arange(64), networks.pruned, 64, 0, None)
-    before, after = measure_damage(networks, [networks.pruned, GraphIndex.of(repaired)], calibration, Execution())
+    pair = Pair.of(model, dense)
+    pruned = pair.pruned.index
+    data = TensorDataset([{"x": rows}], "rows", pair.pruned.inputs)
+    calibration = draw_samples(data, np.arange(64), pruned, 64, 0, None)
+    before, after = measure_damage(pair, [pruned, GraphIndex.of(repaired)], calibration, Execution())
     alone = onnx_asr.inspect(model, dense=dense, data={"x": rows}, samples=64)
     for layer, first, second in zip(alone.layers, before.values(), after.values(), strict=True):
         assert layer.damage is not None

@@ -9,6 +9,7 @@ import pytest
 
 from onnx_asr.engine.lane import Chunk, Lane
 from onnx_asr.networks.execution import Execution
+from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.walk import Walk
 from tests.graphs import images, index, net, residual_net, run
@@ -32,7 +33,7 @@ def test_lanes_go_chunk_by_chunk_together(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Lane, "advance", spy)
     model, x = residual_net(), images(20, seed=1)
     with Walk(samples(x, 8), Execution()) as walk:
-        first, second = (walk.lane(index(model), ["stem"]) for _ in range(2))
+        first, second = (walk.lane(Draft(index(model)), ["stem"]) for _ in range(2))
         sizes = [[len(chunk["stem"]) for chunk in chunks] for chunks in walk.step({first: ["stem"], second: ["stem"]})]
     assert sizes == [[8, 8], [8, 8], [4, 4]]
     assert order == [(lane, number) for number in range(3) for lane in (first, second)]
@@ -44,7 +45,7 @@ def test_a_network_is_fed_under_its_own_names_and_types() -> None:
     with Walk(samples(x, 4), Execution()) as walk:
         ((chunk,),) = (
             [{name: value.copy() for name, value in one.items()} for one in chunks]
-            for chunks in walk.step({walk.lane(index(model), ["y"]): ["y"]})
+            for chunks in walk.step({walk.lane(Draft(index(model)), ["y"]): ["y"]})
         )
     np.testing.assert_array_equal(chunk["y"], run(model, {"z": x.astype(np.float16)})["y"])
 

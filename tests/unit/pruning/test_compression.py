@@ -12,8 +12,8 @@ import onnx
 import pytest
 
 from onnx_asr.errors import OptionError
-from onnx_asr.graph.index import GraphIndex
 from onnx_asr.networks.execution import Execution
+from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.walk import Walk
 from onnx_asr.pruning.compression import CompressOptions, compress
 from onnx_asr.pruning.options import PruneOptions
@@ -44,14 +44,19 @@ class Rounds:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.models: list[onnx.ModelProto] = []
-        original = module.apply_masks
+        apply, refit = module.apply_masks, module.repair_refit
 
-        def spy(*args: Any, **kwargs: Any) -> Any:
-            model, layers = original(*args, **kwargs)
+        def last(*args: Any, **kwargs: Any) -> Any:
+            model, layers = apply(*args, **kwargs)
             self.models.append(model)
             return model, layers
 
-        monkeypatch.setattr(module, "apply_masks", spy)
+        def earlier(pair: Any, draft: Draft, *args: Any, **kwargs: Any) -> Any:
+            self.models.append(draft.model())
+            return refit(pair, draft, *args, **kwargs)
+
+        monkeypatch.setattr(module, "apply_masks", last)
+        monkeypatch.setattr(module, "repair_refit", earlier)
 
 
 def settings(count: int, **rest: Any) -> RepairOptions:
@@ -177,12 +182,14 @@ def test_the_dense_network_is_run_once_for_all_rounds_that_rank(
 ) -> None:
     """Its outputs are cached, or recomputed under a memory limit, with the same results."""
     runs: list[int] = []
+    walks: list[Walk] = []
 
     class Counting(Walk):
-        def lane(self, index: GraphIndex, targets: Any, plan: Any = None) -> Any:
-            if plan is None:  # the dense network is the one that is not changed
+        def lane(self, draft: Draft, targets: Any) -> Any:
+            if self in walks:  # the second lane is the dense network's
                 runs.append(self.calibration.count)
-            return super().lane(index, targets, plan)
+            walks.append(self)
+            return super().lane(draft, targets)
 
     monkeypatch.setattr(importlib.import_module("onnx_asr.repairing.refit"), "Walk", Counting)
     options = RepairOptions(samples=50, verify_samples=0, refit=recipe, batch_size=9)

@@ -14,11 +14,12 @@ import pytest
 import onnx_asr
 from onnx_asr.errors import OptionError
 from onnx_asr.networks.fidelity import Fidelity
+from onnx_asr.networks.pair import Network
 from onnx_asr.pruning.options import PruneOptions
 from onnx_asr.pruning.sensitivity import LayerSensitivity, SensitivityResult
 from onnx_asr.pruning.zeros import prune
 from onnx_asr.repairing.options import RefitRecipe, RepairOptions
-from onnx_asr.repairing.pipeline import RepairJob
+from onnx_asr.repairing.samples import Samples, Verifier
 from onnx_asr.report.sensitivity_figure import write_sensitivity
 from tests.graphs import copy, dense_net, first_output, folded, images, net, parameter, positions, residual_net
 
@@ -33,13 +34,15 @@ def test_the_refit_takes_part_of_the_damage_back(make: Callable[[], onnx.ModelPr
     assert [layer.name for layer in result.layers] == [
         layer.name for layer in prune(model, options=PruneOptions(0.5)).layers
     ]
+    network = Network.of(model, "dense", compared=True)
+    samples = Samples.of(x, network.inputs, FEW, None, verify=True)
+    verifier = Verifier(model, samples, onnx_asr.Execution())
     alone = refitted = 0.0
     for layer in result.layers:
         for share, fidelity in zip(result.sparsities, layer.fidelities, strict=True):
             pruned = prune(model, options=PruneOptions(share, include=(f"^{layer.name}$",), scope="layer")).model
             assert fidelity.samples == 16
-            job = RepairJob.of(pruned, model, x, replace(FEW, method="refit"), None)
-            alone += job.measure(pruned, onnx_asr.Execution()).distance
+            alone += verifier.fidelity(pruned).distance
             refitted += fidelity.distance
     assert 0 < refitted < 0.9 * alone
 

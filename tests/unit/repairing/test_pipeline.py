@@ -23,7 +23,8 @@ from onnx_asr.graph.index import GraphIndex
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.samples import input_specs
 from onnx_asr.repairing.options import RefitRecipe, RepairOptions
-from onnx_asr.repairing.pipeline import repair, split_samples
+from onnx_asr.repairing.pipeline import repair
+from onnx_asr.repairing.samples import split_samples
 from tests.graphs import (
     bn,
     copy,
@@ -46,7 +47,7 @@ from tests.graphs import (
     weights,
 )
 
-repair_module = importlib.import_module("onnx_asr.repairing.pipeline")
+samples_module = importlib.import_module("onnx_asr.repairing.samples")
 
 METHODS = ("paired", "refit", "asr", "raw", "layerwise", "bn")
 NETS = ("residual", "dense", "digits_resnet", "digits_vgg", "digits_mobilenet", "digits_densenet")
@@ -471,7 +472,7 @@ class Spy:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calibrated: set[int] = set()
         self.measured: list[list[int]] = []
-        load, collect = repair_module.load_calibration, repair_module.collect_outputs
+        load, collect = samples_module.load_calibration, samples_module.collect_outputs
 
         def spy_load(data: Any, indices: Any, *args: Any, **kwargs: Any) -> Any:
             self.calibrated |= {int(i) for i in indices}
@@ -481,8 +482,8 @@ class Spy:
             self.measured.append([int(i) for i in indices])
             return collect(model, data, indices, *args, **kwargs)
 
-        monkeypatch.setattr(repair_module, "load_calibration", spy_load)
-        monkeypatch.setattr(repair_module, "collect_outputs", spy_collect)
+        monkeypatch.setattr(samples_module, "load_calibration", spy_load)
+        monkeypatch.setattr(samples_module, "collect_outputs", spy_collect)
 
 
 def test_auto_gives_back_what_it_cannot_improve() -> None:

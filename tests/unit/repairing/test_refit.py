@@ -12,8 +12,8 @@ import pytest
 
 import onnx_asr.repairing.rows as refit_samples
 from onnx_asr.data import sample_indices
-from onnx_asr.graph.edit import EditPlan
 from onnx_asr.networks.fidelity import compare
+from onnx_asr.networks.parameters import Draft
 from onnx_asr.numerics.patches import sample_positions
 from onnx_asr.numerics.refit import LayerRefit
 from onnx_asr.repairing.options import RefitRecipe, RepairOptions
@@ -66,10 +66,10 @@ def columns_by_probing(model: onnx.ModelProto, position: int, x: np.ndarray) -> 
 def test_a_point_is_let_go_of_before_the_next_one_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
     start, seen, alive = RowSampler.refit, list[weakref.ref[RowSampler]](), list[int]()
 
-    def counted(self: RowSampler, plan: EditPlan) -> LayerRefit:
+    def counted(self: RowSampler, draft: Draft) -> LayerRefit:
         alive.append(sum(reference() is not None for reference in seen))
         seen.append(weakref.ref(self))
-        return start(self, plan)
+        return start(self, draft)
 
     monkeypatch.setattr(RowSampler, "refit", counted)
     dense = residual_net()

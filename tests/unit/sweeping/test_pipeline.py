@@ -22,7 +22,7 @@ from onnx_asr.data import PRESETS
 from onnx_asr.engine.session import Runtime
 from onnx_asr.errors import DataError, OptionError, OutputError
 from onnx_asr.repairing.options import RefitRecipe, RepairOptions
-from onnx_asr.repairing.pipeline import split_samples
+from onnx_asr.repairing.samples import split_samples
 from onnx_asr.report.data import Run
 from onnx_asr.report.html import render
 from onnx_asr.report.sweep_data import panels, sweep_data

@@ -1,0 +1,144 @@
+"""Everything that one repair works on, checked, and how its result is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import onnx
+
+from onnx_asr.data import Dataset, Preprocessing
+from onnx_asr.data.sources import DataSource
+from onnx_asr.errors import OptionError
+from onnx_asr.graph.model_io import digest
+from onnx_asr.graph.points import weight_of
+from onnx_asr.networks.execution import Execution
+from onnx_asr.networks.pair import Network, Pair
+from onnx_asr.networks.parameters import Draft
+from onnx_asr.networks.samples import Calibration
+from onnx_asr.networks.sparsity import LayerSparsity, share_of_zeros, starved
+from onnx_asr.repairing.options import Method, RepairOptions
+from onnx_asr.repairing.point_report import PointReport
+from onnx_asr.repairing.samples import Samples, Verifier
+from onnx_asr.version import __version__
+
+
+def check_method(method: Method, *, dense: bool, batchnorm: bool) -> None:
+    """Refuse a method that cannot change a pruned network.
+
+    Args:
+        method: The method.
+        dense: Whether the dense network is given.
+        batchnorm: Whether the pruned one has a BatchNormalization that can be corrected.
+
+    Raises:
+        OptionError: Naming a method that can.
+    """
+    if method == "refit" and not dense:
+        raise OptionError("method 'refit' fits the dense model's outputs: give the dense model (--dense)")
+    if batchnorm:
+        return
+    if method == "bn":
+        raise OptionError(
+            "method 'bn' re-estimates BatchNormalization, and the model has none (it was folded into the "
+            "convolutions): use --method paired with --dense"
+        )
+    if not dense:
+        raise OptionError(
+            f"method '{method}' without a dense model needs stored BatchNormalization statistics, and the "
+            "model has no BatchNormalization: give the dense model (--dense)"
+        )
+
+
+@dataclass(frozen=True)
+class RepairJob:
+    """Everything that one repair works on.
+
+    Attributes:
+        pruned: The network to repair.
+        pair: It beside the dense network, if that is given.
+        samples: Calibration and held-out samples.
+        verifier: Measures models against the dense one; None without a dense model or held-out samples.
+        options: What to do.
+        sparsities: Zeros in the weights of all points; those before pruning are the dense network's, or none.
+    """
+
+    pruned: Network
+    pair: Pair | None
+    samples: Samples
+    verifier: Verifier | None
+    options: RepairOptions
+    sparsities: tuple[LayerSparsity, ...]
+
+    @classmethod
+    def of(
+        cls,
+        model: onnx.ModelProto,
+        dense: onnx.ModelProto | None,
+        data: DataSource | Dataset,
+        options: RepairOptions,
+        preprocessing: Preprocessing | None,
+        execution: Execution,
+    ) -> RepairJob:
+        """Check that the parts fit, and divide the samples.
+
+        Raises:
+            ModelError: A model that cannot be repaired.
+            StructureError: The two models are not the same network.
+            DataError: Missing, broken or unfitting data.
+            OptionError: A method that cannot change this network.
+        """
+        pair = None if dense is None else Pair.of(model, dense)
+        pruned = Network.of(model, "pruned", compared=False) if pair is None else pair.pruned
+        check_method(options.method, dense=pair is not None, batchnorm=pruned.survey.has_batchnorm)
+        samples = Samples.of(data, pruned.inputs, options, preprocessing, verify=pair is not None)
+        return cls.on(pruned, pair, samples, options, execution)
+
+    @classmethod
+    def on(
+        cls, pruned: Network, pair: Pair | None, samples: Samples, options: RepairOptions, execution: Execution
+    ) -> RepairJob:
+        """A job of parts that fit."""
+        sparsities = []
+        for point in pruned.survey.layers:
+            after = weight_of(pruned.index, point)
+            before = np.ones_like(after) if pair is None else pair.dense_weight(point)
+            sparsities.append(LayerSparsity.of(point, before, after))
+        return cls(pruned, pair, samples, Verifier.of(pair, samples, execution), options, tuple(sparsities))
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know before it begins."""
+        notes = list(self.pruned.notes)
+        if self.pair is None:
+            notes.append(
+                "no dense model: the running statistics stored in the pruned model's BatchNormalization are the "
+                "reference, and the result was not verified"
+            )
+        notes += self.samples.notes
+        if self.options.method in ("asr", "raw", "layerwise") and self.options.bn == "exact":
+            notes.append(
+                f"before an exactly re-estimated BatchNormalization the gains of '{self.options.method}' cancel: what "
+                "remains is 'bn' (use --bn ema for the paper's protocol)"
+            )
+        return [*notes, *starved(self.sparsities)]
+
+    def written(self, draft: Draft, reports: Sequence[PointReport], calibration: Calibration) -> onnx.ModelProto:
+        """The repaired model, with a note at every node that was corrected, and metadata."""
+        for report in reports:
+            draft.plan.notes[report.node] = report.note(self.options.method)
+        return draft.model(self._provenance(calibration))
+
+    def _provenance(self, calibration: Calibration) -> Mapping[str, str]:
+        entries = {
+            "onnx_asr.version": __version__,
+            "onnx_asr.method": self.options.method,
+            "onnx_asr.options": json.dumps(asdict(self.options), sort_keys=True),
+            "onnx_asr.calibration": f"{calibration.count} samples, sha256 {calibration.digest}",
+            "onnx_asr.sparsity": f"{share_of_zeros(self.sparsities):.6f}",
+        }
+        if self.pair is not None:
+            entries["onnx_asr.dense_sha256"] = digest(self.pair.dense.model)
+        return entries

@@ -1,0 +1,157 @@
+"""The samples of a run, divided into those to calibrate on and those held out, and the fidelity on the latter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnx_asr.data import Dataset, InputSpec, Preprocessing, open_data, sample_indices
+from onnx_asr.data.sources import DataSource
+from onnx_asr.networks.execution import Execution
+from onnx_asr.networks.fidelity import Fidelity, Outputs, collect_outputs, compare
+from onnx_asr.networks.pair import Pair
+from onnx_asr.networks.samples import Calibration, batch_size_for, load_calibration, whole_batches
+from onnx_asr.repairing.options import RepairOptions
+
+_FEW_NAMES = 5
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of a run.
+
+    Attributes:
+        dataset: All samples.
+        inputs: Of the network that they are prepared for.
+        options: Numbers of samples, seed, batch size.
+        chosen: Indices of the calibration samples.
+        held_out: Indices of the samples to verify on.
+    """
+
+    dataset: Dataset
+    inputs: Sequence[InputSpec]
+    options: RepairOptions
+    chosen: NDArray[np.int64]
+    held_out: NDArray[np.int64]
+
+    @classmethod
+    def of(
+        cls,
+        data: DataSource | Dataset,
+        inputs: Sequence[InputSpec],
+        options: RepairOptions,
+        preprocessing: Preprocessing | None,
+        *,
+        verify: bool,
+    ) -> Samples:
+        """Open the data and divide them; ``verify`` says whether any are to be held out.
+
+        Raises:
+            DataError: Missing, broken or unfitting data.
+            OptionError: Preprocessing that does not fit the data.
+        """
+        if isinstance(data, Dataset):
+            dataset = data
+        else:
+            skip = options.skip_bad_images
+            dataset = open_data(data, inputs, preprocessing=preprocessing, skip_bad_images=skip)
+        chosen, held_out = split_samples(len(dataset), options, verify)
+        return cls(dataset, inputs, options, chosen, held_out)
+
+    @property
+    def is_held_out(self) -> bool:
+        """Whether the samples to verify on take no part in the calibration; not so where there are too few."""
+        return not bool(np.isin(self.held_out, self.chosen).any())
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know about them."""
+        notes = []
+        if len(self.chosen) < self.options.samples:
+            notes.append(
+                f"{len(self.chosen)} calibration samples instead of {self.options.samples}: "
+                f"the data have {len(self.dataset)}"
+            )
+        skipped = self.dataset.unreadable
+        if skipped:
+            few = ", ".join(skipped[:_FEW_NAMES]) + (", ..." if len(skipped) > _FEW_NAMES else "")
+            notes.append(f"{len(skipped)} images cannot be read and were skipped: {few}")
+        if not self.is_held_out:
+            notes.append("too few samples to hold any out: the verification used calibration samples")
+        return notes
+
+    def load(self) -> Calibration:
+        """Prepare the calibration samples.
+
+        Raises:
+            DataError: When a sample is broken, or there are too few for a batch of the size that the model fixes.
+        """
+        batch_size = batch_size_for(self.inputs, self.options.batch_size)
+        if self.options.bn == "ema":
+            batch_size = math.gcd(batch_size, self.options.ema_batch_size)
+        return load_calibration(self.dataset, whole_batches(self.chosen, self.inputs), batch_size)
+
+
+class Verifier:
+    """Measures models against the dense one on the held-out samples; the dense one runs once, when first needed.
+
+    Args:
+        dense: The dense model.
+        samples: The samples.
+        execution: How to run.
+
+    Attributes:
+        samples: The samples.
+    """
+
+    def __init__(self, dense: onnx.ModelProto, samples: Samples, execution: Execution) -> None:
+        self._dense = dense
+        self.samples = samples
+        self._execution = execution
+
+    @classmethod
+    def of(cls, pair: Pair | None, samples: Samples, execution: Execution) -> Verifier | None:
+        """The verifier of a pair; None where there is no dense model, or no sample to verify on."""
+        return None if pair is None or not len(samples.held_out) else cls(pair.dense.model, samples, execution)
+
+    def fidelity(self, model: onnx.ModelProto) -> Fidelity:
+        """Fidelity of a model to the dense one.
+
+        Raises:
+            ModelError: When onnxruntime cannot run the model, or its outputs do not fit the dense one's.
+        """
+        fidelity = compare(self._reference, self._outputs(model))
+        return replace(fidelity, samples=len(whole_batches(self.samples.held_out, self.samples.inputs)))
+
+    @cached_property
+    def _reference(self) -> Outputs:
+        return self._outputs(self._dense)
+
+    def _outputs(self, model: onnx.ModelProto) -> Outputs:
+        samples = self.samples
+        return collect_outputs(
+            model, samples.dataset, samples.held_out, self._execution.sessions, samples.options.batch_size
+        )
+
+
+def split_samples(count: int, options: RepairOptions, verify: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Calibration and held-out sample indices, both seeded, without overlap wherever there are two samples or more.
+
+    Where the data have fewer samples than both parts together ask for, a fifth of them is held out.
+    """
+    wanted = options.verify_samples if verify else 0
+    if wanted == 0:
+        return sample_indices(count, options.samples, options.seed), np.empty(0, np.int64)
+    held = min(wanted, max(count - options.samples, count // 5))
+    if held == 0:
+        everything = sample_indices(count, options.samples, options.seed)
+        return everything, everything
+    chosen = sample_indices(count, min(options.samples, count - held), options.seed)
+    rest = np.setdiff1d(np.arange(count), chosen)
+    return chosen, rest[sample_indices(len(rest), held, options.seed)]
