@@ -117,7 +117,7 @@ def measure(name: str, images: Images, sparsities: Sequence[str], arguments: arg
     def outputs(model: onnx.ModelProto) -> Outputs:
         specs = input_specs(GraphIndex.of(model))
         data = open_data({"images": images.scored}, specs, preprocessing=net.preprocessing)
-        return collect_outputs(model, data, range(len(images.scored)), runtime)
+        return collect_outputs(model, data, np.arange(len(images.scored)), runtime)
 
     def record(
         graph: str, sparsity: str, method: str, got: Outputs, dense: Outputs, seconds: float = 0.0, chosen: str = ""

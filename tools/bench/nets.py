@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from onnx_asr.data import Preprocessing
+from onnx_asr.data import InputSpec, Preprocessing, open_data
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -79,12 +78,9 @@ def cifar10(assets: Path) -> Images:
 
 def imagenet(assets: Path) -> Images:
     """Short side 256, centre crop 224; every fifth class index calibrates, the others are scored."""
-    frame = Preprocessing(resize=256, crop=224)
-    paths = sorted((assets / "data/imagenet1k").glob("*.jpg"))
-    labels = np.array([int(path.name.partition("_")[0]) for path in paths], np.int64)
-    pixels = np.empty((len(paths), 224, 224, 3), np.uint8)
-    for row, path in zip(pixels, paths, strict=True):
-        with Image.open(path) as image:
-            row[:] = np.asarray(frame.frame(image.convert("RGB"), path.name))
+    spec = InputSpec("image", np.dtype(np.uint8), (None, 224, 224, 3))
+    data = open_data(assets / "data/imagenet1k", [spec], preprocessing=Preprocessing(resize=256, crop=224))
+    labels = np.array([int(name.partition("_")[0]) for name in data.names], np.int64)
+    pixels = data.batch(np.arange(len(labels)))["image"]
     calibrate = labels % 5 == 0
     return Images(pixels[calibrate], pixels[~calibrate], labels[~calibrate])

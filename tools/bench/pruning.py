@@ -22,6 +22,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import onnx
 
 import onnx_asr
@@ -35,7 +36,7 @@ from tools.arguments import add_assets, add_threads, script_parser
 from tools.bench.methods import method_options
 from tools.bench.nets import NETS, cifar10, imagenet
 
-INNER = {"resnet20": [r"layer\d.*conv1"]}
+INNER: dict[str, tuple[str, ...]] = {"resnet20": (r"layer\d.*conv1",)}
 """Layers whose channels are removed, by net; for other nets, all layers."""
 TOP1_GOALS = {("resnet20", "0.3", "refit"): 90.0, ("resnet20", "0.5", "refit"): 82.5}
 MOST_LOST = {"resnet20": 1.0, "resnet56": 1.0, "resnet18": 4.0}
@@ -76,7 +77,7 @@ class Bench:
     def _outputs(self, model: onnx.ModelProto) -> Outputs:
         images, specs = self._images.scored, input_specs(GraphIndex.of(model))
         data = open_data({"images": images}, specs, preprocessing=self.shared["preprocessing"])
-        return collect_outputs(model, data, range(len(images)), self.shared["execution"].runtime)
+        return collect_outputs(model, data, np.arange(len(images)), self.shared["execution"].runtime)
 
     def score(self, model: onnx.ModelProto) -> tuple[float, float]:
         """Top-1 in percent, to one decimal; KL divergence from the dense net."""

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -65,8 +65,8 @@ class Row:
     name: str
     origin: str
     opset: int
-    points: dict[str, int]
-    skips: dict[str, int]
+    points: Mapping[str, int]
+    skips: Mapping[str, int]
     coverage: float | None
     snr: dict[str, float]
     seconds: dict[str, float]
@@ -380,7 +380,7 @@ def check(case: Case, calibration: int, held_out: int, threads: int) -> Row:
         found = survey(index)
     except onnx_asr.errors.ModelError as error:
         return Row(case.name, case.origin, opset, {}, {}, None, {}, {}, [], str(error))
-    kinds = Counter(point.kind for point in found.points)
+    kinds: Counter[str] = Counter(point.kind for point in found.points)
     skips = Counter(f"{skip.op_type}: {skip.reason}" for skip in found.skips)
     sizes = {
         position: index.value(node.input[1]).size
@@ -405,9 +405,9 @@ def check(case: Case, calibration: int, held_out: int, threads: int) -> Row:
             checks.append(f"{method}: checker: {str(error).splitlines()[0]}")
         result[method] = snr(reference, outputs(repaired.model, samples[calibration:]))
         checks += [f"{method}: differs in {what}" for what in differences(pruned, repaired.model)]
-        reported = {item.name for item in (*repaired.points, *repaired.skips)}
+        reported = {point.name for point in repaired.points} | {skip.name for skip in repaired.skips}
         checks += [f"{method}: {index.label(p.node)} is not reported" for p in found.points if p.name not in reported]
-    return Row(case.name, case.origin, opset, dict(kinds), dict(skips), coverage, result, seconds, checks)
+    return Row(case.name, case.origin, opset, kinds, skips, coverage, result, seconds, checks)
 
 
 def line(row: Row) -> str:

@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -35,7 +36,7 @@ from tools.arguments import script_parser
 from tools.bench.architectures import build
 from tools.paths import MODELS, ROOT
 
-SIZE = 224
+SIZE: Literal[224] = 224
 
 
 def repair(*arguments: object) -> tuple[int, float]:

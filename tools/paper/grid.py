@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
@@ -22,8 +22,10 @@ from tools.paper.work import NETS, Images, Work, read_json
 SPARSITIES = ("0.5", "0.7", "0.9", "2:4")
 BATCHES, MAIN_BATCHES = (10, 20, 30, 50), 20
 BATCH, GAIN_SAMPLES, HELD_OUT = 128, 64, 256
-PAPER_METHODS = ("bn", "layerwise", "raw", "asr")
-OWN_METHODS = ("paired", "refit", "auto")
+PaperMethod = Literal["bn", "layerwise", "raw", "asr"]
+OwnMethod = Literal["paired", "refit", "auto"]
+PAPER_METHODS: tuple[PaperMethod, ...] = get_args(PaperMethod)
+OWN_METHODS: tuple[OwnMethod, ...] = get_args(OwnMethod)
 METHODS = ("none", *PAPER_METHODS, *OWN_METHODS)
 ABLATION_SPARSITY = "0.9"
 FIXED_PRIOR = 1.0
@@ -75,9 +77,9 @@ class Cell:
 def repairs(sparsity: str, batches: Sequence[int], images: int) -> dict[str, Repair]:
     """The repairs of one pruned net, by name: METHOD, METHOD:BATCHES or METHOD:exact, and variants."""
     found = {"none": Repair(None)}
-    for method in OWN_METHODS:  # auto splits off held-out images itself
-        held_out = HELD_OUT if method == "auto" else 0
-        found[method] = Repair(RepairOptions(method=method, samples=images, verify_samples=held_out))
+    for own in OWN_METHODS:  # auto splits off held-out images itself
+        held_out = HELD_OUT if own == "auto" else 0
+        found[own] = Repair(RepairOptions(method=own, samples=images, verify_samples=held_out))
     if sparsity == ABLATION_SPARSITY:
         for power in RELIABILITY_POWERS:
             options = RepairOptions(method="paired", samples=images, verify_samples=0, reliability_power=power)
@@ -135,8 +137,9 @@ def prune(net: Path, sparsity: str) -> onnx.ModelProto:
     """Prune a net by magnitude to a sparsity, with a scope if one is named, or to N:M. Callers must not modify it."""
     if ":" in sparsity:
         return onnx_asr.prune(net, options=onnx_asr.PruneOptions(pattern=sparsity)).model
-    share, *scope = sparsity.split()
-    return onnx_asr.prune(net, options=onnx_asr.PruneOptions(float(share), scope=scope[0] if scope else "global")).model
+    share, _, scope = sparsity.partition(" ")
+    chosen: Any = scope or "global"
+    return onnx_asr.prune(net, options=onnx_asr.PruneOptions(float(share), scope=chosen)).model
 
 
 def scaled(model: onnx.ModelProto, factor: float) -> onnx.ModelProto:
@@ -146,7 +149,7 @@ def scaled(model: onnx.ModelProto, factor: float) -> onnx.ModelProto:
     the factor, the variance by its square. In the nets of this grid every BatchNormalization reads Conv outputs alone,
     directly or through a Concat or a pooling.
     """
-    factors = {}
+    factors: dict[str, float] = {}
     for node in model.graph.node:
         if node.op_type == "Conv":
             factors |= dict.fromkeys(node.input[1:], factor)
@@ -197,7 +200,7 @@ class Bench:
     @cached_property
     def preprocessing(self) -> onnx_asr.Preprocessing:
         """The preprocessing that the net was trained with."""
-        return onnx_asr.Preprocessing.from_options(preset=read_json(self.work.record(self.name))["preset"])
+        return onnx_asr.PRESETS[read_json(self.work.record(self.name))["preset"]]
 
     def finish(self, cell: Cell) -> None:
         """Compute a cell, unless it is finished."""

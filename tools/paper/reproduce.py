@@ -65,7 +65,7 @@ def train(arguments: argparse.Namespace) -> None:
         arguments.bf16,
         arguments.float16,
     )
-    preprocessing = onnx_asr.Preprocessing.from_options(preset=PRESET)
+    preprocessing = onnx_asr.PRESETS[PRESET]
     normalize = nets.Normalization(preprocessing.mean, preprocessing.std)
     nets.prepare(arguments.device, arguments.threads)
     for name in arguments.nets:

@@ -362,7 +362,7 @@ def correlations(data: Data) -> str:
         pairs = [(number, difference(data, net, s, better, worse)) for number, net, s in severities(data)]
         known = [(number, gain) for number, gain in pairs if gain is not None]
         varies = len(known) > 2 and all(len(set(column)) > 1 for column in zip(*known, strict=True))
-        rho = np.corrcoef(*map(ranks, zip(*known, strict=True)))[0, 1] if varies else None
+        rho = float(np.corrcoef([ranks(column) for column in zip(*known, strict=True)])[0, 1]) if varies else None
         body.append([f"{label(better)} - {label(worse)}", f"{len(known)}", text(rho, "+.2f")])
     return rows(["gain", "pruned nets", "Spearman's rho with severity"], body)
 
