@@ -142,6 +142,24 @@ def test_links_lead_somewhere(path: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{file}#{anchor}"
 
 
+def options_of_commands() -> dict[str, set[str]]:
+    """The options of every command, as docs/options.md lists them."""
+    sections = re.split(r"^## (\w+)$", (DOCS / "options.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    rows = (re.findall(r"^\| (`-.*?) \|", text, re.MULTILINE) for text in sections[1::2])
+    return {name: set(re.findall(r"--?[\w-]+", " ".join(row))) for name, row in zip(sections[::2], rows, strict=True)}
+
+
+def test_commands_that_are_shown_have_these_options() -> None:
+    known, seen = options_of_commands(), 0
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        for name, arguments in re.findall(r"\bonnx-resuscitate (\w+) ([^`\n]*)", text):
+            shown = set(re.findall(r"(?<!\S)--?[a-z][\w-]*", arguments.split("#")[0]))
+            assert shown <= known[name], f"{path.name}: {name} {arguments}"
+            seen += len(shown)
+    assert seen > 50
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_tests_that_are_named_exist(path: Path) -> None:
     named = re.findall(r"\btests/\w[\w/]*(?:\.\w+)?", path.read_text(encoding="utf-8"))
