@@ -179,7 +179,10 @@ class Lane:
 
     def _session(self, positions: set[int], inputs: Sequence[str], outputs: Sequence[str]) -> Session:
         boundary = {name: _boundary(self._held[name]) for name in inputs}
-        return Session(extract(self.index, positions, boundary, outputs, self.plan), self._runtime)
+        model = extract(self.index, positions, boundary, outputs, self.plan)
+        first, last = (self.index.label(position) for position in (min(positions), max(positions)))
+        name = f"the part of the model up to '{outputs[-1]}' (nodes {first} to {last})"
+        return Session(model, self._runtime, name)
 
 
 def _boundary(arrays: Sequence[NDArray[Any]]) -> Boundary:

@@ -1,4 +1,4 @@
-"""One onnxruntime session over a model held in memory, with outputs bound to buffers of ours."""
+"""One onnxruntime session over a model held in memory, with outputs bound to the caller's buffers."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Runtime:
         providers: Execution providers in order of preference.
         threads: Threads within an operator; 0 lets onnxruntime use every core.
         verbose: Let onnxruntime print its warnings.
-        lean: Have what was freed leave memory before a session is made, and sessions take no more than they use; what
-            is taken again costs time, a fifth of a compression's.
+        lean: Return freed memory to the system before a session is made, and let sessions take no more than they use;
+            taking it again costs time, a fifth of a compression's.
         guard: Entered around every load and run, so that another process can see that one does not come to an end.
     """
 
@@ -65,11 +65,17 @@ class Runtime:
 class Session:
     """A loaded model.
 
+    Args:
+        model: The model, or its path.
+        runtime: How to run.
+        name: What to call it in messages; None for the name of its graph or its path.
+
     Raises:
         ModelError: When onnxruntime cannot load or run the model.
     """
 
-    def __init__(self, model: onnx.ModelProto | str, runtime: Runtime) -> None:
+    def __init__(self, model: onnx.ModelProto | str, runtime: Runtime, name: str | None = None) -> None:
+        self._name = name or f"the model '{model if isinstance(model, str) else model.graph.name}'"
         if runtime.lean:
             _give_memory_back()
         options = runtime.options()
@@ -80,7 +86,10 @@ class Session:
                 self._session = onnxruntime.InferenceSession(source, options, providers=list(runtime.providers))
             weights.clear()  # onnxruntime has copied them by now, and held none of them before
         except Exception as error:  # onnxruntime raises a family of unrelated classes
-            raise ModelError(f"onnxruntime cannot load the model: {_first_line(error)}") from error
+            raise ModelError(
+                f"onnxruntime cannot load {self._name}: {_first_line(error)}; export it with operators and an opset "
+                "that this onnxruntime knows, or install a newer one"
+            ) from error
         self.output_names = list(dict.fromkeys(output.name for output in self._session.get_outputs()))
         self._shapes: dict[tuple[Any, ...], dict[str, tuple[tuple[int, ...], np.dtype[Any]]]] = {}
         self._data_dependent = False
@@ -122,13 +131,16 @@ class Session:
             with self._runtime.guard():
                 return call()
         except Exception as error:
-            raise ModelError(f"onnxruntime cannot run the model: {_first_line(error)}") from error
+            raise ModelError(
+                f"onnxruntime cannot run {self._name}: {_first_line(error)}; run the whole model in onnxruntime by "
+                "itself: if that fails too, check the shapes of its inputs, or export it again"
+            ) from error
 
 
 def _serialized(
     model: onnx.ModelProto, options: onnxruntime.SessionOptions, lean: bool
 ) -> tuple[bytes, dict[str, onnxruntime.OrtValue]]:
-    """A model as bytes; weights left in their file are handed over beside them, and large ones where that saves a copy.
+    """A model as bytes; weights still in their file are handed over separately, and large ones where that saves a copy.
 
     Returns:
         The bytes, and the weights handed over, which have to be held until the session is made.

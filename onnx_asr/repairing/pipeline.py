@@ -19,7 +19,7 @@ from onnx_asr.repairing.channelwise import batchnorm_track, paired_track, walk
 from onnx_asr.repairing.job import RepairJob
 from onnx_asr.repairing.methods import correct
 from onnx_asr.repairing.options import Method, RepairOptions
-from onnx_asr.repairing.point_report import PointReport
+from onnx_asr.repairing.point_report import PointReport, unconverged
 from onnx_asr.repairing.result import Candidate, RepairResult, Verification
 from onnx_asr.repairing.samples import Verifier
 
@@ -122,7 +122,7 @@ def verified(job: RepairJob, repaired: Repaired, execution: Execution) -> Repair
         candidates=(),
         points=repaired.points,
         skips=repaired.skips,
-        notes=(),
+        notes=unconverged(repaired.points),
         verification=verification,
         calibration_samples=repaired.samples,
         calibration_digest=repaired.digest,

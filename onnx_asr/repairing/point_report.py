@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from onnx_asr.arrays import Floats
 from onnx_asr.graph.points import Point
+
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class PointReport:
         residual: Relative error of the point's output before and after a refit; None for channel rules.
         shrinkage: Smallest, median and largest factor on a channel's raw gain (``asr``: ``s``; ``paired``: ``rho^k``);
             None where raw gains are trusted fully.
+        converged: Whether the solver of a refit met its tolerance; False where it stopped at its limit of steps.
     """
 
     node: int
@@ -36,6 +40,7 @@ class PointReport:
     gain: tuple[float, float, float] | None
     residual: tuple[float, float] | None = None
     shrinkage: tuple[float, float, float] | None = None
+    converged: bool = True
 
     @classmethod
     def of(
@@ -46,6 +51,7 @@ class PointReport:
         gain: Floats | None = None,
         residual: tuple[float, float] | None = None,
         shrinkage: Floats | None = None,
+        converged: bool = True,
     ) -> PointReport:
         """Summarise the gains of a point."""
         return cls(
@@ -58,6 +64,7 @@ class PointReport:
             gain=_spread(gain),
             residual=residual,
             shrinkage=_spread(shrinkage),
+            converged=converged,
         )
 
     def note(self, method: str) -> str:
@@ -74,6 +81,18 @@ class PointReport:
 
 def _spread(values: Floats | None) -> tuple[float, float, float] | None:
     return None if values is None else (float(values.min()), float(np.median(values)), float(values.max()))
+
+
+def unconverged(reports: Sequence[PointReport]) -> tuple[str, ...]:
+    """A note on the refits whose solver stopped at its limit of steps, where there are such."""
+    names = [report.name for report in reports if not report.converged]
+    if not names:
+        return ()
+    listed = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+    return (
+        f"conjugate gradients stopped at the limit of steps in {len(names)} of {len(reports)} layers: {listed}; their "
+        "weights are approximate: raise --ridge, or check the calibration samples",
+    )
 
 
 Reports = dict[int, PointReport]

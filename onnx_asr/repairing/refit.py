@@ -148,6 +148,7 @@ def write_refit(
         dead=int((~rows.any(axis=1)).sum()),
         gain=solution.gain,
         residual=(solution.residual_before, solution.residual_after),
+        converged=solution.converged,
     )
 
 

@@ -86,6 +86,11 @@ class RepairResult:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
+    def modified(self) -> bool:
+        """Whether any parameter was corrected; False where "auto" returns the pruned model unchanged."""
+        return bool(self.points)
+
+    @property
     def improved(self) -> bool:
         """Whether the result may replace its input: verified as no worse, or not verified at all."""
         return self.verification is None or self.verification.improved
@@ -102,6 +107,7 @@ class RepairResult:
             }
         return {
             "options": asdict(self.options),
+            "modified": self.modified,
             "improved": self.improved,
             "verification": verification,
             "candidates": [

@@ -258,6 +258,15 @@ def test_a_model_that_cannot_run_is_a_model_error() -> None:
         Session(model, Runtime(threads=1)).run({"x": np.zeros((1, 4), np.float32)})
 
 
+def test_a_part_that_cannot_run_is_named() -> None:
+    model = net("g (float[N,4] x) => (float[N,3] y) { [first] a = Relu (x)  [second] y = MatMul (a, w) }", w=(4, 3))
+    with BufferPool() as pool:
+        lane = Lane(index(model), ["a", "y"], [{"x": np.zeros((2, 5), np.float32)}], pool, Runtime(threads=1))
+        list(lane.advance(["a"]))
+        with pytest.raises(ModelError, match=r"cannot (load|run) the part of the model up to 'y' \(nodes .*MatMul"):
+            list(lane.advance(["y"]))
+
+
 def test_providers_that_are_not_there_are_refused() -> None:
     with pytest.raises(OptionError, match="CPUExecutionProvider"):
         Runtime(providers=("NoSuchProvider",))

@@ -491,6 +491,7 @@ def test_auto_gives_back_what_it_cannot_improve() -> None:
     options = RepairOptions(samples=32, verify_samples=16)
     result = repair(model, data_of("residual"), options, dense=model)
     assert not result.improved
+    assert not result.modified
     assert result.model == model
     assert result.points == ()
     assert "unchanged" in result.notes[-1]

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
+import onnx_asr
+import onnx_asr.numerics.refit as refit_numerics
 import onnx_asr.repairing.rows as refit_samples
 from onnx_asr.data import sample_indices
 from onnx_asr.networks.fidelity import compare
 from onnx_asr.networks.parameters import Draft
 from onnx_asr.numerics.patches import sample_positions
 from onnx_asr.numerics.refit import LayerRefit
+from onnx_asr.numerics.rows import SolverLimits
+from onnx_asr.pruning.options import PruneOptions
 from onnx_asr.repairing.options import RefitRecipe, RepairOptions
 from onnx_asr.repairing.pipeline import repair
 from onnx_asr.repairing.rows import RowSampler
@@ -76,6 +81,19 @@ def test_a_point_is_let_go_of_before_the_next_one_is_fitted(monkeypatch: pytest.
     refitted(dense, dense, images(16, seed=1), RefitRecipe())
     assert len(alive) > 3
     assert max(alive) == 0
+
+
+def test_a_solver_that_stops_at_its_limit_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    limited = partial(LayerRefit, limits=SolverLimits(cg_steps=1))
+    monkeypatch.setattr(refit_samples, "LayerRefit", limited)
+    monkeypatch.setattr(refit_numerics, "inverse_is_cheaper", lambda *_: False)
+    dense, x = residual_net(), images(16, seed=1)
+    damaged = onnx_asr.prune(dense, options=PruneOptions(0.5)).model
+    result = repair(damaged, x, RepairOptions(method="refit", samples=16, verify_samples=0), dense=dense)
+    stopped = [point.name for point in result.points if not point.converged]
+    assert stopped
+    (note,) = [note for note in result.notes if "limit of steps" in note]
+    assert f"in {len(stopped)} of {len(result.points)} layers: {stopped[0]}" in note
 
 
 def rows_of(output: np.ndarray, axis: int = 1) -> np.ndarray:
