@@ -19,8 +19,8 @@ from onnx_asr.arrays import Floats
 from onnx_asr.numerics.moments import Moments
 
 DEAD_RATIO = 1e-5
-"""A channel whose standard deviation is below this share of its reference's, or of its own mean, carries rounding
-noise, not signal: the float32 mean of a constant channel is off by up to 3e-7 of it, which looks like a deviation."""
+"""Below this ratio of its standard deviation to its reference's, or to its own mean, a channel carries rounding noise:
+the float32 mean of a constant channel is off by up to 3e-7 of its value, which looks like a deviation."""
 
 _VARIANCE_FLOOR = 1e-12
 _MIN_VAR_OVER_EPS = 1e-3
@@ -47,18 +47,18 @@ class BatchNormParameters:
 
     @property
     def deviation(self) -> Floats:
-        """``S = sqrt(var + eps)``; NaN where a stored variance is below ``-eps``, which callers refuse."""
+        """``S = sqrt(var + eps)``; NaN where a stored variance is below ``-eps``, which callers reject."""
         with np.errstate(invalid="ignore"):
             return np.asarray(np.sqrt(self.var + self.epsilon))
 
     @property
     def slope(self) -> Floats:
-        """Factor on the input, ``a = gamma / S``."""
+        """Factor on the input, ``a = scale / S``."""
         return np.asarray(self.scale / self.deviation)
 
     @property
     def moments(self) -> Moments:
-        """The stored statistics as a dense reference (docs/method.md, ``paired``), standing for one observation."""
+        """The stored statistics as moments of one observation, for use as a reference (docs/method.md, ``paired``)."""
         return Moments(1.0, self.mean, self.var)
 
 
@@ -67,7 +67,7 @@ def paired(dense: Moments, pruned: Moments, correlation: Floats | None = None, p
 
         gain = s_d / s_p * max(rho, 0)^power,  shift = m_d - gain m_p
 
-    A dead channel (``s_p`` zero, or rounding noise against ``s_d`` or ``m_p``) keeps gain 1 and only has its mean
+    A dead channel (``s_p`` is zero, or rounding noise compared with ``s_d`` or ``m_p``) keeps gain 1; only its mean is
     corrected.
 
     Args:
@@ -88,7 +88,7 @@ def paired_shrinkage(correlation: Floats, power: float) -> Floats:
 
 
 def is_live(dense: Moments | None, pruned: Moments) -> NDArray[np.bool_]:
-    """Which pruned channels carry signal: deviation above rounding noise, see :data:`DEAD_RATIO`."""
+    """[C] whether pruned channels carry signal, see :data:`DEAD_RATIO`."""
     level = np.abs(pruned.mean)
     return pruned.std > DEAD_RATIO * (level if dense is None else np.maximum(dense.std, level))
 
@@ -99,14 +99,14 @@ def raw_gain(dense: Moments, pruned: Moments) -> Floats:
 
 
 def layerwise_gain(dense: Moments, pruned: Moments) -> Floats:
-    """One factor a layer, ``sqrt(mean v_d / mean v_p)`` (ASR paper, baseline LW); 1 where the layer is dead."""
+    """One factor per layer, ``sqrt(mean v_d / mean v_p)`` (ASR paper, baseline LW); 1 where the layer is dead."""
     total = float(pruned.var.mean())
     factor = np.sqrt(float(dense.var.mean()) / total) if is_live(dense, pruned).any() else 1.0
     return np.full_like(pruned.mean, factor)
 
 
 def asr_gain(dense: Moments, pruned: Moments, prior: Literal["median", "mean"] | float = "median") -> Floats:
-    """Raw gain shrunk toward the identity by the channel's share of the variance (ASR paper, Algorithm 1).
+    """Raw gain, shrunk toward 1 where the channel's variance is small (ASR paper, Algorithm 1).
 
         s = v_p / (v_p + lam),  gain = s sqrt(v_d / v_p) + (1 - s)
 
@@ -121,7 +121,7 @@ def asr_gain(dense: Moments, pruned: Moments, prior: Literal["median", "mean"] |
 
 
 def asr_reliability(pruned: Moments, prior: Literal["median", "mean"] | float = "median") -> Floats:
-    """Share of the raw gain that :func:`asr_gain` trusts, ``s = v_p / (v_p + lam)``."""
+    """Weight of the raw gain in :func:`asr_gain`, ``s = v_p / (v_p + lam)``."""
     variance = pruned.var
     if prior == "median":
         lam = float(np.median(variance))
@@ -133,16 +133,15 @@ def asr_reliability(pruned: Moments, prior: Literal["median", "mean"] | float = 
 
 
 def recalibrate(bn: BatchNormParameters, mean: Floats, var: Floats) -> BatchNormParameters:
-    """Replace the running statistics by measured ones; a channel without variance keeps its stored variance."""
+    """Replace the running statistics with measured ones; a channel without variance keeps its stored variance."""
     return BatchNormParameters(bn.scale, bn.bias, mean, np.where(var > 0, var, bn.var), bn.epsilon)
 
 
 def absorb(bn: BatchNormParameters, affine: ChannelAffine) -> BatchNormParameters:
     """Parameters with which ``BN'(z) = BN(gain z + shift)``.
 
-    Written into mean and variance; where the variance ``(var + eps) / gain^2 - eps`` would be negative or tiny
-    against eps, either would leave the range of every stored type, or the gain is not positive, into scale and bias
-    instead.
+    The map goes into mean and variance. It goes into scale and bias where the gain is not positive, the variance
+    ``(var + eps) / gain^2 - eps`` would be negative or tiny compared with eps, or a value would exceed float16.
     """
     gain, shift = affine.gain, affine.shift
     total = bn.var + bn.epsilon

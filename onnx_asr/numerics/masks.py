@@ -1,4 +1,4 @@
-"""Which weights to keep: scores to masks with an exact number of survivors."""
+"""Scores to masks with an exact number of surviving weights."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from onnx_asr.arrays import Mask
 
 
 def keep_largest(scores: Sequence[NDArray[Any]], keep: int) -> list[Mask]:
-    """Masks that keep exactly ``keep`` entries over all arrays together: those of the largest score.
+    """Masks that keep the ``keep`` entries with the largest scores over all arrays.
 
     Ties are broken by position: earlier arrays first, then earlier entries in C order.
 
     Args:
-        scores: Arrays of any shapes; larger is more worth keeping.
+        scores: Arrays of any shape.
         keep: Number of entries to keep, 0 to the total size.
     """
-    flat = np.concatenate([np.asarray(score).ravel() for score in scores]) if scores else np.empty(0)
+    if not scores:
+        return []
+    flat = np.concatenate([np.asarray(score).ravel() for score in scores])
     mask = np.zeros(flat.size, bool)
     if keep >= flat.size:
         mask[:] = True
@@ -29,12 +31,8 @@ def keep_largest(scores: Sequence[NDArray[Any]], keep: int) -> list[Mask]:
         mask[:] = flat > threshold
         ties = np.flatnonzero(flat == threshold)
         mask[ties[: keep - int(mask.sum())]] = True
-    masks = []
-    start = 0
-    for score in scores:
-        masks.append(mask[start : start + score.size].reshape(score.shape))
-        start += score.size
-    return masks
+    ends = np.cumsum([score.size for score in scores])
+    return [part.reshape(score.shape) for part, score in zip(np.split(mask, ends[:-1]), scores, strict=True)]
 
 
 def keep_count(size: int, sparsity: float) -> int:
@@ -48,9 +46,12 @@ def keep_n_of_m(scores: NDArray[Any], n: int, m: int) -> Mask:
     A last group of fewer than ``m`` channels counts as padded with zeros, which are pruned first. Ties are broken by
     position.
 
+    >>> keep_n_of_m(np.array([[[3.0], [1.0], [2.0], [9.0]]]), 2, 4)[0, :, 0].tolist()  # [C_out, C_in, taps]
+    [True, False, False, True]
+
     Args:
-        scores: [C_out, C_in, taps]; the groups run along C_in, for every output channel and tap apart.
-        n: Entries kept in a group.
+        scores: [C_out, C_in, taps]; groups run along C_in, separately for every output channel and tap.
+        n: Entries kept per group.
         m: Size of a group.
     """
     outputs, inputs, taps = scores.shape
@@ -64,13 +65,13 @@ def keep_n_of_m(scores: NDArray[Any], n: int, m: int) -> Mask:
 
 
 def block_scores(scores: NDArray[Any], height: int) -> NDArray[np.float64]:
-    """The mean score of every block of ``height`` consecutive output channels; a last block may have fewer.
+    """The mean score of every block of ``height`` consecutive output channels.
 
-    The mean, so that a short block counts by weight as the others do.
+    The mean and not the sum, so that a last block with fewer channels compares with the others.
 
     Args:
-        scores: [G, O, I, taps]; the blocks run along O, within a group.
-        height: Output channels a block.
+        scores: [G, O, I, taps]; blocks run along O, within a group.
+        height: Output channels per block.
 
     Returns:
         [G, ceil(O / height), I, taps].
@@ -82,7 +83,7 @@ def block_scores(scores: NDArray[Any], height: int) -> NDArray[np.float64]:
 
 
 def spread_blocks(mask: Mask, height: int, outputs: int) -> Mask:
-    """[G, outputs, I, taps] of [G, ceil(outputs / height), I, taps]: every block's value for all its channels."""
+    """Expand a mask of blocks [G, ceil(outputs / height), I, taps] to all their channels [G, outputs, I, taps]."""
     return np.asarray(np.repeat(mask, height, axis=1)[:, :outputs])
 
 
@@ -93,11 +94,11 @@ _FULL_GROUPS = 0.9
 def find_n_of_m(mask: Mask) -> tuple[int, int] | None:
     """The N:M pattern that a mask follows along the input channels, or None.
 
-    No group of ``m`` has more than ``n`` entries left, and nine in ten whole groups have exactly ``n``: the first alone
-    also holds for a very sparse mask without any pattern. Of several, the one of the smallest ``m``.
+    No group of ``m`` has more than ``n`` entries left, and nine in ten whole groups have exactly ``n``; the first
+    condition alone also holds for any very sparse mask. Of several patterns, the one with the smallest ``m``.
 
     Args:
-        mask: [C_out, C_in, taps]; the groups run along C_in, a last one may be short.
+        mask: [C_out, C_in, taps]; groups run along C_in, the last one may be short.
     """
     outputs, inputs, taps = mask.shape
     for m in PATTERN_WIDTHS:

@@ -8,7 +8,7 @@ chunks: Chan's formula in float64,
     M2    = M2_a + M2_b + delta^2 n_a n_b / n            (cross moments alike, with delta_x delta_y)
 
 so that nothing cancels where the mean is large against the standard deviation. Moments of infinite values are not
-finite; no warning is given, whoever uses them checks.
+finite; callers check :attr:`Moments.is_finite`.
 """
 
 from __future__ import annotations
@@ -134,10 +134,10 @@ Found = TypeVar("Found", Moments, PairMoments)
 
 
 class Accumulator(dict[Key, Found]):
-    """Moments by key, of chunks merged in the order in which they come."""
+    """Moments by key, merged over chunks in their order."""
 
     def add(self, key: Key, chunk: Found) -> None:
-        """Merge the moments of the next chunk into those of the key's earlier ones."""
+        """Merge the moments of a key's next chunk."""
         self[key] = self[key].merge(chunk) if key in self else chunk
 
 
@@ -149,13 +149,13 @@ def _by_sample(tensor: NDArray[Any], axis: int) -> NDArray[Any]:
         tensor = tensor.astype(np.float32)
     before = math.prod(shape[:axis])
     after = math.prod(shape[axis + 1 :])
-    if after == 1:  # no positions behind the channels: the rows of the chunk together make one sample
+    if after == 1:  # no positions behind the channels: the rows of the chunk count as one sample
         return np.ascontiguousarray(tensor.reshape(before, shape[axis]).T)[None]
     return tensor.reshape(before, shape[axis], after)
 
 
 def _blocks(samples: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """Runs of samples small enough to stay in the cache while they are read twice."""
+    """Groups of samples that stay in the cache while they are read twice."""
     step = max(1, _BLOCK // max(1, samples.shape[1] * samples.shape[2]))
     for start in range(0, len(samples), step):
         yield samples[start : start + step]

@@ -23,11 +23,11 @@ Positions = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """Spatial geometry of a convolution; every tuple has one entry a spatial axis.
+    """Spatial geometry of a convolution; every tuple has one entry per spatial axis.
 
     Attributes:
         kernel: Taps along each axis.
-        strides: Step of the output (of the input, where transposed).
+        strides: Input positions per output position; the inverse where transposed.
         dilations: Distance between taps.
         pads: Padding before the first element of each axis.
         groups: Number of channel groups.
@@ -43,10 +43,9 @@ class ConvGeometry:
 
 
 def sample_positions(images: int, size: int, rows: int, seed: tuple[int, ...]) -> Positions:
-    """Seeded output positions for every image, [images, P], at most ``rows`` in all where that is one an image or more.
+    """Seeded output positions [images, P]: all where ``rows`` suffices, else at least one per image.
 
-    Stratified: each image's ``size`` positions are divided into ``P`` equal runs and one is drawn from each. All of
-    them where ``rows`` suffices.
+    Stratified: each image's ``size`` positions are divided into ``P`` equal runs, from each of which one is drawn.
     """
     per_image = max(1, rows // images)
     if per_image >= size:
@@ -59,7 +58,7 @@ def sample_positions(images: int, size: int, rows: int, seed: tuple[int, ...]) -
 def input_positions(
     geometry: ConvGeometry, input_shape: tuple[int, ...], output_shape: tuple[int, ...]
 ) -> NDArray[np.int64]:
-    """Flat input position for every flat output position and tap, [outputs, taps]; -1 in the padding."""
+    """Flat input position of every flat output position and tap, [outputs, taps]; -1 in the padding."""
     flat = np.zeros((1, 1), np.int64)
     valid = np.ones((1, 1), bool)
     for axis, (size, extent) in enumerate(zip(input_shape, output_shape, strict=True)):
@@ -100,7 +99,7 @@ def gather_patches(
     maps = tensor.reshape(images, channels, size)
     if 2 * wanted.shape[1] < size:
         patches = maps[np.arange(images)[:, None], :, wanted].astype(np.float32, copy=False).reshape(-1, channels)
-    else:  # channels last first: each patch is then copied from whole cache lines
+    else:  # to channels last, so that each patch is copied from whole cache lines
         by_position = np.ascontiguousarray(maps.transpose(0, 2, 1), dtype=np.float32).reshape(-1, channels)
         rows = wanted + (np.arange(images) * size)[:, None]
         patches = np.take(by_position, rows.ravel(), axis=0, mode="clip")
@@ -114,7 +113,7 @@ def gather_patches(
 
 
 def gather_outputs(tensor: NDArray[Any], positions: Positions) -> NDArray[np.float32]:
-    """A chunk's values at each image's positions: [N, C, *spatial] to [N * P, C]."""
+    """Values of a chunk [N, C, *spatial] at each image's positions, [N * P, C]."""
     images, channels = tensor.shape[:2]
     flat = tensor.reshape(images, channels, -1)
     values = flat[np.arange(images)[:, None], :, positions]  # [N, P, C]

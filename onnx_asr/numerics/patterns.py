@@ -1,4 +1,4 @@
-"""Patterns: which sets of weights may survive, and what share of them."""
+"""Sparsity patterns, and checks of a sparsity."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from onnx_asr.errors import OptionError
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which sets of weights may survive.
+    """Sets of weights that may survive together.
 
     Attributes:
-        n: Weights left of every ``m`` consecutive input channels; None where any may survive.
+        n: Weights left of every ``m`` consecutive input channels; None where any weight may survive.
         m: See ``n``.
-        height: Consecutive output channels of a group that share their zeros.
+        height: Number of consecutive output channels of a group that share their zeros.
     """
 
     n: int | None = None
@@ -28,14 +28,14 @@ class Pattern:
         """Read "unstructured", "N:M" or "Nx1".
 
         Raises:
-            OptionError: When it is none of them.
+            OptionError: For any other text.
         """
         if text == "unstructured":
             return cls()
         if text == "channel":
             raise OptionError(
-                "whole channels are removed by 'prune --pattern channel' (onnx_asr.prune_channels); 'repair' restores "
-                "the accuracy afterwards"
+                "pattern 'channel' does not apply here: remove whole channels with 'prune --pattern channel' "
+                "(onnx_asr.prune_channels), then restore the accuracy with 'repair'"
             )
         block = re.fullmatch(r"(\d+)x1", text)
         if block and int(block[1]) > 1:
@@ -43,14 +43,14 @@ class Pattern:
         found = re.fullmatch(r"(\d+):(\d+)", text)
         if not found or not 0 < int(found[1]) < int(found[2]):
             raise OptionError(
-                f"pattern '{text}' is unknown: give 'unstructured', N:M with 0 < N < M, such as 2:4, or Nx1 with N "
-                "above 1, such as 4x1"
+                f"pattern '{text}' is unknown: give 'unstructured', N:M with 0 < N < M, as 2:4, or Nx1 with N > 1, "
+                "such as 4x1"
             )
         return cls(int(found[1]), int(found[2]))
 
     @property
     def helps(self) -> str:
-        """What the zeros are good for."""
+        """The benefit of the zeros."""
         if (self.n, self.m) == (2, 4):
             return (
                 "2:4 zeros save time on NVIDIA GPUs from Ampere on, with TensorRT; elsewhere they only make the file "
@@ -58,17 +58,17 @@ class Pattern:
             )
         if self.n is not None:
             return (
-                f"{self} zeros save time only where kernels for this very pattern are at hand; elsewhere they make the "
-                "file compress better (2:4 is what NVIDIA GPUs accelerate)"
+                f"{self} zeros save time only in runtimes with kernels for this pattern; elsewhere they make the file "
+                "compress better (NVIDIA GPUs accelerate 2:4)"
             )
         if self.height > 1:
             return (
-                "blocks of output channels save time in runtimes with sparse kernels for CPUs, as XNNPACK's for 1x1 "
-                "convolutions (heights 2 and 4); onnxruntime has none, there they only make the file compress better"
+                "blocks of output channels save time in runtimes with sparse CPU kernels, such as XNNPACK's for 1x1 "
+                "convolutions (heights 2 and 4); onnxruntime has none, so they only make the file compress better"
             )
         return (
             "unstructured zeros make the file compress better; they save time only in runtimes with sparse kernels, "
-            "and onnxruntime has none"
+            "which onnxruntime does not have"
         )
 
     def __str__(self) -> str:
@@ -78,25 +78,25 @@ class Pattern:
 
 
 def check_sparsity(sparsity: float | None, pattern: Pattern) -> None:
-    """Refuse a sparsity outside [0, 1), a missing one, and one beside an N:M pattern, which sets its own.
+    """Check that there is a sparsity in [0, 1), or an N:M pattern without one.
 
     Raises:
-        OptionError: Saying what was received.
+        OptionError: Otherwise.
     """
     if pattern.n is None:
         check_share(sparsity, "weights to zero")
     elif sparsity is not None:
-        raise OptionError(f"pattern {pattern} sets the sparsity itself: leave --sparsity out")
+        raise OptionError(f"pattern {pattern} sets the sparsity itself: drop --sparsity")
 
 
 def check_share(sparsity: float | None, what: str) -> float:
-    """The sparsity, if it is one.
+    """The sparsity, if it is in [0, 1).
 
     Raises:
-        OptionError: When it is missing or outside [0, 1).
+        OptionError: Otherwise.
     """
     if sparsity is None:
-        raise OptionError(f"the sparsity is missing: give the share of {what}, 0 <= sparsity < 1")
+        raise OptionError(f"sparsity is missing: give the share of {what}, 0 <= sparsity < 1")
     if not (math.isfinite(sparsity) and 0 <= sparsity < 1):
         raise OptionError(f"sparsity {sparsity} is out of range: give the share of {what}, 0 <= sparsity < 1")
     return sparsity

@@ -1,4 +1,4 @@
-"""Refit of one layer: least squares on the weights that survived, from sampled rows.
+"""Refit of one layer: least squares on the surviving weights, from sampled rows.
 
 Per group of a convolution, with `X` [n, K] patches of the repaired network's input, and per output channel with target
 `T` [n] (the dense network's output), surviving weights `S` and their dense values `w0`, solve
@@ -10,18 +10,18 @@ computed for the displacement from `w0`, and scaled to a unit diagonal by `D = d
 
     A = D^-1/2 (H + R I) D^-1/2,   v = D^1/2 w,   A_SS (v - v0)_S = (D^-1/2 G + R D^-1 v0 - A v0)_S.
 
-So wherever the rows say nothing (inputs that never change, fewer rows than inputs, ridge 0 on a singular `H`) the
-weights stay at `w0`: directions in which `A` is below `NOISE` are rounding of the float32 products and are left alone.
+So wherever the rows carry no information (constant inputs, fewer rows than inputs, ridge 0 on a singular `H`) the
+weights stay at `w0`: directions in which `A` is below `NOISE` are rounding of the float32 products.
 
-**ReLU-aware step.** An error that the following ReLU hides is no error: where the dense pre-activation is <= 0, any
-prediction below `theta` (0, or minus the shortcut that is added before the ReLU) is as good as any other, so there
+**ReLU-aware step.** An error that the following ReLU hides does not count: where the dense pre-activation is <= 0, all
+predictions below `theta` (0, or minus the shortcut that is added before the ReLU) are equally good, so there
 `T <- min(w.X + b, theta)`. Only `G` and `mean(T)` change, `A` does not.
 
 **Gain.** Least squares shrinks: `std(w.X) = corr std(T)`. At the end `w <- g w` with
 `g = (std(T) / std(w.X))^gain_power` and the mean kept; 1 where the correlation is below `min_correlation`.
 
 **Classes.** Where the outputs are logits `z = w.X + b` of classes, with `p = softmax(T)`, `w1` the weights so far and
-`C = class_ridge mean(diag H)`, what is made small from there on is
+`C = class_ridge mean(diag H)`, the following steps minimize
 
     mean KL(p || softmax(z)) + C/4 |w - w1|^2,   w = 0 outside S.
 
@@ -43,10 +43,10 @@ from onnx_asr.errors import OptionError
 from onnx_asr.numerics.rows import LIMITS, MEMORY, BufferStore, Fit, Inputs, SolverLimits, Targets, softmax
 from onnx_asr.numerics.systems import NOISE, ConjugateGradients, GramSystem, Inverse, RowSystem, inverse_is_cheaper
 
-_CG_DRAFT = 1e-3  # |residual| / |load| good enough to see what the ReLU hides
-_CG_FINAL = 5e-6  # and in the weights
-_FINAL_STEPS = 90  # of conjugate gradients that this takes in all, with three ReLU-aware steps
-_DRAFT_STEPS = 30  # and a draft
+_CG_DRAFT = 1e-3  # |residual| / |load| that suffices to see what the ReLU hides
+_CG_FINAL = 5e-6  # and for the final weights
+_FINAL_STEPS = 90  # of conjugate gradients that these take in total, with three ReLU-aware steps
+_DRAFT_STEPS = 30  # and those of a draft
 
 
 class NotFiniteError(ValueError):
@@ -55,7 +55,7 @@ class NotFiniteError(ValueError):
 
 @dataclass(frozen=True)
 class RefitOptions:
-    """How a layer is refitted.
+    """Options of a layer's refit.
 
     Attributes:
         ridge: Pull toward the surviving dense weights, as a share of the mean input variance.
@@ -63,7 +63,7 @@ class RefitOptions:
         gain_power: 0 keeps the least-squares weights, 1 restores the standard deviation of the target.
         min_correlation: Channels whose fit correlates less than this with their target get gain 1.
         class_steps: Steps on the divergence, where the outputs are logits of classes.
-        class_ridge: Pull of these steps toward where they began, as a share of the mean input variance.
+        class_ridge: Pull of these steps toward their start, as a share of the mean input variance.
     """
 
     ridge: float = 1e-2
@@ -77,7 +77,7 @@ class RefitOptions:
         for name in ("ridge", "relu_steps", "gain_power", "min_correlation", "class_steps", "class_ridge"):
             value = getattr(self, name)
             if not (np.isfinite(value) and value >= 0):
-                raise OptionError(f"{name} is {value}; it must be a finite number of at least 0")
+                raise OptionError(f"{name} {value} is out of range: give a finite number of at least 0")
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,12 @@ class RefitSolution:
         bias: [G * M].
         gain: [G * M], already contained in `weight`.
         residual_before: `sqrt(sum mean(e^2) / sum var(T))` over all channels for `w0` with `b = mean(T) - w0.mean(X)`;
-            `e` is the error of the prediction, less what the ReLU hides where one follows, over every eighth chunk of
-            the rows. Not divided where every target is constant.
+            `e` is the error of the prediction, without what a following ReLU hides, over every eighth chunk of the
+            rows. Not divided where every target is constant.
         residual_after: The same for `weight` and `bias`.
         rows: The number n of samples.
-        solver: What solved the systems: an inverse for each row, or conjugate gradients on the rows of a group at once.
-        steps: Steps of conjugate gradients in all; 0 for an inverse.
+        solver: Inverses per row, or conjugate gradients on all rows of a group.
+        steps: Total number of conjugate-gradient steps; 0 for inverses.
         converged: Whether every solution met its tolerance within the limit of steps.
     """
 
@@ -379,7 +379,7 @@ def _gain(system: _System, fit: Fit, cross: Floats, scaled: Floats, options: Ref
     """`(var(T) / var(w.X))^(gain_power / 2)`; 1 where either is 0 or the correlation is below `min_correlation`.
 
     With `v = D^1/2 w` and the cross moments scaled by `D^-1/2`: `var(w.X) = w'Hw = v'(A - R D^-1)v` and
-    `cov(T, w.X) = w.G`; a variance lost in rounding counts as 0.
+    `cov(T, w.X) = w.G`; a variance below rounding counts as 0.
     """
     variance = np.vecdot(scaled, system.matrix.product(scaled) - system.pull * scaled)
     variance[variance <= NOISE * np.vecdot(scaled, scaled - system.pull * scaled)] = 0.0

@@ -1,4 +1,4 @@
-"""Sampled rows of one layer, read in chunks: moments of the inputs, and of targets with them."""
+"""Sampled rows of one layer, in chunks: moments of the inputs, and of targets with them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from onnx_asr.arrays import Floats, Mask, Singles
 
-_CHUNK_VALUES = 2**20  # of X a product: summed in float32 within, in float64 across
-_RESIDUAL_EVERY = 8  # chunks, of which one measures the residual
+_CHUNK_VALUES = 2**20  # of X per product: summed in float32 within a chunk, in float64 across chunks
+_RESIDUAL_EVERY = 8  # one chunk of this many measures the residual
 
 
 @dataclass(frozen=True)
@@ -36,30 +36,30 @@ LIMITS = SolverLimits()
 
 
 class BufferStore(Protocol):
-    """Where rows and Gram matrices are kept, which may be outside memory while they are not used."""
+    """Keeps rows and Gram matrices, in memory or, while they are not used, elsewhere."""
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """An array, contents undefined."""
+        """An array with undefined contents."""
 
     def set_aside(self, array: npt.NDArray[Any]) -> None:
-        """An array is not used for a while."""
+        """Say that an array is not used for a while."""
 
     def release(self, array: npt.NDArray[Any]) -> None:
-        """An array is not used any more."""
+        """Say that an array is not used any more."""
 
 
 class Memory:
     """Keeps everything in memory."""
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """An array, contents undefined."""
+        """An array with undefined contents."""
         return np.empty(shape, dtype)
 
     def set_aside(self, array: npt.NDArray[Any]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def release(self, array: npt.NDArray[Any]) -> None:
-        """Nothing: it goes with its last reference."""
+        """Do nothing: an array goes with its last reference."""
 
 
 MEMORY = Memory()
@@ -71,7 +71,7 @@ class Inputs:
     Attributes:
         centred: `X - mean(X)` [n, G, K].
         mean: `mean(X)` [G, K]; finite exactly where all of `X` is, as a sum of float32 cannot overflow float64.
-        store: Where they are, and their Gram matrix is to be kept.
+        store: Holds them, and their Gram matrix.
     """
 
     def __init__(self, x: Singles, store: BufferStore = MEMORY, limits: SolverLimits = LIMITS) -> None:
@@ -82,14 +82,14 @@ class Inputs:
         with np.errstate(over="ignore", invalid="ignore"):
             self.mean: Floats = x.mean(axis=0, dtype=np.float64)
             x -= self.mean.astype(np.float32)
-        # Some 4 MB, but enough rows for the product to cost more than adding it up in float64.
+        # about 4 MB, but enough rows for the product to cost more than its sum in float64
         self._step = min(max(_CHUNK_VALUES // (groups * inputs), inputs // 2, 64), 4096)
 
     def __len__(self) -> int:
         return len(self.centred)
 
     def gram(self) -> Floats:
-        """`H = cov(X)` [G, K, K], which the store holds."""
+        """`H = cov(X)` [G, K, K], held by the store."""
         groups, inputs = self.mean.shape
         gram = self.store.allocate((groups, inputs, inputs), np.dtype(np.float64))
         for rows in pieces(gram, self.store, self._limits):
@@ -108,7 +108,7 @@ class Inputs:
         return np.asarray(np.square(self.centred).mean(axis=0, dtype=np.float64))
 
     def chunks(self, every: int = 1) -> Iterator[tuple[slice, Singles]]:
-        """Yields rows and their `X - mean(X)` [c, G, K], one chunk of `every`."""
+        """Yield rows and their `X - mean(X)` [c, G, K], for one chunk of `every`."""
         for begin in range(0, len(self), every * self._step):
             rows = slice(begin, min(begin + self._step, len(self)))
             yield rows, self.centred[rows]
@@ -116,7 +116,7 @@ class Inputs:
 
 
 def pieces(gram: Floats, store: BufferStore, limits: SolverLimits) -> Iterator[slice]:
-    """Rows of [G, K, K] to work on one part after another, each set aside when its turn is over."""
+    """Rows of [G, K, K] to work on in turn, each set aside afterwards."""
     groups, inputs = gram.shape[:2]
     step = max(1, limits.piece_values // (groups * inputs))
     for begin in range(0, inputs, step):
@@ -126,7 +126,7 @@ def pieces(gram: Floats, store: BufferStore, limits: SolverLimits) -> Iterator[s
 
 @dataclass(frozen=True)
 class Fit:
-    """What least squares needs to know of a target: `cov(T, X)` [G, M, K], `mean(T)` and `var(T)` [G, M]."""
+    """Moments of a target for least squares: `cov(T, X)` [G, M, K], `mean(T)` and `var(T)` [G, M]."""
 
     cross: Floats
     mean: Floats
@@ -135,7 +135,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Targets:
-    """Wanted outputs of some channels of every group, M of them, beside the inputs they belong to.
+    """Wanted outputs of M channels of every group, with their inputs.
 
     Attributes:
         inputs: The inputs.
@@ -152,20 +152,20 @@ class Targets:
     probabilities: Singles | None
 
     def of(self, channels: slice) -> Targets:
-        """Those channels of every group alone."""
+        """The targets of some channels of every group."""
         floor = None if self.floor is None else self.floor[..., channels]
         negative = None if self.negative is None else self.negative[..., channels]
         probabilities = None if self.probabilities is None else self.probabilities[..., channels]
         return Targets(self.inputs, self.target[..., channels], floor, negative, probabilities)
 
     def fit(self) -> Fit:
-        """The fit of the target as it was given."""
+        """The fit of the target as given."""
         with np.errstate(over="ignore", invalid="ignore"):
             mean = self.target.mean(axis=0, dtype=np.float64)
         return self._sum_up(((self.target[rows], chunk) for rows, chunk in self.inputs.chunks()), mean)
 
     def visible_fit(self, weight: Floats, level: Floats) -> Fit:
-        """The fit of what the ReLU lets through, for the prediction `weight . (X - mean(X)) + level`."""
+        """The fit without errors that the ReLU hides, for the prediction `weight . (X - mean(X)) + level`."""
         return self._sum_up(((target, chunk) for target, _, chunk in self._visible(weight, level)), level)
 
     def class_fit(self, weight: Floats, level: Floats) -> Fit:
@@ -189,11 +189,8 @@ class Targets:
     def _sum_up(self, pairs: Iterator[tuple[Singles, Singles]], shift: Floats) -> Fit:
         """Moments of targets [c, G, M] with centred inputs [c, G, K]; `shift` [G, M] is near the targets' mean."""
         origin = shift.astype(np.float32)
-        cross, total, square = (
-            np.zeros((*shift.shape, self.inputs.centred.shape[2])),
-            np.zeros(shift.shape),
-            np.zeros(shift.shape),
-        )
+        cross = np.zeros((*shift.shape, self.inputs.centred.shape[2]))
+        total, square = np.zeros(shift.shape), np.zeros(shift.shape)
         for target, chunk in pairs:
             target = target - origin
             cross += target.transpose(1, 2, 0) @ chunk.transpose(1, 0, 2)
@@ -205,7 +202,7 @@ class Targets:
         return Fit(cross, origin + offset, variance)
 
     def _visible(self, weight: Floats, level: Floats, every: int = 1) -> Iterator[tuple[Singles, Singles, Singles]]:
-        """Yields target, prediction [c, G, M] and centred inputs [c, G, K], without errors that the ReLU hides."""
+        """Yield target, prediction [c, G, M] and centred inputs [c, G, K], without errors that the ReLU hides."""
         for rows, prediction, chunk in self._predicted(weight, level, every):
             target = self.target[rows]
             if self.negative is not None:
@@ -214,7 +211,7 @@ class Targets:
             yield target, prediction, chunk
 
     def _predicted(self, weight: Floats, level: Floats, every: int = 1) -> Iterator[tuple[slice, Singles, Singles]]:
-        """Yields rows, prediction [c, G, M] and centred inputs [c, G, K]."""
+        """Yield rows, prediction [c, G, M] and centred inputs [c, G, K]."""
         single, base = weight.transpose(0, 2, 1).astype(np.float32), level.astype(np.float32)
         for rows, chunk in self.inputs.chunks(every):
             prediction = np.empty((len(chunk), *level.shape), np.float32)
@@ -224,9 +221,9 @@ class Targets:
 
 
 def _where(mask: Mask, chosen: Singles, other: Singles) -> Singles:
-    """`np.where(mask, chosen, other)` in five times less time where the mask has no order; `chosen` is overwritten.
+    """`np.where(mask, chosen, other)`, five times as fast where the mask is irregular; `chosen` is overwritten.
 
-    Without a branch for each element: `other ^ ((chosen ^ other) & m)`, where the bits of `m` are all 1 or all 0.
+    No branch per element: `other ^ ((chosen ^ other) & m)`, where the bits of `m` are all 1 or all 0.
     """
     bits, rest = chosen.view(np.int32), other.view(np.int32)
     bits ^= rest

@@ -1,4 +1,4 @@
-"""What a weight is worth keeping, and how many a layer keeps."""
+"""Scores of weights, and how many weights each layer keeps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_INVERSE = 8192  # inputs up to which H is inverted: 0.5 GB
 def lamp(weight: NDArray[Any]) -> Floats:
     """``w^2 / sum of w'^2 over all w' of the weight with |w'| >= |w|`` (layer-adaptive magnitude, arXiv 2010.07611).
 
-    Of equal magnitudes the earlier one counts as the larger, so that scores do not tie within a weight.
+    Of equal magnitudes the earlier one counts as larger, so that there are no ties within a weight.
     """
     square = np.square(weight.astype(np.float64)).ravel()
     order = np.argsort(-square, kind="stable")
@@ -29,16 +29,16 @@ def lamp(weight: NDArray[Any]) -> Floats:
 
 
 def row_normalised(rows: NDArray[Any]) -> Floats:
-    """``|w_ij| / rms_j(w_ij)`` for weights as rows [C_out, K]: free of the scale that each output channel carries."""
+    """``|w_ij| / rms_j(w_ij)`` for weights as rows [C_out, K]: independent of the scale of each output channel."""
     exact = np.abs(rows.astype(np.float64))
     size = np.sqrt(np.square(exact).mean(axis=1, keepdims=True))
     return np.asarray(np.divide(exact, size, out=np.zeros_like(exact), where=size > 0))
 
 
 def saliency(rows: NDArray[Any], gram: Floats, ridge: float) -> Floats:
-    """``w^2 / [(H + R I)^-1]_jj``: the cost of removing a weight once the others took over (optimal brain surgeon).
+    """``w^2 / [(H + R I)^-1]_jj``: the cost of removing a weight if the others compensate (optimal brain surgeon).
 
-    Beyond 8,192 inputs the inverse is taken of the diagonal alone, ``w^2 (H_jj + R)``.
+    Beyond 8,192 inputs ``H`` is replaced with its diagonal, ``w^2 (H_jj + R)``.
 
     Args:
         rows: Weights [C_out, K], the output channels of a group side by side.
@@ -61,14 +61,14 @@ def saliency(rows: NDArray[Any], gram: Floats, ridge: float) -> Floats:
 
 
 def erk_keep(shapes: Sequence[tuple[int, ...]], sizes: Sequence[int], keep: int) -> list[int]:
-    """How many entries every layer keeps, ``keep`` in all, at Erdos-Renyi-kernel densities (arXiv 1911.11134).
+    """Entries that each layer keeps at Erdos-Renyi-kernel densities (arXiv 1911.11134), ``keep`` in total.
 
     The density of a layer is proportional to ``sum(shape) / prod(shape)``; layers that would exceed 1 stay dense.
 
     Args:
-        shapes: [C_out, C_in / group, *kernel] of every layer.
-        sizes: Entries of every layer.
-        keep: Entries to keep in all.
+        shapes: [C_out, C_in / group, *kernel] of each layer.
+        sizes: Number of entries of each layer.
+        keep: Total number of entries to keep.
     """
     raw = np.array([sum(shape) / np.prod(shape) for shape in shapes])
     size = np.asarray(sizes, np.float64)
@@ -93,19 +93,22 @@ def cheapest_keep(
     keep: float,
     prices: Sequence[float] | None = None,
 ) -> list[int]:
-    """How many entries every layer keeps, worth ``keep`` in all, at the smallest sum of what their zeros cost.
+    """Entries that each layer keeps, worth at most ``keep`` in total, at the smallest total cost of their zeros.
 
-    A layer's cost is the lower convex hull of (0, 0) and of the points (zeros, cost) that were measured, where a cost
-    counts as no smaller than those of fewer zeros. So the sum is smallest where zeros go to the segments of the hulls
-    in the order of their slopes, each divided by the price that a zero saves. Where all segments together are too
-    short, the layers give what they have beyond their last finite point, in order.
+    A layer's cost is the lower convex hull of (0, 0) and the measured points (zeros, cost), where a cost counts as no
+    smaller than those of fewer zeros. The total is smallest if zeros go to the segments of the hulls in the order of
+    slope divided by price. If all segments together are too short, the layers give up the entries beyond their last
+    finite point, in order.
+
+    >>> cheapest_keep([10, 10], [[5], [5]], [[1.0], [3.0]], keep=14)  # zeros cost less in the first layer
+    [5, 9]
 
     Args:
-        sizes: Entries of every layer.
-        zeros: Numbers of zeros that were tried in every layer, rising.
-        costs: What they cost, at least 0; infinite ones are avoided.
-        keep: Price of all entries that are kept, at most.
-        prices: Of an entry of every layer, above 0; 1 if not given, so that ``keep`` is their number.
+        sizes: Number of entries of each layer.
+        zeros: Numbers of zeros tried in each layer, ascending.
+        costs: Their costs, at least 0; infinite ones are avoided.
+        keep: Largest total price of the entries that are kept.
+        prices: Price of an entry of each layer, above 0; 1 if not given, so that ``keep`` counts entries.
     """
     price = [1.0] * len(sizes) if prices is None else prices
     segments: list[tuple[float, int, int]] = []  # slope by price, layer, zeros

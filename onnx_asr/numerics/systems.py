@@ -1,8 +1,8 @@
-"""Systems of masked ridge least squares, many right-hand sides of one matrix, and what solves them.
+"""Systems of masked ridge least squares with many right-hand sides, and their solvers.
 
 With the unit diagonal `A = D^-1/2 (H + R I) D^-1/2` of :mod:`onnx_asr.numerics.refit`: `A_SS u_S = r_S` for every
-output channel and its support `S`. Directions in which `A` is below `NOISE` are rounding of float32 products; they are
-left alone.
+output channel and its support `S`. Directions in which `A` is below `NOISE` are rounding of float32 products, and are
+not solved for.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Index: TypeAlias = npt.NDArray[np.intp]
 NOISE = 1e-6  # eigenvalues of A (unit diagonal) below this are rounding of the float32 products
 _INVERSE_BYTES = 2**29  # of inverses kept between ReLU steps
 _BATCH_BYTES = 2**26  # of systems inverted by one call
-_BATCH_RATIO = 0.85  # supports of one batch are at least this share of its largest one
+_BATCH_RATIO = 0.85  # smallest support of a batch, as a share of its largest
 
 
 class GramSystem:
-    """`A` as a matrix for each group, [G, K, K]; the Gram matrix, which the store holds, is scaled in place."""
+    """`A` as one matrix per group, [G, K, K]; the Gram matrix, held by the store, is scaled in place."""
 
     def __init__(self, gram: Floats, root: Floats, store: BufferStore, limits: SolverLimits) -> None:
         for rows in pieces(gram, store, limits):  # in place: a copy would be 170 MB at K = 4608
@@ -52,7 +52,7 @@ class GramSystem:
         return lambda vectors: vectors @ matrix
 
     def inverse(self, mask: Mask) -> Inverse:
-        """What solves the systems of a mask [G, M, K] at once."""
+        """A solver for all systems of a mask [G, M, K]."""
         result = Inverse(self._matrix, mask)
         self._store.set_aside(self._matrix)
         return result
@@ -83,7 +83,7 @@ class RowSystem:
         return lambda vectors: self._covered(group, vectors) + pull * vectors
 
     def release(self) -> None:
-        """Nothing: it holds no more than the rows."""
+        """Do nothing: it holds only the rows."""
 
     def _covered(self, group: int, vectors: Singles) -> Singles:
         rows, scale = self._x[:, group], self._scale[group]
@@ -93,9 +93,9 @@ class RowSystem:
 
 
 def inverse_is_cheaper(mask: Mask, steps: int) -> bool:
-    """Whether it is cheaper than so many steps of conjugate gradients.
+    """Whether inverses take less time than `steps` of conjugate gradients, and fit in `_INVERSE_BYTES`.
 
-    Compares seconds, as measured on two cores (AMD Zen 5), and keeps the inverses within `_INVERSE_BYTES`.
+    The coefficients are seconds measured on two cores (AMD Zen 5).
     """
     groups, outputs, inputs = mask.shape
     size = mask.sum(axis=-1, dtype=np.float64)
@@ -105,7 +105,10 @@ def inverse_is_cheaper(mask: Mask, steps: int) -> bool:
 
 
 class Inverse:
-    """`u_S = A_SS^-1 r_S`, all rows with supports of similar size as one batch, padded with the identity."""
+    """`u_S = A_SS^-1 r_S`; rows with supports of similar size form a batch, padded with the identity.
+
+    Inverses and not Cholesky factors: numpy multiplies batches of matrices, but has no batched triangular solve.
+    """
 
     name: Literal["inverse"] = "inverse"
     steps = 0
@@ -117,7 +120,7 @@ class Inverse:
         size = flat.sum(axis=-1)
         order = np.argsort(-size, kind="stable")
         self._batches: list[tuple[Index, Index, Floats]] = []
-        begin, end = 0, int(np.count_nonzero(size))  # empty rows come last and stay out
+        begin, end = 0, int(np.count_nonzero(size))  # empty rows come last and are skipped
         while begin < end:
             largest = int(size[order[begin]])
             similar = int(np.count_nonzero(size >= largest * _BATCH_RATIO))
@@ -132,7 +135,7 @@ class Inverse:
             begin = stop
 
     def solve(self, load: Floats, tolerance: float) -> Floats:
-        """Solves for [G, M, K] right-hand sides that are 0 outside the mask, beyond any `tolerance`."""
+        """Solve for [G, M, K] right-hand sides that are 0 outside the mask; `tolerance` is always met."""
         flat = load.reshape(-1, load.shape[-1])
         result = np.zeros_like(flat)
         for rows, places, inverse in self._batches:
@@ -141,9 +144,9 @@ class Inverse:
 
 
 def _inverse(systems: Floats) -> Floats:
-    """Inverts symmetric systems [B, s, s] of unit diagonal; eigenvalues below `NOISE` count as infinite.
+    """Invert symmetric systems [B, s, s] of unit diagonal; eigenvalues below `NOISE` count as infinite.
 
-    The diagonal of an inverse holds the variance inflation factors, which tell whether that is needed.
+    The diagonal of an inverse holds the variance inflation factors, which show whether there are such eigenvalues.
     """
     try:
         inverse = np.asarray(np.linalg.inv(systems), np.float64)
@@ -160,9 +163,9 @@ def _inverse(systems: Floats) -> Floats:
 
 
 class ConjugateGradients:
-    """`A_SS u_S = r_S` for all rows of a group at once: one float32 product `P A` a step, started warm.
+    """`A_SS u_S = r_S` for all rows of a group: one float32 product `P A` per step, from the last solution.
 
-    A unit diagonal makes Jacobi preconditioning the identity.
+    With a unit diagonal, Jacobi preconditioning is the identity.
 
     Attributes:
         steps: Steps taken so far.
@@ -180,9 +183,9 @@ class ConjugateGradients:
         self._last: Floats = np.zeros(mask.shape)
 
     def solve(self, load: Floats, tolerance: float) -> Floats:
-        """Solves for [G, M, K] right-hand sides that are 0 outside the mask, to `|residual| <= tolerance |load|`.
+        """Solve for [G, M, K] right-hand sides that are 0 outside the mask, to `|residual| <= tolerance |load|`.
 
-        Right-hand sides are overwritten; the solution is changed by the next call.
+        The right-hand sides are overwritten; the next call changes the solution.
         """
         goals = tolerance * np.linalg.norm(load, axis=-1)
         reached = self._system.product(self._last)

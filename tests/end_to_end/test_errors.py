@@ -170,7 +170,7 @@ CHANNEL = ("--pattern", "channel")
     [
         (("prune", DENSE), "sparsity is missing"),
         (("prune", DENSE, "--pattern", "4:2"), "pattern '4:2'"),
-        (("prune", DENSE, "--pattern", "2:4", "--sparsity", 0.5), "leave --sparsity out"),
+        (("prune", DENSE, "--pattern", "2:4", "--sparsity", 0.5), "drop --sparsity"),
         (("prune", DENSE, "--sparsity", 0.5, "--scope", "node"), "scope 'node'"),
         (("prune", DENSE, "--sparsity", 0.5, "--scope", "sensitivity"), "needs calibration samples"),
         (("prune", DENSE, "--pattern", "2:4", "--scope", "sensitivity", *DATA), "drop --scope sensitivity"),
