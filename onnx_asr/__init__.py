@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from onnx_asr.graph.model_io import load as load
     from onnx_asr.graph.model_io import save as save
     from onnx_asr.graph.skips import Skip as Skip
+    from onnx_asr.json_values import plain as plain
     from onnx_asr.measuring.evaluation import evaluate as evaluate
     from onnx_asr.measuring.inspection import Inspection as Inspection
     from onnx_asr.measuring.inspection import inspect as inspect
@@ -64,6 +65,7 @@ _NAMES = {
     "errors": "DataError ModelError OnnxAsrError OptionError OutputError StructureError",
     "graph.model_io": "load save",
     "graph.skips": "Skip",
+    "json_values": "plain",
     "measuring.evaluation": "evaluate",
     "measuring.inspection": "Inspection inspect",
     "networks.execution": "Execution",

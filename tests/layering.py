@@ -39,12 +39,13 @@ def room(holds: str, imports: str = "", libraries: str = "") -> Room:
     return Room(holds, frozenset(imports.split()), frozenset(libraries.split()))
 
 
-_ROOT = "arrays errors version"
+_ROOT = "arrays errors json_values version"
 _BELOW_NETWORKS = f"{_ROOT} numerics graph data channels engine"
 _BELOW_PURPOSES = f"{_BELOW_NETWORKS} networks repairing"
 _BELOW_REPORT = f"{_BELOW_PURPOSES} pruning measuring sweeping"
 TABLE: dict[str, Room] = {
     "arrays": room("types of arrays", "", "numpy"),
+    "json_values": room("results as JSON values"),
     "errors": room("what can go wrong"),
     "version": room("the version"),
     "ownership": room("whether the import package is ours alone", "errors"),

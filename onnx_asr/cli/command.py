@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from onnx_asr.cli.options import Group, Option
 from onnx_asr.cli.parameters import DECLARATIONS, Display
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import onnx
 
     from onnx_asr.data import Preprocessing
-    from onnx_asr.networks.latency import Latency
     from onnx_asr.report.data import Run, Values
 
 DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -132,13 +131,3 @@ def verdict(improved: bool, what: str, before: str, target: Path, force: bool) -
     kept = f"'{target}' was written because of --force" if force else f"'{target}' was not written (--force writes it)"
     say("warning", f"the {what} is further from the dense model than {before}; {kept}")
     return CHECK_FAILED
-
-
-def timed(latency: Latency | None) -> dict[str, Any]:
-    """Latency as JSON has it: null where it was not measured."""
-    return {"latency": None if latency is None else asdict(latency)}
-
-
-def plain(preprocessing: Preprocessing | None) -> dict[str, Any] | None:
-    """Preprocessing as JSON has it."""
-    return None if preprocessing is None else preprocessing.to_dict()

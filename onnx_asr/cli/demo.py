@@ -9,9 +9,8 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -21,6 +20,7 @@ from onnx_asr.errors import ModelError, OptionError, OutputError
 from onnx_asr.graph.files import check_writable
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import load, save
+from onnx_asr.json_values import MERGED, key
 from onnx_asr.measuring.evaluation import measure
 from onnx_asr.networks.execution import Execution, silent
 from onnx_asr.networks.fidelity import Fidelity, collect_outputs
@@ -48,7 +48,7 @@ class DemoRow:
     """
 
     name: str
-    fidelity: Fidelity
+    fidelity: Fidelity = field(metadata=MERGED)
     seconds: float | None
     chosen: str | None = None
 
@@ -71,29 +71,13 @@ class DemoResult:
 
     model: str
     sparsity: float
-    calibration: Path
-    calibration_samples: int
+    calibration: Path = field(metadata=key("calibration.path"))
+    calibration_samples: int = field(metadata=key("calibration.samples"))
     rows: tuple[DemoRow, ...]
     best: str
     pruned: Path
     repaired: Path
     notes: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {
-            "model": self.model,
-            "sparsity": self.sparsity,
-            "calibration": {"path": str(self.calibration), "samples": self.calibration_samples},
-            "rows": [
-                {"name": row.name, "seconds": row.seconds, "chosen": row.chosen, **row.fidelity.to_dict()}
-                for row in self.rows
-            ],
-            "best": self.best,
-            "pruned": str(self.pruned),
-            "repaired": str(self.repaired),
-            "notes": list(self.notes),
-        }
 
 
 def embedded_models() -> Path:
@@ -205,7 +189,7 @@ def _repaired_by_all(
 
 def _chosen(result: RepairResult) -> str | None:
     """What "auto" chose."""
-    return next((item.label for item in result.candidates if item.options == result.options), None)
+    return next((item.method for item in result.candidates if item.options == result.options), None)
 
 
 def _notes(results: Mapping[Method, RepairResult]) -> tuple[str, ...]:

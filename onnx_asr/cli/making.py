@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from onnx_asr.cli import show
-from onnx_asr.cli.command import DONE, Page, command, plain, timed, verdict, written
+from onnx_asr.cli.command import DONE, Page, command, verdict, written
 from onnx_asr.cli.options import Form, Given
 from onnx_asr.cli.parameters import (
     Data,
@@ -26,6 +26,7 @@ from onnx_asr.cli.parameters import (
 from onnx_asr.cli.terminal import Terminal
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.files import check_writable
+from onnx_asr.json_values import plain
 from onnx_asr.pruning.options import ChannelPruneOptions, CompressOptions, PruneOptions
 from onnx_asr.repairing.options import RepairOptions
 
@@ -45,7 +46,7 @@ def demo(
     with terminal.progress() as progress:
         execution = Machine().execution(terminal.verbose, progress)
         result = run_demo(output, model=model, sparsity=sparsity, execution=execution)
-    terminal.result(result.to_dict(), *show.demo(result))
+    terminal.result(plain(result), *show.demo(result))
     return DONE
 
 
@@ -112,7 +113,7 @@ def _zero_weights(
         files = {"model": model, "data": data, "output": written(result.model, target, model)}
         page.write(lambda run: prune_data(run, result, model), files)
     terminal.result(
-        {**files, "report": page.name, **result.to_dict(), **timed(latency)},
+        {**files, "report": page.name, **plain(result), "latency": latency},
         *show.prune(result, str(target), terminal.verbose, latency),
         *show.file("report", page.path),
     )
@@ -131,7 +132,7 @@ def _remove_channels(
         latency = result.latency or (stopwatch.time(result.model) if stopwatch else None)
         path = written(result.model, target, model)
     terminal.result(
-        {"model": model, "data": None, "output": path, "report": None, **result.to_dict(), **timed(latency)},
+        {"model": model, "data": None, "output": path, "report": None, **plain(result), "latency": latency},
         *show.prune_channels(result, str(target), terminal.verbose, latency),
     )
     return DONE
@@ -163,7 +164,7 @@ def repair(
         files = {"model": model, "dense": dense, "data": data, "output": path}
         page.write(lambda run: repair_data(run, result, model, dense, data, execution), files, preprocessing)
     terminal.result(
-        {**files, "preprocessing": plain(preprocessing), "report": page.name, **result.to_dict()},
+        {**files, "preprocessing": preprocessing, "report": page.name, **plain(result)},
         *show.repair(result, path, terminal.verbose),
         *show.file("report", page.path),
     )
@@ -199,7 +200,7 @@ def compress(
         files = {"model": model, "data": data, "output": path}
         page.write(lambda run: compress_data(run, result, model, data, execution), files, preprocessing)
     terminal.result(
-        {**files, "preprocessing": plain(preprocessing), "report": page.name, **result.to_dict(), **timed(latency)},
+        {**files, "preprocessing": preprocessing, "report": page.name, **plain(result), "latency": latency},
         *show.compress(result, path, terminal.verbose, latency),
         *show.file("report", page.path),
     )
@@ -219,7 +220,7 @@ def shrink(terminal: Terminal, model: Model, output: Output, timing: Timing, mac
         latency = stopwatch.time(result.model) if stopwatch else None
         path = written(result.model, target, model)
     terminal.result(
-        {"model": model, "output": path, **result.to_dict(), **timed(latency)},
+        {"model": model, "output": path, **plain(result), "latency": latency},
         *show.shrink(result, str(target), terminal.verbose, latency),
     )
     return DONE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from onnx_asr.cli import show
-from onnx_asr.cli.command import DONE, Page, command, plain
+from onnx_asr.cli.command import DONE, Page, command
 from onnx_asr.cli.options import Form
 from onnx_asr.cli.parameters import (
     BatchSize,
@@ -24,6 +24,7 @@ from onnx_asr.cli.parameters import (
     Walk,
 )
 from onnx_asr.cli.terminal import Terminal
+from onnx_asr.json_values import plain
 from onnx_asr.pruning.options import SensitivityOptions
 
 
@@ -51,7 +52,7 @@ def sensitivity(
 
         write_sensitivity(result, drawing)
     plot = None if drawing is None else str(drawing)
-    values = {"model": model, "data": data, "plot": plot, "preprocessing": plain(preprocessing), **result.to_dict()}
+    values = {"model": model, "data": data, "plot": plot, "preprocessing": preprocessing, **plain(result)}
     terminal.result(values, *show.sensitivity(result, terminal.verbose), *show.file("plot", drawing))
     return DONE
 
@@ -87,7 +88,7 @@ def evaluate(
             batch_size=batch_size,
             execution=machine.execution(terminal.verbose, progress),
         )
-    values = {"model": model, "dense": dense, "data": data, "preprocessing": plain(preprocessing), **fidelity.to_dict()}
+    values = {"model": model, "dense": dense, "data": data, "preprocessing": preprocessing, **plain(fidelity)}
     terminal.result(values, *show.evaluation(fidelity, model))
     return DONE
 
@@ -127,7 +128,7 @@ def inspect(
         )
     files = {"model": model, "dense": dense, "data": data}
     page.write(lambda run: inspect_data(run, result), files, preprocessing)
-    values = {**files, "preprocessing": plain(preprocessing), "report": page.name, **result.to_dict()}
+    values = {**files, "preprocessing": preprocessing, "report": page.name, **plain(result)}
     shown = show.inspection(result, terminal.verbose)
     if channels is not None:
         layer = result.layer(channels)

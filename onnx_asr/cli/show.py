@@ -54,25 +54,21 @@ def prune(result: PruneResult, path: str, verbose: bool, latency: Latency | None
 
 def prune_channels(result: ChannelPruneResult, path: str, verbose: bool, latency: Latency | None) -> Shown:
     """Every group of channels, what took no part, and the cost before and after."""
-    from onnx_asr.pruning.channels import CHANNELS_HELP
-
     yield _groups(result.groups, verbose)
     yield from _remarks(result.skips, (), verbose)
     yield from _costs(result.before, result.after, latency)
-    yield CHANNELS_HELP
+    yield result.helps
     yield _written(path)
 
 
 def shrink(result: ShrinkResult, path: str, verbose: bool, latency: Latency | None) -> Shown:
     """Layers that lost channels, and the cost before and after."""
-    from onnx_asr.pruning.channels import CHANNELS_HELP
-
     yield _groups(result.layers, verbose) if result.layers else "no channel can be removed"
     yield from _remarks((), result.notes, verbose)
     yield f"outputs differ by {_number(result.error)} of their size on random input"
     yield from _costs(result.before, result.after, latency)
     if result.layers:
-        yield CHANNELS_HELP
+        yield result.helps
     yield _written(path)
 
 
@@ -120,7 +116,7 @@ def inspection(result: Inspection, verbose: bool) -> Shown:
             "operator": attrgetter("op_type"),
             "shape": lambda layer: " x ".join(map(str, layer.shape or ())),
             ">channels": lambda layer: str(layer.channels),
-            ">empty": lambda layer: str(layer.empty),
+            ">empty": lambda layer: str(layer.empty_channels),
             ">sparsity": lambda layer: _percent(layer.sparsity),
             "pattern": lambda layer: layer.pattern or "",
             "repair writes": attrgetter("writable"),
@@ -157,7 +153,8 @@ def sensitivity(result: SensitivityResult, verbose: bool) -> Shown:
     table = _columns("layer", "operator", ">weights", *(f">{share:g}" for share in result.sparsities))
     for layer in result.layers:
         cells = (
-            f"{item.distance:.2g}" + ("" if item.kl is None else f" {item.agreement:.0%}") for item in layer.fidelities
+            f"{trial.distance:.2g}" + ("" if trial.fidelity.kl is None else f" {trial.fidelity.agreement:.0%}")
+            for trial in layer.tried
         )
         table.add_row(layer.name, layer.op_type, f"{layer.size:,}", *cells)
     yield table
@@ -312,7 +309,7 @@ def _damages(layers: Sequence[Layer]) -> Table:
             _percent(damage.collapsed_share),
             str(damage.dead),
             "" if damage.median_ratio is None else f"{damage.median_ratio:.3g}",
-            f"{damage.correlation.mean():.2f}",
+            f"{damage.correlation:.2f}",
             *(f"{value:.2f}" for value in errors),
         )
     return table
@@ -326,7 +323,7 @@ def _candidates(result: RepairResult) -> Table:
     for item in result.candidates:
         values = (_SCORES[name][1].format(getattr(item.fidelity, name)) for name in scores)
         mark, style = ("chosen", "bold") if item.options == result.options else ("", None)
-        table.add_row(item.label, *values, f"{item.seconds:.1f}", mark, style=style)
+        table.add_row(item.method, *values, f"{item.seconds:.1f}", mark, style=style)
     return table
 
 

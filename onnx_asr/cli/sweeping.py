@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Annotated
 
 from onnx_asr.cli import show
-from onnx_asr.cli.command import BAD_INPUT, DONE, Page, command, plain
+from onnx_asr.cli.command import BAD_INPUT, DONE, Page, command
 from onnx_asr.cli.options import Form
 from onnx_asr.cli.parameters import Data, DenseModel, Images, Labels, Plot, Report, Walk
 from onnx_asr.cli.terminal import Terminal, say
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.files import check_writable
+from onnx_asr.json_values import plain
 from onnx_asr.sweeping.grid import SweepGrid, SweepSettings
 
 
@@ -80,7 +81,7 @@ def sweep(
     page.write(lambda run: sweep_data(run, result), files, preprocessing)
     plot = None if drawing is None else str(drawing)
     terminal.result(
-        {**files, "preprocessing": plain(preprocessing), "plot": plot, "report": page.name, **result.to_dict()},
+        {**files, "preprocessing": preprocessing, "plot": plot, "report": page.name, **plain(result)},
         *show.sweep(result, str(target), drawing),
         *show.file("report", page.path),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import traceback
@@ -14,6 +13,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 
 from onnx_asr.cli.parameters import Display
+from onnx_asr.json_values import plain
 
 _PLAIN_WIDTH = 120  # of tables where stdout is no terminal
 
@@ -48,7 +48,7 @@ class Terminal:
 
     def _print(self, values: dict[str, Any], shown: Sequence[RenderableType]) -> None:
         if self._json:
-            print(json.dumps(_plain(values), indent=2, allow_nan=False))
+            print(json.dumps(plain(values), indent=2, allow_nan=False))
         elif not self._quiet:
             for item in shown:
                 self._out.print(item, soft_wrap=isinstance(item, str), markup=False)
@@ -98,14 +98,3 @@ def say(kind: str, message: str) -> None:
 def say_traceback(error: BaseException) -> None:
     """The traceback, for --debug."""
     traceback.print_exception(error, file=sys.stderr)
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it; numbers that are not finite become None."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

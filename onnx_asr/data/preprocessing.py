@@ -129,12 +129,6 @@ class Preprocessing:
             base = cls() if file is None else cls(**_with_tuples(_read_toml(Path(file))))
         return dataclasses.replace(base, **_with_tuples(given))
 
-    def to_dict(self) -> dict[str, Any]:
-        """This preprocessing as plain values, for a report."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
-        }
-
     def resolve(self, spec: InputSpec) -> tuple[Preprocessing, int]:
         """Resolve what depends on the model's input: layout, number of channels, whether values are scaled.
 

@@ -12,17 +12,18 @@ channel in one half of the samples (1) and the other (2), the root mean square o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_asr.arrays import Floats
+from onnx_asr.arrays import Floats, Mask
 from onnx_asr.data import Dataset
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import Point
+from onnx_asr.json_values import key
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Pair
 from onnx_asr.networks.parameters import Draft
@@ -68,17 +69,19 @@ class PointDamage:
         dense_std: Standard deviations in the dense network, [C].
         std: In the other, [C].
         shift: Difference of the means in dense standard deviations, [C]; NaN where the dense channel is constant.
-        ratio: Variance over the dense variance, [C]; 0 for a dead channel, NaN where the dense channel is constant.
-        correlation: Of the two, [C].
+        ratios: Variance over the dense variance, [C]; 0 for a dead channel, NaN where the dense channel is constant.
+        correlations: Of the two, [C].
         errors: What corrections could do about it; None with a single chunk of samples, or without a live channel.
     """
 
-    dense_std: Floats
-    std: Floats
-    shift: Floats
-    ratio: Floats
-    correlation: Floats
-    errors: LogErrors | None
+    derived: ClassVar = ("collapsed", "dead", "median_ratio", "spread", "correlation")
+
+    dense_std: Floats = field(repr=False)
+    std: Floats = field(repr=False)
+    shift: Floats = field(repr=False)
+    ratios: Floats
+    correlations: Floats = field(repr=False)
+    errors: LogErrors | None = field(metadata=key("log_errors"))
 
     @classmethod
     @np.errstate(over="ignore", invalid="ignore")
@@ -92,49 +95,47 @@ class PointDamage:
             dense_std=both.dense.std,
             std=both.pruned.std,
             shift=np.divide(both.pruned.mean - both.dense.mean, both.dense.std, out=nothing, where=varies),
-            ratio=np.where(varies & ~is_live(both.dense, both.pruned), 0.0, ratio),
-            correlation=both.correlation,
+            ratios=np.where(varies & ~is_live(both.dense, both.pruned), 0.0, ratio),
+            correlations=both.correlation,
             errors=_log_errors(*halves) if len(halves) == 2 else None,
         )
 
     @property
-    def collapsed(self) -> NDArray[np.bool_]:
-        """Which channels lost nearly all of their variance, dead ones included."""
-        return self.ratio < COLLAPSED_RATIO
+    def is_collapsed(self) -> Mask:
+        """Which channels lost nearly all of their variance, dead ones included, [C]."""
+        return self.ratios < COLLAPSED_RATIO
+
+    @property
+    def collapsed(self) -> int:
+        """Number of collapsed channels."""
+        return int(self.is_collapsed.sum())
 
     @property
     def collapsed_share(self) -> float:
         """Share of collapsed channels."""
-        return float(self.collapsed.mean())
+        return float(self.is_collapsed.mean())
+
+    @property
+    def correlation(self) -> float:
+        """Mean correlation of the channels."""
+        return float(self.correlations.mean())
 
     @property
     def dead(self) -> int:
         """Channels without variance that have some in the dense network."""
-        return int((self.ratio == 0).sum())
+        return int((self.ratios == 0).sum())
 
     @property
     def median_ratio(self) -> float | None:
         """Median variance ratio; None where no dense channel varies."""
-        known = self.ratio[~np.isnan(self.ratio)]
+        known = self.ratios[~np.isnan(self.ratios)]
         return float(np.median(known)) if known.size else None
 
     @property
     def spread(self) -> float | None:
         """Standard deviation of log10 of the live channels' variance ratios: how heterogeneous the damage is."""
-        live = self.ratio[self.ratio > 0]
+        live = self.ratios[self.ratios > 0]
         return float(np.log10(live).std()) if live.size else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; a ratio that is not defined becomes None."""
-        return {
-            "collapsed": int(self.collapsed.sum()),
-            "dead": self.dead,
-            "median_ratio": self.median_ratio,
-            "spread": self.spread,
-            "correlation": float(self.correlation.mean()),
-            "log_errors": None if self.errors is None else asdict(self.errors),
-            "ratios": [None if np.isnan(value) else float(value) for value in self.ratio],
-        }
 
 
 def draw_samples(

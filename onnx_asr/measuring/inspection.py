@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -20,6 +20,7 @@ from onnx_asr.graph.layers import CONVOLUTIONS
 from onnx_asr.graph.model_io import ModelSource, check_finite, load
 from onnx_asr.graph.points import LayerPoint, Point, Survey, survey, weight_of
 from onnx_asr.graph.skips import Skip
+from onnx_asr.json_values import key, plain
 from onnx_asr.measuring.damage import DAMAGE_SAMPLES, PointDamage, draw_samples, measure_damage
 from onnx_asr.networks.cost import compressed_size
 from onnx_asr.networks.execution import Execution
@@ -50,20 +51,22 @@ class Layer:
         damage: Against the dense network, where that was measured.
     """
 
+    derived: ClassVar = ("weights", "zeros", "sparsity", "empty_channels", "writable")
+
     node: int
     name: str
     op_type: str
     shape: tuple[int, ...] | None
     channels: int
     batchnorm: bool
-    channel_weights: int
-    channel_zeros: NDArray[np.int64]
-    channel_norm: Floats
+    channel_weights: int = field(repr=False)
+    channel_zeros: NDArray[np.int64] = field(repr=False)
+    channel_norm: Floats = field(repr=False)
     pattern: str | None
     damage: PointDamage | None
 
     @property
-    def size(self) -> int:
+    def weights(self) -> int:
         """Number of weights."""
         return self.channels * self.channel_weights
 
@@ -75,12 +78,12 @@ class Layer:
     @property
     def sparsity(self) -> float | None:
         """Share of zeros; None without a weight."""
-        return self.zeros / self.size if self.size else None
+        return self.zeros / self.weights if self.weights else None
 
     @property
-    def empty(self) -> int:
+    def empty_channels(self) -> int:
         """Channels that have lost all their weights."""
-        return int((self.channel_zeros == self.channel_weights).sum()) if self.size else 0
+        return int((self.channel_zeros == self.channel_weights).sum()) if self.weights else 0
 
     @property
     def writable(self) -> str:
@@ -89,46 +92,24 @@ class Layer:
             return "batchnorm"
         return "weights+batchnorm" if self.batchnorm else "weights"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; channel by channel only as far as the damage goes."""
-        return {
-            "node": self.node,
-            "name": self.name,
-            "op_type": self.op_type,
-            "shape": None if self.shape is None else list(self.shape),
-            "channels": self.channels,
-            "batchnorm": self.batchnorm,
-            "weights": self.size,
-            "zeros": self.zeros,
-            "sparsity": self.sparsity,
-            "pattern": self.pattern,
-            "empty_channels": self.empty,
-            "writable": self.writable,
-            "damage": None if self.damage is None else self.damage.to_dict(),
-        }
-
     def channel_table(self) -> list[dict[str, Any]]:
-        """One row a channel, with the damage where it was measured."""
-        rows: list[dict[str, Any]] = []
-        for channel in range(self.channels):
-            row: dict[str, Any] = {
-                "channel": channel,
-                "weights": self.channel_weights,
-                "zeros": int(self.channel_zeros[channel]),
-                "norm": float(self.channel_norm[channel]),
+        """One row per channel, with the damage where it was measured."""
+        columns: dict[str, Any] = {
+            "channel": range(self.channels),
+            "weights": self.channels * [self.channel_weights],
+            "zeros": self.channel_zeros,
+            "norm": self.channel_norm,
+        }
+        if self.damage is not None:
+            columns |= {
+                "dense_std": self.damage.dense_std,
+                "std": self.damage.std,
+                "ratio": self.damage.ratios,
+                "shift": self.damage.shift,
+                "correlation": self.damage.correlations,
+                "collapsed": self.damage.is_collapsed,
             }
-            if self.damage is not None:
-                ratio = float(self.damage.ratio[channel])
-                row |= {
-                    "dense_std": float(self.damage.dense_std[channel]),
-                    "std": float(self.damage.std[channel]),
-                    "ratio": None if np.isnan(ratio) else ratio,
-                    "shift": None if np.isnan(ratio) else float(self.damage.shift[channel]),
-                    "correlation": float(self.damage.correlation[channel]),
-                    "collapsed": bool(self.damage.collapsed[channel]),
-                }
-            rows.append(row)
-        return rows
+        return [plain(dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -148,21 +129,23 @@ class Inspection:
         samples: Number of samples the damage was measured on; 0 where it was not.
     """
 
+    derived: ClassVar = ("sparsity", "batchnorm")
+
     opset: int
     nodes: int
     inputs: tuple[str, ...]
-    file_bytes: int
+    file_bytes: int = field(metadata=key("bytes"))
     compressed_bytes: int
     layers: tuple[Layer, ...]
-    skips: tuple[Skip, ...]
-    methods: dict[str, dict[str, str | None]]
+    skips: tuple[Skip, ...] = field(metadata=key("skipped"))
+    methods: dict[str, dict[str, str | None]] = field(metadata=key("repair"))
     metadata: dict[str, str]
     samples: int
 
     @property
     def sparsity(self) -> float:
         """Share of zeros over the weights of all layers."""
-        return sum(layer.zeros for layer in self.layers) / max(1, sum(layer.size for layer in self.layers))
+        return sum(layer.zeros for layer in self.layers) / max(1, sum(layer.weights for layer in self.layers))
 
     @property
     def batchnorm(self) -> str:
@@ -178,9 +161,9 @@ class Inspection:
     def advice(self) -> tuple[str, ...]:
         """What ``repair`` could do, one sentence for each way to call it."""
         sentences = []
-        for key, how in (("with_dense", "with --dense"), ("without_dense", "without --dense")):
-            possible = [name for name, obstacle in self.methods[key].items() if obstacle is None]
-            sentences.append(f"repair {how}: {', '.join(possible) or 'nothing'}")
+        for name, obstacles in self.methods.items():
+            possible = [method for method, obstacle in obstacles.items() if obstacle is None]
+            sentences.append(f"repair {name.replace('_', ' --')}: {', '.join(possible) or 'nothing'}")
         return tuple(sentences)
 
     def layer(self, name: str) -> Layer:
@@ -197,23 +180,6 @@ class Inspection:
                 f"({len(names)} layers in all)"
             )
         return self.layers[names.index(name)]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {
-            "opset": self.opset,
-            "nodes": self.nodes,
-            "inputs": list(self.inputs),
-            "bytes": self.file_bytes,
-            "compressed_bytes": self.compressed_bytes,
-            "sparsity": self.sparsity,
-            "batchnorm": self.batchnorm,
-            "layers": [layer.to_dict() for layer in self.layers],
-            "skipped": [asdict(skip) for skip in self.skips],
-            "repair": self.methods,
-            "metadata": self.metadata,
-            "samples": self.samples,
-        }
 
 
 def inspect(

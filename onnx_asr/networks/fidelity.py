@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -54,10 +54,6 @@ class Fidelity:
             return float(10 ** (-self.snr_db / 20))
         assert self.agreement is not None, "a distance needs a dense model"
         return 1.0 - self.agreement
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON: what is not finite becomes None, as JSON has neither infinity nor NaN."""
-        return {name: value if value is None or math.isfinite(value) else None for name, value in asdict(self).items()}
 
 
 Outputs = list[NDArray[Any]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ _NAMED_LAYERS = 3
 @dataclass(frozen=True)
 class LayerSparsity:
     """Zeros in one weight before and after pruning."""
+
+    derived: ClassVar = ("sparsity",)
 
     name: str
     op_type: str

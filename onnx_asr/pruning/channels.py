@@ -14,8 +14,8 @@ leave a better net before a repair and a worse one after it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import onnx
@@ -31,6 +31,7 @@ from onnx_asr.graph.model_io import ModelSource, check_finite, load
 from onnx_asr.graph.points import LayerPoint, skip, survey
 from onnx_asr.graph.shapes import InputShapes
 from onnx_asr.graph.skips import Reason, Skip
+from onnx_asr.json_values import key
 from onnx_asr.networks.cost import Cost, cost, flops
 from onnx_asr.networks.execution import Execution, Progress
 from onnx_asr.networks.latency import Latency, Stopwatch
@@ -49,9 +50,6 @@ CHANNELS_TIED = Reason(
 )
 CHANNELS_UNKNOWN = Reason("channels-unknown", "its output channels cannot be told apart")
 CHANNELS_FROZEN = Reason("channels-cannot-be-removed", "its channels cannot be removed: {why}")
-
-CHANNELS_HELP = "fewer channels take less time and memory in every runtime, on any hardware"
-"""What the removal of channels is good for."""
 
 
 @dataclass(frozen=True)
@@ -84,33 +82,22 @@ class ChannelPruneResult:
         skips: Nodes whose output channels took no part, and why.
     """
 
-    model: onnx.ModelProto
+    helps: ClassVar = "fewer channels take less time and memory in every runtime, on any hardware"
+    derived: ClassVar = ("helps", "modified")
+
+    model: onnx.ModelProto = field(repr=False)
     options: ChannelPruneOptions
-    sparsity: float
+    sparsity: float = field(metadata=key("options.sparsity"))
     before: Cost
     after: Cost
     latency: Latency | None
     groups: tuple[ChannelGroup, ...]
-    skips: tuple[Skip, ...]
+    skips: tuple[Skip, ...] = field(metadata=key("skipped"))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        budget = self.options.budget
-        options = {
-            **asdict(self.options),
-            "pattern": self.options.pattern,
-            "sparsity": self.sparsity,
-            "budget": None if budget is None else asdict(budget),
-        }
-        return {
-            "options": options,
-            "before": asdict(self.before),
-            "after": asdict(self.after),
-            "latency": None if self.latency is None else asdict(self.latency),
-            "helps": CHANNELS_HELP,
-            "groups": [asdict(group) for group in self.groups],
-            "skipped": [asdict(skip) for skip in self.skips],
-        }
+    @property
+    def modified(self) -> bool:
+        """Whether any channel was removed."""
+        return any(group.kept < group.channels for group in self.groups)
 
 
 def prune_channels(

@@ -15,9 +15,9 @@ drop the smallest, refit again, from one set of rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -29,6 +29,7 @@ from onnx_asr.data.sources import DataSource
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, load
 from onnx_asr.graph.shapes import InputShapes
+from onnx_asr.json_values import MERGED, key
 from onnx_asr.networks.cost import Cost, cost
 from onnx_asr.networks.execution import Execution, timed
 from onnx_asr.networks.pair import Network, Pair
@@ -76,13 +77,15 @@ class CompressResult:
         masked: The dense weights under the last mask, without repair.
     """
 
-    repair: RepairResult
+    derived: ClassVar = ("helps",)
+
+    repair: RepairResult = field(metadata=MERGED)
     layers: tuple[LayerSparsity, ...]
     before: Cost
     after: Cost
-    options: CompressOptions
+    options: CompressOptions = field(metadata=key("compress"))
     round_seconds: tuple[float, ...]
-    masked: onnx.ModelProto
+    masked: onnx.ModelProto = field(repr=False)
 
     @property
     def model(self) -> onnx.ModelProto:
@@ -93,18 +96,6 @@ class CompressResult:
     def helps(self) -> str:
         """What the zeros are good for."""
         return Pattern.parse(self.options.pattern).helps
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {
-            "compress": asdict(self.options),
-            "before": asdict(self.before),
-            "after": asdict(self.after),
-            "helps": self.helps,
-            "layers": [asdict(layer) | {"sparsity": layer.sparsity} for layer in self.layers],
-            "round_seconds": list(self.round_seconds),
-            **self.repair.to_dict(),
-        }
 
 
 def compress(

@@ -105,6 +105,8 @@ class PruneOptions:
         seed: Seed of the draw.
     """
 
+    derived: ClassVar = ("budget",)
+
     sparsity: float | None = None
     target_size: float | None = field(default=None, kw_only=True)
     target_flops: float | None = field(default=None, kw_only=True)
@@ -157,7 +159,8 @@ class ChannelPruneOptions:
         exclude: Spare layers whose node or weight name matches one of these regular expressions.
     """
 
-    pattern: ClassVar[str] = "channel"
+    pattern: ClassVar = "channel"
+    derived: ClassVar = ("budget", "pattern")
 
     sparsity: float | None = None
     target_latency: float | None = field(default=None, kw_only=True)

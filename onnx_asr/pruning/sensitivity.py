@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from onnx_asr.data import Dataset, Preprocessing
 from onnx_asr.data.sources import DataSource
 from onnx_asr.graph.model_io import ModelSource, load
 from onnx_asr.graph.skips import Skip
+from onnx_asr.json_values import MERGED, key
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Fidelity
 from onnx_asr.networks.pair import Network
@@ -22,6 +23,21 @@ from onnx_asr.repairing.samples import Samples, Verifier
 
 
 @dataclass(frozen=True)
+class Trial:
+    """One weight alone at a sparsity, refitted."""
+
+    derived: ClassVar = ("distance",)
+
+    sparsity: float
+    fidelity: Fidelity = field(metadata=MERGED)
+
+    @property
+    def distance(self) -> float:
+        """From the dense model's outputs."""
+        return self.fidelity.distance
+
+
+@dataclass(frozen=True)
 class LayerSensitivity:
     """What pruning one weight does to the outputs.
 
@@ -30,14 +46,14 @@ class LayerSensitivity:
         op_type: That node's operator.
         shape: Of the weight as stored.
         size: Number of weights.
-        fidelities: To the dense model, one a sparsity.
+        tried: What each sparsity does, rising.
     """
 
     name: str
     op_type: str
     shape: tuple[int, ...]
     size: int
-    fidelities: tuple[Fidelity, ...]
+    tried: tuple[Trial, ...]
 
 
 @dataclass(frozen=True)
@@ -55,8 +71,10 @@ class SensitivityResult:
         seconds: Wall time.
     """
 
+    derived: ClassVar = ("measure",)
+
     layers: tuple[LayerSensitivity, ...]
-    skips: tuple[Skip, ...]
+    skips: tuple[Skip, ...] = field(metadata=key("skipped"))
     sparsities: tuple[float, ...]
     score: Score
     samples: int
@@ -67,7 +85,7 @@ class SensitivityResult:
     @property
     def distance_name(self) -> str:
         """What the distances are."""
-        first = self.layers[0].fidelities[0]
+        first = self.layers[0].tried[0].fidelity
         if first.kl is not None:
             return "KL divergence"
         return "share of unequal outputs" if first.snr_db is None else "relative output error"
@@ -75,34 +93,8 @@ class SensitivityResult:
     @property
     def measure(self) -> str:
         """What was measured."""
-        classifier = self.layers[0].fidelities[0].kl is not None
+        classifier = self.layers[0].tried[0].fidelity.kl is not None
         return f"{self.distance_name} and agreement" if classifier else self.distance_name
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {
-            "sparsities": list(self.sparsities),
-            "score": self.score,
-            "measure": self.measure,
-            "samples": self.samples,
-            "calibration_samples": self.calibration_samples,
-            "seconds": self.seconds,
-            "layers": [
-                {
-                    "name": layer.name,
-                    "op_type": layer.op_type,
-                    "shape": list(layer.shape),
-                    "size": layer.size,
-                    "tried": [
-                        {"sparsity": share, "distance": item.distance, **item.to_dict()}
-                        for share, item in zip(self.sparsities, layer.fidelities, strict=True)
-                    ],
-                }
-                for layer in self.layers
-            ],
-            "skipped": [asdict(skip) for skip in self.skips],
-            "notes": list(self.notes),
-        }
 
 
 def sensitivity(
@@ -144,7 +136,9 @@ def sensitivity(
     found = fidelity_under_masks(dense, weights, masks, verifier, calibration, execution)
     execution.progress("done", 1.0)
     layers = [
-        LayerSensitivity(weight.name, weight.points[0].kind, values.shape, values.size, tuple(tried))
+        LayerSensitivity(
+            weight.name, weight.points[0].kind, values.shape, values.size, tuple(map(Trial, shares, tried))
+        )
         for weight, values, tried in zip(weights, scores, found, strict=True)
     ]
     return SensitivityResult(

@@ -12,8 +12,8 @@ transposed one, too. Rows can become zero when what they read is removed, so thi
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -36,7 +36,7 @@ from onnx_asr.networks.latency import random_feeds
 from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.samples import Chunk
 from onnx_asr.numerics.gains import ChannelAffine
-from onnx_asr.pruning.channels import CHANNELS_HELP, ChannelGroup
+from onnx_asr.pruning.channels import ChannelGroup, ChannelPruneResult
 from onnx_asr.version import __version__
 
 MAX_ERROR, MAX_HALF_ERROR = 1e-5, 4e-3
@@ -56,23 +56,20 @@ class ShrinkResult:
         after: Size of the smaller one.
     """
 
-    model: onnx.ModelProto
+    helps: ClassVar = ChannelPruneResult.helps
+    derived: ClassVar = ("helps", "modified")
+
+    model: onnx.ModelProto = field(repr=False)
     layers: tuple[ChannelGroup, ...]
     notes: tuple[str, ...]
     error: float
     before: Cost
     after: Cost
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return {
-            "before": asdict(self.before),
-            "after": asdict(self.after),
-            "helps": CHANNELS_HELP,
-            "error": self.error,
-            "layers": [asdict(layer) for layer in self.layers],
-            "notes": list(self.notes),
-        }
+    @property
+    def modified(self) -> bool:
+        """Whether any channel was removed."""
+        return bool(self.layers)
 
 
 def shrink(

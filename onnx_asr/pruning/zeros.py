@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import onnx
 
@@ -15,6 +15,7 @@ from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, check_finite, load
 from onnx_asr.graph.shapes import InputShapes
 from onnx_asr.graph.skips import Skip
+from onnx_asr.json_values import key
 from onnx_asr.networks.cost import Cost, compressed_size, cost, flops
 from onnx_asr.networks.execution import Execution, Progress
 from onnx_asr.networks.pair import Network
@@ -49,12 +50,14 @@ class PruneResult:
         notes: What else a user should know.
     """
 
-    model: onnx.ModelProto
+    derived: ClassVar = ("sparsity", "helps", "modified")
+
+    model: onnx.ModelProto = field(repr=False)
     options: PruneOptions
     before: Cost
     after: Cost
     layers: tuple[LayerSparsity, ...]
-    skips: tuple[Skip, ...]
+    skips: tuple[Skip, ...] = field(metadata=key("skipped"))
     notes: tuple[str, ...]
 
     @property
@@ -63,23 +66,14 @@ class PruneResult:
         return share_of_zeros(self.layers)
 
     @property
+    def modified(self) -> bool:
+        """Whether any weight became zero that was not."""
+        return any(layer.zeros != layer.zeros_before for layer in self.layers)
+
+    @property
     def helps(self) -> str:
         """What the zeros are good for."""
         return Pattern.parse(self.options.pattern).helps
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        budget = self.options.budget
-        return {
-            "sparsity": self.sparsity,
-            "options": asdict(self.options) | {"budget": None if budget is None else asdict(budget)},
-            "before": asdict(self.before),
-            "after": asdict(self.after),
-            "helps": self.helps,
-            "layers": [asdict(layer) | {"sparsity": layer.sparsity} for layer in self.layers],
-            "skipped": [asdict(skip) for skip in self.skips],
-            "notes": list(self.notes),
-        }
 
 
 def prune(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import onnx
 
 from onnx_asr.graph.skips import Skip
+from onnx_asr.json_values import MERGED, key
 from onnx_asr.networks.fidelity import Fidelity
 from onnx_asr.repairing.options import RepairOptions
 from onnx_asr.repairing.point_report import PointReport
@@ -22,6 +23,8 @@ class Verification:
         after: The repaired model's.
         held_out: Whether the samples were really held out (False where the data had too few).
     """
+
+    derived: ClassVar = ("improved",)
 
     before: Fidelity
     after: Fidelity
@@ -43,12 +46,14 @@ class Candidate:
         seconds: What it took.
     """
 
-    options: RepairOptions
-    fidelity: Fidelity
+    derived: ClassVar = ("method",)
+
+    options: RepairOptions = field(repr=False)
+    fidelity: Fidelity = field(metadata=MERGED)
     seconds: float
 
     @property
-    def label(self) -> str:
+    def method(self) -> str:
         """The method, with what sets it apart."""
         if self.options.method == "paired" and self.options.reliability_power:
             return f"paired (rho^{self.options.reliability_power:g})"
@@ -73,15 +78,17 @@ class RepairResult:
         seconds: Wall time by stage.
     """
 
-    model: onnx.ModelProto
+    derived: ClassVar = ("improved",)
+
+    model: onnx.ModelProto = field(repr=False)
     options: RepairOptions
     candidates: tuple[Candidate, ...]
     points: tuple[PointReport, ...]
-    skips: tuple[Skip, ...]
+    skips: tuple[Skip, ...] = field(metadata=key("skipped"))
     notes: tuple[str, ...]
     verification: Verification | None
-    calibration_samples: int
-    calibration_digest: str
+    calibration_samples: int = field(metadata=key("calibration.samples"))
+    calibration_digest: str = field(metadata=key("calibration.sha256"))
     sparsity: float
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -94,29 +101,3 @@ class RepairResult:
     def improved(self) -> bool:
         """Whether the result may replace its input: verified as no worse, or not verified at all."""
         return self.verification is None or self.verification.improved
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        verification = None
-        if self.verification is not None:
-            verification = {
-                "before": self.verification.before.to_dict(),
-                "after": self.verification.after.to_dict(),
-                "held_out": self.verification.held_out,
-                "improved": self.verification.improved,
-            }
-        return {
-            "options": asdict(self.options),
-            "modified": self.modified,
-            "improved": self.improved,
-            "verification": verification,
-            "candidates": [
-                {"method": item.label, "seconds": item.seconds, **item.fidelity.to_dict()} for item in self.candidates
-            ],
-            "sparsity": self.sparsity,
-            "calibration": {"samples": self.calibration_samples, "sha256": self.calibration_digest},
-            "points": [asdict(point) for point in self.points],
-            "skipped": [asdict(skip) for skip in self.skips],
-            "notes": list(self.notes),
-            "seconds": self.seconds,
-        }

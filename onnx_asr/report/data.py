@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -16,6 +16,7 @@ from onnx_asr.errors import DataError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, load
 from onnx_asr.graph.skips import Skip
+from onnx_asr.json_values import key, plain
 from onnx_asr.measuring.damage import COLLAPSED_RATIO, DAMAGE_SAMPLES, PointDamage, draw_samples, measure_damage
 from onnx_asr.measuring.evaluation import measure
 from onnx_asr.measuring.inspection import Inspection, Layer, describe
@@ -47,20 +48,13 @@ class Run:
         preprocessing: What was done to images, if anything.
     """
 
+    derived: ClassVar = ("version",)
+    version: ClassVar = __version__
+
     command: str
-    line: str
+    line: str = field(metadata=key("command_line"))
     files: dict[str, str | None]
     preprocessing: Preprocessing | None = None
-
-    def to_dict(self) -> Values:
-        """Plain values: what every report begins and ends with."""
-        return {
-            "command": self.command,
-            "command_line": self.line,
-            "version": __version__,
-            "files": self.files,
-            "preprocessing": None if self.preprocessing is None else self.preprocessing.to_dict(),
-        }
 
 
 def inspect_data(run: Run, inspection: Inspection) -> Values:
@@ -84,7 +78,8 @@ def prune_data(run: Run, result: PruneResult, dense: ModelSource) -> Values:
         versions=[_version("dense", describe(load(dense))), _version("pruned", pruned)],
         layers=[_layer(layer) for layer in pruned.layers],
         skips=result.skips,
-        options=result.to_dict()["options"],
+        options=flattened(asdict(result.options)),
+        notes=result.notes,
     )
 
 
@@ -166,11 +161,11 @@ def _report(
 ) -> Values:
     """The parts that every report has, and empty ones of those that only some have."""
     return {
-        **run.to_dict(),
+        **plain(run),
         "versions": versions,
         "layers": [{"number": number, **layer} for number, layer in enumerate(layers, 1)],
         "hurt_most": _hurt_most(layers),
-        "skipped": [asdict(skip) for skip in skips],
+        "skipped": plain(skips),
         "damage_samples": damage_samples,
         "collapsed_ratio": COLLAPSED_RATIO,
         "options": dict(options),
@@ -204,24 +199,20 @@ def _version(name: str, inspection: Inspection, fidelity: Fidelity | None = None
         "bytes": inspection.file_bytes,
         "compressed_bytes": inspection.compressed_bytes,
         "batchnorm": inspection.batchnorm,
-        "fidelity": None if fidelity is None else fidelity.to_dict(),
+        "fidelity": plain(fidelity),
     }
 
 
 def _candidate(item: Candidate, chosen: bool) -> Values:
-    return {"label": item.label, "chosen": chosen, "seconds": item.seconds, **item.fidelity.to_dict()}
+    values: Values = plain(item)
+    return values | {"label": item.method, "chosen": chosen}
 
 
 def _layer(layer: Layer, after: PointDamage | None = None, report: PointReport | None = None) -> Values:
-    values = layer.to_dict()
-    return values | {
-        "before": values.pop("damage"),
-        "after": None if after is None else after.to_dict(),
-        "written": None if report is None else report.written,
-        "gain": None if report is None else report.gain,
-        "shrinkage": None if report is None else report.shrinkage,
-        "residual": None if report is None else report.residual,
-    }
+    values: Values = plain(layer)
+    done: Values = plain(report) or {}
+    values |= {"before": values.pop("damage"), "after": plain(after)}
+    return values | {name: done.get(name) for name in ("written", "gain", "shrinkage", "residual")}
 
 
 def _fidelities(

@@ -36,7 +36,7 @@ def write_sensitivity(result: SensitivityResult, path: Path) -> Path:
 
 def draw(result: SensitivityResult) -> Figure:
     """One row a layer, one column a sparsity, the distance as colour and number; what is infinite stays white."""
-    distances = np.array([[item.distance for item in layer.fidelities] for layer in result.layers])
+    distances = np.array([[item.distance for item in layer.tried] for layer in result.layers])
     rows, columns = distances.shape
     finite = np.maximum(np.where(np.isfinite(distances), distances, np.nan), _LEAST)
     lowest = np.nanmin(finite, initial=1.0)

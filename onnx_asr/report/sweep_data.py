@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from onnx_asr.json_values import plain
 from onnx_asr.networks.fidelity import Fidelity
 from onnx_asr.repairing.options import flattened
 from onnx_asr.report.data import Run, Values
@@ -18,9 +19,9 @@ PATTERNS = "N:M patterns"
 def sweep_data(run: Run, result: SweepResult) -> Values:
     """The report of a sweep."""
     return {
-        **run.to_dict(),
+        **plain(run),
         "measure": {"name": result.measure, "label": MEASURES[result.measure]},
-        "dense": result.dense.to_dict(),
+        "dense": plain(result.dense),
         "goals": [str(goal) for goal in result.goals],
         "weights_gone": [_gone(result, goal) for goal in result.goals],
         "rows": [{"method": method, "cells": _row(result, method)} for method in result.methods],
@@ -48,7 +49,7 @@ def _row(result: SweepResult, method: str) -> list[Values | None]:
         None
         if outcome is None
         else {
-            "fidelity": None if outcome.fidelity is None else outcome.fidelity.to_dict(),
+            "fidelity": plain(outcome.fidelity),
             "seconds": outcome.seconds,
             "chosen": outcome.chosen,
             "error": outcome.error,

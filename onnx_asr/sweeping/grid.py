@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from onnx_asr.errors import OptionError
+from onnx_asr.json_values import MERGED
 from onnx_asr.numerics.patterns import Pattern, check_share
 from onnx_asr.pruning.options import SENSITIVITY_SPARSITIES, Scope, Score
 from onnx_asr.repairing.options import METHODS, RepairOptions, check_at_least, check_choice
@@ -48,7 +49,7 @@ class PruneGoal:
 class Cell:
     """One model of a sweep: a goal, and what repairs it."""
 
-    goal: PruneGoal
+    goal: PruneGoal = field(metadata=MERGED)
     method: str
 
     def __str__(self) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 
 from onnx_asr.errors import OutputError
 from onnx_asr.graph.files import check_writable, write_text
+from onnx_asr.json_values import plain
 from onnx_asr.repairing.options import flattened
 from onnx_asr.sweeping.grid import Cell
-from onnx_asr.sweeping.result import Outcome, SweepResult, cell_from_dict
+from onnx_asr.sweeping.result import Outcome, SweepResult, cell_from
 
 _KIND = "onnx-resuscitate sweep"
 _FEW, _LONG = 3, 24  # differences named in an error, and characters of a value there
@@ -37,7 +38,7 @@ class ResultsFile:
         """
         if self._found is None:
             return {}
-        there, now = (flattened(values) for values in (self._found["conditions"], _plain(conditions)))
+        there, now = (flattened(values) for values in (self._found["conditions"], plain(conditions)))
         differing = [name for name in sorted({*there, *now}) if there.get(name) != now.get(name)]
         if differing:
             differing.sort(key=lambda name: name.endswith("sha256"))  # what a reader can tell apart comes first
@@ -49,7 +50,7 @@ class ResultsFile:
                 f"'{self._path}' holds the cells of another sweep ({told}{more}): give another file with --output, or "
                 "remove this one"
             )
-        cells = dict(map(cell_from_dict, self._found["cells"]))
+        cells = dict(map(cell_from, self._found["cells"]))
         return {cell: outcome for cell, outcome in cells.items() if outcome.error is None}
 
     def write(self, result: SweepResult) -> None:
@@ -58,7 +59,7 @@ class ResultsFile:
         Raises:
             OutputError: When it cannot be written; it is then as it was.
         """
-        write_text(json.dumps({"kind": _KIND, **result.to_dict()}, indent=1, allow_nan=False) + "\n", self._path)
+        write_text(json.dumps({"kind": _KIND, **plain(result)}, indent=1, allow_nan=False) + "\n", self._path)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def _read(path: Path) -> dict[str, Any]:
         if values["kind"] != _KIND or not isinstance(values["conditions"], dict):
             raise ValueError("it is of another kind")
         for item in values["cells"]:
-            cell_from_dict(item)
+            cell_from(item)
     except OSError as error:
         raise OutputError(f"cannot read '{path}': {error.strerror}; give another file with --output") from error
     except (ValueError, KeyError, TypeError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
@@ -76,11 +77,6 @@ def _read(path: Path) -> dict[str, Any]:
             "--output"
         ) from error
     return dict(values)
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values as they come back from a file."""
-    return dict(json.loads(json.dumps(values)))
 
 
 def _short(value: Any) -> str:

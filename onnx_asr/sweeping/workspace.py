@@ -175,7 +175,7 @@ class Workspace:
         seconds, chosen = 0.0, None
         if result is not None:
             seconds = sum(value for stage, value in result.seconds.items() if stage not in ("load", "verify"))
-            chosen = next((item.label for item in result.candidates if item.options == result.options), None)
+            chosen = next((item.method for item in result.candidates if item.options == result.options), None)
         gone = 1 - _survivors(model) / _survivors(self.dense, zeros=True)
         return Outcome(self._measured(outputs), gone, seconds, chosen)
 

@@ -260,12 +260,12 @@ class Bench:
             execution=self.execution,
         )
         layers = [layer.damage for layer in found.layers if layer.op_type == "Conv" and layer.damage is not None][1:]
-        ratios = np.concatenate([layer.ratio for layer in layers])
+        ratios = np.concatenate([layer.ratios for layer in layers])
         known = ~np.isnan(ratios)  # NaN where the dense channel is constant
         return {
             "severity": float((1 - np.minimum(1, ratios[known])).mean()),
-            "collapsed": float(np.concatenate([layer.collapsed for layer in layers])[known].mean()),
-            "correlation": float(np.concatenate([layer.correlation for layer in layers])[known].mean()),
+            "collapsed": float(np.concatenate([layer.is_collapsed for layer in layers])[known].mean()),
+            "correlation": float(np.concatenate([layer.correlations for layer in layers])[known].mean()),
         }
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from onnx_asr.data import PRESETS, InputSpec, Preprocessing, open_data, sample_indices
 from onnx_asr.data.labels import read_labels
 from onnx_asr.errors import DataError, OptionError
+from onnx_asr.json_values import plain
 
 FLOAT = np.dtype(np.float32)
 RGB8 = InputSpec("input", FLOAT, (None, 3, 8, 8))
@@ -180,7 +181,7 @@ def test_options_build_on_a_preset_or_a_file(tmp_path: Path) -> None:
     )
     assert own == Preprocessing(300, 299, 1 / 255, (0.5,), (0.1, 0.2, 0.3), "NHWC")
     assert own is not None
-    assert json.loads(json.dumps(own.to_dict())) == {
+    assert json.loads(json.dumps(plain(own))) == {
         "resize": 300,
         "crop": 299,
         "scale": 1 / 255,

@@ -15,6 +15,7 @@ import pytest
 import onnx_asr
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.model_io import digest, load, save
+from onnx_asr.json_values import plain
 from onnx_asr.networks.execution import Execution
 from onnx_asr.pruning.compression import CompressOptions
 from onnx_asr.repairing.options import RepairOptions
@@ -49,7 +50,7 @@ def cells(dense: Source, _: Source) -> list[object]:
 
 def layers(dense: Source, sparse: Source) -> object:
     found = onnx_asr.inspect(sparse, dense=dense, data=DATA, samples=48)
-    return [(layer.name, layer.damage.to_dict() if layer.damage else None) for layer in found.layers]
+    return [(layer.name, plain(layer.damage) if layer.damage else None) for layer in found.layers]
 
 
 ENTRIES: dict[str, Callable[[Source, Source], object]] = {

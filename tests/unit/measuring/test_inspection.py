@@ -11,6 +11,7 @@ import onnx_asr
 from onnx_asr.data.datasets import TensorDataset
 from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.graph.index import GraphIndex
+from onnx_asr.json_values import plain
 from onnx_asr.measuring.damage import COLLAPSED_RATIO, PointDamage, draw_samples, measure_damage
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Pair
@@ -42,7 +43,7 @@ def test_layers_and_their_zeros() -> None:
     for layer in found.layers:
         value = stored[layer.node]
         rows = value.reshape(len(value), -1)
-        assert (layer.shape, layer.size, layer.zeros) == (value.shape, value.size, int((value == 0).sum()))
+        assert (layer.shape, layer.weights, layer.zeros) == (value.shape, value.size, int((value == 0).sum()))
         np.testing.assert_array_equal(layer.channel_zeros, (rows == 0).sum(axis=1))
         np.testing.assert_allclose(layer.channel_norm, np.linalg.norm(rows.astype(np.float64), axis=1))
         assert layer.writable == ("weights" if layer.op_type == "Gemm" else "weights+batchnorm")
@@ -61,7 +62,7 @@ def test_channels_without_weights_are_counted() -> None:
     mask = np.ones(parameter(model, position, 1).shape)
     mask[[2, 5]] = 0
     found = onnx_asr.inspect(masked(model, {position: mask}))
-    assert {layer.node: layer.empty for layer in found.layers if layer.empty} == {position: 2}
+    assert {layer.node: layer.empty_channels for layer in found.layers if layer.empty_channels} == {position: 2}
 
 
 def test_batchnorm_folded_or_alone() -> None:
@@ -69,7 +70,9 @@ def test_batchnorm_folded_or_alone() -> None:
     found = onnx_asr.inspect(dense_net())
     alone = [layer for layer in found.layers if layer.shape is None]
     assert {layer.op_type for layer in alone} == {"BatchNormalization"}
-    assert all((layer.size, layer.sparsity, layer.pattern, layer.empty) == (0, None, None, 0) for layer in alone)
+    assert all(
+        (layer.weights, layer.sparsity, layer.pattern, layer.empty_channels) == (0, None, None, 0) for layer in alone
+    )
     assert found.batchnorm == "behind 1 of 4 convolutions, 3 elsewhere"
 
 
@@ -121,12 +124,12 @@ def test_damage_is_that_of_plain_runs() -> None:
         name = tensors[model.graph.node[layer.node].output[0]]
         first, second = (per_channel(values[name]) for values in truth)
         assert layer.damage is not None
-        np.testing.assert_allclose(layer.damage.ratio, second.var(axis=1) / first.var(axis=1), rtol=1e-4)
+        np.testing.assert_allclose(layer.damage.ratios, second.var(axis=1) / first.var(axis=1), rtol=1e-4)
         np.testing.assert_allclose(layer.damage.std, second.std(axis=1), rtol=1e-4)
         shift = (second.mean(axis=1) - first.mean(axis=1)) / first.std(axis=1)
         np.testing.assert_allclose(layer.damage.shift, shift, rtol=1e-3, atol=1e-4)
         correlation = [np.corrcoef(p, q)[0, 1] for p, q in zip(first, second, strict=True)]
-        np.testing.assert_allclose(layer.damage.correlation, correlation, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(layer.damage.correlations, correlation, rtol=1e-4, atol=1e-4)
         errors = layer.damage.errors
         assert errors is not None
         assert errors.none > 0
@@ -149,8 +152,8 @@ def test_several_versions_in_one_walk_and_a_bias_that_a_repair_added() -> None:
     alone = onnx_asr.inspect(model, dense=dense, data={"x": rows}, samples=64)
     for layer, first, second in zip(alone.layers, before.values(), after.values(), strict=True):
         assert layer.damage is not None
-        np.testing.assert_allclose(first.ratio, layer.damage.ratio, rtol=1e-6)
-        np.testing.assert_allclose(second.ratio, 1.0, rtol=1e-3)
+        np.testing.assert_allclose(first.ratios, layer.damage.ratios, rtol=1e-6)
+        np.testing.assert_allclose(second.ratios, 1.0, rtol=1e-3)
 
 
 def moments(scale: np.ndarray, *, seed: int, noise: float = 0.0) -> PairMoments:
@@ -161,16 +164,16 @@ def moments(scale: np.ndarray, *, seed: int, noise: float = 0.0) -> PairMoments:
 
 def test_collapsed_dead_and_constant_channels() -> None:
     damage = PointDamage.of([moments(np.array([1.0, 0.5, 0.05, 0.0, 0.2]), seed=0)])
-    np.testing.assert_allclose(damage.ratio, [1, 0.25, 0.0025, 0, 0.04], rtol=1e-6)
-    assert damage.collapsed.tolist() == [ratio < COLLAPSED_RATIO for ratio in (1, 0.25, 0.0025, 0, 0.04)]
+    np.testing.assert_allclose(damage.ratios, [1, 0.25, 0.0025, 0, 0.04], rtol=1e-6)
+    assert damage.is_collapsed.tolist() == [ratio < COLLAPSED_RATIO for ratio in (1, 0.25, 0.0025, 0, 0.04)]
     assert (damage.collapsed_share, damage.dead, damage.errors) == (0.4, 1, None)
     assert damage.median_ratio == pytest.approx(0.04)
     rows = np.random.default_rng(1).normal(size=(50, 2))
     constant = PointDamage.of([PairMoments.of(rows * [1, 0], rows)])
-    assert np.isnan(constant.ratio).tolist() == [False, True]
-    assert constant.to_dict()["ratios"][1] is None
+    assert np.isnan(constant.ratios).tolist() == [False, True]
+    assert plain(constant)["ratios"][1] is None
     assert (constant.dead, constant.collapsed_share) == (0, 0.0)
-    nothing = PointDamage.of([PairMoments.of(rows * 0, rows)] * 2).to_dict()
+    nothing = plain(PointDamage.of([PairMoments.of(rows * 0, rows)] * 2))
     assert (nothing["median_ratio"], nothing["spread"], nothing["log_errors"]) == (None, None, None)
 
 
@@ -203,8 +206,8 @@ def test_channel_table_and_json() -> None:
         assert len(table) == layer.channels
         assert sum(row["zeros"] for row in table) == layer.zeros
         assert layer.damage is not None
-        assert [row["collapsed"] for row in table] == layer.damage.collapsed.tolist()
-    text = json.dumps([found.to_dict(), *(layer.channel_table() for layer in found.layers)], allow_nan=False)
+        assert [row["collapsed"] for row in table] == layer.damage.is_collapsed.tolist()
+    text = json.dumps([plain(found), *(layer.channel_table() for layer in found.layers)], allow_nan=False)
     assert json.loads(text)[0]["samples"] == 40
     assert "ratio" not in onnx_asr.inspect(model).layers[0].channel_table()[0]
 

@@ -13,6 +13,7 @@ import pytest
 import onnx_asr
 import onnx_asr.pruning.channels as channel_pruning
 from onnx_asr.errors import ModelError, OptionError
+from onnx_asr.json_values import plain
 from onnx_asr.networks.cost import cost
 from onnx_asr.networks.latency import Latency, Stopwatch
 from onnx_asr.numerics.scores import cheapest_keep
@@ -66,7 +67,7 @@ def test_channels_are_removed_within_a_budget_and_no_more(scope: Any, measure: A
     milder = onnx_asr.prune_channels(model, onnx_asr.ChannelPruneOptions(result.sparsity - 1 / STEPS, scope=scope))
     assert getattr(milder.after, attribute) > 0.4 * before
     assert result.options.budget == Budget(measure, 0.4)
-    assert result.to_dict()["options"]["sparsity"] == result.sparsity
+    assert plain(result)["options"]["sparsity"] == result.sparsity
     assert result.latency is None
 
 

@@ -12,6 +12,7 @@ import onnx
 import pytest
 
 from onnx_asr.errors import OptionError
+from onnx_asr.json_values import plain
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.walk import Walk
@@ -266,7 +267,7 @@ def test_the_verification_is_of_the_last_mask_before_and_after() -> None:
     assert verification.after.kl is not None
     assert verification.before.kl is not None
     assert verification.after.kl < verification.before.kl
-    values = result.to_dict()
+    values = plain(result)
     assert values["verification"]["after"]["kl"] == verification.after.kl
     assert values["before"]["nonzeros"] - values["after"]["nonzeros"] == pytest.approx(zeros(result.model), abs=64)
     assert values["after"]["compressed"] < values["before"]["compressed"]

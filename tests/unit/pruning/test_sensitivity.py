@@ -16,7 +16,7 @@ from onnx_asr.errors import OptionError
 from onnx_asr.networks.fidelity import Fidelity
 from onnx_asr.networks.pair import Network
 from onnx_asr.pruning.options import PruneOptions
-from onnx_asr.pruning.sensitivity import LayerSensitivity, SensitivityResult
+from onnx_asr.pruning.sensitivity import LayerSensitivity, SensitivityResult, Trial
 from onnx_asr.pruning.zeros import prune
 from onnx_asr.repairing.options import RefitRecipe, RepairOptions
 from onnx_asr.repairing.samples import Samples, Verifier
@@ -39,11 +39,12 @@ def test_the_refit_takes_part_of_the_damage_back(make: Callable[[], onnx.ModelPr
     verifier = Verifier(model, samples, onnx_asr.Execution())
     alone = refitted = 0.0
     for layer in result.layers:
-        for share, fidelity in zip(result.sparsities, layer.fidelities, strict=True):
+        for share, trial in zip(result.sparsities, layer.tried, strict=True):
+            assert trial.sparsity == share
             pruned = prune(model, options=PruneOptions(share, include=(f"^{layer.name}$",), scope="layer")).model
-            assert fidelity.samples == 16
+            assert trial.fidelity.samples == 16
             alone += verifier.fidelity(pruned).distance
-            refitted += fidelity.distance
+            refitted += trial.distance
     assert 0 < refitted < 0.9 * alone
 
 
@@ -63,7 +64,7 @@ def test_of_a_last_layer_it_is_exactly_a_repair() -> None:
         repaired = onnx_asr.repair(pruned, x, replace(options, method="refit"), dense=model)
         assert repaired.verification is not None
         expected = repaired.verification.after.distance
-        got = result.layers[number].fidelities[0].distance
+        got = result.layers[number].tried[0].distance
         if number == 1:
             assert got == pytest.approx(expected, rel=1e-3)
         else:
@@ -75,7 +76,7 @@ def test_a_weight_that_two_layers_share_is_refitted_for_both() -> None:
     x = np.random.default_rng(0).standard_normal((40, 4)).astype(np.float32)
     result = onnx_asr.sensitivity(model, x, onnx_asr.SensitivityOptions(sparsities=[0.25, 0.5, 0.75], repair=FEW))
     (layer,) = result.layers
-    distances = [fidelity.distance for fidelity in layer.fidelities]
+    distances = [trial.distance for trial in layer.tried]
     assert distances == sorted(distances)
     assert distances[0] > 0
 
@@ -97,7 +98,7 @@ def test_layers_without_effect_are_insensitive_and_pruned_most() -> None:
     )
     x = images(48, seed=1)
     result = onnx_asr.sensitivity(model, x, onnx_asr.SensitivityOptions(sparsities=[0.5, 0.75], repair=FEW))
-    loud, quiet = (layer.fidelities[1].distance for layer in result.layers)
+    loud, quiet = (layer.tried[1].distance for layer in result.layers)
     assert quiet < 1e-3 * loud
     pruned = prune(model, x, PruneOptions(0.25, scope="sensitivity", samples=32))
     assert [layer.zeros for layer in pruned.layers] == [0, 6]
@@ -143,7 +144,7 @@ def test_wrong_options() -> None:
 @pytest.mark.parametrize("highest", [0.5, math.inf, math.nan])
 def test_the_table_is_drawn_whatever_the_distances(highest: float, tmp_path: Path) -> None:
     name = "$x_{" + 50 * "y" + "/a$b"
-    tried = tuple(Fidelity(samples=1, kl=kl, agreement=1.0) for kl in (0.0, highest))
+    tried = tuple(Trial(0.5, Fidelity(samples=1, kl=kl, agreement=1.0)) for kl in (0.0, highest))
     layers = tuple(LayerSensitivity(name, "Conv", (4, 4), 16, tried) for _ in range(2))
     result = SensitivityResult(layers, (), (0.5, 0.9), "magnitude", 1, 1, (), 0.0)
     drawing = write_sensitivity(result, tmp_path / "s.svg").read_text()

@@ -10,6 +10,7 @@ import onnx
 import pytest
 
 from onnx_asr.errors import ModelError, OptionError
+from onnx_asr.json_values import plain
 from onnx_asr.numerics.patterns import Pattern
 from onnx_asr.pruning.options import PruneOptions
 from onnx_asr.pruning.zeros import prune
@@ -186,7 +187,7 @@ def test_sizes_before_and_after_are_reported(options: dict[str, Any]) -> None:
     assert result.before.size == model.ByteSize()
     assert result.after.size == result.model.ByteSize()
     assert result.after.compressed < (1 - 0.5 * result.sparsity) * result.before.compressed
-    values = result.to_dict()
+    values = plain(result)
     assert values["after"]["nonzeros"] == result.after.nonzeros
     assert values["helps"] == Pattern.parse(result.options.pattern).helps
 

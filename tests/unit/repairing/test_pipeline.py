@@ -20,6 +20,7 @@ from onnx_asr.data.datasets import TensorDataset
 from onnx_asr.engine.session import Runtime
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.index import GraphIndex
+from onnx_asr.json_values import plain
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.samples import input_specs
 from onnx_asr.repairing.options import RefitRecipe, RepairOptions
@@ -544,7 +545,7 @@ def test_a_result_that_is_not_better_says_so(method: str) -> None:
     assert result.verification.before.kl == pytest.approx(0.0, abs=1e-9)
     assert result.verification.after.kl > 1e-6
     assert not result.improved
-    assert result.to_dict()["improved"] is False
+    assert plain(result)["improved"] is False
 
 
 @given(count=st.integers(1, 60), samples=st.integers(1, 40), verify=st.integers(0, 40), seed=st.integers(0, 5))

@@ -21,6 +21,7 @@ from onnx_asr import SweepGrid, SweepResult, SweepSettings, sweep
 from onnx_asr.data import PRESETS
 from onnx_asr.engine.session import Runtime
 from onnx_asr.errors import DataError, OptionError, OutputError
+from onnx_asr.json_values import plain
 from onnx_asr.repairing.options import RefitRecipe, RepairOptions
 from onnx_asr.repairing.samples import split_samples
 from onnx_asr.report.data import Run
@@ -188,7 +189,7 @@ def test_finished_cells_are_kept_and_missing_ones_computed(tmp_path: Path, monke
     assert {cell: outcome.fidelity for cell, outcome in result.cells.items()} == {
         cell: outcome.fidelity for cell, outcome in whole.cells.items()
     }
-    assert json.loads(path.read_text())["cells"] == result.to_dict()["cells"]
+    assert json.loads(path.read_text())["cells"] == plain(result)["cells"]
     assert [item.name for item in tmp_path.iterdir()] == ["results.json"]
     with monkeypatch.context() as patch:  # another grid, the same conditions: cells of both
         counted = calls(patch)

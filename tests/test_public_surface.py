@@ -1,0 +1,118 @@
+"""The names that `import onnx_asr` offers, and how its functions are called: a change of any of these is a decision."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import onnx_asr
+
+NAMES = {
+    *("ChannelPruneOptions", "ChannelPruneResult", "CompressOptions", "CompressResult", "DataError", "Dataset"),
+    *("Execution", "Fidelity", "Inspection", "Latency", "ModelError", "OnnxAsrError", "OptionError", "OutputError"),
+    *("PRESETS", "PointReport", "Preprocessing", "PruneOptions", "PruneResult", "RefitRecipe", "RepairOptions"),
+    *("RepairResult", "Runtime", "SensitivityOptions", "SensitivityResult", "ShrinkResult", "Skip", "StructureError"),
+    *("SweepGrid", "SweepResult", "SweepSettings", "Verification", "__version__", "compress", "evaluate", "inspect"),
+    *("load", "measure_latency", "open_data", "plain", "prune", "prune_channels", "repair", "save", "sensitivity"),
+    *("shrink", "sweep"),
+}
+SIGNATURES = {
+    "compress": "model, data, options=None, *, preprocessing=None, input_shapes=None, execution=None",
+    "evaluate": "model, data, *, dense=None, preprocessing=None, labels=None, label_offset=0, samples=None, seed=0, "
+    "batch_size=None, execution=None",
+    "inspect": "model, data=None, *, dense=None, preprocessing=None, samples=128, seed=0, batch_size=None, "
+    "execution=None",
+    "load": "source",
+    "measure_latency": "dense, pruned, *, input_shapes=None, seconds=3.0, execution=None",
+    "open_data": "source, inputs, *, preprocessing=None, labels=None, skip_bad_images=False",
+    "plain": "value",
+    "prune": "model, data=None, options=None, *, preprocessing=None, input_shapes=None, execution=None",
+    "prune_channels": "model, options=None, *, input_shapes=None, execution=None",
+    "repair": "model, data, options=None, *, dense=None, preprocessing=None, execution=None",
+    "save": "model, path, *, external_data=False",
+    "sensitivity": "model, data, options=None, *, preprocessing=None, execution=None",
+    "shrink": "model, *, input_shapes=None, execution=None",
+    "sweep": "model, data, grid=None, settings=None, *, preprocessing=None, test=None, labels=None, results=None, "
+    "workers=1, cluster=None, execution=None",
+}
+SOURCE = Path(onnx_asr.__file__).read_text(encoding="utf-8")
+
+
+def run(code: str) -> str:
+    """What a script prints."""
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_names() -> None:
+    assert set(onnx_asr.__all__) == NAMES
+    assert len(onnx_asr.__all__) == len(NAMES)
+    assert set(dir(onnx_asr)) == NAMES
+    for name in NAMES:
+        assert getattr(onnx_asr, name) is not None
+    with pytest.raises(AttributeError, match="'repairs'"):
+        onnx_asr.repairs  # noqa: B018
+
+
+def test_names_hide_no_module() -> None:
+    """Whoever imports a module of such a name would replace the function."""
+    package = Path(onnx_asr.__file__).parent
+    assert NAMES.isdisjoint({path.stem for path in package.iterdir()})
+
+
+def test_type_checkers_are_told_the_same() -> None:
+    (guarded,) = (node for node in ast.parse(SOURCE).body if isinstance(node, ast.If))
+    declared = {}
+    for node in guarded.body:
+        assert isinstance(node, ast.ImportFrom)
+        for item in node.names:
+            assert item.asname == item.name  # which makes it public
+            declared[item.name] = node.module
+    assert declared == {name: f"onnx_asr.{home}" for name, home in onnx_asr._HOMES.items()}
+    for name, home in declared.items():
+        assert getattr(onnx_asr, name) is getattr(import_module(str(home)), name)
+
+
+def text(signature: inspect.Signature) -> str:
+    """Names, order and defaults, without types."""
+    bare = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+    return str(inspect.Signature(bare))[1:-1]
+
+
+def test_signatures() -> None:
+    functions = {name for name in NAMES if inspect.isfunction(getattr(onnx_asr, name))}
+    assert {name: text(inspect.signature(getattr(onnx_asr, name))) for name in functions} == SIGNATURES
+
+
+def test_options_of_every_function_have_defaults_or_say_what_is_missing() -> None:
+    for options in (onnx_asr.PruneOptions, onnx_asr.ChannelPruneOptions, onnx_asr.CompressOptions):
+        with pytest.raises(onnx_asr.OptionError, match="the sparsity is missing: give the share"):
+            options()
+    for options in (onnx_asr.RepairOptions, onnx_asr.SensitivityOptions, onnx_asr.SweepGrid, onnx_asr.SweepSettings):
+        assert options() == options()
+
+
+def test_errors_have_one_base() -> None:
+    with pytest.raises(onnx_asr.OnnxAsrError):
+        onnx_asr.prune("missing.onnx", options=onnx_asr.PruneOptions(0.5))
+    for name in NAMES:
+        if name.endswith("Error"):
+            assert issubclass(getattr(onnx_asr, name), onnx_asr.OnnxAsrError)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import onnx_asr",
+        "import onnx_asr; onnx_asr.OnnxAsrError, onnx_asr.plain",
+        "import onnx_asr; onnx_asr.PruneOptions(0.5), onnx_asr.RepairOptions(), onnx_asr.SweepGrid()",
+    ],
+)
+def test_names_and_options_are_there_without_heavy_libraries(code: str) -> None:
+    heavy = "{'numpy', 'onnx', 'onnxruntime', 'PIL', 'matplotlib', 'dask'}"
+    assert run(f"{code}\nimport sys\nprint(sorted({heavy} & sys.modules.keys()))") == "[]\n"
