@@ -91,7 +91,7 @@ def test_signatures() -> None:
 
 def test_options_of_every_function_have_defaults_or_say_what_is_missing() -> None:
     for options in (onnx_asr.PruneOptions, onnx_asr.ChannelPruneOptions, onnx_asr.CompressOptions):
-        with pytest.raises(onnx_asr.OptionError, match="the sparsity is missing: give the share"):
+        with pytest.raises(onnx_asr.OptionError, match="sparsity is missing: give the share"):
             options()
     for options in (onnx_asr.RepairOptions, onnx_asr.SensitivityOptions, onnx_asr.SweepGrid, onnx_asr.SweepSettings):
         assert options() == options()

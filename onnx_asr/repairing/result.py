@@ -78,7 +78,7 @@ class RepairResult:
         seconds: Wall time by stage.
     """
 
-    derived: ClassVar = ("improved",)
+    derived: ClassVar = ("improved", "modified")
 
     model: onnx.ModelProto = field(repr=False)
     options: RepairOptions
