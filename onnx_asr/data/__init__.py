@@ -1,6 +1,6 @@
-"""Calibration and evaluation data: images, arrays and feeds, made ready for a model's inputs.
+"""Calibration and evaluation data: images, arrays and feeds, prepared for a model's inputs.
 
-What needs numpy and Pillow is imported when it is first used, so that options of the preprocessing are there without.
+Names that need numpy and Pillow are imported on first use: the options of the preprocessing do not need them.
 """
 
 from __future__ import annotations

@@ -179,7 +179,7 @@ class _ImageDataset(Dataset):
 def _table(steps: Preprocessing, channels: int, dtype: np.dtype[Any]) -> NDArray[Any]:
     """The value of each pixel level: (channels, 256), channels in red, green, blue order.
 
-    Pixels are whole numbers from 0 to 255, so values are looked up: computed in float64, rounded once to the type.
+    Pixels are whole numbers from 0 to 255, so values are looked up: computed in float64 and rounded once to the type.
     """
     mean, std = (np.broadcast_to(np.array(values), channels)[:, None] for values in (steps.mean, steps.std))
     levels = np.arange(256.0) * (1.0 if steps.scale is None else steps.scale)
@@ -192,14 +192,14 @@ def _framed(image: Image.Image, steps: Preprocessing, name: str) -> Image.Image:
 
     Args:
         image: The image, in mode L or RGB.
-        steps: The size and the crop.
-        name: What to call it in a message.
+        steps: Size and crop.
+        name: Name of the image in messages.
 
     Returns:
-        The framed image; `image` itself where there is nothing to do.
+        The framed image; `image` itself if there is nothing to do.
 
     Raises:
-        DataError: The image is smaller than the crop, or would become huge.
+        DataError: The image is smaller than the crop, or would become too large.
     """
     width, height = image.size
     short = min(width, height)
@@ -207,13 +207,13 @@ def _framed(image: Image.Image, steps: Preprocessing, name: str) -> Image.Image:
         width, height = (int(steps.resize * side / short) for side in (width, height))
         if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
             raise DataError(
-                f"{name} is {image.width} x {image.height} pixels and would grow to {width} x {height}: remove it"
+                f"{name} is {image.width} x {image.height} pixels and would become {width} x {height}: remove it"
             )
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     if steps.crop is not None and (width, height) != (steps.crop, steps.crop):
         if min(width, height) < steps.crop:
             raise DataError(
-                f"{name} is {width} x {height} pixels where {steps.crop} x {steps.crop} are to be cut out: "
+                f"{name} is {width} x {height} pixels, too small for a crop of {steps.crop} x {steps.crop}: "
                 f"pass --resize {steps.crop} or more, or a smaller --crop"
             )
         left, top = round((width - steps.crop) / 2), round((height - steps.crop) / 2)

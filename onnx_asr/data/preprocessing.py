@@ -4,7 +4,7 @@
       -> short side to `resize` (bilinear, antialiased)  -> centre crop to `crop` x `crop`
       -> y = (x * scale - mean) / std                    -> RGB or BGR, channels first or last
 
-The steps are carried out in `data.datasets`. Nothing heavy is imported here: the command line takes options from this.
+`data.datasets` carries out the steps. Nothing heavy is imported here, since the command line reads its options here.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ class Preprocessing:
             if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
                 raise OptionError(f"{key} is {size!r}: give a whole number of pixels from 1 up")
         if self.resize is not None and self.crop is not None and self.crop > self.resize:
-            raise OptionError(f"crop {self.crop} is larger than the short side after resize {self.resize}: lower one")
+            raise OptionError(
+                f"crop {self.crop} is larger than the short side after resize {self.resize}: give a smaller crop"
+            )
         if self.scale is not None and (not _is_number(self.scale) or self.scale == 0):
             raise OptionError(f"scale is {self.scale!r}: give a factor other than 0 (1/255 is {1 / 255})")
         for key in ("mean", "std"):
@@ -93,7 +95,7 @@ class Preprocessing:
             if not isinstance(values, tuple) or len(values) not in (1, 3) or not all(map(_is_number, values)):
                 raise OptionError(f"{key} is {values!r}: give one number, or three (red, green, blue)")
         if any(value <= 0 for value in self.std):
-            raise OptionError(f"std is {self.std!r}: every value must be above 0")
+            raise OptionError(f"std is {self.std!r}: give values above 0")
         if self.layout not in (None, "NCHW", "NHWC"):
             raise OptionError(f"layout is {self.layout!r}: give NCHW or NHWC")
         if self.channel_order not in ("RGB", "BGR"):

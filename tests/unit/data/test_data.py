@@ -208,7 +208,7 @@ def test_options_build_on_a_preset_or_a_file(tmp_path: Path) -> None:
         ({"scale": float("nan")}, r"scale is nan"),
         ({"mean": (1.0, 2.0)}, r"mean is \(1.0, 2.0\): give one number, or three"),
         ({"mean": "0.5"}, r"mean is '0.5'"),
-        ({"std": (1.0, 0.0, 1.0)}, r"std is \(1.0, 0.0, 1.0\): every value must be above 0"),
+        ({"std": (1.0, 0.0, 1.0)}, r"std is \(1.0, 0.0, 1.0\): give values above 0"),
         ({"layout": "HWC"}, r"layout is 'HWC': give NCHW or NHWC"),
         ({"channel_order": "GBR"}, r"channel order is 'GBR': give RGB or BGR"),
     ],
@@ -333,7 +333,7 @@ def test_decompression_bomb_is_named(folder: Path, monkeypatch: pytest.MonkeyPat
 def test_resizing_must_not_blow_an_image_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
     write_image(tmp_path / "line.png", pixels(1, 500, 3))
-    with pytest.raises(DataError, match=r"line\.png is 500 x 1 pixels and would grow to 128000 x 256"):
+    with pytest.raises(DataError, match=r"line\.png is 500 x 1 pixels and would become 128000 x 256"):
         open_data(tmp_path, [ANY], preprocessing=PRESETS["imagenet"])
 
 
@@ -362,7 +362,7 @@ def test_sizes_that_do_not_fit(folder: Path) -> None:
     with pytest.raises(DataError, match=r"expects \(3, 240, 320\): crops are square, so give images of 320 x 240"):
         open_data(folder, [InputSpec("input", FLOAT, (1, 3, 240, 320))], preprocessing=UNIT)
     with pytest.raises(
-        DataError, match=r"a\.png is 8 x 8 pixels where 9 x 9 are to be cut out: pass --resize 9 or more"
+        DataError, match=r"a\.png is 8 x 8 pixels, too small for a crop of 9 x 9: pass --resize 9 or more"
     ):
         open_data(folder, [ANY], preprocessing=Preprocessing(crop=9, scale=1.0))
 

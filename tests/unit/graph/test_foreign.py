@@ -93,7 +93,7 @@ def test_every_entry_point_takes_them(
 
 @library
 def test_workers_are_sent_the_exported_model(imported: Callable[[Path], Source], paths: tuple[Path, Path]) -> None:
-    """Which is a file's content; the objects of the libraries need not even be picklable."""
+    """A ModelProto can be pickled, whatever holds for the objects of the libraries."""
     workers = pytest.importorskip("onnx_asr.sweeping.workers")
     setup = Setup(imported(paths[0]), DATA, None, None, None, SweepSettings(repair=OPTIONS))
     workspace = Workspace.of(setup, Execution())
