@@ -131,8 +131,11 @@ def assets() -> Iterator[Case]:
     }
     for path in sorted(ASSETS.glob("*/*.onnx")):
         name = path.relative_to(ASSETS).as_posix()
-        samples = next(samples for prefix, samples in inputs.items() if name.startswith(prefix))
-        yield Case(name, "shared asset", lambda path=path: onnx.load(path), samples)  # type: ignore[misc]
+        samples = next((samples for prefix, samples in inputs.items() if name.startswith(prefix)), None)
+        if samples is None:
+            print(f"skipping {name}: its inputs are not known here", file=sys.stderr)
+        else:
+            yield Case(name, "shared asset", lambda path=path: onnx.load(path), samples)  # type: ignore[misc]
 
 
 def light_zoo() -> Iterator[Case]:
