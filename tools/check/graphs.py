@@ -360,7 +360,7 @@ def outputs(model: onnx.ModelProto, samples: NDArray[Any]) -> list[NDArray[Any]]
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(copy.SerializeToString(), options, providers=["CPUExecutionProvider"])
     given = session.get_inputs()[0]
-    step = given.shape[0] if isinstance(given.shape[0], int) else 8
+    step = given.shape[0] if isinstance(given.shape[0], int) else min(8, len(samples))
     parts: list[list[NDArray[Any]]] = []
     for start in range(0, len(samples) - len(samples) % step, step):
         parts.append(session.run(None, {given.name: samples[start : start + step]}))
