@@ -38,6 +38,20 @@ def test_rows_and_patches_order_the_blocks(layout: WeightLayout) -> None:
     np.testing.assert_array_equal(layout.to_patches(stored), blocks.swapaxes(2, 3).reshape(*blocks.shape[:2], -1))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_channels_run_along_the_axes_that_the_layout_names(layout: WeightLayout) -> None:
+    """One of the two axes holds the channels of one group, the other those of all groups."""
+    for axis, blocks_axis, size in (
+        (layout.input_axis, 2, layout.inputs),
+        (layout.output_axis, 1, layout.outputs),
+    ):
+        along = np.arange(layout.shape[axis]).reshape([-1 if each == axis else 1 for each in range(len(layout.shape))])
+        blocks = np.moveaxis(layout.to_blocks(np.broadcast_to(along, layout.shape)), blocks_axis, 1)
+        first = np.arange(layout.groups) * (size if layout.shape[axis] == layout.groups * size else 0)
+        expected = (first[:, None] + np.arange(size))[:, :, None, None]
+        np.testing.assert_array_equal(blocks, np.broadcast_to(expected, blocks.shape))
+
+
 def test_patches_have_the_channels_of_a_tap_side_by_side() -> None:
     weight = np.array([[[10, 11], [20, 21], [30, 31]]])  # three channels, two taps
     assert WeightLayout(weight.shape).to_patches(weight).tolist() == [[[10, 20, 30, 11, 21, 31]]]

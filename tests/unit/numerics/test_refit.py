@@ -275,8 +275,9 @@ def test_relu_aware_steps_lower_the_error_behind_the_relu(with_floor, solver):
     assert errors[3] < 0.95 * errors[0]
 
 
-def test_relu_steps_are_fits_of_the_met_target():
-    layer = Layer(groups=2, outputs=3)
+@pytest.mark.parametrize("size", [{"rows": 2000}, {"rows": 9000, "inputs": 9}], ids=["one chunk", "several chunks"])
+def test_relu_steps_are_fits_of_the_met_target(size):
+    layer = Layer(groups=2, outputs=3, **size)
     layer.target += np.linspace(-2, 2, 6, dtype=np.float32)
     negative = layer.target <= 0
     solution = layer.refit()

@@ -200,6 +200,12 @@ def hull_cost(zeros: int, corners: list[tuple[int, float]]) -> float:
     return min(values)
 
 
+def test_zeros_go_to_the_segment_of_the_smallest_slope() -> None:
+    """Slopes of 1 and then 2 in the first layer, 1.5 in the second."""
+    zeros, costs = [[10, 20], [10]], [[10.0, 30.0], [15.0]]
+    assert [cheapest_keep([20, 20], zeros, costs, keep) for keep in (35, 20, 15)] == [[15, 20], [10, 10], [5, 10]]
+
+
 @given(
     costs=st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3), min_size=1, max_size=3),
     share=st.floats(0, 1),
