@@ -40,7 +40,7 @@ def evaluate(
     """Measure a model: top-1 and top-5 where labels are known, agreement, KL and SNR where a dense model is given.
 
     Args:
-        model: Path or ModelProto.
+        model: A path, or an object of onnx, onnx-graphsurgeon or onnx-ir.
         data: Whatever :func:`onnx_asr.data.open_data` takes, or a Dataset.
         dense: The model to compare the outputs with.
         labels: Class indices; None takes those that the data bring along (sub-folders, ``labels`` in an .npz).

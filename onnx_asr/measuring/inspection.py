@@ -196,7 +196,7 @@ def inspect(
     """Say what is in a model and, with its dense model and data, what pruning did to every channel.
 
     Args:
-        model: Path or ModelProto; it is not changed.
+        model: A path, or an object of onnx, onnx-graphsurgeon or onnx-ir, which is not changed.
         data: Samples to measure the damage on; no labels needed.
         dense: The model that it was made from.
         preprocessing: What to do to images.

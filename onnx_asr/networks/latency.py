@@ -116,8 +116,8 @@ def measure_latency(
     """Time two models in onnxruntime, run in turns on the same random input.
 
     Args:
-        dense: Path or ModelProto.
-        pruned: Path or ModelProto with the same inputs.
+        dense: A path, or an object of onnx, onnx-graphsurgeon or onnx-ir.
+        pruned: Another one with the same inputs.
         input_shapes: Shapes of inputs with open sizes; by default their batch is 1 and their other open sizes are 224.
         seconds: About what it takes; at least 9 pairs are run.
         execution: Execution providers and threads, as the models are to be run with.

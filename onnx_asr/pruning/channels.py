@@ -116,7 +116,7 @@ def prune_channels(
     little from run to run.
 
     Args:
-        model: Path or ModelProto of the dense model; it is not changed.
+        model: The dense model: a path, or an object of onnx, onnx-graphsurgeon or onnx-ir, which is not changed.
         options: What to remove, and how much; at least a sparsity or a target. A group takes part when all layers that
             make it do.
         input_shapes: Shapes of inputs with open sizes, for FLOPs and latency; by default their batch is 1 and their

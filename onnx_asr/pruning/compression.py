@@ -110,7 +110,7 @@ def compress(
     """Prune and repair jointly, by mask rounds.
 
     Args:
-        model: Path or ModelProto of the dense model; it is not changed.
+        model: The dense model: a path, or an object of onnx, onnx-graphsurgeon or onnx-ir, which is not changed.
         data: Calibration samples, as for :func:`onnx_asr.repair`.
         options: What to zero, rounds, samples, seed and refit recipe; at least a sparsity or an N:M pattern.
         preprocessing: What to do to images.

@@ -112,7 +112,7 @@ def sensitivity(
     samples: ``calibration + layers * sparsities * held-out`` samples run through the network.
 
     Args:
-        model: Path or ModelProto of the dense model; it is not changed.
+        model: The dense model: a path, or an object of onnx, onnx-graphsurgeon or onnx-ir, which is not changed.
         data: Samples, no labels needed, as for :func:`onnx_asr.repair`.
         options: What to try; numbers of samples, seed and refit recipe.
         preprocessing: What to do to images.

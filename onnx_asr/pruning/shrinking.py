@@ -81,7 +81,7 @@ def shrink(
     """Remove channels that are constant or that nobody reads.
 
     Args:
-        model: Path or ModelProto; it is not changed.
+        model: A path, or an object of onnx, onnx-graphsurgeon or onnx-ir, which is not changed.
         input_shapes: Shapes of inputs with open sizes, for FLOPs and the comparison; by default their batch is 1 and
             their other open sizes are 224.
         execution: How to run the models that are compared in the end; progress.

@@ -96,7 +96,7 @@ def prune(
     "sensitivity" with ``target_flops`` allocates operations instead of weights.
 
     Args:
-        model: Path or ModelProto of the dense model; it is not changed.
+        model: The dense model: a path, or an object of onnx, onnx-graphsurgeon or onnx-ir, which is not changed.
         data: Calibration samples for scores and scopes that need them, as for :func:`onnx_asr.repair`; else None. What
             scope "sensitivity" does with them: :func:`onnx_asr.sensitivity`.
         options: What to zero, and how much; at least a sparsity, a target or an N:M pattern.

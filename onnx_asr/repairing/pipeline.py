@@ -41,7 +41,7 @@ def repair(
     """Give a pruned model its accuracy back.
 
     Args:
-        model: Path or ModelProto of the pruned model; it is not changed.
+        model: The pruned model: a path, or an object of onnx, onnx-graphsurgeon or onnx-ir, which is not changed.
         data: Calibration samples, no labels needed: whatever :func:`onnx_asr.open_data` takes, or a Dataset.
         options: Method and sizes; the default is ``auto`` on 512 samples, which returns the pruned model unchanged
             where nothing it tried came closer to the dense one.

@@ -46,7 +46,7 @@ def sweep(
     folded, is told with the reason and ends nothing.
 
     Args:
-        model: Path or ModelProto of the dense model; it is not changed.
+        model: The dense model: a path, or an object of onnx, onnx-graphsurgeon or onnx-ir, which is not changed.
         data: Calibration samples, no labels needed, as for :func:`onnx_asr.repair`.
         grid: What to try.
         settings: What all cells have in common; the defaults are those of the pipelines.

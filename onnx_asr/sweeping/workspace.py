@@ -39,7 +39,7 @@ class Setup:
     """What a process needs to know before it can work on cells.
 
     Attributes:
-        dense: Path or ModelProto of the dense model.
+        dense: The dense model, as the sweep was given it.
         data: Calibration samples.
         test: Samples to score on; None for the held-out ones of ``data``.
         labels: A table of labels for the samples that are scored, where they are a folder of images.
