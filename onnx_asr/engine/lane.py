@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,25 +24,6 @@ from onnx_asr.graph.segments import Boundary, extract
 
 Chunk = dict[str, NDArray[Any]]
 """Tensors of some samples, by name."""
-
-
-@dataclass(frozen=True)
-class _Segment:
-    """The nodes that one advance runs.
-
-    Attributes:
-        session: The nodes, loaded; None where everything that is asked for is held already.
-        inputs: Held tensors that the nodes read.
-        outputs: What the session is to give.
-        asked: Tensors that the caller is to see.
-        spent: Inputs that neither the caller nor a later node needs.
-    """
-
-    session: Session | None
-    inputs: list[str]
-    outputs: list[str]
-    asked: list[str]
-    spent: list[str]
 
 
 class Lane:
@@ -87,46 +67,41 @@ class Lane:
         The arrays yielded belong to the lane: they may be changed in place (the change is what later segments see) and
         are only valid until the iterator goes on, unless a later node or target needs them.
         """
-        segment = self._segment(Counter(targets))
-        fresh: dict[str, list[NDArray[Any]]] = {name: [] for name in segment.outputs}
+        counts = Counter(targets)
+        asked = list(counts)
+        positions = ancestors(self.index, asked, stop=self._held)
+        self._remaining -= positions
+        self._wanted -= counts
+        inputs, outputs = self._edges(positions, asked)
+        session = self._session(positions, inputs, outputs) if outputs else None
+        fresh: dict[str, list[NDArray[Any]]] = {name: [] for name in outputs}
 
         def chunks_of(name: str) -> list[NDArray[Any]]:
             return (fresh if name in fresh else self._held)[name]
 
         for number in range(self._count):
-            self._run(segment, number, fresh)
-            yield {name: chunks_of(name)[number] for name in segment.asked}
-            for name in dict.fromkeys([*segment.outputs, *segment.asked]):
-                self._put_away(chunks_of(name), number, keep=self._is_needed(name))
+            if session is not None:
+                feeds = {name: self._held[name][number] for name in inputs}
+                for name, array in session.run(feeds, outputs, self._pool.allocate).items():
+                    fresh[name].append(array)
+                del feeds
+                for name in inputs:
+                    if name not in asked:
+                        self._put_away(name, self._held[name], number)
+            yield {name: chunks_of(name)[number] for name in asked}
+            for name in dict.fromkeys([*outputs, *asked]):
+                self._put_away(name, chunks_of(name), number)
         self._held.update(fresh)
-        for name in [*segment.spent, *segment.asked]:
+        for name in [*inputs, *asked]:
             if not self._is_needed(name):
                 self._held.pop(name, None)
 
-    def _segment(self, targets: Counter[str]) -> _Segment:
-        """The nodes between what is held and the targets; from here on they count as run."""
-        asked = list(targets)
-        positions = ancestors(self.index, asked, stop=self._held)
-        self._remaining -= positions
-        self._wanted -= targets
+    def _edges(self, positions: set[int], asked: Sequence[str]) -> tuple[list[str], list[str]]:
+        """What the nodes read of what is held, and what they are to give."""
         reads = {name for position in positions for name in node_reads(self.index.nodes[position])}
-        inputs = [name for name in self._held if name in reads]
         produced = {name for position in positions for name in self.index.nodes[position].output if name}
-        outputs = sorted({name for name in produced if self._is_needed(name)} | (produced & set(asked)))
-        spent = [name for name in inputs if not self._is_needed(name) and name not in asked]
-        session = self._session(positions, inputs, outputs) if outputs else None
-        return _Segment(session, inputs, outputs, asked, spent)
-
-    def _run(self, segment: _Segment, number: int, fresh: dict[str, list[NDArray[Any]]]) -> None:
-        """Run a segment on one chunk and put away what it has read."""
-        if segment.session is None:
-            return
-        feeds = {name: self._held[name][number] for name in segment.inputs}
-        for name, array in segment.session.run(feeds, segment.outputs, self._pool.allocate).items():
-            fresh[name].append(array)
-        for name in segment.inputs:
-            if name not in segment.asked:
-                self._put_away(self._held[name], number, keep=name not in segment.spent)
+        needed = {name for name in produced if self._is_needed(name)}
+        return [name for name in self._held if name in reads], sorted(needed | (produced & set(asked)))
 
     def transform(self, name: str, gain: NDArray[np.float64], shift: NDArray[np.float64], axis: int) -> None:
         """Replace a held tensor by ``gain * tensor + shift`` per channel, in place: its producer's new parameters."""
@@ -150,15 +125,14 @@ class Lane:
         self._remaining.discard(position)
         if not self._is_needed(output):
             return
-        keep = self._is_needed(source)
         arrays = []
         for number, array in enumerate(self._held[source]):
             value = function(number, array)
             arrays.append(owned(value, self._pool.allocate))
             self._pool.set_aside(arrays[-1])
-            self._put_away(self._held[source], number, keep)
+            self._put_away(source, self._held[source], number)
         self._held[output] = arrays
-        if not keep:
+        if not self._is_needed(source):
             del self._held[source]
 
     def _is_needed(self, name: str) -> bool:
@@ -169,9 +143,9 @@ class Lane:
             return True
         return any(position in self._remaining for position in self.index.consumers.get(name, ()))
 
-    def _put_away(self, arrays: list[NDArray[Any]], number: int, keep: bool) -> None:
-        """A chunk's array is not used for a while, or not used any more."""
-        if keep:
+    def _put_away(self, name: str, arrays: list[NDArray[Any]], number: int) -> None:
+        """Set one chunk of a tensor aside, or release it where the tensor is not needed any more."""
+        if self._is_needed(name):
             self._pool.set_aside(arrays[number])
         else:
             array, arrays[number] = arrays[number], np.empty(0, np.uint8)

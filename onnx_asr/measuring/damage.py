@@ -177,8 +177,8 @@ def measure_damage(
         for number, (reference, *others) in enumerate(walk.step(lanes)):
             execution.progress("measuring the damage", number / len(calibration.chunks))
             for chunk, moments in zip(others, found, strict=True):
-                for point, name, dense_name in zip(points, tensors, dense_tensors, strict=True):
-                    both = PairMoments.of(pair.dense_value(reference, dense_name), chunk[name], point.channel_axis)
+                for point, name in zip(points, tensors, strict=True):
+                    both = PairMoments.of(pair.dense_value(reference, name), chunk[name], point.channel_axis)
                     moments.add((point, number % 2), both)
     return [
         {point.node: PointDamage.of([moments[point, half] for half in range(halves)]) for point in points}

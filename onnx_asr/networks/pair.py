@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -140,8 +140,13 @@ class Pair:
         """The dense network's counterpart of a tensor."""
         return self.pairing.tensors[name]
 
+    def dense_tensors(self, points: Iterable[Point]) -> list[str]:
+        """The dense network's counterparts of the tensors that are measured at points."""
+        return [self.dense_tensor(point.tensor) for point in points]
+
     def dense_value(self, chunk: Chunk, name: str) -> NDArray[Any]:
-        """A tensor of the dense network, by its name there, with the channels that are left in the pruned one."""
+        """The dense network's counterpart of a tensor, with the channels that are left in the pruned one."""
+        name = self.dense_tensor(name)
         if name not in self.kept:
             return chunk[name]
         axis, positions = self.kept[name]

@@ -141,13 +141,12 @@ def compress(
         last = replace(settings, refit=replace(settings.refit, rows=LAST_ROWS * settings.refit.rows))
         job = RepairJob.on(pruned, Pair.between(pruned, dense.index), samples, last, execution)
         with timed(seconds, "repair"):
-            repaired = run_method(job, calibration, execution)
+            result = run_method(job, calibration, execution)
         with timed(seconds, "verify"):
-            result = verified(job, repaired, execution)
+            result = verified(job, result, execution)
     execution.progress("done", 1.0)
-    notes = (*dense.notes, *samples.notes, *result.notes, *starved(layers))
     return CompressResult(
-        repair=replace(result, seconds=seconds, notes=notes),
+        repair=replace(result, seconds=seconds, notes=(*result.notes, *starved(layers))),
         layers=layers,
         before=before,
         after=cost(GraphIndex.of(result.model), input_shapes),

@@ -236,18 +236,21 @@ def walk(
     reports: list[Reports] = [{} for _ in tracks]
     done = 0
     with Walk(calibration, execution) as steps:
-        alongside = None
+        known: Mapping[Point, Moments] = {}
+        beside = None
         if pair is None:
-            known = _stored_moments(pruned, compared)
+            stored = Draft(pruned.index)
+            known = {p: stored.batchnorm(p.batchnorm).moments for p in compared if p.batchnorm is not None}
         elif any(track.correlated for track in tracks):
-            known, alongside = {}, _Alongside(pair, compared, steps)
-        else:
-            known = _dense_moments(pair, compared, steps, execution)
-        lanes = [steps.lane(track.draft, [point.tensor for point in track.points]) for track in tracks]
+            beside = pair, steps.lane(Draft(pair.dense), pair.dense_tensors(compared))
+        elif compared:
+            execution.progress("measuring the dense network", 0.0)
+            known = _dense_moments(pair, compared, steps)
+        lanes = {steps.lane(track.draft, [point.tensor for point in track.points]): track for track in tracks}
         for group in by_level(every):
             execution.progress("measuring and correcting", done / len(every))
-            found = _measure(steps, dict(zip(lanes, tracks, strict=True)), group, known, alongside)
-            for track, lane, corrected in zip(tracks, lanes, reports, strict=True):
+            found = _measure(steps, lanes, group, known, beside)
+            for (lane, track), corrected in zip(lanes.items(), reports, strict=True):
                 for point in group:
                     if point in track.points:
                         corrected[point.node] = track.correct(lane, point, found[lane, point])
@@ -255,40 +258,12 @@ def walk(
     return reports
 
 
-class _Alongside:
-    """The dense network, which walks along where a track needs correlations with it.
-
-    Attributes:
-        lane: Its lane.
-    """
-
-    def __init__(self, pair: Pair, points: Sequence[Point], steps: Walk) -> None:
-        self._pair = pair
-        self._names = {point: pair.dense_tensor(point.tensor) for point in points}
-        self.lane = steps.lane(Draft(pair.dense), self._names.values())
-
-    def targets(self, group: Sequence[Point]) -> list[str]:
-        """Its tensors at those of the points that are compared."""
-        return [self._names[point] for point in group if point in self._names]
-
-    def moments(self, point: Point, dense: Chunk, pruned: Chunk) -> PairMoments:
-        """Moments of both networks at a point.
-
-        Raises:
-            ModelError: When they give different numbers of results for the same samples.
-        """
-        reference, value = self._pair.dense_value(dense, self._names[point]), pruned[point.tensor]
-        if reference.shape != value.shape:
-            raise unequal(point)
-        return PairMoments.of(reference, value, point.channel_axis)
-
-
 def _measure(
     steps: Walk,
     tracks: Mapping[Lane, Track],
     group: Sequence[Point],
     known: Mapping[Point, Moments],
-    alongside: _Alongside | None,
+    beside: tuple[Pair, Lane] | None,
 ) -> dict[tuple[Lane, Point], Measured]:
     """Run every lane through one level, and measure the points that its track corrects.
 
@@ -297,19 +272,20 @@ def _measure(
         tracks: The lanes, and what each is for.
         group: The points of the level.
         known: The dense network's moments, where they are known beforehand.
-        alongside: The dense network, where they are not.
+        beside: The pair and the dense network's lane, where it walks along, because a track needs correlations.
     """
     own = {lane: [point for point in group if point in track.points] for lane, track in tracks.items()}
     targets = {lane: [point.tensor for point in points] for lane, points in own.items()}
-    if alongside is not None:
-        targets[alongside.lane] = alongside.targets(group)
+    if beside is not None:
+        compared = [p for p in group if any(tracks[lane].paired and p in points for lane, points in own.items())]
+        targets[beside[1]] = beside[0].dense_tensors(compared)
     alone: Accumulator[tuple[Lane, Point], Moments] = Accumulator()
     pairs: Accumulator[tuple[Lane, Point], PairMoments] = Accumulator()
     for chunks in steps.step(targets):
         for (lane, points), chunk in zip(own.items(), chunks, strict=False):  # the dense network's chunk is the last
             for point in points:
-                if alongside is not None and tracks[lane].paired:
-                    pairs.add((lane, point), alongside.moments(point, chunks[-1], chunk))
+                if beside is not None and tracks[lane].paired:
+                    pairs.add((lane, point), _pair_moments(beside[0], point, chunks[-1], chunk))
                 else:
                     alone.add((lane, point), Moments.of(chunk[point.tensor], point.channel_axis))
     together = {key: Measured(found.pruned, found.dense, found.correlation) for key, found in pairs.items()}
@@ -319,24 +295,21 @@ def _measure(
     }
 
 
-def _stored_moments(pruned: Network, points: Sequence[Point]) -> dict[Point, Moments]:
-    """Running statistics that stand in for the dense network's moments, at the points that have them."""
-    draft = Draft(pruned.index)
-    return {point: draft.batchnorm(point.batchnorm).moments for point in points if point.batchnorm is not None}
+def _pair_moments(pair: Pair, point: Point, dense: Chunk, pruned: Chunk) -> PairMoments:
+    reference, value = pair.dense_value(dense, point.tensor), pruned[point.tensor]
+    if reference.shape != value.shape:
+        raise unequal(point)
+    return PairMoments.of(reference, value, point.channel_axis)
 
 
-def _dense_moments(pair: Pair, points: Sequence[Point], steps: Walk, execution: Execution) -> dict[Point, Moments]:
+def _dense_moments(pair: Pair, points: Sequence[Point], steps: Walk) -> dict[Point, Moments]:
     """Moments of the dense network: a few levels at a time, as all outputs of a session are in memory together."""
     result: Accumulator[Point, Moments] = Accumulator()
-    if not points:
-        return result
-    execution.progress("measuring the dense network", 0.0)
-    names = {point: pair.dense_tensor(point.tensor) for point in points}
-    lane = steps.lane(Draft(pair.dense), names.values())
+    lane = steps.lane(Draft(pair.dense), pair.dense_tensors(points))
     levels = by_level(points)
     for start in range(0, len(levels), _LEVELS_AT_ONCE):
         group = [point for level in levels[start : start + _LEVELS_AT_ONCE] for point in level]
-        for (chunk,) in steps.step({lane: [names[point] for point in group]}):
+        for (chunk,) in steps.step({lane: pair.dense_tensors(group)}):
             for point in group:
-                result.add(point, Moments.of(pair.dense_value(chunk, names[point]), point.channel_axis))
+                result.add(point, Moments.of(pair.dense_value(chunk, point.tensor), point.channel_axis))
     return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import onnx
@@ -23,6 +23,11 @@ from onnx_asr.repairing.options import Method, RepairOptions
 from onnx_asr.repairing.point_report import PointReport
 from onnx_asr.repairing.samples import Samples, Verifier
 from onnx_asr.version import __version__
+
+_NO_DENSE = (
+    "no dense model: the running statistics stored in the pruned model's BatchNormalization are the reference, and the "
+    "result was not verified"
+)
 
 
 def check_method(method: Method, *, dense: bool, batchnorm: bool) -> None:
@@ -52,6 +57,16 @@ def check_method(method: Method, *, dense: bool, batchnorm: bool) -> None:
         )
 
 
+def _without_effect(options: RepairOptions) -> list[str]:
+    """A note on gains that the re-estimation after them takes back."""
+    if options.method not in ("asr", "raw", "layerwise") or options.bn != "exact":
+        return []
+    return [
+        f"before an exactly re-estimated BatchNormalization the gains of '{options.method}' cancel: what remains is "
+        "'bn' (use --bn ema for the paper's protocol)"
+    ]
+
+
 @dataclass(frozen=True)
 class RepairJob:
     """Everything that one repair works on.
@@ -63,6 +78,7 @@ class RepairJob:
         verifier: Measures models against the dense one; None without a dense model or held-out samples.
         options: What to do.
         sparsities: Zeros in the weights of all points; those before pruning are the dense network's, or none.
+        notes: What a user should know.
     """
 
     pruned: Network
@@ -71,6 +87,7 @@ class RepairJob:
     verifier: Verifier | None
     options: RepairOptions
     sparsities: tuple[LayerSparsity, ...]
+    notes: tuple[str, ...]
 
     @classmethod
     def of(
@@ -94,7 +111,8 @@ class RepairJob:
         pruned = Network.of(model, "pruned", compared=False) if pair is None else pair.pruned
         check_method(options.method, dense=pair is not None, batchnorm=pruned.survey.has_batchnorm)
         samples = Samples.of(data, pruned.inputs, options, preprocessing, verify=pair is not None)
-        return cls.on(pruned, pair, samples, options, execution)
+        job = cls.on(pruned, pair, samples, options, execution)
+        return replace(job, notes=(*job.notes, *starved(job.sparsities)))
 
     @classmethod
     def on(
@@ -106,24 +124,12 @@ class RepairJob:
             after = weight_of(pruned.index, point)
             before = np.ones_like(after) if pair is None else pair.dense_weight(point)
             sparsities.append(LayerSparsity.of(point, before, after))
-        return cls(pruned, pair, samples, Verifier.of(pair, samples, execution), options, tuple(sparsities))
+        notes = (*pruned.notes, *([] if pair else [_NO_DENSE]), *samples.notes, *_without_effect(options))
+        return cls(pruned, pair, samples, Verifier.of(pair, samples, execution), options, tuple(sparsities), notes)
 
-    @property
-    def notes(self) -> list[str]:
-        """What a user should know before it begins."""
-        notes = list(self.pruned.notes)
-        if self.pair is None:
-            notes.append(
-                "no dense model: the running statistics stored in the pruned model's BatchNormalization are the "
-                "reference, and the result was not verified"
-            )
-        notes += self.samples.notes
-        if self.options.method in ("asr", "raw", "layerwise") and self.options.bn == "exact":
-            notes.append(
-                f"before an exactly re-estimated BatchNormalization the gains of '{self.options.method}' cancel: what "
-                "remains is 'bn' (use --bn ema for the paper's protocol)"
-            )
-        return [*notes, *starved(self.sparsities)]
+    def chosen(self, options: RepairOptions, *notes: str) -> RepairJob:
+        """The job with the method that "auto" chose, and what there is to say about that."""
+        return replace(self, options=options, notes=(*self.notes, *notes))
 
     def written(self, draft: Draft, reports: Sequence[PointReport], calibration: Calibration) -> onnx.ModelProto:
         """The repaired model, with a note at every node that was corrected, and metadata."""

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
-
-import onnx
+from dataclasses import replace
 
 from onnx_asr.data import Dataset, Preprocessing
 from onnx_asr.data.sources import DataSource
 from onnx_asr.graph.model_io import ModelSource, load
-from onnx_asr.graph.skips import Skip
 from onnx_asr.networks.execution import Execution, timed
 from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.samples import Calibration
@@ -19,7 +16,7 @@ from onnx_asr.repairing.channelwise import batchnorm_track, paired_track, walk
 from onnx_asr.repairing.job import RepairJob
 from onnx_asr.repairing.methods import correct
 from onnx_asr.repairing.options import Method, RepairOptions
-from onnx_asr.repairing.point_report import PointReport, unconverged
+from onnx_asr.repairing.point_report import unconverged
 from onnx_asr.repairing.result import Candidate, RepairResult, Verification
 from onnx_asr.repairing.samples import Verifier
 
@@ -63,41 +60,22 @@ def repair(
         job = RepairJob.of(pruned, reference, data, options, preprocessing, execution)
         execution.progress("loading data", 0.0)
         calibration = job.samples.load()
+    candidates: list[Candidate] = []
     with timed(seconds, "choose"):
-        choice = _choose(job, calibration, execution) if options.method == "auto" else Choice(options)
-    job = replace(job, options=choice.options)
+        if options.method == "auto":
+            job, candidates = _choose(job, calibration, execution)
     with timed(seconds, "repair"):
-        repaired = run_method(job, calibration, execution)
+        result = run_method(job, calibration, execution)
     del calibration  # it may take more memory than everything that the verification needs
     with timed(seconds, "verify"):
-        result = verified(job, repaired, execution)
-    notes = (*job.notes, *choice.notes, *result.notes)
-    result = replace(result, candidates=choice.candidates, notes=notes, seconds=seconds)
+        result = verified(job, result, execution)
+    result = replace(result, candidates=tuple(candidates), seconds=seconds)
     execution.progress("done", 1.0)
-    return result if result.improved or not choice.candidates else _unchanged(result, job)
+    return result if result.improved or not candidates else _unchanged(result, job)
 
 
-@dataclass(frozen=True)
-class Repaired:
-    """A model that a method was run on.
-
-    Attributes:
-        model: The repaired copy.
-        points: What was done at each correction point, in file order.
-        skips: What was not repaired, and why.
-        samples: Number of calibration samples.
-        digest: Of these samples.
-    """
-
-    model: onnx.ModelProto
-    points: tuple[PointReport, ...]
-    skips: tuple[Skip, ...]
-    samples: int
-    digest: str
-
-
-def run_method(job: RepairJob, calibration: Calibration, execution: Execution) -> Repaired:
-    """Run the method of a job, any but "auto".
+def run_method(job: RepairJob, calibration: Calibration, execution: Execution) -> RepairResult:
+    """Run the method of a job, any but "auto"; the result is not verified.
 
     Raises:
         ModelError: When the activations of a network are not finite.
@@ -105,29 +83,27 @@ def run_method(job: RepairJob, calibration: Calibration, execution: Execution) -
     """
     found = correct(job, calibration, execution)
     points = tuple(found.reports[position] for position in sorted(found.reports))
-    model = job.written(found.draft, points, calibration)
-    return Repaired(model, points, (*job.pruned.survey.skips, *found.skips), calibration.count, calibration.digest)
-
-
-def verified(job: RepairJob, repaired: Repaired, execution: Execution) -> RepairResult:
-    """The result of a method, verified where there is a dense model and a held-out sample."""
-    verification = None
-    if job.verifier is not None:
-        execution.progress("verifying", 0.0)
-        before, after = (job.verifier.fidelity(model) for model in (job.pruned.index.model, repaired.model))
-        verification = Verification(before, after, job.samples.is_held_out)
     return RepairResult(
-        model=repaired.model,
+        model=job.written(found.draft, points, calibration),
         options=job.options,
         candidates=(),
-        points=repaired.points,
-        skips=repaired.skips,
-        notes=unconverged(repaired.points),
-        verification=verification,
-        calibration_samples=repaired.samples,
-        calibration_digest=repaired.digest,
+        points=points,
+        skips=(*job.pruned.survey.skips, *found.skips),
+        notes=(*job.notes, *unconverged(points)),
+        verification=None,
+        calibration_samples=calibration.count,
+        calibration_digest=calibration.digest,
         sparsity=share_of_zeros(job.sparsities),
     )
+
+
+def verified(job: RepairJob, result: RepairResult, execution: Execution) -> RepairResult:
+    """A result with its verification, where there is a dense model and a held-out sample."""
+    if job.verifier is None:
+        return result
+    execution.progress("verifying", 0.0)
+    before, after = (job.verifier.fidelity(model) for model in (job.pruned.index.model, result.model))
+    return replace(result, verification=Verification(before, after, job.samples.is_held_out))
 
 
 def _unchanged(result: RepairResult, job: RepairJob) -> RepairResult:
@@ -136,27 +112,12 @@ def _unchanged(result: RepairResult, job: RepairJob) -> RepairResult:
     return replace(result, model=Draft(job.pruned.index).model(), points=(), notes=(*result.notes, note))
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What "auto" chose.
-
-    Attributes:
-        options: With the method that did best.
-        candidates: What it tried.
-        notes: What a user should know about it.
-    """
-
-    options: RepairOptions
-    candidates: tuple[Candidate, ...] = ()
-    notes: tuple[str, ...] = ()
-
-
-def _choose(job: RepairJob, calibration: Calibration, execution: Execution) -> Choice:
-    """Try the candidate methods on part of the calibration samples; the best one is told by the held-out ones."""
+def _choose(job: RepairJob, calibration: Calibration, execution: Execution) -> tuple[RepairJob, list[Candidate]]:
+    """Try the candidate methods on part of the calibration samples: the job with the best on the held-out ones."""
     if job.verifier is None:
         method: Method = "bn" if job.pair is None else "refit"
         why = "no dense model to choose by" if job.pair is None else "no held-out samples to choose by"
-        return Choice(replace(job.options, method=method), notes=(f"auto: {why}, so '{method}' was used",))
+        return job.chosen(replace(job.options, method=method), f"auto: {why}, so '{method}' was used"), []
     part = calibration.head(CANDIDATE_SAMPLES)
     begun = time.perf_counter()
     execution.progress("trying the channel rules", 0.0)
@@ -169,7 +130,7 @@ def _choose(job: RepairJob, calibration: Calibration, execution: Execution) -> C
         execution.progress("trying refit", 0.0)
         candidates.append(_refit_candidate(job, job.verifier, part, execution.quiet))
     best = min(candidates, key=lambda candidate: candidate.fidelity.distance)
-    return Choice(best.options, tuple(candidates), tuple(notes))
+    return job.chosen(best.options, *notes), candidates
 
 
 def _channel_candidates(

@@ -81,7 +81,8 @@ class RowSampler:
         self.point = context.point
         shortcut = [context.shortcut] if context.shortcut is not None and recipe.block_targets else []
         self.pruned_targets = [context.source, *shortcut]
-        self.dense_targets = [pair.dense_tensor(name) for name in (context.output, *shortcut)]
+        self._outputs = [context.output, *shortcut]
+        self.dense_targets = [pair.dense_tensor(name) for name in self._outputs]
         self._pair = pair
         self._context = context
         self._recipe = recipe
@@ -105,7 +106,7 @@ class RowSampler:
             rows = self._kept[self._seen // self._calibration.batch_size]
             x, pick = self._sample(source, rows.shape)
         else:
-            output, *added = (self._pair.dense_value(dense, name) for name in self.dense_targets)
+            output, *added = (self._pair.dense_value(dense, name) for name in self._outputs)
             x, pick = self._sample(source, output.shape)
             summed = bool(added) and _spreads(added[0].shape, output.shape)
             values = pick(output) + pick(np.broadcast_to(added[0], output.shape)) if summed else pick(output)
