@@ -190,14 +190,6 @@ def _table(steps: Preprocessing, channels: int, dtype: np.dtype[Any]) -> NDArray
 def _framed(image: Image.Image, steps: Preprocessing, name: str) -> Image.Image:
     """Resize and crop an image; sizes and offsets are rounded as torchvision's `Resize` and `CenterCrop` round them.
 
-    Args:
-        image: The image, in mode L or RGB.
-        steps: Size and crop.
-        name: Name of the image in messages.
-
-    Returns:
-        The framed image; `image` itself if there is nothing to do.
-
     Raises:
         DataError: The image is smaller than the crop, or would become too large.
     """

@@ -185,14 +185,13 @@ def _is_number(value: object) -> bool:
 
 def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     """Turn `mean` and `std`, each a number or a sequence, into tuples; anything else stays, to be refused later."""
-    result = dict(values)
-    for key in ("mean", "std"):
-        value = result.get(key)
+
+    def as_tuple(value: object) -> object:
         if isinstance(value, Sequence) and not isinstance(value, str):
-            result[key] = tuple(value)
-        elif _is_number(value):
-            result[key] = (value,)
-    return result
+            return tuple(value)
+        return (value,) if _is_number(value) else value
+
+    return {key: as_tuple(value) if key in ("mean", "std") else value for key, value in values.items()}
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def exported(source: ForeignModel) -> onnx.ModelProto:
             cause = cause.__cause__
         reason = " ".join(f"{type(cause).__name__}: {cause}".split())
         raise ModelError(
-            f"{library.__name__} cannot export the graph ({reason}); repair it there until it exports to a valid model"
+            f"{library.__name__} cannot export the graph ({reason}); fix the graph until its own library exports it"
         ) from error
 
 

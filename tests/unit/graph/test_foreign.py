@@ -136,7 +136,7 @@ def test_external_data_that_are_gone_are_an_error(tmp_path: Path) -> None:
     model = ir(save(residual_net(), tmp_path / "m.onnx", external_data=True))
     for path in tmp_path.glob("*.data"):
         path.unlink()
-    with pytest.raises(ModelError, match=r"onnx_ir cannot export the graph \(FileNotFoundError: .*\); repair it there"):
+    with pytest.raises(ModelError, match=r"onnx_ir cannot export the graph \(FileNotFoundError: .*\); fix the graph"):
         load(model)
 
 
@@ -160,7 +160,7 @@ def no_nodes(graph: Source) -> None:
     ("spoil", "message"),
     [
         (no_opset, r"onnx_graphsurgeon cannot export the graph \(ValueError: it has no opset\)"),
-        (no_operator, r"onnx_graphsurgeon cannot export the graph \(TypeError: .*\); repair it there"),
+        (no_operator, r"onnx_graphsurgeon cannot export the graph \(TypeError: .*\); fix the graph"),
         (no_output, r"the model is not a valid ONNX model: .* output size 0"),
         (no_nodes, r"the model is not an ONNX model, or an empty one: it has no nodes"),
     ],
@@ -178,7 +178,7 @@ def test_a_broken_graph_of_graphsurgeon_is_an_error(
 def test_a_broken_model_of_onnx_ir_is_an_error(paths: tuple[Path, Path]) -> None:
     model = ir(paths[0])
     model.graph.inputs[0].name = None
-    with pytest.raises(ModelError, match=r"onnx_ir cannot export the graph \(\w+: .*\); repair it there"):
+    with pytest.raises(ModelError, match=r"onnx_ir cannot export the graph \(\w+: .*\); fix the graph"):
         load(model)
     model = ir(paths[0])
     model.graph.opset_imports.clear()
