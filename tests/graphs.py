@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,8 @@ from onnx.reference import ReferenceEvaluator
 
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import LayerPoint, survey
+from tools.paths import MODELS
 
-MODELS = Path(__file__).parent.parent / "models"
 BN_SLOTS = (1, 2, 3, 4)
 
 

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from tools.paths import ROOT
+
 PACKAGE = ROOT / "onnx_asr"
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- layers: written by `python -m tests.layering` -->", "<!-- end of layers -->"

@@ -24,7 +24,6 @@ from onnx_asr.errors import ModelError, StructureError
 from onnx_asr.graph import tensors
 from onnx_asr.graph.model_io import digest, load, save
 from tests.graphs import (
-    MODELS,
     bn,
     constant,
     copy,
@@ -39,6 +38,7 @@ from tests.graphs import (
     residual_net,
     run,
 )
+from tools.paths import MODELS
 
 OPTIONS = onnx_asr.RepairOptions(method="paired", samples=64, verify_samples=32)
 REFIT = onnx_asr.RepairOptions(method="refit", samples=64, verify_samples=32)

@@ -21,7 +21,8 @@ from onnx_asr.pruning.compression import CompressOptions
 from onnx_asr.repairing.options import RepairOptions
 from onnx_asr.sweeping.grid import SweepGrid, SweepSettings
 from onnx_asr.sweeping.workspace import Setup, Workspace
-from tests.graphs import MODELS, first_output, images, net, pruned, residual_net
+from tests.graphs import first_output, images, net, pruned, residual_net
+from tools.paths import MODELS
 
 Source = Any
 X = images(96, seed=1)

@@ -30,7 +30,8 @@ from onnx_asr.report.html import render, write_report
 from onnx_asr.report.sweep_data import sweep_data
 from onnx_asr.sweeping.grid import Cell, PruneGoal
 from onnx_asr.sweeping.result import Outcome, SweepResult
-from tests.graphs import MODELS, copy, digits, images, residual_net
+from tests.graphs import copy, digits, images, residual_net
+from tools.paths import MODELS
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "report.json"
 FOLDER = str(MODELS / "data" / "digits_calibration")

@@ -30,7 +30,8 @@ from onnx_asr.report.sweep_data import panels, sweep_data
 from onnx_asr.report.sweep_figure import draw_svg, write_plot
 from onnx_asr.sweeping.grid import Cell, PruneGoal
 from onnx_asr.sweeping.workspace import Workspace
-from tests.graphs import MODELS, copy, digit_images, digits, first_output, folded, images, kl, net, residual_net
+from tests.graphs import copy, digit_images, digits, first_output, folded, images, kl, net, residual_net
+from tools.paths import MODELS
 
 FEW = RepairOptions(samples=48, verify_samples=40, refit=RefitRecipe(rows=500, relu_steps=1))
 SETTINGS = SweepSettings(repair=FEW, rounds=2)
