@@ -39,7 +39,7 @@ def test_text_is_written_whole(tmp_path: Path) -> None:
     write_text("äöü", target)
     assert target.read_text(encoding="utf-8") == "äöü"
     assert names(tmp_path) == ["report.json"]
-    with pytest.raises(OutputError):
+    with pytest.raises(OutputError, match="nowhere' does not exist"):
         write_text("x", tmp_path / "nowhere" / "r.json")
 
 

@@ -387,7 +387,7 @@ def test_inputs_are_paired_by_position() -> None:
     straight = index(net(text.format("a", "b"), w=(2, 2)))
     crossed = index(net(text.format("b", "a"), w=(2, 2)))
     assert match(straight, straight).tensors["d"] == "d"
-    with pytest.raises(StructureError):
+    with pytest.raises(StructureError, match="'b'"):
         match(straight, crossed)
 
 

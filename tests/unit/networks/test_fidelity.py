@@ -144,5 +144,5 @@ def test_a_fixed_batch_drops_an_incomplete_last_batch():
 
 
 def test_distance_needs_a_dense_model():
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="needs a dense model"):
         _ = Fidelity(3, top1=0.5).distance

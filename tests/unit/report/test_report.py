@@ -253,7 +253,7 @@ def test_the_page_stands_alone() -> None:
 def test_it_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = write_report(auto(), tmp_path / "report.html")
     assert path.read_text(encoding="utf-8") == render(auto())
-    with pytest.raises(OutputError):
+    with pytest.raises(OutputError, match="missing' does not exist"):
         write_report(auto(), tmp_path / "missing" / "report.html")
     assert [item.name for item in tmp_path.iterdir()] == ["report.html"]
 
