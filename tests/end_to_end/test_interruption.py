@@ -99,6 +99,6 @@ def test_stopped_commands_leave_whole_files(pruned: str, tmp_path: Path, seconds
         else:
             # Where a file cannot be made without a name, it may be caught between that and its removal: still empty.
             assert all((scratch / name).stat().st_size == 0 for name in names(scratch))
-    told = ", ".join(f"{stopped[how]} by {how.name}" for how in STOPS)
-    print(f"{KILLS} stops of {', '.join(COMMANDS)}; before the command's end: {told}; broken files: 0")
+    counts = ", ".join(f"{stopped[how]} by {how.name}" for how in STOPS)
+    print(f"{KILLS} stops of {', '.join(COMMANDS)}; before the command's end: {counts}; broken files: 0")
     assert all(stopped[how] for how in STOPS)

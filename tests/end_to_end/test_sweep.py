@@ -86,14 +86,14 @@ def cluster(tmp_path: Path) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]
             )
         )
 
-    told = tmp_path / "scheduler.json"
+    scheduler = tmp_path / "scheduler.json"
     try:
-        run("dask_scheduler", "--host", "127.0.0.1", "--port", 0, "--no-dashboard", "--scheduler-file", told)
+        run("dask_scheduler", "--host", "127.0.0.1", "--port", 0, "--no-dashboard", "--scheduler-file", scheduler)
         end = time.monotonic() + PATIENCE
-        while not told.exists() or not told.read_text().endswith("}"):
+        while not scheduler.exists() or not scheduler.read_text().endswith("}"):
             assert time.monotonic() < end
             time.sleep(0.02)
-        address = json.loads(told.read_text())["address"]
+        address = json.loads(scheduler.read_text())["address"]
         for _ in range(2):
             run("dask_worker", address, "--nthreads", 1, "--no-nanny", "--no-dashboard", "--local-directory", tmp_path)
         with distributed.Client(address) as client:

@@ -104,9 +104,9 @@ def test_what_netron_shows_of_the_repair_is_in_the_file(repaired: str) -> None:
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     assert metadata["onnx_asr.method"] == "paired"
     assert json.loads(metadata["onnx_asr.options"])["samples"] == 64
-    told = [node.doc_string for node in model.graph.node if node.doc_string]
-    assert len(told) >= sum(node.op_type == "BatchNormalization" for node in model.graph.node)
-    assert all("onnx-resuscitate" in text and "gain" in text for text in told)
+    notes = [node.doc_string for node in model.graph.node if node.doc_string]
+    assert len(notes) >= sum(node.op_type == "BatchNormalization" for node in model.graph.node)
+    assert all("onnx-resuscitate" in text and "gain" in text for text in notes)
 
 
 @needs_netron

@@ -445,10 +445,10 @@ def test_dense_graphs_repaired_by_themselves_are_unchanged(name: str, method: st
 @pytest.mark.parametrize("name", ["conv", "conv-1d", "conv-3d", "transposed", "gemm", "squeeze-and-excitation"])
 def test_folded_graphs_are_repaired_to_the_same_function(name: str, method: str) -> None:
     dense, feeds = dense_of(name), sources(name, seed=3)
-    damaged, twin = prune(dense, options=PruneOptions(0.5)).model, folded(dense)
-    assert error(twin, dense, feeds) < 1e-5
+    damaged, dense_folded = prune(dense, options=PruneOptions(0.5)).model, folded(dense)
+    assert error(dense_folded, dense, feeds) < 1e-5
     kept = repaired(method, damaged, dense, feeds).model
-    assert error(repaired(method, folded(damaged), twin, feeds).model, kept, feeds) < 1e-3
+    assert error(repaired(method, folded(damaged), dense_folded, feeds).model, kept, feeds) < 1e-3
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -229,10 +229,10 @@ def test_permuted_channels_give_the_permuted_result(drawn: Any, method: Method, 
     model, inner = drawn
     damaged = pruned(model, 0.5)
     order = np.array(random.sample(range(len(parameter(model, inner[0][0], 1))), len(parameter(model, inner[0][0], 1))))
-    twin, damaged_twin = permuted(model, inner[0], order), permuted(damaged, inner[0], order)
-    close(outputs(damaged_twin), outputs(damaged), 1e-5)
+    dense_permuted, damaged_permuted = permuted(model, inner[0], order), permuted(damaged, inner[0], order)
+    close(outputs(damaged_permuted), outputs(damaged), 1e-5)
     expected = outputs(permuted(repaired(method, damaged, model), inner[0], order))
-    close(outputs(repaired(method, damaged_twin, twin)), expected, 1e-3)
+    close(outputs(repaired(method, damaged_permuted, dense_permuted)), expected, 1e-3)
 
 
 @FEW

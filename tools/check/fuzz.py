@@ -243,11 +243,11 @@ def attempt(case: Case, folder: Path) -> tuple[str, str]:
     feeds = _feeds(sound) if data is None else data
     preprocessing = PRESETS["digits"] if data is not None and rng.random() < 0.8 else None
     try:
-        twin = load(sound)
+        intact = load(sound)
         if rng.random() < 0.5:
             pruned, dense = prune(spoilt, options=PruneOptions(0.6)).model, load(spoilt)
         else:
-            pruned, dense = load(spoilt), twin
+            pruned, dense = load(spoilt), intact
         skip = data is not None and rng.random() < 0.5
         options = RepairOptions(rng.choice(METHODS), samples=SAMPLES - 2, verify_samples=2, skip_bad_images=skip)
         execution = Execution(Runtime(threads=1))

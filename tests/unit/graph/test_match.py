@@ -185,9 +185,9 @@ def test_the_same_network_matches_however_it_is_written(make: Callable[[], onnx.
         assert {point.tensor for point in survey(index(pruned)).points} <= set(pairs)
         mine = run(pruned, {index(pruned).inputs[0].name: x}, [name for name in pairs if name != "x"])
         its = run(dense, {index(dense).inputs[0].name: x}, pairs.values())
-        for name, twin in pairs.items():
+        for name, other in pairs.items():
             if name in mine:
-                np.testing.assert_allclose(mine[name], its[twin], atol=1e-5, err_msg=f"{name} and {twin}")
+                np.testing.assert_allclose(mine[name], its[other], atol=1e-5, err_msg=f"{name} and {other}")
 
 
 def test_pairing_of_trained_nets() -> None:

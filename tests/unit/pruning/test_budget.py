@@ -163,9 +163,9 @@ def test_latency_is_searched_and_measured_again(monkeypatch: pytest.MonkeyPatch)
     assert result.latency is not None
     assert result.latency.ratio == pytest.approx(1.05 * weights(result.model) / weights(digits("resnet")))
     assert 0.4 < result.latency.ratio <= 0.5
-    glances = [ratio for seconds, ratio in Scale.measured if seconds < 1]
+    searched = [ratio for seconds, ratio in Scale.measured if seconds < 1]
     again = [ratio for seconds, ratio in Scale.measured if seconds > 1]
-    assert len(glances) <= 10
+    assert len(searched) <= 10
     assert again[0] > 0.5 >= again[-1]
     assert all(ratio > 0.5 for ratio in again[:-1])
     with pytest.raises(OptionError, match=r"target-latency 1e-06 cannot be reached"):

@@ -342,10 +342,10 @@ def test_the_emptiest_layers_are_named_without_a_dense_network_too() -> None:
     assert starving(repair(result.model, x[:64], RepairOptions(method="bn")).notes) == [note]
 
 
-@pytest.mark.parametrize(("kept", "told"), [(3, True), (4, False)])
-def test_fewer_weights_than_a_tenth_of_the_channels_are_few(kept: int, told: bool) -> None:
+@pytest.mark.parametrize(("kept", "noted"), [(3, True), (4, False)])
+def test_fewer_weights_than_a_tenth_of_the_channels_are_few(kept: int, noted: bool) -> None:
     notes = prune(uneven_net(), options=PruneOptions(1 - kept / 288, scope="layer", include=("w",))).notes
-    assert bool(starving(notes)) == told
+    assert bool(starving(notes)) == noted
 
 
 def test_what_the_dense_network_lacks_was_not_pruned() -> None:

@@ -337,7 +337,7 @@ def test_ema_keeps_no_activations_of_layers_that_are_done() -> None:
     assert peak(bn="ema", ema_batches=2, ema_batch_size=128) < 1.5 * peak()
 
 
-# --- a graph and its folded twin ---
+# --- a graph with and without folding ---
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.7])
@@ -345,11 +345,11 @@ def test_ema_keeps_no_activations_of_layers_that_are_done() -> None:
 @pytest.mark.parametrize("name", WITH_BN_BEHIND_EVERY_CONV)
 def test_folded_and_unfolded_repairs_give_the_same_function(name: str, method: str, sparsity: float) -> None:
     model, damaged, x = model_of(name), pruned_of(name, sparsity), data_of(name)
-    twin, damaged_twin = folded(model), folded(damaged)
-    assert not positions(twin, "BatchNormalization")
-    np.testing.assert_allclose(outputs(damaged_twin, x), outputs(damaged, x), atol=1e-4)
+    dense_folded, damaged_folded = folded(model), folded(damaged)
+    assert not positions(dense_folded, "BatchNormalization")
+    np.testing.assert_allclose(outputs(damaged_folded, x), outputs(damaged, x), atol=1e-4)
     expected = outputs(repaired(method, damaged, model, x), x)
-    actual = outputs(repaired(method, damaged_twin, twin, x), x)
+    actual = outputs(repaired(method, damaged_folded, dense_folded, x), x)
     np.testing.assert_allclose(actual, expected, atol=1e-3)
 
 

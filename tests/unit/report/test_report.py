@@ -301,8 +301,8 @@ def of_a_sweep() -> str:
 def test_no_sideways_scrolling_on_a_phone(page: Any, tmp_path: Path) -> None:
     browser = chromium()
     widths = "[innerWidth, document.documentElement.scrollWidth].join()"
-    told = page().replace("</body>", f"<script>parent.postMessage({widths}, '*')</script></body>")
-    (tmp_path / "page.html").write_text(told, encoding="utf-8")
+    framed = page().replace("</body>", f"<script>parent.postMessage({widths}, '*')</script></body>")
+    (tmp_path / "page.html").write_text(framed, encoding="utf-8")
     path = tmp_path / "phone.html"  # a window is never narrower than 500 pixels, a frame may be
     path.write_text(
         "<title>none</title><script>onmessage = event => document.title = event.data</script>"
