@@ -60,7 +60,7 @@ class BufferPool:
             mapping.madvise(mmap.MADV_DONTNEED)
 
     def trim(self) -> None:
-        """Let go of the free buffers, whose sizes the next segment may not need."""
+        """Free the unused buffers; the next segment may need other sizes."""
         for size, buffers in self._free.items():
             self._in_memory -= size * sum(not isinstance(raw, np.memmap) for raw in buffers)
         self._free.clear()

@@ -32,7 +32,7 @@ class Lane:
     Args:
         index: The network.
         targets: Every tensor that will be asked for, as often as it will be, in any order.
-        chunks: The graph inputs, one mapping a chunk; the arrays are only read.
+        chunks: The graph inputs, one mapping per chunk; the arrays are only read.
         pool: Where boundary tensors live.
         runtime: How to run.
         plan: Edits that the segments see; the caller adds to it between advances.
@@ -97,7 +97,7 @@ class Lane:
                 self._held.pop(name, None)
 
     def _edges(self, positions: set[int], asked: Sequence[str]) -> tuple[list[str], list[str]]:
-        """What the nodes read of what is held, and what they are to give."""
+        """Held tensors that the nodes read, and outputs that are needed later or asked for."""
         reads = {name for position in positions for name in node_reads(self.index.nodes[position])}
         produced = {name for position in positions for name in self.index.nodes[position].output if name}
         needed = {name for name in produced if self._is_needed(name)}

@@ -33,7 +33,7 @@ class Runtime:
         verbose: Let onnxruntime print its warnings.
         lean: Return freed memory to the system before a session is made, and let sessions take no more than they use;
             taking it again costs time, a fifth of a compression's.
-        guard: Entered around every load and run, so that another process can see that one does not come to an end.
+        guard: Entered around every load and run, so that another process can detect one that hangs.
     """
 
     providers: tuple[str, ...] = ("CPUExecutionProvider",)

@@ -1,12 +1,12 @@
-"""What pruning did to the channels: their variances against the dense network's on the same samples, point by point.
+"""Damage by pruning: every channel's variance against the dense network's on the same samples, point by point.
 
 A point is measured behind the BatchNormalization that belongs to it, where a correction shows wherever a repair wrote
 it. In a network that was pruned and not repaired, the ratio is the same before that BatchNormalization.
 
-How far a correction could get is told on samples that it was not fitted on. With ``l = log10(v / v_dense)`` of a
-channel in one half of the samples (1) and the other (2), the root mean square over the live channels is
+The effect of a correction is estimated on samples that it was not fitted on. With ``l = log10(v / v_dense)`` of a
+channel in one half of the samples (1) and the other (2), the root mean square over the live channels is that of
 
-    of ``l_2`` without correction, of ``l_2 - mean(l_1)`` with one factor a layer, of ``l_2 - l_1`` with one a channel.
+    ``l_2`` without correction, ``l_2 - mean(l_1)`` with one gain per layer, ``l_2 - l_1`` with one per channel.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ COLLAPSED_RATIO = 0.01
 """Variance ratio below which a channel counts as collapsed: its standard deviation is under a tenth of the dense."""
 
 DAMAGE_SAMPLES = 128
-"""Samples that suffice to measure it, unless told otherwise."""
+"""Number of samples to measure it on by default."""
 
 
 @dataclass(frozen=True)
 class LogErrors:
-    """Root mean square of a layer's log10 variance ratios, fitted on one half of the samples, told on the other.
+    """Root mean square of a layer's log10 variance ratios, fitted on one half of the samples, measured on the other.
 
     Attributes:
         none: Without correction.
         layer: With one factor for the layer.
-        channel: With one factor a channel.
+        channel: With one factor per channel.
     """
 
     none: float
@@ -71,7 +71,7 @@ class PointDamage:
         shift: Difference of the means in dense standard deviations, [C]; NaN where the dense channel is constant.
         ratios: Variance over the dense variance, [C]; 0 for a dead channel, NaN where the dense channel is constant.
         correlations: Of the two, [C].
-        errors: What corrections could do about it; None with a single chunk of samples, or without a live channel.
+        errors: Errors that corrections would leave; None with a single chunk of samples, or without a live channel.
     """
 
     derived: ClassVar = ("collapsed", "dead", "median_ratio", "spread", "correlation")
@@ -195,8 +195,8 @@ def _log_errors(first: PairMoments, second: PairMoments) -> LogErrors | None:
     usable = live[0] & live[1]
     if not usable.any():
         return None
-    fitted, told = (np.log10(half.pruned.var[usable] / half.dense.var[usable]) for half in (first, second))
-    return LogErrors(_rms(told), _rms(told - fitted.mean()), _rms(told - fitted))
+    fitted, held_out = (np.log10(half.pruned.var[usable] / half.dense.var[usable]) for half in (first, second))
+    return LogErrors(_rms(held_out), _rms(held_out - fitted.mean()), _rms(held_out - fitted))
 
 
 def _rms(values: Floats) -> float:

@@ -1,4 +1,4 @@
-"""What a network costs: parameters, operations, bytes."""
+"""Cost of a network: parameters, operations, bytes."""
 
 from __future__ import annotations
 

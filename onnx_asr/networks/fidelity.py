@@ -1,4 +1,4 @@
-"""How close a model is to another on data, and how right it is where labels are known."""
+"""How close a model is to another one on data, and how accurate it is where labels are known."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Fidelity:
 
     @property
     def distance(self) -> float:
-        """What a repair makes small.
+        """The distance that a repair minimises.
 
         KL for classifiers; else the relative output error ``10^(-snr/20)``; else, where no output is a floating-point
         number (ArgMax heads), the share of values that disagree.
@@ -66,7 +66,7 @@ def collect_outputs(
     runtime: Runtime,
     batch_size: int | None = None,
 ) -> Outputs:
-    """Run a model over samples; one array an output, in the model's order, samples along the first axis.
+    """Run a model over samples; one array per output, in the model's order, samples along the first axis.
 
     Outputs behind a NonMaxSuppression, whose number depends on the data, are replaced by the boxes and scores it reads.
 
@@ -148,12 +148,12 @@ def accuracy(outputs: Outputs, labels: NDArray[np.int64], label_offset: int = 0)
     """Top-1 and (from six classes up) top-5 of a classifier's first output; class = argmax - ``label_offset``.
 
     Raises:
-        ModelError: When the first output is not one score a class.
+        ModelError: When the first output is not one score per class.
     """
     if not is_classifier(outputs):
         raise ModelError(
             f"top-1 needs a first output of shape [samples, classes]; this model gives {outputs[0].shape}: "
-            "leave the labels out to measure agreement and SNR against a dense model"
+            "drop the labels to measure agreement and SNR against a dense model"
         )
     scores = outputs[0]
     wanted = labels[: len(scores)] + label_offset
@@ -165,7 +165,7 @@ def accuracy(outputs: Outputs, labels: NDArray[np.int64], label_offset: int = 0)
 
 
 def is_classifier(outputs: Outputs) -> bool:
-    """Whether the first output is one floating-point score a class: [N, C] with C above 1."""
+    """Whether the first output is one floating-point score per class: [N, C] with C above 1."""
     first = outputs[0]
     return first.ndim == 2 and first.shape[1] > 1 and bool(np.issubdtype(first.dtype, np.floating))
 

@@ -27,16 +27,16 @@ _LEAST_PAIRS, _MOST_PAIRS = 9, 400
 
 @dataclass(frozen=True)
 class Latency:
-    """Run times of two models, in pairs: what else the machine does meets both alike.
+    """Run times of two models, measured in pairs, so that other load on the machine affects both alike.
 
     Attributes:
-        seconds_before: Median of a run of the first model.
-        seconds_after: Median of a run of the second.
+        seconds_before: Median run time of the first model.
+        seconds_after: Median run time of the second.
         ratio: Median over the pairs of the second's time by the first's.
         low: The ratio that a quarter of the pairs stays below.
         high: The ratio that a quarter of the pairs exceeds.
         pairs: Number of pairs.
-        shapes: What the inputs were.
+        shapes: Shapes of the inputs.
     """
 
     seconds_before: float
@@ -49,7 +49,7 @@ class Latency:
 
 
 def time_in_turns(first: Session, second: Session, feeds: Mapping[str, NDArray[Any]], seconds: float) -> Latency:
-    """Run two models A B A B for about so many seconds, at least 9 pairs and at most 400."""
+    """Run two models A B A B for about the given seconds: at least 9 pairs and at most 400."""
     times: list[tuple[float, float]] = []
     end = time.perf_counter() + seconds
     while len(times) < _WARM_UP + _LEAST_PAIRS or (len(times) < _MOST_PAIRS and time.perf_counter() < end):

@@ -65,13 +65,13 @@ class Network:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know about the model."""
+        """Notes for the user about the model."""
         functions = inlined_functions(self.index.model)
         return () if functions is None else (f"model-local functions were written out in place: {functions}",)
 
     @cached_property
     def inputs(self) -> list[InputSpec]:
-        """What the model is fed with."""
+        """Name, dtype and shape of the model's inputs."""
         return input_specs(self.index)
 
     @cached_property
@@ -175,7 +175,7 @@ class Pair:
 
 
 def overflow(point: Point) -> ModelError:
-    """What to raise where the activations around a point are not finite."""
+    """The error for activations around a point that are not finite."""
     return ModelError(
         f"activations at {point.name} are infinite, NaN or beyond 1e19 on the calibration samples: check the samples, "
         "or repair a float32 version of the model (float16 ends at 65504)"
@@ -183,7 +183,7 @@ def overflow(point: Point) -> ModelError:
 
 
 def unequal(point: Point) -> ModelError:
-    """What to raise where the two networks give different numbers of results for the same samples."""
+    """The error for two networks that give different numbers of results for the same samples."""
     return ModelError(
         f"the dense and the pruned model give tensors of different shapes at {point.name}: a node before it selects by "
         "value, so the two cannot be compared place by place; use --method paired or bn"

@@ -65,7 +65,7 @@ class Draft:
         return rows if point.batchnorm is None else rows * self.batchnorm(point.batchnorm).slope[:, None]
 
     def bias(self, point: LayerPoint) -> Floats:
-        """What the bias of a point adds to every channel, [C]; zeros where there is none."""
+        """The bias of a point as added to every channel, [C]; zeros where it has none."""
         if point.bias is None:
             added = self.plan.added_bias.get(point.node)
             return np.zeros(point.channels) if added is None else added.reshape(-1).astype(np.float64)
@@ -76,7 +76,7 @@ class Draft:
         return bias * point.layer.beta
 
     def set_bias(self, point: LayerPoint, bias: Floats) -> None:
-        """Set the bias of a point, [C]; where there is none, the slot or the Add behind a MatMul is made."""
+        """Set the bias of a point, [C]; the slot, or the Add behind a MatMul, is made where it is missing."""
         if point.layer.bias_slot is not None:
             self.plan.values[point.node, point.layer.bias_slot] = bias / point.layer.beta
             return

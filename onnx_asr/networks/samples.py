@@ -1,4 +1,4 @@
-"""What a model wants to be fed with, and calibration data cut into chunks that fit."""
+"""A model's inputs, and calibration data cut into chunks that fit them."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def input_specs(index: GraphIndex) -> list[InputSpec]:
 
 
 def fixed_batch(specs: Sequence[InputSpec]) -> int | None:
-    """The batch size that a model fixes; None where it leaves it open."""
+    """The batch size that a model fixes; None where it is dynamic."""
     return next((spec.shape[0] for spec in specs if spec.shape and spec.shape[0] is not None), None)
 
 
 def batch_size_for(specs: Sequence[InputSpec], asked: int | None = None) -> int:
-    """Samples a run: what the model fixes, else what was asked for, else 8 (large inputs) to 64 (small ones).
+    """Samples per run: the model's fixed batch, else the requested one, else 8 (large inputs) to 64 (small ones).
 
     The choice depends on the model alone, so that results do not depend on the machine.
     """
@@ -64,11 +64,11 @@ def batch_size_for(specs: Sequence[InputSpec], asked: int | None = None) -> int:
 
 
 def whole_batches(indices: NDArray[np.int64], *inputs: Sequence[InputSpec]) -> NDArray[np.int64]:
-    """The samples without the last ones, which do not fill a batch of every model that fixes its batch size.
+    """Drop the last samples that do not fill a batch of every model that fixes its batch size.
 
     Args:
         indices: The samples.
-        inputs: What each of the models takes.
+        inputs: The inputs of each model.
 
     Raises:
         DataError: When not even one batch is left.
@@ -84,7 +84,7 @@ def whole_batches(indices: NDArray[np.int64], *inputs: Sequence[InputSpec]) -> N
 
 
 def feeds(specs: Sequence[InputSpec], batch: Chunk) -> Chunk:
-    """A batch as a model wants it: its inputs by their order, under their own names and in their own types.
+    """A batch for a model: arrays assigned to its inputs by order, under their names and in their types.
 
     Raises:
         DataError: When there are more or fewer arrays than inputs.
@@ -100,9 +100,9 @@ class Calibration:
     """Calibration samples in chunks, ready to run.
 
     Attributes:
-        chunks: One mapping of input name to array a chunk, every chunk but the last of ``batch_size`` samples.
+        chunks: One mapping of input name to array per chunk; every chunk but the last has ``batch_size`` samples.
         count: Number of samples.
-        batch_size: Samples a chunk.
+        batch_size: Samples per chunk.
         digest: SHA-256 over the prepared samples in order, whatever the chunks.
     """
 

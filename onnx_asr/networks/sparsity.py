@@ -1,4 +1,4 @@
-"""Zeros in the weights of a network: how many, and where so many that little passes."""
+"""Zeros in the weights of a network, and layers that collapsed under them."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ class LayerSparsity:
         return self.zeros / max(1, self.size)
 
     @property
-    def starved(self) -> bool:
-        """Whether pruning, and not the network before it, left a weight to fewer than a tenth of the channels."""
+    def collapsed(self) -> bool:
+        """Whether pruning left fewer weights than a tenth of the channels, where there were more before."""
         few = self.channels / 10
         return self.size - self.zeros < few <= self.size - self.zeros_before
 
 
-def starved(layers: Sequence[LayerSparsity]) -> tuple[str, ...]:
-    """A note on the layers that pass next to nothing on, where there are such layers."""
-    found = sorted((layer for layer in layers if layer.starved), key=lambda layer: layer.size - layer.zeros)
+def collapse_note(layers: Sequence[LayerSparsity]) -> tuple[str, ...]:
+    """A note on the layers that collapsed, if any did."""
+    found = sorted((layer for layer in layers if layer.collapsed), key=lambda layer: layer.size - layer.zeros)
     if not found:
         return ()
     named = ", ".join(
@@ -56,12 +56,12 @@ def starved(layers: Sequence[LayerSparsity]) -> tuple[str, ...]:
     )
     more = ", ..." if len(found) > _NAMED_LAYERS else ""
     return (
-        f"so few weights are left that over nine tenths of the channels are constant in {len(found)} of {len(layers)} "
-        f"layers: {named}{more}; unless a shortcut goes around such a layer, no repair brings back what it stops: "
-        "prune less, or spare it (--scope erk, --exclude)",
+        f"layer collapse: over nine tenths of the channels are constant in {len(found)} of {len(layers)} layers: "
+        f"{named}{more}; unless a shortcut bypasses such a layer, no repair restores its signal: prune less, or spare "
+        "it (--scope erk, --exclude)",
     )
 
 
 def share_of_zeros(layers: Sequence[LayerSparsity]) -> float:
-    """Over all weights of the layers."""
+    """Share of zeros over all weights of the layers."""
     return sum(layer.zeros for layer in layers) / max(1, sum(layer.size for layer in layers))

@@ -1,4 +1,4 @@
-"""How zeros are shared out between the weights of a model."""
+"""How zeros are allocated to the weights of a model."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from onnx_asr.pruning.options import Scope
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """What zeros cost in every weight, as measured.
+    """Measured cost of zeros in every weight.
 
     Attributes:
         sizes: Units (weights, or blocks) of every weight.
         zeros: Numbers of zeros that were tried in it, rising.
         costs: Distance of the outputs from the dense model's at each.
-        prices: What a unit of it is worth; None where all are worth the same.
+        prices: Price of one of its units; None where all are equal.
     """
 
     sizes: Sequence[int]
@@ -39,7 +39,7 @@ class LayerCosts:
     prices: Sequence[float] | None = None
 
     def keep(self, sparsity: float) -> list[int]:
-        """Units that every weight keeps where the sparsity is the share of all their prices that goes."""
+        """Units that every weight keeps; the sparsity is the share of the total price to remove."""
         if self.prices is None:
             return cheapest_keep(self.sizes, self.zeros, self.costs, keep_count(sum(self.sizes), sparsity))
         total = sum(size * price for size, price in zip(self.sizes, self.prices, strict=True))
@@ -48,7 +48,7 @@ class LayerCosts:
 
 @dataclass(frozen=True)
 class Allocation:
-    """What is zeroed in a model at any sparsity.
+    """The zeros of a model at any sparsity.
 
     Attributes:
         index: The model.
@@ -56,7 +56,7 @@ class Allocation:
         scores: Of their entries, in the weights' stored shapes.
         pattern: Which sets of weights may survive.
         scope: Where scores are compared.
-        costs: What zeros cost, for scope "sensitivity".
+        costs: Costs of zeros, for scope "sensitivity".
     """
 
     index: GraphIndex
@@ -102,6 +102,8 @@ def unit_flops(
     for weight, size in zip(weights, sizes, strict=True):
         count = sum(known.get(point.node, 0) for point in weight.points)
         if not count:
-            raise ModelError(f"the FLOPs of {weight.name} are not known, as the shapes of its tensors are not")
+            raise ModelError(
+                f"the FLOPs of {weight.name} cannot be counted, because shapes are unknown: give --input-shapes"
+            )
         prices.append(count / size)
     return prices

@@ -1,15 +1,15 @@
 """Pruning and repair in one: mask rounds.
 
 In round ``i`` of ``R`` the sparsity is ``s (1 - (1 - i / R)^3)``: many weights go at first and few at the end (the
-schedule of gradual pruning, arXiv 1710.01878). N:M patterns lose one weight of every group of ``m`` a round. The first
-mask ranks the dense weights, each later one the weights that the round before it refitted; what was pruned stays
-pruned, and every round refits from the dense weights. So the next mask is chosen by what the weights are worth once
-their neighbours have taken over what was lost. Rounds that only rank weights take one ReLU-aware step; the last samples
-twice as many positions as a refit of its own. Without a memory limit, the others share one run of the dense network.
+schedule of gradual pruning, arXiv 1710.01878). N:M patterns lose one weight of every group of ``m`` per round. The
+first mask ranks the dense weights, each later one the weights as refitted in the round before; pruned weights stay
+pruned, and every round refits from the dense weights. So each mask is chosen by magnitudes after the other weights have
+taken over for those that were pruned. Rounds that only rank weights take one ReLU-aware step; the last one samples
+twice as many positions as a plain refit. Without a memory limit, the others share one run of the dense network.
 
-Between the first round and the last, the ranking over all layers only says how many weights (or blocks) each layer
-keeps. Which of its own, the layer's refit says, in ``NARROWING`` steps of equal ratio: refit under the mask so far,
-drop the smallest, refit again, from one set of rows.
+Between the first round and the last, the ranking over all layers only decides how many weights (or blocks) each layer
+keeps. The layer's refit decides which, in ``NARROWING`` steps of equal ratio: refit under the mask so far, drop the
+smallest, refit again, from one set of rows.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from onnx_asr.networks.execution import Execution, timed
 from onnx_asr.networks.pair import Network, Pair
 from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.samples import Calibration
-from onnx_asr.networks.sparsity import LayerSparsity, starved
+from onnx_asr.networks.sparsity import LayerSparsity, collapse_note
 from onnx_asr.numerics.patterns import Pattern
 from onnx_asr.pruning.masks import (
     PrunableWeight,
@@ -72,7 +72,7 @@ class CompressResult:
         layers: Zeros in every weight that took part.
         before: Size of the model that was given.
         after: Size of the compressed one.
-        options: What was asked for.
+        options: As given.
         round_seconds: Wall time of every round.
         masked: The dense weights under the last mask, without repair.
     """
@@ -94,7 +94,7 @@ class CompressResult:
 
     @property
     def helps(self) -> str:
-        """What the zeros are good for."""
+        """What benefits from the zeros."""
         return Pattern.parse(self.options.pattern).helps
 
 
@@ -146,7 +146,7 @@ def compress(
             result = verified(job, result, execution)
     execution.progress("done", 1.0)
     return CompressResult(
-        repair=replace(result, seconds=seconds, notes=(*result.notes, *starved(layers))),
+        repair=replace(result, seconds=seconds, notes=(*result.notes, *collapse_note(layers))),
         layers=layers,
         before=before,
         after=cost(GraphIndex.of(result.model), input_shapes),
@@ -180,7 +180,7 @@ def _last_masks(
 
     Args:
         dense: The dense network.
-        options: What to zero.
+        options: Sparsity or pattern, rounds.
         calibration: The samples.
         execution: How to run.
         seconds: Wall times, to which those of the rounds are added.
@@ -203,7 +203,7 @@ def _last_masks(
 def _factors(
     dense: Network, weights: Sequence[PrunableWeight], calibration: Calibration, execution: Execution
 ) -> list[Floats]:
-    """What to multiply magnitudes with before weights of different layers are compared.
+    """Factors that make magnitudes of different layers comparable.
 
     1 where BatchNormalization is kept. Where it was folded, ``|W|`` carries each channel's arbitrary scale; there the
     factors of the score "variance".
@@ -289,27 +289,25 @@ class _Narrowing:
         factor: Of its magnitudes.
         begin: Its mask so far.
         goal: A mask with as many units as are to be left.
-        pattern: What is kept or dropped as one.
+        pattern: Which weights are kept or dropped together.
+
+    Attributes:
+        mask: The mask that was chosen; the goal where the layer is not refitted.
+        choices: The steps.
     """
 
     def __init__(self, weight: PrunableWeight, factor: Floats, begin: Mask, goal: Mask, pattern: Pattern) -> None:
         self._weight = weight
         self._factor = factor
         self._pattern = pattern
-        self._goal = goal
-        self._chosen: Mask | None = None
-        self._begin = begin
+        self._current = begin
+        self.mask = goal
         first, last = (np.count_nonzero(units_of(weight, mask.astype(np.float64), pattern)) for mask in (begin, goal))
         shares = [step / NARROWING for step in range(1, NARROWING + 1)]
         self.choices = [partial(self._keep, round(first ** (1 - share) * last**share)) for share in shares]
 
-    @property
-    def mask(self) -> Mask:
-        """What was chosen; the goal where the layer was not refitted."""
-        return self._goal if self._chosen is None else self._chosen
-
     def _keep(self, count: int, values: Floats) -> Mask:
         """Keep the ``count`` largest units of the refitted weight."""
-        mask = self._begin if self._chosen is None else self._chosen
-        self._chosen = keep_units(self._weight, _score(values, self._factor, mask), self._pattern, count)
-        return self._chosen
+        scores = _score(values, self._factor, self._current)
+        self.mask = self._current = keep_units(self._weight, scores, self._pattern, count)
+        return self.mask

@@ -1,4 +1,4 @@
-"""Scores of weights, from the weights alone or from what the dense network does on calibration samples."""
+"""Scores of weights, from the weights alone or from activations of the dense network on calibration samples."""
 
 from __future__ import annotations
 
@@ -32,41 +32,7 @@ def weight_scores(
 ) -> Values:
     """Scores of the points' weights, each in its stored shape.
 
-    Args:
-        dense: The network.
-        points: Points with weights.
-        score: Any of them; those in ``DATA_AWARE`` look at the samples.
-        calibration: The samples.
-        execution: Execution providers, memory limit, progress.
-    """
-    if score in DATA_AWARE:
-        return data_aware_scores(dense, points, score, calibration, execution)
-    return data_free_scores(dense.index, points, score)
-
-
-def data_free_scores(index: GraphIndex, points: Sequence[LayerPoint], score: Score) -> Values:
-    """Scores of the points' weights, each in its stored shape.
-
-    * magnitude: ``|w|``
-    * row: ``|w| / rms`` of its output channel
-    * lamp: ``w^2`` by the sum of all larger ones in its weight
-    """
-    scores = []
-    for point in points:
-        layout, value = point.layer.layout, weight_of(index, point)
-        if score == "lamp":
-            scores.append(lamp(value))
-        elif score == "row":
-            scores.append(layout.from_rows(row_normalised(layout.to_rows(value))))
-        else:
-            scores.append(np.abs(value.astype(np.float64)))
-    return scores
-
-
-def data_aware_scores(
-    dense: Network, points: Sequence[LayerPoint], score: Score, calibration: Calibration, execution: Execution
-) -> Values:
-    """Scores of the points' weights, each in its stored shape.
+    Beside those of :func:`data_free_scores`:
 
     * activation: ``|w| rms(x_j)`` (Wanda, arXiv 2306.11695)
     * variance: ``|w| std(x_j) / sqrt(mean_i var(y_i))``, the root of the share of the layer's output variance that goes
@@ -76,27 +42,49 @@ def data_aware_scores(
     Args:
         dense: The network.
         points: Points with weights.
-        score: One of the three.
-        calibration: The samples.
+        score: Any of them.
+        calibration: The samples, for those in ``DATA_AWARE``.
         execution: Execution providers, memory limit, progress.
 
     Raises:
         ModelError: When activations are not finite.
     """
+    if score not in DATA_AWARE:
+        return data_free_scores(dense.index, points, score)
     execution.progress("measuring the dense network", 0.0)
     if score == "gram":
         return _saliencies(dense, points, calibration, execution)
     factors = input_factors(dense, points, score, calibration, execution)
-    return [
-        np.abs(weight_of(dense.index, point).astype(np.float64)) * factor
-        for point, factor in zip(points, factors, strict=True)
-    ]
+    return [value * factor for value, factor in zip(_magnitudes(dense.index, points), factors, strict=True)]
+
+
+def data_free_scores(index: GraphIndex, points: Sequence[LayerPoint], score: Score) -> Values:
+    """Scores of the points' weights, each in its stored shape.
+
+    * magnitude: ``|w|``
+    * row: ``|w| / rms`` of its output channel
+    * lamp: ``w^2`` by the sum of all larger ones in its weight
+    """
+    values = [weight_of(index, point) for point in points]
+    if score == "lamp":
+        return [lamp(value) for value in values]
+    if score == "row":
+        layouts = [point.layer.layout for point in points]
+        return [
+            layout.from_rows(row_normalised(layout.to_rows(value)))
+            for layout, value in zip(layouts, values, strict=True)
+        ]
+    return _magnitudes(index, points)
+
+
+def _magnitudes(index: GraphIndex, points: Sequence[LayerPoint]) -> Values:
+    return [np.abs(weight_of(index, point).astype(np.float64)) for point in points]
 
 
 def input_factors(
     dense: Network, points: Sequence[LayerPoint], score: Score, calibration: Calibration, execution: Execution
 ) -> Values:
-    """What the magnitude is multiplied by in "activation" and "variance", in the shape of each point's weight.
+    """Factors of the magnitude in "activation" and "variance", in the shape of each point's weight.
 
     Raises:
         ModelError: When activations are not finite.

@@ -23,7 +23,7 @@ from onnx_asr.repairing.samples import Samples, Verifier
 
 
 @dataclass(frozen=True)
-class Trial:
+class AtSparsity:
     """One weight alone at a sparsity, refitted."""
 
     derived: ClassVar = ("distance",)
@@ -33,41 +33,41 @@ class Trial:
 
     @property
     def distance(self) -> float:
-        """From the dense model's outputs."""
+        """Distance from the dense model's outputs."""
         return self.fidelity.distance
 
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """What pruning one weight does to the outputs.
+    """The effect on the outputs of pruning one weight.
 
     Attributes:
         name: Its first reader.
         op_type: That node's operator.
         shape: Of the weight as stored.
         size: Number of weights.
-        tried: What each sparsity does, rising.
+        tried: The effect of each sparsity, rising.
     """
 
     name: str
     op_type: str
     shape: tuple[int, ...]
     size: int
-    tried: tuple[Trial, ...]
+    tried: tuple[AtSparsity, ...]
 
 
 @dataclass(frozen=True)
 class SensitivityResult:
-    """What pruning every weight alone does to the outputs.
+    """The effect on the outputs of pruning every weight by itself.
 
     Attributes:
         layers: Weights that took part, in file order.
         skips: Nodes with weights that took no part, and why.
-        sparsities: What was tried, rising.
-        score: What ranked the weights of a layer.
+        sparsities: Sparsities that were tried, rising.
+        score: The score that ranked the weights of a layer.
         samples: Held-out samples measured on.
         calibration_samples: Samples refitted on.
-        notes: What else a user should know.
+        notes: Notes for the user.
         seconds: Wall time.
     """
 
@@ -84,7 +84,7 @@ class SensitivityResult:
 
     @property
     def distance_name(self) -> str:
-        """What the distances are."""
+        """Name of the distance."""
         first = self.layers[0].tried[0].fidelity
         if first.kl is not None:
             return "KL divergence"
@@ -92,7 +92,7 @@ class SensitivityResult:
 
     @property
     def measure(self) -> str:
-        """What was measured."""
+        """Name of all that was measured."""
         classifier = self.layers[0].tried[0].fidelity.kl is not None
         return f"{self.distance_name} and agreement" if classifier else self.distance_name
 
@@ -137,7 +137,7 @@ def sensitivity(
     execution.progress("done", 1.0)
     layers = [
         LayerSensitivity(
-            weight.name, weight.points[0].kind, values.shape, values.size, tuple(map(Trial, shares, tried))
+            weight.name, weight.points[0].kind, values.shape, values.size, tuple(map(AtSparsity, shares, tried))
         )
         for weight, values, tried in zip(weights, scores, found, strict=True)
     ]

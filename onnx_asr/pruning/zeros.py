@@ -19,7 +19,7 @@ from onnx_asr.json_values import key
 from onnx_asr.networks.cost import Cost, compressed_size, cost, flops
 from onnx_asr.networks.execution import Execution, Progress
 from onnx_asr.networks.pair import Network
-from onnx_asr.networks.sparsity import LayerSparsity, share_of_zeros, starved
+from onnx_asr.networks.sparsity import LayerSparsity, collapse_note, share_of_zeros
 from onnx_asr.numerics.patterns import Pattern
 from onnx_asr.pruning.allocation import Allocation, layer_costs, unit_flops
 from onnx_asr.pruning.budget import smallest_share
@@ -139,7 +139,7 @@ def prune(
         after=cost(GraphIndex.of(pruned), input_shapes),
         layers=layers,
         skips=(*skips, *narrow),
-        notes=((_FOLDED,) if _maybe_folded(weights, options) else ()) + starved(layers),
+        notes=((_FOLDED,) if _maybe_folded(weights, options) else ()) + collapse_note(layers),
     )
 
 

@@ -69,7 +69,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Correction:
-    """What a rule makes of a point's channels.
+    """The correction of a point's channels by a rule.
 
     Attributes:
         new: A map for the point's weights and bias, or new parameters for its BatchNormalization.
@@ -93,7 +93,7 @@ class Track:
         points: The points that it corrects.
         skips: The points that it does not, and why.
         draft: Where its corrections go.
-        rule: What it does at a point.
+        rule: Its correction at a point.
         paired: Whether the rule needs the dense network's moments.
         correlated: Whether it needs the correlation with the dense network.
     """
@@ -226,7 +226,7 @@ def walk(
         execution: How to run.
 
     Returns:
-        What each track did at each of its points.
+        The reports of each track at its points.
 
     Raises:
         ModelError: When activations are not finite, or the two networks cannot be compared place by place.

@@ -18,7 +18,7 @@ from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Network, Pair
 from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.samples import Calibration
-from onnx_asr.networks.sparsity import LayerSparsity, share_of_zeros, starved
+from onnx_asr.networks.sparsity import LayerSparsity, collapse_note, share_of_zeros
 from onnx_asr.repairing.options import Method, RepairOptions
 from onnx_asr.repairing.point_report import PointReport
 from onnx_asr.repairing.samples import Samples, Verifier
@@ -76,9 +76,9 @@ class RepairJob:
         pair: It beside the dense network, if that is given.
         samples: Calibration and held-out samples.
         verifier: Measures models against the dense one; None without a dense model or held-out samples.
-        options: What to do.
+        options: Method and settings.
         sparsities: Zeros in the weights of all points; those before pruning are the dense network's, or none.
-        notes: What a user should know.
+        notes: Notes for the user.
     """
 
     pruned: Network
@@ -112,7 +112,7 @@ class RepairJob:
         check_method(options.method, dense=pair is not None, batchnorm=pruned.survey.has_batchnorm)
         samples = Samples.of(data, pruned.inputs, options, preprocessing, verify=pair is not None)
         job = cls.on(pruned, pair, samples, options, execution)
-        return replace(job, notes=(*job.notes, *starved(job.sparsities)))
+        return replace(job, notes=(*job.notes, *collapse_note(job.sparsities)))
 
     @classmethod
     def on(
@@ -128,7 +128,7 @@ class RepairJob:
         return cls(pruned, pair, samples, Verifier.of(pair, samples, execution), options, tuple(sparsities), notes)
 
     def chosen(self, options: RepairOptions, *notes: str) -> RepairJob:
-        """The job with the method that "auto" chose, and what there is to say about that."""
+        """The job with the method that "auto" chose, and notes on the choice."""
         return replace(self, options=options, notes=(*self.notes, *notes))
 
     def written(self, draft: Draft, reports: Sequence[PointReport], calibration: Calibration) -> onnx.ModelProto:

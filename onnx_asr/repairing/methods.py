@@ -1,4 +1,4 @@
-"""What each repair method does, walk by walk."""
+"""The repair methods, walk by walk."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from onnx_asr.repairing.samples import Samples
 
 @dataclass(frozen=True)
 class Corrections:
-    """What a method does to a network.
+    """The corrections of a method.
 
     Attributes:
         draft: The new parameters.
-        reports: What was done at each point, by node.
+        reports: A report of each corrected point, by node.
         skips: The points that the method does not change, and why.
     """
 

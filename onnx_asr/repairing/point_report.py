@@ -1,4 +1,4 @@
-"""What a repair did at one correction point."""
+"""Report of a repair at one correction point."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAMED = 3
 
 @dataclass(frozen=True)
 class PointReport:
-    """What was done at one correction point.
+    """The correction at one point.
 
     Attributes:
         node: Position of the point's node in the file.
@@ -96,4 +96,4 @@ def unconverged(reports: Sequence[PointReport]) -> tuple[str, ...]:
 
 
 Reports = dict[int, PointReport]
-"""Node position to what was done there."""
+"""Reports by node position."""

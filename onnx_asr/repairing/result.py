@@ -1,4 +1,4 @@
-"""What a repair gives back."""
+"""Results of a repair."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class Candidate:
     """A method that "auto" tried on part of the calibration samples.
 
     Attributes:
-        options: What was tried.
+        options: Method and settings.
         fidelity: To the dense model, on the held-out samples.
-        seconds: What it took.
+        seconds: Wall time.
     """
 
     derived: ClassVar = ("method",)
@@ -54,7 +54,7 @@ class Candidate:
 
     @property
     def method(self) -> str:
-        """The method, with what sets it apart."""
+        """The method, with its setting where that is not the default."""
         if self.options.method == "paired" and self.options.reliability_power:
             return f"paired (rho^{self.options.reliability_power:g})"
         return self.options.method
@@ -66,11 +66,11 @@ class RepairResult:
 
     Attributes:
         model: The repaired copy; the inputs are unchanged.
-        options: What was done; where "auto" was asked for, what it chose.
-        candidates: What "auto" tried; empty where a method was given.
-        points: What was done at each correction point, in file order.
-        skips: What was not repaired, and why.
-        notes: What else a user should know.
+        options: Method and settings; for "auto", those that it chose.
+        candidates: The methods that "auto" tried; empty where a method was given.
+        points: Reports of the corrected points, in file order.
+        skips: Nodes that were not repaired, and why.
+        notes: Notes for the user.
         verification: Fidelity before and after; None without a dense model or where switched off.
         calibration_samples: Number of samples the statistics come from.
         calibration_digest: SHA-256 over these samples.

@@ -55,7 +55,7 @@ class RowSampler:
     Args:
         pair: The networks.
         context: The point and what follows it.
-        recipe: What to use.
+        recipe: How to fit.
         calibration: The samples to come.
         number: Place among the points with weights; seeds the positions, alike in a graph and its folded version.
         store: Where input patches and Gram matrices are kept.
@@ -312,7 +312,7 @@ def dense_rows(
     Args:
         dense: The network.
         points: Points with weights.
-        recipe: Number of rows, and whether what is added behind a point is sampled.
+        recipe: Number of rows, and whether shortcuts that are added to an output are sampled.
         calibration: The samples.
         execution: Execution providers and memory limit.
     """

@@ -1,4 +1,4 @@
-"""The samples of a run, divided into those to calibrate on and those held out, and the fidelity on the latter."""
+"""The samples of a run: some to calibrate on, some held out to measure fidelity."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Samples:
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know about them."""
+        """Notes for the user about the samples."""
         notes = []
         if len(self.chosen) < self.options.samples:
             notes.append(

@@ -16,7 +16,7 @@ from onnx_asr.errors import OptionError
 from onnx_asr.networks.fidelity import Fidelity
 from onnx_asr.networks.pair import Network
 from onnx_asr.pruning.options import PruneOptions
-from onnx_asr.pruning.sensitivity import LayerSensitivity, SensitivityResult, Trial
+from onnx_asr.pruning.sensitivity import AtSparsity, LayerSensitivity, SensitivityResult
 from onnx_asr.pruning.zeros import prune
 from onnx_asr.repairing.options import RefitRecipe, RepairOptions
 from onnx_asr.repairing.samples import Samples, Verifier
@@ -144,7 +144,7 @@ def test_wrong_options() -> None:
 @pytest.mark.parametrize("highest", [0.5, math.inf, math.nan])
 def test_the_table_is_drawn_whatever_the_distances(highest: float, tmp_path: Path) -> None:
     name = "$x_{" + 50 * "y" + "/a$b"
-    tried = tuple(Trial(0.5, Fidelity(samples=1, kl=kl, agreement=1.0)) for kl in (0.0, highest))
+    tried = tuple(AtSparsity(0.5, Fidelity(samples=1, kl=kl, agreement=1.0)) for kl in (0.0, highest))
     layers = tuple(LayerSensitivity(name, "Conv", (4, 4), 16, tried) for _ in range(2))
     result = SensitivityResult(layers, (), (0.5, 0.9), "magnitude", 1, 1, (), 0.0)
     drawing = write_sensitivity(result, tmp_path / "s.svg").read_text()

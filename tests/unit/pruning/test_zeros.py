@@ -316,7 +316,7 @@ def uneven_net() -> onnx.ModelProto:
 
 
 def starving(notes: tuple[str, ...]) -> list[str]:
-    return [note for note in notes if note.startswith("so few weights are left")]
+    return [note for note in notes if note.startswith("layer collapse")]
 
 
 def test_a_layer_with_hardly_any_weights_left_is_noted() -> None:
@@ -332,7 +332,7 @@ def test_a_layer_with_hardly_any_weights_left_is_noted() -> None:
 
 def test_the_emptiest_layers_are_named_without_a_dense_network_too() -> None:
     result = prune(digits("vgg"), options=PruneOptions(0.999))
-    kept = sorted((layer.size - layer.zeros, layer.name) for layer in result.layers if layer.starved)
+    kept = sorted((layer.size - layer.zeros, layer.name) for layer in result.layers if layer.collapsed)
     assert len(kept) > 3
     (note,) = starving(result.notes)
     named = re.findall(r"(\S+) \(([\d,]+) of", note)
