@@ -12,7 +12,7 @@ from pkgutil import get_data
 from typing import Any
 
 from onnx_asr.ownership import check_owner
-from onnx_asr.version import __version__
+from onnx_asr.version import __version__ as __version__
 
 _STUB = (get_data(__name__, "__init__.pyi") or b"").decode()
 _HOMES = {name: home for home, name in re.findall(r"^from (\S+) import \w+ as (\w+)$", _STUB, re.MULTILINE)}
