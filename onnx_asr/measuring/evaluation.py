@@ -1,4 +1,4 @@
-"""The evaluation pipeline: run a model over data once, compare it with labels, with a dense model, or with both."""
+"""The evaluation pipeline: one run of a model over data, compared with labels, a dense model, or both."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def evaluate(
         model: A path, or an object of onnx, onnx-graphsurgeon or onnx-ir.
         data: Whatever :func:`onnx_asr.data.open_data` takes, or a Dataset.
         dense: The model to compare the outputs with.
-        labels: Class indices; None takes those that the data bring along (sub-folders, ``labels`` in an .npz).
+        labels: Class indices; None takes those that come with the data (sub-folders, ``labels`` in an .npz).
         preprocessing: What to do to images.
-        samples: A seeded sample of this size; None for all.
-        seed: Of the sample.
+        samples: Number of samples, drawn by ``seed``; None for all.
+        seed: Of the draw.
         label_offset: Added to a label to give the output's class: 1 for nets whose class 0 is "background".
-        batch_size: Samples a run; None chooses by the input's size.
+        batch_size: Samples per run; None chooses by the input's size.
         execution: Execution providers, progress.
 
     Returns:
-        The measures; those without a reference are None. A model with a fixed batch size leaves out the samples that
-        do not fill a batch, and ``samples`` says how many took part.
+        The measures; those without a reference are None. With a fixed batch size, samples that do not fill a batch
+        are dropped; ``samples`` is the number of the others.
 
     Raises:
         ModelError: A model that cannot be read or run, or has no scores to compare with labels.
@@ -70,8 +70,8 @@ def evaluate(
     dataset, classes = _open(data, specs, labels, preprocessing)
     if classes is None and reference is None:
         raise OptionError(
-            "there is nothing to compare the model with: give the dense model (--dense), or labels (images in one "
-            "sub-folder a class, --labels TABLE for a folder, 'labels' in an .npz)"
+            "there is nothing to compare the model with: give the dense model (--dense), or labels (one sub-folder of "
+            "images per class, --labels TABLE for a folder, or 'labels' in an .npz)"
         )
     indices = np.arange(len(dataset)) if samples is None else sample_indices(len(dataset), samples, seed)
     both = [specs] if reference is None else [specs, input_specs(GraphIndex.of(reference))]
@@ -83,7 +83,7 @@ def evaluate(
         execution.progress("running the dense model", 0.5)
         dense_outputs = collect_outputs(reference, dataset, indices, execution.runtime, batch_size)
     if labels is None and dense_outputs is not None and not is_classifier(outputs):
-        classes = None  # they came with the data, nobody asked for an accuracy
+        classes = None  # they only came with the data
     result = measure(outputs, dense_outputs, None if classes is None else classes[indices], label_offset)
     execution.progress("done", 1.0)
     return replace(result, samples=len(indices))
@@ -92,10 +92,10 @@ def evaluate(
 def measure(
     outputs: Outputs, dense: Outputs | None = None, labels: NDArray[np.int64] | None = None, label_offset: int = 0
 ) -> Fidelity:
-    """The measures of outputs that are already there; see :func:`evaluate`.
+    """Measure outputs that are already computed; see :func:`evaluate`.
 
     Raises:
-        ModelError: The outputs do not fit the dense model's, or are no class scores.
+        ModelError: The outputs do not fit the dense model's, or are not class scores.
         DataError: A label is not among the model's classes.
     """
     result = Fidelity(len(outputs[0])) if dense is None else compare(dense, outputs)
@@ -123,7 +123,8 @@ def _open(
     if isinstance(data, Dataset):
         if table is not None:
             raise OptionError(
-                "a labels file goes with a folder of images, not with an open dataset: give class indices"
+                f"labels '{table}' are a table for a folder of images, but the data are an open Dataset: give an array "
+                "of class indices"
             )
         dataset = data
     else:
@@ -133,6 +134,6 @@ def _open(
     given = np.asarray(labels)
     if given.shape != (len(dataset),) or given.dtype.kind not in "iu":
         raise DataError(
-            f"labels of {given.dtype} in shape {given.shape} for {len(dataset)} samples: give one class index a sample"
+            f"labels of {given.dtype} in shape {given.shape} for {len(dataset)} samples: give a class index per sample"
         )
     return dataset, given.astype(np.int64)

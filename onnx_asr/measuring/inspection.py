@@ -1,4 +1,4 @@
-"""The inspection pipeline: what is in a model, what a repair could do and, beside its dense model, the damage."""
+"""The inspection pipeline: contents of a model, methods that could repair it, damage against its dense model."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ class Layer:
 
     Attributes:
         node: Position of its node in the file.
-        name: What to call it.
+        name: Its node's name in reports.
         op_type: Its operator.
         shape: Of the weight as stored; None for a BatchNormalization that follows no layer.
         channels: Number of output channels.
         batchnorm: Whether it has a BatchNormalization, or is one.
         channel_weights: Weights that feed one channel; 0 without a weight.
-        channel_zeros: How many of them are zero, [C].
+        channel_zeros: Number of zeros among them, [C].
         channel_norm: Euclidean norm of a channel's weights, [C].
         pattern: "dense", "unstructured", or N:M along the input channels; None without a weight.
-        damage: Against the dense network, where that was measured.
+        damage: Against the dense network; None where it was not measured.
     """
 
     derived: ClassVar = ("weights", "zeros", "sparsity", "empty_channels", "writable")
@@ -114,7 +114,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is in a model.
+    """Contents of a model.
 
     Attributes:
         opset: Version of the standard operators.
@@ -124,9 +124,9 @@ class Inspection:
         compressed_bytes: Its size after deflate.
         layers: Its correction points, in file order.
         skips: Nodes with parameters that no repair can correct, and why.
-        methods: What ``repair`` could do, with and without the dense model: method to the reason why not, or None.
-        metadata: What this package wrote into the file before.
-        samples: Number of samples the damage was measured on; 0 where it was not.
+        methods: With and without the dense model, by method of ``repair``: the reason why it cannot run, or None.
+        metadata: Entries that this package wrote into the file earlier.
+        samples: Number of samples that the damage was measured on; 0 where it was not.
     """
 
     derived: ClassVar = ("sparsity", "batchnorm")
@@ -149,7 +149,7 @@ class Inspection:
 
     @property
     def batchnorm(self) -> str:
-        """Which convolutions kept their BatchNormalization, and how many stand elsewhere."""
+        """How many convolutions kept their BatchNormalization, and how many of these stand elsewhere."""
         convolutions = [layer for layer in self.layers if layer.op_type in CONVOLUTIONS]
         kept = sum(layer.batchnorm for layer in convolutions)
         elsewhere = sum(layer.batchnorm for layer in self.layers) - kept
@@ -159,7 +159,7 @@ class Inspection:
 
     @property
     def advice(self) -> tuple[str, ...]:
-        """What ``repair`` could do, one sentence for each way to call it."""
+        """The methods that could run, one sentence with and one without the dense model."""
         sentences = []
         for name, obstacles in self.methods.items():
             possible = [method for method, obstacle in obstacles.items() if obstacle is None]
@@ -170,14 +170,14 @@ class Inspection:
         """A layer by name.
 
         Raises:
-            OptionError: When there is none, with the names that come close.
+            OptionError: When there is none of that name; with similar names.
         """
         names = [layer.name for layer in self.layers]
         if name not in names:
             close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
             raise OptionError(
-                f"there is no layer '{name}'; names that come close: {', '.join(map(repr, close)) or 'none'} "
-                f"({len(names)} layers in all)"
+                f"there is no layer '{name}' among the {len(names)}: give one of their names"
+                + (f", such as {', '.join(map(repr, close))}" if close else "")
             )
         return self.layers[names.index(name)]
 
@@ -193,7 +193,7 @@ def inspect(
     batch_size: int | None = None,
     execution: Execution | None = None,
 ) -> Inspection:
-    """Say what is in a model and, with its dense model and data, what pruning did to every channel.
+    """Describe a model and, with its dense model and data, what pruning did to every channel.
 
     Args:
         model: A path, or an object of onnx, onnx-graphsurgeon or onnx-ir, which is not changed.
@@ -202,7 +202,7 @@ def inspect(
         preprocessing: What to do to images.
         samples: Number of samples, drawn by ``seed``.
         seed: Of the sample.
-        batch_size: Samples a run; None chooses by the input's size.
+        batch_size: Samples per run; None chooses by the input's size.
         execution: Execution providers, memory limit, progress.
 
     Raises:
@@ -216,10 +216,8 @@ def inspect(
         check_at_least("batch-size", batch_size, 1)
     check_at_least("samples", samples, 1)
     if (dense is None) != (data is None):
-        given, missing = ("dense model", "--data") if data is None else ("data", "--dense")
-        raise OptionError(
-            f"the {given} came alone: the damage is measured in both models on samples, so give {missing} too"
-        )
+        given, missing = ("--dense", "--data") if data is None else ("--data", "--dense")
+        raise OptionError(f"{given} was given without {missing}: damage needs both, so give {missing} too")
     network = load(model)
     if dense is None or data is None:
         return describe(network)
@@ -238,7 +236,7 @@ def inspect(
 
 
 def describe(model: onnx.ModelProto, damage: Mapping[int, PointDamage] | None = None, samples: int = 0) -> Inspection:
-    """What is in a model, with the damage at each of its points where that was measured.
+    """Contents of a model, with the damage by node position where it was measured.
 
     Raises:
         ModelError: When it is quantized, or holds values that are not finite.
@@ -289,7 +287,7 @@ def _layer(index: GraphIndex, point: Point, damage: PointDamage | None) -> Layer
 
 
 def _methods(found: Survey, dense: bool) -> dict[str, str | None]:
-    """Why each method cannot do anything for the model, with its dense one or without, or None."""
+    """By method, the reason why it cannot run, or None."""
     if not found.points:
         return dict.fromkeys(METHODS, "nothing in the model can be corrected")
     reasons: dict[str, str | None] = {}

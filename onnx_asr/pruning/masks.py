@@ -1,4 +1,4 @@
-"""Masks: which weights of a model take part, scores to masks, masks to zeros in a copy of it."""
+"""Masks: the weights that take part, scores to masks, masks to zeros in a copy of the model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TOO_NARROW = Reason(
 
 @dataclass(frozen=True)
 class PrunableWeight:
-    """A constant weight, and every point that reads it."""
+    """A constant weight and every point that reads it."""
 
     tensor: str
     points: tuple[LayerPoint, ...]
@@ -54,12 +54,12 @@ class PrunableWeight:
 def prunable_weights(
     index: GraphIndex, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> tuple[list[PrunableWeight], list[Skip]]:
-    """Weights of Conv, ConvTranspose, Gemm and MatMul nodes chosen by patterns.
+    """Weights of Conv, ConvTranspose, Gemm and MatMul nodes whose names match.
 
     Args:
         index: The graph.
-        include: Regular expressions; a node takes part when one is found in its name or its weight's. Empty: all.
-        exclude: Regular expressions that take nodes out again.
+        include: Regular expressions; a node takes part when one matches within its name or its weight's; empty for all.
+        exclude: Regular expressions; a node that one matches is skipped.
 
     Raises:
         OptionError: When a pattern is not a regular expression, or none is left.
@@ -70,7 +70,10 @@ def prunable_weights(
     for point in found.layers:
         readers.setdefault(index.nodes[point.node].input[point.layer.weight_slot], []).append(point)
     if not readers:
-        raise ModelError("the model has no Conv, ConvTranspose, Gemm or MatMul with constant weights: nothing to prune")
+        raise ModelError(
+            "nothing to prune: the model has no Conv, ConvTranspose, Gemm or MatMul with constant weights; give a "
+            "float model that holds its weights"
+        )
     wanted, unwanted = _compile(include), _compile(exclude)
     weights, skips = [], list(found.skips)
     for tensor, points in readers.items():
@@ -83,8 +86,8 @@ def prunable_weights(
             skips.append(skip(points[0], EXCLUDED if barred else NOT_INCLUDED))
     if not weights:
         raise OptionError(
-            f"--include {list(include)} and --exclude {list(exclude)} leave no weight to prune; "
-            f"names look like '{next(iter(readers.values()))[0].name}' and '{next(iter(readers))}'"
+            f"--include {list(include)} and --exclude {list(exclude)} leave no weight to prune: give patterns that "
+            f"match names such as '{next(iter(readers.values()))[0].name}' or '{next(iter(readers))}'"
         )
     return weights, skips
 
@@ -96,16 +99,16 @@ def _compile(patterns: Sequence[str]) -> list[re.Pattern[str]]:
             compiled.append(re.compile(pattern))
         except re.error as error:
             raise OptionError(
-                f"'{pattern}' is not a regular expression: {error}; give one that Python's re takes"
+                f"'{pattern}' is not a regular expression: {error}; give one in the syntax of Python's re"
             ) from error
     return compiled
 
 
 def split_narrow(weights: Sequence[PrunableWeight], pattern: Pattern) -> tuple[list[PrunableWeight], list[Skip]]:
-    """Weights that have at least one whole group of an N:M pattern, and the others as skips.
+    """Split off the weights with fewer input channels than a group of an N:M pattern, as skips.
 
     Raises:
-        OptionError: When none has.
+        OptionError: When all have.
     """
     wide, skips = [], []
     for weight in weights:
@@ -116,7 +119,8 @@ def split_narrow(weights: Sequence[PrunableWeight], pattern: Pattern) -> tuple[l
             skips.append(skip(weight.points[0], TOO_NARROW.format(inputs=inputs, m=pattern.m, pattern=pattern)))
     if not wide:
         raise OptionError(
-            f"no weight has the {pattern.m} input channels that pattern {pattern} needs: give one of smaller groups"
+            f"no weight has the {pattern.m} input channels that pattern {pattern} needs: choose a pattern with smaller "
+            "groups, such as 1:2"
         )
     return wide, skips
 
@@ -129,14 +133,14 @@ def make_masks(
     scope: Scope,
     counts: Sequence[int] | None = None,
 ) -> list[Mask]:
-    """Masks of what has the largest score, in the weights' stored shapes.
+    """Masks of the largest scores, in the weights' stored shapes.
 
     Args:
         weights: The weights.
         scores: Of every weight's entries, in its stored shape.
         pattern: Which sets of weights may survive.
         sparsity: Share of units (weights, or blocks) to drop; None for N:M.
-        scope: Where scores are compared; of no account for N:M.
+        scope: Where scores are compared; ignored for N:M.
         counts: Units that every weight keeps, for scope "sensitivity".
     """
     if pattern.n is not None:
@@ -144,17 +148,18 @@ def make_masks(
         return [_pattern_mask(weight, values, n, m) for weight, values in zip(weights, scores, strict=True)]
     assert sparsity is not None
     units = [units_of(weight, values, pattern) for weight, values in zip(weights, scores, strict=True)]
-    total = keep_count(sum(unit.size for unit in units), sparsity)
+    sizes = [unit.size for unit in units]
+    total = keep_count(sum(sizes), sparsity)
     if scope == "global":
         masks = keep_largest(units, total)
-    else:
-        if scope == "layer":
-            counts = [keep_count(unit.size, sparsity) for unit in units]
-        elif scope == "erk":
-            counts = erk_keep([_kernel_shape(weight) for weight in weights], [unit.size for unit in units], total)
-        assert counts is not None
-        masks = [keep_largest([unit], count)[0] for unit, count in zip(units, counts, strict=True)]
-    return [_spread(weight, mask, pattern) for weight, mask in zip(weights, masks, strict=True)]
+        return [_spread(weight, mask, pattern) for weight, mask in zip(weights, masks, strict=True)]
+    if scope == "layer":
+        counts = [keep_count(size, sparsity) for size in sizes]
+    elif scope == "erk":
+        shapes = [(weight.layout.channels, weight.layout.inputs, *weight.layout.shape[2:]) for weight in weights]
+        counts = erk_keep(shapes, sizes, total)
+    assert counts is not None
+    return [keep_units(*each[:2], pattern, each[2]) for each in zip(weights, scores, counts, strict=True)]
 
 
 def keep_units(weight: PrunableWeight, scores: NDArray[Any], pattern: Pattern, count: int) -> Mask:
@@ -170,7 +175,7 @@ def _pattern_mask(weight: PrunableWeight, scores: NDArray[Any], n: int, m: int) 
 
 
 def units_of(weight: PrunableWeight, scores: NDArray[Any], pattern: Pattern) -> NDArray[Any]:
-    """Scores of what is kept or dropped as one: entries as stored, or blocks [G, ceil(O / height), I, taps]."""
+    """Scores of the units that are kept or dropped: entries as stored, or blocks [G, ceil(O / height), I, taps]."""
     return scores if pattern.height == 1 else block_scores(weight.layout.to_blocks(scores), pattern.height)
 
 
@@ -181,15 +186,10 @@ def _spread(weight: PrunableWeight, mask: Mask, pattern: Pattern) -> Mask:
     return weight.layout.from_blocks(spread_blocks(mask, pattern.height, weight.layout.outputs))
 
 
-def _kernel_shape(weight: PrunableWeight) -> tuple[int, ...]:
-    """[C_out, C_in / group, *kernel]."""
-    return (weight.layout.channels, weight.layout.inputs, *weight.layout.shape[2:])
-
-
 def apply_masks(
     index: GraphIndex, weights: Sequence[PrunableWeight], masks: Sequence[Mask]
 ) -> tuple[onnx.ModelProto, tuple[LayerSparsity, ...]]:
-    """A copy of the model with zeros where the masks are False, and how many there are in each weight."""
+    """A copy of the model with zeros where the masks are False, and the number of zeros in each weight."""
     plan = EditPlan()
     layers = []
     for weight, mask in zip(weights, masks, strict=True):

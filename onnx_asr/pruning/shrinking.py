@@ -1,13 +1,13 @@
-"""Removal of channels that do nothing, without changing what the model computes.
+"""Removal of idle channels, without changing what the model computes.
 
-Two kinds do nothing: channels whose columns are zero in every weight that reads them, and channels whose producing
+Two kinds are idle: channels whose columns are zero in every weight that reads them, and channels whose producing
 weights are all zero. The latter carry a constant ``c`` (the bias, through BatchNormalization and activations), which
 goes into the bias of each reader,
 
     b' = b + sum over taps of W[:, channel] * c.
 
 That is exact where the reader sees nothing but the channel: at a padded convolution ``c`` has to be 0, and at a
-transposed one, too. Rows can become zero when what they read is removed, so this is repeated until nothing changes.
+transposed one as well. Rows can become zero when what they read is removed, so this is repeated until nothing changes.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ from onnx_asr.pruning.channels import ChannelGroup, ChannelPruneResult
 from onnx_asr.version import __version__
 
 MAX_ERROR, MAX_HALF_ERROR = 1e-5, 4e-3
-"""Largest ``|y - y'| / |y|`` of an output that rounding may make, and that where weights are float16."""
+"""Largest ``|y - y'| / |y|`` of an output that rounding explains; the second for float16 weights."""
 
 
 @dataclass(frozen=True)
 class ShrinkResult:
-    """A smaller model that computes the same.
+    """A smaller model that computes the same function.
 
     Attributes:
         model: The smaller copy.
         layers: Layers that lost output channels.
         notes: What else a user should know.
         error: Largest relative difference of an output on random input, ``|y - y'| / |y|``.
-        before: Size of the model that was given.
+        before: Size of the given model.
         after: Size of the smaller one.
     """
 
@@ -78,16 +78,16 @@ def shrink(
     input_shapes: InputShapes | None = None,
     execution: Execution | None = None,
 ) -> ShrinkResult:
-    """Remove channels that are constant or that nobody reads.
+    """Remove channels that are constant or unused.
 
     Args:
         model: A path, or an object of onnx, onnx-graphsurgeon or onnx-ir, which is not changed.
         input_shapes: Shapes of inputs with open sizes, for FLOPs and the comparison; by default their batch is 1 and
             their other open sizes are 224.
-        execution: How to run the models that are compared in the end; progress.
+        execution: How to run both models for the comparison; progress.
 
     Raises:
-        ModelError: Not an ONNX model, quantized, weights not finite; or the smaller model computes something else.
+        ModelError: Not an ONNX model, quantized, weights not finite; or the smaller model computes something different.
         OptionError: When a shape does not fit the model.
     """
     execution = execution or Execution()
@@ -97,14 +97,7 @@ def shrink(
     widths = {point.name: (point.tensor, point.channels) for point in survey(index).layers}
     before = cost(index, input_shapes)
     execution.progress("removing channels", 0.0)
-    while True:
-        channels = trace(index)
-        drop, held = _idle(index, channels)
-        if not drop.any():
-            break
-        draft = Draft(index)
-        _fold_constants(draft, channels, drop)
-        index = GraphIndex.of(remove(index, channels, drop, draft.plan))
+    index, channels, held = _without_idle(index)
     smaller = index.model
     layers = []
     for name, (tensor, width) in widths.items():
@@ -114,8 +107,8 @@ def shrink(
     notes = []
     if held:
         notes.append(
-            f"{held} channels carry a constant other than 0 into a padded or transposed convolution and stay: there "
-            "it is no constant at the borders"
+            f"{held} channels carry a constant other than 0 into a padded or transposed convolution, where it is not "
+            "constant at the borders: they stay"
         )
     execution.progress("comparing", 0.5)
     error = _difference(original, smaller, random_feeds(GraphIndex.of(original), input_shapes), execution.runtime)
@@ -124,7 +117,8 @@ def shrink(
     if not error <= limit:
         raise ModelError(
             f"the smaller model's outputs differ from the given one's by {error:.2g} of their size on random input, "
-            f"more than the {limit:g} that rounding explains, so it is not written: report the model's structure"
+            f"more than the {limit:g} that rounding explains, so it is not written: this is a bug, please report it "
+            "with the output of 'inspect --json'"
         )
     if layers:
         set_metadata(smaller, "onnx_asr.version", __version__)
@@ -132,8 +126,20 @@ def shrink(
     return ShrinkResult(smaller, tuple(layers), tuple(notes), error, before, cost(index, input_shapes))
 
 
+def _without_idle(index: GraphIndex) -> tuple[GraphIndex, Channels, int]:
+    """The graph once no channel is idle any more, its channels, and the number of those held as :func:`_idle` says."""
+    while True:
+        channels = trace(index)
+        drop, held = _idle(index, channels)
+        if not drop.any():
+            return index, channels, held
+        draft = Draft(index)
+        _fold_constants(draft, channels, drop)
+        index = GraphIndex.of(remove(index, channels, drop, draft.plan))
+
+
 def _idle(index: GraphIndex, channels: Channels) -> tuple[Mask, int]:
-    """[units] that can go, and the number of those that would but for a padded reader."""
+    """[units] that can be removed, and the number of those that only a padded or transposed reader holds."""
     free, dead = channels.removable, channels.removable
     points = {point.node: point for point in survey(index).layers}
     for read in channels.reads:
@@ -168,7 +174,7 @@ def _folds(index: GraphIndex, point: LayerPoint | None) -> bool:
 
 
 def _fold_constants(draft: Draft, channels: Channels, drop: Mask) -> None:
-    """Put what the dropped channels carry into their readers."""
+    """Add the constants of the dropped channels to the biases of their readers."""
     points = {point.node: point for point in survey(draft.index).layers}
     for read in channels.reads:
         gone = drop[read.labels.ids] & ~np.isnan(read.labels.constant)

@@ -1,4 +1,4 @@
-"""What a sweep tries: goals of pruning, and the methods that every goal is repaired with."""
+"""The cells of a sweep: goals of pruning, each repaired by every method."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from onnx_asr.pruning.options import SENSITIVITY_SPARSITIES, Scope, Score
 from onnx_asr.repairing.options import METHODS, RepairOptions, check_at_least, check_choice
 
 SWEEP_METHODS = ("none", *reversed(METHODS), "compress")
-"""What the cells of a sweep are made by: no repair, one of the methods, or pruning and repair in rounds."""
+"""Methods of a sweep: no repair, a method of ``repair``, or pruning and repair in rounds."""
 CHANNEL = "channel"
 
 
 @dataclass(frozen=True)
 class PruneGoal:
-    """What is pruned, once for all methods.
+    """One way to prune, shared by all methods.
 
     Attributes:
         pattern: "unstructured", "N:M", "Nx1" or "channel".
@@ -47,7 +47,7 @@ class PruneGoal:
 
 @dataclass(frozen=True)
 class Cell:
-    """One model of a sweep: a goal, and what repairs it."""
+    """One model of a sweep: a goal of pruning and a method of repair."""
 
     goal: PruneGoal = field(metadata=MERGED)
     method: str
@@ -88,7 +88,7 @@ class SweepGrid:
 
     @property
     def cells(self) -> list[Cell]:
-        """All cells, each once, in the order of a table."""
+        """All cells, each once, in table order."""
         shares = SENSITIVITY_SPARSITIES if self.sparsities is None else self.sparsities
         goals = [
             PruneGoal(pattern, share)
@@ -115,7 +115,7 @@ def _sets_sparsity(pattern: str) -> bool:
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """What all cells of a sweep have in common.
+    """Settings that all cells of a sweep share.
 
     Attributes:
         scope: Where ``prune`` compares scores.

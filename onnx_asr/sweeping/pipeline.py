@@ -1,4 +1,4 @@
-"""The sweep pipeline: the cells that are not finished yet, here or on workers, kept as they come."""
+"""The sweep pipeline: computes the cells that are not finished, here or on workers, and stores each as it finishes."""
 
 from __future__ import annotations
 
@@ -42,27 +42,27 @@ def sweep(
 ) -> SweepResult:
     """Prune at every sparsity and pattern, repair with every method, score on samples that were held out.
 
-    A model is pruned once for all methods. A cell that cannot be made, such as ``bn`` where BatchNormalization was
-    folded, is told with the reason and ends nothing.
+    Each goal is pruned once for all methods. A cell that cannot run, such as ``bn`` where BatchNormalization was
+    folded, is listed with the reason; the other cells go on.
 
     Args:
         model: The dense model: a path, or an object of onnx, onnx-graphsurgeon or onnx-ir, which is not changed.
         data: Calibration samples, no labels needed, as for :func:`onnx_asr.repair`.
-        grid: What to try.
-        settings: What all cells have in common; the defaults are those of the pipelines.
-        test: Samples to score on, all of them; None for those that the repair options hold out of ``data``, by which
-            "auto" (and scope "sensitivity") has chosen.
-        labels: A table of labels for the samples that are scored, where they are a folder of images.
+        grid: Sparsities, patterns and methods.
+        settings: Settings that all cells share; the defaults are those of the pipelines.
+        test: Samples to score on, all of them; None for those that the repair options hold out of ``data``, which
+            "auto" (and scope "sensitivity") use to choose.
+        labels: A table of labels for the scored samples, where they are a folder of images.
         preprocessing: What to do to images.
-        results: A JSON file that is rewritten after every cell. One that is there already is gone on with: its finished
-            cells are kept, those of another grid too, and failed ones are tried again.
-        workers: Processes to run cells in; 1 for this process, None for one a core, at most 8. More than one needs
+        results: A JSON file that is rewritten after every cell. An existing file is continued: its finished cells are
+            kept, those of another grid too, and failed ones are tried again.
+        workers: Processes to run cells in; 1 for this process, None for one per core, at most 8. More than one needs
             the extra "distributed", and in a script a guard ``if __name__ == "__main__"``.
         cluster: Address of a Dask scheduler to run cells on instead, as "tcp://host:8786". Its workers, and local ones,
-            open models and data that are given as paths themselves, so that the paths have to lead to the same files
-            everywhere; they refuse to work where they do not. What is given as objects is sent to them.
-        execution: Execution providers, memory limit (of each worker), progress. Threads 0 stands for all cores in this
-            process, for an equal share of them in each local worker, and for one on a cluster.
+            open models and data that are given as paths themselves, so the paths have to lead to the same files
+            everywhere; otherwise they refuse to work. Objects are sent to them.
+        execution: Execution providers, memory limit (of each worker), progress. Threads 0 means all cores in this
+            process, an equal share of them in each local worker, and one on a cluster.
 
     Raises:
         OptionError: Options out of range, or the extra is missing.
@@ -94,7 +94,9 @@ def _check_workers(workers: int | None, cluster: str | None) -> None:
     if workers is not None:
         check_at_least("workers", workers, 1)
     if (cluster is not None or (workers or 1) > 1) and find_spec("distributed") is None:
-        raise OptionError(f"workers need Dask, which is not installed: pip install '{DISTRIBUTION}[distributed]'")
+        raise OptionError(
+            f"--workers and --cluster need Dask, which is not installed: pip install '{DISTRIBUTION}[distributed]'"
+        )
 
 
 def _run(
@@ -115,7 +117,7 @@ def _run(
 
 
 def _in_process(workspace: Workspace, cells: Sequence[Cell], execution: Execution) -> Finished:
-    """One cell after the other."""
+    """One cell after another."""
 
     @lru_cache(maxsize=1)
     def pruned(goal: PruneGoal) -> onnx.ModelProto:
@@ -136,7 +138,7 @@ def _result(workspace: Workspace, cells: dict[Cell, Outcome]) -> SweepResult:
 
 @dataclass
 class _Progress:
-    """The progress of a cell as part of that of all."""
+    """Progress of a cell as part of the whole sweep."""
 
     tell: Progress
     total: int
@@ -148,4 +150,4 @@ class _Progress:
     def finish(self, cell: Cell) -> None:
         """Count one more."""
         self.done += 1
-        self.tell(f"{self.done} of {self.total} cells done, the last {cell}", self.done / self.total)
+        self.tell(f"{self.done} of {self.total} cells done, last: {cell}", self.done / self.total)

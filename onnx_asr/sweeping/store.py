@@ -1,4 +1,4 @@
-"""The results file: finished cells under the conditions that their scores depend on, rewritten whole after each."""
+"""The results file: finished cells and the conditions that their scores depend on, rewritten after each cell."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from onnx_asr.sweeping.grid import Cell
 from onnx_asr.sweeping.result import Outcome, SweepResult, cell_from
 
 _KIND = "onnx-resuscitate sweep"
-_FEW, _LONG = 3, 24  # differences named in an error, and characters of a value there
+_FEW, _LONG = 3, 24  # differences listed in an error, and characters of a value in it
 
 
 class ResultsFile:
     """A results file.
 
     Raises:
-        OutputError: When a file that is there already is not one, or no file can be made there.
+        OutputError: When the file exists but is not a results file, or cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -31,24 +31,24 @@ class ResultsFile:
         self._found = _read(self._path) if self._path.exists() else None
 
     def finished(self, conditions: Mapping[str, Any]) -> dict[Cell, Outcome]:
-        """The cells that an earlier run finished under the same conditions, whatever its grid; none that failed.
+        """The cells that earlier runs finished under the same conditions, whatever their grid, without failed ones.
 
         Raises:
-            OutputError: When it ran under others.
+            OutputError: When they ran under other conditions.
         """
         if self._found is None:
             return {}
         there, now = (flattened(values) for values in (self._found["conditions"], plain(conditions)))
         differing = [name for name in sorted({*there, *now}) if there.get(name) != now.get(name)]
         if differing:
-            differing.sort(key=lambda name: name.endswith("sha256"))  # what a reader can tell apart comes first
-            told = "; ".join(
+            differing.sort(key=lambda name: name.endswith("sha256"))  # readable values first
+            listed = "; ".join(
                 f"{name} is {_short(there.get(name))} there, {_short(now.get(name))} now" for name in differing[:_FEW]
             )
             more = f"; and {len(differing) - _FEW} more" if len(differing) > _FEW else ""
             raise OutputError(
-                f"'{self._path}' holds the cells of another sweep ({told}{more}): give another file with --output, or "
-                "remove this one"
+                f"'{self._path}' holds the cells of another sweep ({listed}{more}): give another file with --output, "
+                "or remove this one"
             )
         cells = dict(map(cell_from, self._found["cells"]))
         return {cell: outcome for cell, outcome in cells.items() if outcome.error is None}
@@ -57,7 +57,7 @@ class ResultsFile:
         """Replace the file.
 
         Raises:
-            OutputError: When it cannot be written; it is then as it was.
+            OutputError: When it cannot be written; it then stays as it was.
         """
         write_text(json.dumps({"kind": _KIND, **plain(result)}, indent=1, allow_nan=False) + "\n", self._path)
 
@@ -73,7 +73,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise OutputError(f"cannot read '{path}': {error.strerror}; give another file with --output") from error
     except (ValueError, KeyError, TypeError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise OutputError(
-            f"'{path}' is there already and is not the result of a sweep, so it is left alone: give another file with "
+            f"'{path}' exists and is not the results file of a sweep, so it is not replaced: give another file with "
             "--output"
         ) from error
     return dict(values)

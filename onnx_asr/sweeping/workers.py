@@ -1,7 +1,7 @@
-"""Cells on Dask workers: processes of this machine, or those of a cluster that is there already.
+"""Cells on Dask workers: processes of this machine, or those of an existing cluster.
 
-Each worker reads the models and the samples once, by a plugin, which Dask gives to workers that come later, too: those
-that take the place of killed ones. A pruned model is a task of its own, whose result the cells of its goal share.
+A plugin reads the models and the samples once per worker; Dask also gives it to workers that start later in place of
+killed ones. Each pruned model is a task of its own, whose result the cells of its goal share.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from onnx_asr.sweeping.grid import Cell, PruneGoal
 from onnx_asr.sweeping.result import Outcome, outcome_of
 from onnx_asr.sweeping.workspace import Setup, Workspace
 
-_MOST = 8  # local workers, where their number is not given: each holds samples and activations of its own
-_PATIENCE = 30  # seconds for a scheduler to answer, and for a first worker to be there
+_MOST = 8  # local workers by default: each holds samples and activations of its own
+_PATIENCE = 30  # seconds for a scheduler to answer, and for a first worker to appear
 
 
 def on_workers(
@@ -46,22 +46,22 @@ def on_workers(
     cluster: str | None,
     execution: Execution,
 ) -> Generator[tuple[Cell, Outcome], None, None]:
-    """Cells as they are finished, in whatever order.
+    """Cells as they finish, in any order.
 
     Args:
         setup: What every worker reads.
-        workspace: What this process has made of it, which the workers have to find, too.
+        workspace: Of this process; workers whose own has other conditions refuse to work.
         cells: The cells.
-        workers: Local processes; None for one a core.
-        cluster: Address of a scheduler whose workers take the place of local ones.
+        workers: Local processes; None for one per core.
+        cluster: Address of a scheduler whose workers are used instead of local ones.
         execution: Execution providers, threads, memory limit of each worker, progress.
 
     Raises:
         OptionError: A model that cannot be sent, or a cluster that cannot be reached.
-        OnnxAsrError: When the cluster is lost on the way.
+        OnnxAsrError: When the cluster is lost during the sweep.
     """
     if not is_self_contained(workspace.dense):
-        raise OptionError("a model over 2 GB cannot be handed from worker to worker: give --workers 1")
+        raise OptionError("a model over 2 GB cannot be sent between workers: give --workers 1")
     count = min(workers or min(CPU_COUNT, _MOST), len(cells))
     share = 1 if cluster is not None else max(1, CPU_COUNT // count)
     threads = execution.runtime.threads or share
@@ -78,7 +78,10 @@ def on_workers(
         try:
             for future in as_completed(futures):
                 if future.cancelled():
-                    raise OnnxAsrError("the workers are lost: the scheduler has ended, or somebody cancelled the cells")
+                    raise OnnxAsrError(
+                        "the workers are lost: the scheduler ended, or the cells were cancelled; run the sweep again "
+                        "to continue"
+                    )
                 yield futures[future], outcome_of(partial(_result, future))
         finally:
             with suppress(OSError):  # the scheduler has ended
@@ -94,15 +97,15 @@ def _result(future: Future[Any]) -> Outcome:
         outcome: Outcome = future.result()
     except KilledWorker as error:
         raise OnnxAsrError(
-            f"its worker died {error.allowed_failures + 1} times; where memory is short, fewer --workers or a "
-            "--memory-limit help"
+            f"its worker died {error.allowed_failures + 1} times; if memory is short, give fewer --workers or a "
+            "--memory-limit"
         ) from error
     return outcome
 
 
 @contextmanager
 def _local(count: int, threads: int) -> Iterator[Client]:
-    """Processes of this machine, which end with the context; onnxruntime and BLAS use the same number of threads."""
+    """Processes of this machine that end with the context; onnxruntime and BLAS use the same number of threads."""
     environment = {
         f"distributed.nanny.pre-spawn-environ.{name}": threads for name in ("OMP_NUM_THREADS", *BLAS_THREADS)
     }
@@ -114,7 +117,7 @@ def _local(count: int, threads: int) -> Iterator[Client]:
             n_workers=count,
             threads_per_worker=1,
             dashboard_address=None,
-            scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},  # HTTP is served all the same: at no fixed port
+            scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},  # HTTP is served anyway: not on a fixed port
             silence_logs=logging.CRITICAL,
             local_directory=folder,
         )
@@ -123,7 +126,7 @@ def _local(count: int, threads: int) -> Iterator[Client]:
 
 @contextmanager
 def _environment_kept() -> Iterator[None]:
-    """Take out what Dask puts into the environment for its workers: the next ones may be given something else."""
+    """Remove what Dask adds to the environment for its workers: the next ones may need something else."""
     names = set(os.environ)
     try:
         yield
@@ -134,13 +137,13 @@ def _environment_kept() -> Iterator[None]:
 
 @contextmanager
 def _remote(address: str) -> Iterator[Client]:
-    """A cluster that is there and stays there."""
+    """An existing cluster, which keeps running."""
     try:
         client = Client(address, timeout=_PATIENCE)
     except (OSError, ValueError) as error:
         raise OptionError(
-            f"no Dask scheduler answers at {address} ({error}): start one (dask scheduler), and give its address, as "
-            "tcp://host:8786"
+            f"no Dask scheduler answers at {address} ({error}): start one (dask scheduler), and give its address, such "
+            "as tcp://host:8786"
         ) from error
     with _silenced(), client:
         try:
@@ -154,7 +157,7 @@ def _remote(address: str) -> Iterator[Client]:
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """Keep Dask from logging the loss of the scheduler, which an error tells."""
+    """Keep Dask from logging the loss of the scheduler, which an error reports."""
     logger = logging.getLogger("distributed.client")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -185,7 +188,7 @@ class _WorkspacePlugin(WorkerPlugin):
         self._ours = ours
 
     def setup(self, worker: Worker) -> None:
-        """Prepare for tasks in several threads; processes of ours leave an interrupt to the one that started them."""
+        """Prepare for tasks in several threads; our own processes leave interrupts to the one that started them."""
         if self._ours:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._lock = threading.Lock()
@@ -195,7 +198,7 @@ class _WorkspacePlugin(WorkerPlugin):
         """The worker's workspace.
 
         Raises:
-            DataError: When it is not the one that the sweep was started with.
+            DataError: When its conditions differ from those that the sweep was started with.
         """
         with self._lock:
             if self._workspace is None:
@@ -203,7 +206,7 @@ class _WorkspacePlugin(WorkerPlugin):
                 for name, value in self._conditions.items():
                     if workspace.conditions[name] != value:
                         raise DataError(
-                            f"worker {get_worker().address} finds other {name} than the sweep was started with "
+                            f"worker {get_worker().address} finds another {name} than the sweep was started with "
                             f"({workspace.conditions[name]}, not {value}): give paths that lead to the same files "
                             "everywhere, and install one version"
                         )
@@ -218,7 +221,7 @@ def _pruned(plugin: str, goal: PruneGoal) -> onnx.ModelProto:
 
 
 def _scored(plugin: str, cell: Cell, pruned: onnx.ModelProto | None) -> Outcome:
-    """A task: what becomes of a cell."""
+    """A task: the outcome of a cell."""
     here = _here(plugin)
     return here.workspace().score(cell, pruned, here.execution)
 
@@ -228,7 +231,7 @@ def _here(plugin: str) -> _WorkspacePlugin:
 
 
 def _sendable(setup: Setup, workspace: Workspace) -> Setup:
-    """With absolute paths, and opened what is no path: a reader can be read only once."""
+    """With absolute paths, and everything else opened: a reader can be read only once."""
     dense = _path_or(setup.dense, workspace.dense)
     data, test = _path_or(setup.data, workspace.calibration), _path_or(setup.test, workspace.scored)
     labels = None if setup.labels is None else os.path.abspath(setup.labels)

@@ -1,4 +1,4 @@
-"""The place where cells are made and scored: the dense model, the samples and the dense outputs, once a process."""
+"""The workspace of a process: the dense model, the samples and the dense outputs, with which cells are computed."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from onnx_asr.version import __version__
 
 @dataclass(frozen=True)
 class Setup:
-    """What a process needs to know before it can work on cells.
+    """What a process needs to make its workspace.
 
     Attributes:
         dense: The dense model, as the sweep was given it.
         data: Calibration samples.
         test: Samples to score on; None for the held-out ones of ``data``.
-        labels: A table of labels for the samples that are scored, where they are a folder of images.
+        labels: A table of labels for the scored samples, where they are a folder of images.
         preprocessing: What to do to images.
-        settings: What all cells have in common.
+        settings: Settings that all cells share.
     """
 
     dense: ModelSource
@@ -57,20 +57,20 @@ class Setup:
 
 @dataclass(frozen=True)
 class Workspace:
-    """What every cell of a process uses.
+    """What all cells of a process use.
 
     Attributes:
         dense: The dense model.
-        calibration: The samples to calibrate on.
-        options: Of all repairs; with these, ``calibration`` is divided as for ``auto``.
-        chosen: How many of them are calibrated on.
-        scored: The samples to score on.
-        indices: Which of them.
-        labels: Their classes, where known.
+        calibration: The data to calibrate on.
+        options: Of all repairs; they split ``calibration`` as for ``auto``.
+        chosen: Number of calibration samples.
+        scored: The data to score on.
+        indices: Of the scored samples.
+        labels: Classes of the scored samples, where known.
         reference: The dense model's outputs on them.
-        settings: What all cells have in common.
+        settings: Settings that all cells share.
         notes: What a user should know about the samples.
-        conditions: Digests of the above: two workspaces give the same scores where these are equal.
+        conditions: Digests and settings; workspaces with equal conditions give equal scores.
     """
 
     dense: onnx.ModelProto
@@ -97,7 +97,7 @@ class Workspace:
         settings, dense = setup.settings, load(setup.dense)
         options = settings.repair
         if setup.test is None and options.verify_samples == 0:
-            raise OptionError("verify-samples 0 leaves nothing to score on: give at least 1, or samples of their own")
+            raise OptionError("verify-samples 0 leaves no samples to score on: give at least 1, or --test")
         data = _opened(setup, dense, setup.data, setup.labels if setup.test is None else None)
         network = Network.of(dense, "dense", compared=True)
         samples = Samples.of(data, network.inputs, options, None, verify=True)
@@ -131,14 +131,14 @@ class Workspace:
         )
 
     def dense_score(self) -> Fidelity:
-        """The dense model beside itself: its top-1 where there are labels."""
+        """The score of the dense model itself: its top-1 where there are labels."""
         return self._measured(self.reference)
 
     def pruned(self, goal: PruneGoal, execution: Execution) -> onnx.ModelProto:
         """The dense model, pruned.
 
         Raises:
-            OnnxAsrError: When it cannot be pruned so.
+            OnnxAsrError: When it cannot be pruned to this goal.
         """
         settings = self.settings
         if goal.pattern == CHANNEL:
@@ -158,10 +158,10 @@ class Workspace:
         return prune(self.dense, data, options, execution=execution).model
 
     def score(self, cell: Cell, pruned: onnx.ModelProto | None, execution: Execution) -> Outcome:
-        """Repair the pruned model, which "compress" has no use for, as the cell says, and measure the result.
+        """Repair the pruned model (None for "compress") by the cell's method, and measure the result.
 
         Raises:
-            OnnxAsrError: When it cannot be repaired so.
+            OnnxAsrError: When the method cannot repair it.
         """
         result: RepairResult | None = None
         if pruned is None:
@@ -180,14 +180,14 @@ class Workspace:
         return Outcome(self._measured(outputs), gone, seconds, chosen)
 
     def _repaired(self, method: Method, pruned: onnx.ModelProto, execution: Execution) -> RepairResult:
-        """Only "auto" looks at samples that are held out; the others would verify what is scored anyway."""
+        """Only "auto" needs held-out samples: the others would verify on samples that are scored anyway."""
         options = self.options if method == "auto" else self._unverified
         options = replace(options, method=method)
         return repair(pruned, self.calibration, options, dense=self.dense, execution=execution)
 
     def _compressed(self, goal: PruneGoal, execution: Execution) -> RepairResult:
         if goal.pattern == CHANNEL:
-            raise OptionError("'compress' zeros weights, it removes no channels: 'refit' repairs what is left of them")
+            raise OptionError("'compress' zeros weights and cannot remove channels: use 'refit' with pattern channel")
         options = CompressOptions(
             goal.sparsity,
             goal.pattern,
@@ -200,7 +200,7 @@ class Workspace:
 
     @property
     def _unverified(self) -> RepairOptions:
-        """The same calibration samples, and none held out."""
+        """The same calibration samples, with none held out."""
         return replace(self.options, samples=self.chosen, verify_samples=0)
 
     def _measured(self, outputs: Outputs) -> Fidelity:
@@ -221,7 +221,7 @@ def _opened(setup: Setup, dense: onnx.ModelProto, data: DataSource | Dataset, la
 
 
 def _survivors(model: onnx.ModelProto, zeros: bool = False) -> int:
-    """Weights of a model that are not zero, or all of them."""
+    """Number of nonzero weights of a model, or of all."""
     index = GraphIndex.of(model)
     values = [weight_of(index, point) for point in survey(index).layers]
     return sum(value.size if zeros else int(np.count_nonzero(value)) for value in values)

@@ -156,7 +156,7 @@ def test_workers_that_find_other_files_refuse(
     execution = onnx_asr.Execution(progress=progress)
     result = sweep(DENSE, str(data), grid, preprocessing=DIGITS, cluster=address, execution=execution)
     (reason,) = result.failures
-    assert "finds other calibration than the sweep was started with" in reason
+    assert "finds another calibration than the sweep was started with" in reason
     for worker in workers:
         worker.kill()
     monkeypatch.setattr("onnx_asr.sweeping.workers._PATIENCE", 2)
