@@ -145,7 +145,7 @@ def run_demo(
     rows = [
         DemoRow("dense", measure(reference, reference, validation.labels), None),
         row("pruned", pruned.model, pruning),
-        *(row(name, item.model, sum(item.seconds.values()), _chosen(item)) for name, item in results.items()),
+        *(row(name, item.model, sum(item.seconds.values()), item.chosen) for name, item in results.items()),
     ]
     fidelity = {item.name: item.fidelity for item in rows}
     best = max(METHODS, key=lambda name: (fidelity[name].top1 or 0.0, -fidelity[name].distance, name != "auto"))
@@ -185,11 +185,6 @@ def _repaired_by_all(
             execution=replace(execution, progress=silent),
         )
     return results
-
-
-def _chosen(result: RepairResult) -> str | None:
-    """What "auto" chose."""
-    return next((item.method for item in result.candidates if item.options == result.options), None)
 
 
 def _notes(results: Mapping[Method, RepairResult]) -> tuple[str, ...]:

@@ -93,6 +93,11 @@ class RepairResult:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
+    def chosen(self) -> str | None:
+        """The candidate that "auto" chose, with what sets it apart; None where a method was given."""
+        return next((item.method for item in self.candidates if item.options == self.options), None)
+
+    @property
     def modified(self) -> bool:
         """Whether any parameter was corrected; False where "auto" returns the pruned model unchanged."""
         return bool(self.points)

@@ -27,7 +27,7 @@ from onnx_asr.pruning.zeros import PruneResult
 from onnx_asr.repairing.job import RepairJob
 from onnx_asr.repairing.options import flattened
 from onnx_asr.repairing.point_report import PointReport
-from onnx_asr.repairing.result import Candidate, RepairResult, Verification
+from onnx_asr.repairing.result import RepairResult, Verification
 from onnx_asr.version import __version__
 
 Values = dict[str, Any]
@@ -142,7 +142,7 @@ def _repair(
     ) | {
         "improved": result.improved,
         "held_out": result.verification is not None and result.verification.held_out,
-        "candidates": [_candidate(item, chosen=item.options == result.options) for item in result.candidates],
+        "candidates": [plain(item) | {"chosen": item.method == result.chosen} for item in result.candidates],
         "calibration": {"samples": result.calibration_samples, "sha256": result.calibration_digest},
         "thumbnails": _thumbnails(job.samples.dataset, job.samples.chosen),
         "seconds": dict(result.seconds),
@@ -201,11 +201,6 @@ def _version(name: str, inspection: Inspection, fidelity: Fidelity | None = None
         "batchnorm": inspection.batchnorm,
         "fidelity": plain(fidelity),
     }
-
-
-def _candidate(item: Candidate, chosen: bool) -> Values:
-    values: Values = plain(item)
-    return values | {"label": item.method, "chosen": chosen}
 
 
 def _layer(layer: Layer, after: PointDamage | None = None, report: PointReport | None = None) -> Values:

@@ -10,7 +10,7 @@ from onnx_asr.networks.fidelity import Fidelity
 from onnx_asr.repairing.options import flattened
 from onnx_asr.report.data import Run, Values
 from onnx_asr.sweeping.grid import Cell, PruneGoal
-from onnx_asr.sweeping.result import SweepResult
+from onnx_asr.sweeping.result import Outcome, SweepResult
 
 MEASURES = {"top1": "top-1", "agreement": "agreement with the dense model", "snr_db": "output SNR, dB"}
 PATTERNS = "N:M patterns"
@@ -42,21 +42,16 @@ def sweep_data(run: Run, result: SweepResult) -> Values:
 
 
 def _row(result: SweepResult, method: str) -> list[Values | None]:
-    """A method's cells, one a goal; None where the grid has none."""
-    found = [result.cells.get(Cell(goal, method)) for goal in result.goals]
-    best = {goal: _best(result, goal) for goal in result.goals}
+    """A method's cells, one per goal; None where the grid has none."""
+    found = {goal: result.cells.get(Cell(goal, method)) for goal in result.goals}
     return [
-        None
-        if outcome is None
-        else {
-            "fidelity": plain(outcome.fidelity),
-            "seconds": outcome.seconds,
-            "chosen": outcome.chosen,
-            "error": outcome.error,
-            "best": outcome.fidelity is not None and _value(result, outcome.fidelity) == best[goal],
-        }
-        for goal, outcome in zip(result.goals, found, strict=True)
+        None if outcome is None else plain(outcome) | {"best": _is_best(result, goal, outcome)}
+        for goal, outcome in found.items()
     ]
+
+
+def _is_best(result: SweepResult, goal: PruneGoal, outcome: Outcome) -> bool:
+    return outcome.fidelity is not None and _value(result, outcome.fidelity) == _best(result, goal)
 
 
 def _gone(result: SweepResult, goal: PruneGoal) -> float | None:

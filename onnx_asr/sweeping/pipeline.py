@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
 
@@ -15,7 +15,7 @@ from onnx_asr.data import Dataset, Preprocessing
 from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.model_io import ModelSource
-from onnx_asr.networks.execution import Execution, Progress
+from onnx_asr.networks.execution import Execution
 from onnx_asr.ownership import DISTRIBUTION
 from onnx_asr.repairing.options import check_at_least
 from onnx_asr.sweeping.grid import Cell, PruneGoal, SweepGrid, SweepSettings, in_order
@@ -78,12 +78,17 @@ def sweep(
     execution.progress("reading the samples", 0.0)
     workspace = Workspace.of(setup, execution)
     cells = {} if store is None else store.finished(workspace.conditions)
-    wanted = [cell for cell in grid.cells if cell not in cells]
-    progress = _Progress(execution.progress, len(wanted))
-    with closing(_run(setup, workspace, wanted, workers, cluster, replace(execution, progress=progress))) as finished:
+    kept, wanted = len(cells), [cell for cell in grid.cells if cell not in cells]
+
+    def progress(stage: str, fraction: float) -> None:
+        done = len(cells) - kept
+        execution.progress(f"cell {done + 1} of {len(wanted)}: {stage}", (done + fraction) / len(wanted))
+
+    with closing(_run(workspace, wanted, workers, cluster, replace(execution, progress=progress))) as finished:
         for cell, outcome in finished:
             cells[cell] = outcome
-            progress.finish(cell)
+            done = len(cells) - kept
+            execution.progress(f"{done} of {len(wanted)} cells done, last: {cell}", done / len(wanted))
             if store is not None:
                 store.write(_result(workspace, cells))
     execution.progress("done", 1.0)
@@ -100,12 +105,7 @@ def _check_workers(workers: int | None, cluster: str | None) -> None:
 
 
 def _run(
-    setup: Setup,
-    workspace: Workspace,
-    cells: Sequence[Cell],
-    workers: int | None,
-    cluster: str | None,
-    execution: Execution,
+    workspace: Workspace, cells: Sequence[Cell], workers: int | None, cluster: str | None, execution: Execution
 ) -> Finished:
     if workers is None and find_spec("distributed") is None:
         workers = 1
@@ -113,7 +113,7 @@ def _run(
         return _in_process(workspace, cells, execution)
     from onnx_asr.sweeping.workers import on_workers
 
-    return on_workers(setup, workspace, cells, workers, cluster, execution)
+    return on_workers(workspace, cells, workers, cluster, execution)
 
 
 def _in_process(workspace: Workspace, cells: Sequence[Cell], execution: Execution) -> Finished:
@@ -134,20 +134,3 @@ def _in_process(workspace: Workspace, cells: Sequence[Cell], execution: Executio
 def _result(workspace: Workspace, cells: dict[Cell, Outcome]) -> SweepResult:
     ordered = {cell: cells[cell] for cell in in_order(cells)}
     return SweepResult(workspace.conditions, workspace.dense_score(), ordered, workspace.notes)
-
-
-@dataclass
-class _Progress:
-    """Progress of a cell as part of the whole sweep."""
-
-    tell: Progress
-    total: int
-    done: int = 0
-
-    def __call__(self, stage: str, fraction: float) -> None:
-        self.tell(f"cell {self.done + 1} of {self.total}: {stage}", (self.done + fraction) / self.total)
-
-    def finish(self, cell: Cell) -> None:
-        """Count one more."""
-        self.done += 1
-        self.tell(f"{self.done} of {self.total} cells done, last: {cell}", self.done / self.total)

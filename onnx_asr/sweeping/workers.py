@@ -39,18 +39,12 @@ _PATIENCE = 30  # seconds for a scheduler to answer, and for a first worker to a
 
 
 def on_workers(
-    setup: Setup,
-    workspace: Workspace,
-    cells: Sequence[Cell],
-    workers: int | None,
-    cluster: str | None,
-    execution: Execution,
+    workspace: Workspace, cells: Sequence[Cell], workers: int | None, cluster: str | None, execution: Execution
 ) -> Generator[tuple[Cell, Outcome], None, None]:
     """Cells as they finish, in any order.
 
     Args:
-        setup: What every worker reads.
-        workspace: Of this process; workers whose own has other conditions refuse to work.
+        workspace: Of this process; every worker makes its own from the same setup.
         cells: The cells.
         workers: Local processes; None for one per core.
         cluster: Address of a scheduler whose workers are used instead of local ones.
@@ -66,7 +60,7 @@ def on_workers(
     share = 1 if cluster is not None else max(1, CPU_COUNT // count)
     threads = execution.runtime.threads or share
     theirs = Execution(replace(execution.runtime, threads=threads), execution.memory_limit, silent)
-    plugin = _WorkspacePlugin(_sendable(setup, workspace), theirs, workspace.conditions, ours=cluster is None)
+    plugin = _WorkspacePlugin(_sendable(workspace), theirs, workspace.conditions, ours=cluster is None)
     execution.progress("starting the workers", 0.0)
     with _local(count, threads) if cluster is None else _remote(cluster) as client, _registered(client, plugin):
         pruned = {goal: _submit(client, _pruned, plugin.name, goal) for goal in {cell.goal for cell in cells}}
@@ -230,8 +224,9 @@ def _here(plugin: str) -> _WorkspacePlugin:
     return cast(_WorkspacePlugin, get_worker().plugins[plugin])
 
 
-def _sendable(setup: Setup, workspace: Workspace) -> Setup:
-    """With absolute paths, and everything else opened: a reader can be read only once."""
+def _sendable(workspace: Workspace) -> Setup:
+    """The setup with absolute paths, and everything else opened: a reader can be read only once."""
+    setup = workspace.setup
     dense = _path_or(setup.dense, workspace.dense)
     data, test = _path_or(setup.data, workspace.calibration), _path_or(setup.test, workspace.scored)
     labels = None if setup.labels is None else os.path.abspath(setup.labels)

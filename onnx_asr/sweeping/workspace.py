@@ -60,28 +60,26 @@ class Workspace:
     """What all cells of a process use.
 
     Attributes:
+        setup: What it was made from; its repair options split ``calibration`` as for ``auto``.
         dense: The dense model.
         calibration: The data to calibrate on.
-        options: Of all repairs; they split ``calibration`` as for ``auto``.
         chosen: Number of calibration samples.
         scored: The data to score on.
         indices: Of the scored samples.
         labels: Classes of the scored samples, where known.
         reference: The dense model's outputs on them.
-        settings: Settings that all cells share.
         notes: What a user should know about the samples.
         conditions: Digests and settings; workspaces with equal conditions give equal scores.
     """
 
+    setup: Setup
     dense: onnx.ModelProto
     calibration: Dataset
-    options: RepairOptions
     chosen: int
     scored: Dataset
     indices: NDArray[np.int64]
     labels: NDArray[np.int64] | None
     reference: Outputs
-    settings: SweepSettings
     notes: tuple[str, ...]
     conditions: dict[str, Any]
 
@@ -108,10 +106,9 @@ class Workspace:
         indices = whole_batches(indices, network.inputs)
         execution.progress("running the dense model", 0.0)
         reference = collect_outputs(dense, scored, indices, execution.sessions, options.batch_size)
-        labels = None
+        labels, common = None, asdict(settings)
         if scored.labels is not None and (setup.labels is not None or is_classifier(reference)):
             labels = scored.labels[indices]
-        common = asdict(settings)
         common["repair"].pop("method")
         conditions = {
             "version": __version__,
@@ -126,9 +123,7 @@ class Workspace:
             "settings": common,
         }
         notes = (*network.notes, *samples.notes)
-        return cls(
-            dense, data, options, len(samples.chosen), scored, indices, labels, reference, settings, notes, conditions
-        )
+        return cls(setup, dense, data, len(samples.chosen), scored, indices, labels, reference, notes, conditions)
 
     def dense_score(self) -> Fidelity:
         """The score of the dense model itself: its top-1 where there are labels."""
@@ -152,7 +147,7 @@ class Workspace:
             include=settings.include,
             exclude=settings.exclude,
             samples=self.chosen,
-            seed=self.options.seed,
+            seed=settings.repair.seed,
         )
         data = None if options.needs_data is None else self.calibration
         return prune(self.dense, data, options, execution=execution).model
@@ -171,37 +166,42 @@ class Workspace:
         model = result.model if result is not None else pruned
         assert model is not None
         execution.progress("scoring", 1.0)
-        outputs = collect_outputs(model, self.scored, self.indices, execution.sessions, self.options.batch_size)
+        outputs = collect_outputs(model, self.scored, self.indices, execution.sessions, self.settings.repair.batch_size)
         seconds, chosen = 0.0, None
         if result is not None:
             seconds = sum(value for stage, value in result.seconds.items() if stage not in ("load", "verify"))
-            chosen = next((item.method for item in result.candidates if item.options == result.options), None)
+            chosen = result.chosen
         gone = 1 - _survivors(model) / _survivors(self.dense, zeros=True)
         return Outcome(self._measured(outputs), gone, seconds, chosen)
 
     def _repaired(self, method: Method, pruned: onnx.ModelProto, execution: Execution) -> RepairResult:
         """Only "auto" needs held-out samples: the others would verify on samples that are scored anyway."""
-        options = self.options if method == "auto" else self._unverified
-        options = replace(options, method=method)
+        options = replace(self.settings.repair if method == "auto" else self._unverified, method=method)
         return repair(pruned, self.calibration, options, dense=self.dense, execution=execution)
 
     def _compressed(self, goal: PruneGoal, execution: Execution) -> RepairResult:
         if goal.pattern == CHANNEL:
             raise OptionError("'compress' zeros weights and cannot remove channels: use 'refit' with pattern channel")
+        settings = self.settings
         options = CompressOptions(
             goal.sparsity,
             goal.pattern,
-            self.settings.rounds,
-            include=self.settings.include,
-            exclude=self.settings.exclude,
+            settings.rounds,
+            include=settings.include,
+            exclude=settings.exclude,
             repair=self._unverified,
         )
         return compress(self.dense, self.calibration, options, execution=execution).repair
 
     @property
+    def settings(self) -> SweepSettings:
+        """Settings that all cells share."""
+        return self.setup.settings
+
+    @property
     def _unverified(self) -> RepairOptions:
         """The same calibration samples, with none held out."""
-        return replace(self.options, samples=self.chosen, verify_samples=0)
+        return replace(self.settings.repair, samples=self.chosen, verify_samples=0)
 
     def _measured(self, outputs: Outputs) -> Fidelity:
         fidelity = measure(outputs, self.reference, self.labels, self.settings.label_offset)
