@@ -13,7 +13,7 @@ from onnx_asr.arrays import Floats
 from onnx_asr.channels.trace import Obstacle, OperatorRule, Tracer, from_the_front, passing
 from onnx_asr.channels.units import ChannelLabels, Counted, Read, Sliced, varying
 from onnx_asr.graph.index import attribute
-from onnx_asr.graph.layers import LAYERS, NORMALIZATION, PER_CHANNEL_SLOTS, Layer
+from onnx_asr.graph.layers import GROUP, LAYERS, NORMALIZATION, PER_CHANNEL_SLOTS, Layer
 from onnx_asr.graph.skips import Reason
 
 
@@ -48,7 +48,7 @@ def _layer(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
     else:
         tracer.join(ids, np.repeat(labels.ids, layout.outputs))
         tracer.slices.append(Sliced(position, slot, 0, labels.ids if layer.is_transposed else ids))
-        tracer.counts.append(Counted(position, "group", 0, labels.ids))
+        tracer.counts.append(Counted(position, GROUP, 0, labels.ids))
         carried = np.repeat(labels.constant, layout.outputs)
         taps = blocks.astype(np.float64).reshape(len(ids), -1).sum(axis=1)
         exact = (carried == 0) | (not pads(node) and not layer.is_transposed)

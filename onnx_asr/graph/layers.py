@@ -21,6 +21,9 @@ from numpy.typing import NDArray
 from onnx_asr.graph.index import GraphIndex, attribute, input_name, is_standard
 from onnx_asr.graph.skips import Reason
 
+GROUP = "group"
+"""Attribute of a convolution: its number of groups."""
+
 LayerKind = Literal["Conv", "ConvTranspose", "Gemm", "MatMul"]
 LAYERS: tuple[LayerKind, ...] = get_args(LayerKind)
 CONVOLUTIONS: tuple[LayerKind, ...] = ("Conv", "ConvTranspose")
@@ -218,7 +221,7 @@ class Layer:
     def _convolution(cls, node: onnx.NodeProto, shape: tuple[int, ...]) -> Layer | Reason:
         if len(shape) < 3:
             return NO_KERNEL.format(rank=len(shape))
-        groups = int(attribute(node, "group", 1))
+        groups = int(attribute(node, GROUP, 1))
         if groups < 1 or shape[0] % groups:
             return UNEVEN_GROUPS.format(shape=shape, groups=groups)
         kind: LayerKind = "ConvTranspose" if node.op_type == "ConvTranspose" else "Conv"

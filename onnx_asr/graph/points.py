@@ -58,26 +58,35 @@ BEHIND_SELECTION = Reason(
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerPoint:
-    """The output of a layer with a constant weight.
+class _Place:
+    """Where a point is.
+
+    Attributes:
+        node: Position of its node.
+        name: The node's name in reports.
+        tensor: The measured tensor.
+        level: Largest number of points on a path from the inputs to this one, itself included.
+    """
+
+    node: int
+    name: str
+    tensor: str
+    level: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPoint(_Place):
+    """The output of a layer with a constant weight, or of the Add behind a MatMul.
 
     Attributes:
         layer: How the node holds its parameters.
-        node: Position of the node.
-        tensor: The measured tensor: the node's output, or that of the Add behind a MatMul.
         bias: (node, slot) of the bias, which may be empty or missing; None for a MatMul without Add.
         batchnorm: Position of the BatchNormalization that belongs to the point, if any.
-        level: Largest number of points on a path from the inputs to this one, itself included.
-        name: What to call the point in reports.
     """
 
     layer: Layer
-    node: int
-    tensor: str
     bias: Slot | None
     batchnorm: int | None
-    level: int
-    name: str
 
     @property
     def kind(self) -> LayerKind:
@@ -101,22 +110,10 @@ class LayerPoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NormPoint:
-    """The input of a BatchNormalization that belongs to no layer.
+class NormPoint(_Place):
+    """The input of a BatchNormalization, its node, that belongs to no layer."""
 
-    Attributes:
-        node: Position of the BatchNormalization.
-        tensor: The measured tensor: its input.
-        channels: Number of channels.
-        level: Largest number of points on a path from the inputs to this one, itself included.
-        name: What to call the point in reports.
-    """
-
-    node: int
-    tensor: str
     channels: int
-    level: int
-    name: str
     kind: ClassVar[Literal["BatchNormalization"]] = "BatchNormalization"
     channel_axis: ClassVar[int] = 1
 

@@ -1,4 +1,4 @@
-"""Shapes for a typical input, and what a network costs."""
+"""Shapes for a typical input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shapes for a typical input, and what a network costs."""
+"""Parameters, operations and bytes of a network."""
 
 from __future__ import annotations
 
@@ -33,3 +33,9 @@ def test_operations_and_parameters_are_counted() -> None:
     assert found.nonzeros == found.parameters - 6 * 9
     assert found.size == model.ByteSize()
     assert found.compressed < found.size
+
+
+def test_a_stack_of_matrices_is_counted() -> None:
+    text = "g (float[2,3,4] x) => (float[2,3,5] y, float[2,6,4] z) { y = MatMul (x, w)  z = MatMul (v, x) }"
+    model = net(text, w=(2, 4, 5), v=(2, 6, 3))
+    assert cost(index(model)).flops == 2 * (2 * 3 * 5 * 4 + 2 * 6 * 4 * 3)

@@ -185,6 +185,32 @@ def test_conjugate_gradients_at_their_limit_are_reported(classes, rows, monkeypa
     check_finite(short, layer.mask)
 
 
+def test_one_block_at_its_limit_is_enough_to_be_reported(monkeypatch):
+    monkeypatch.setattr(refit, "inverse_is_cheaper", lambda *_: False)
+    layer = Layer(outputs=2)
+    layer.mask[:, 1] = False  # the second channel has nothing to solve for
+    limits = SolverLimits(block_values=layer.w0[:, 0].size, cg_steps=2)
+    assert not layer.refit(limits=limits).converged
+    layer.mask[:] = False
+    assert layer.refit(limits=limits).converged
+
+
+def test_a_solution_at_the_limit_is_not_forgotten_by_the_next():
+    root, gram = np.ones((1, 1, 6)), np.cov(np.random.default_rng(0).standard_normal((6, 40)))[None]
+    root[0, 0] = np.sqrt(np.diagonal(gram[0]))
+    system = systems.GramSystem(gram, root, Memory(), SolverLimits())
+    solver = systems.ConjugateGradients(system, np.ones((1, 1, 6), bool), SolverLimits(cg_steps=2))
+    for tolerance, steps in ((1e-6, 2), (1.0, 2)):
+        solver.solve(np.arange(1.0, 7.0).reshape(1, 1, 6), tolerance)
+        assert (solver.steps, solver.converged) == (steps, False)
+
+
+def test_steps_on_the_divergence_are_counted(monkeypatch):
+    monkeypatch.setattr(refit, "inverse_is_cheaper", lambda *_: False)
+    few, many = (Layer(rows=300).refit(RefitOptions(class_steps=count), classes=True) for count in (1, 5))
+    assert many.steps > few.steps
+
+
 def test_an_inverse_takes_no_steps(monkeypatch):
     monkeypatch.setattr(refit, "inverse_is_cheaper", lambda *_: True)
     solution = Layer().refit(limits=SolverLimits(cg_steps=1))
