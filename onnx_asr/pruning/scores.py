@@ -113,16 +113,16 @@ def input_factors(
 def _saliencies(dense: Network, points: Sequence[LayerPoint], calibration: Calibration, execution: Execution) -> Values:
     recipe = RefitRecipe(block_targets=False)
     scores = {
-        job.point.node: _saliency(dense.index, job, recipe.ridge)
-        for job in dense_rows(dense, points, recipe, calibration, execution)
+        sampler.point.node: _saliency(dense.index, sampler, recipe.ridge)
+        for sampler in dense_rows(dense, points, recipe, calibration, execution)
     }
     return [scores[point.node] for point in points]
 
 
-def _saliency(index: GraphIndex, job: RowSampler, ridge: float) -> NDArray[np.float64]:
-    point, layout = job.point, job.point.layer.layout
+def _saliency(index: GraphIndex, sampler: RowSampler, ridge: float) -> NDArray[np.float64]:
+    point, layout = sampler.point, sampler.point.layer.layout
     patches = layout.to_patches(weight_of(index, point))  # [G, O, k I]
-    score = saliency(patches.reshape(layout.channels, -1), covariance(job.inputs), ridge)
+    score = saliency(patches.reshape(layout.channels, -1), covariance(sampler.inputs), ridge)
     if not np.isfinite(score).all():
         raise overflow(point)
     return layout.from_patches(score)

@@ -15,7 +15,6 @@ from typing import TypeAlias
 import numpy as np
 
 from onnx_asr.arrays import Floats, Mask
-from onnx_asr.engine.lane import Lane
 from onnx_asr.graph.context import contexts, steps
 from onnx_asr.graph.points import LayerPoint, Point, skip
 from onnx_asr.graph.skips import Reason, Skip
@@ -28,7 +27,7 @@ from onnx_asr.numerics.gains import BatchNormParameters
 from onnx_asr.numerics.refit import NotFiniteError
 from onnx_asr.repairing.options import RefitRecipe
 from onnx_asr.repairing.point_report import PointReport, Reports
-from onnx_asr.repairing.rows import DenseRows, RowSampler, dense_targets, pruned_targets
+from onnx_asr.repairing.rows import DenseRows, RowSampler, sample
 
 MATCHED_BEFORE = Reason("matched-upstream", "its input is already matched by the refit of the layers before it")
 CLASSIFIER_OFF = Reason("classifier-off", "the refit of Gemm and MatMul nodes is switched off")
@@ -75,15 +74,16 @@ def repair_refit(
         samplers = {}
         for number, item in enumerate(items):
             rows = None if kept is None else kept.setdefault(item.point.node, [])
-            samplers[item.point.node] = RowSampler(pair, item, recipe, calibration, number, walk.store, rows)
-        schedule = [[samplers.pop(item.point.node) for item in group] for group in steps(index, items)]
-        lanes = [walk.lane(draft, [name for group in schedule for name in pruned_targets(group)])]
+            samplers[item] = RowSampler(pair, item, recipe, calibration, number, walk.store, rows)
+        schedule = [[samplers.pop(item) for item in group] for group in steps(index, items)]
+        pruned = walk.lane(draft, [name for group in schedule for one in group for name in one.pruned_targets])
+        dense = None
         if not known:
-            lanes.append(walk.lane(Draft(pair.dense), [name for group in schedule for name in dense_targets(group)]))
-        for number in range(len(schedule)):
+            names = [name for group in schedule for one in group for name in one.dense_targets]
+            dense = walk.lane(Draft(pair.dense), names)
+        for number, group in enumerate(schedule):
             execution.progress("refitting", number / len(schedule))
-            group = schedule[number]
-            _sample(walk, lanes, group)
+            sample(walk, group, pruned, dense)
             while group:  # nothing but the call holds a point's rows while it is fitted
                 report = write_refit(draft, group.pop(0), narrow)
                 reports[report.node] = report
@@ -102,13 +102,6 @@ def _obstacle(point: Point, recipe: RefitRecipe) -> Reason | None:
     if not isinstance(point, LayerPoint):
         return MATCHED_BEFORE
     return None if recipe.classifier or point.layer.is_convolution else CLASSIFIER_OFF
-
-
-def _sample(walk: Walk, lanes: Sequence[Lane], group: Sequence[RowSampler]) -> None:
-    targets = dict(zip(lanes, (pruned_targets(group), dense_targets(group)), strict=False))
-    for pruned, *dense in walk.step(targets):
-        for sampler in group:
-            sampler.add(dense[0] if dense else None, pruned)
 
 
 def write_refit(

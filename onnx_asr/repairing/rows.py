@@ -320,31 +320,29 @@ def dense_rows(
     samplers = {item: RowSampler(pair, item, recipe, calibration, number) for number, item in enumerate(items)}
     schedule = [[samplers.pop(item) for item in group] for group in steps(dense.index, items)]
     with Walk(calibration, execution) as walk:
-        lane = walk.lane(Draft(dense.index), [name for group in schedule for name in _all_targets(group)])
+        names = [name for group in schedule for one in group for name in (*one.pruned_targets, *one.dense_targets)]
+        lane = walk.lane(Draft(dense.index), names)
         for number in range(len(schedule)):
             group, schedule[number] = schedule[number], []  # its rows are free once they were used
-            _take(walk, lane, group)
+            sample(walk, group, lane, lane)
             yield from group
 
 
-def _take(walk: Walk, lane: Lane, group: Sequence[RowSampler]) -> None:
-    for (chunk,) in walk.step({lane: _all_targets(group)}):
+def sample(walk: Walk, group: Sequence[RowSampler], pruned: Lane, dense: Lane | None) -> None:
+    """Run the networks up to the targets of samplers, which take their rows.
+
+    Args:
+        walk: The walk.
+        group: Samplers whose points do not depend on each other.
+        pruned: The pruned network.
+        dense: The dense one, which may share the lane of the pruned one; None where samplers have its outputs cached.
+    """
+    targets: dict[Lane, list[str]] = {pruned: [name for sampler in group for name in sampler.pruned_targets]}
+    if dense is not None:
+        targets.setdefault(dense, []).extend(name for sampler in group for name in sampler.dense_targets)
+    for chunks in walk.step(targets):
         for sampler in group:
-            sampler.add(chunk, chunk)
-
-
-def _all_targets(group: Sequence[RowSampler]) -> list[str]:
-    return [*pruned_targets(group), *dense_targets(group)]
-
-
-def pruned_targets(group: Sequence[RowSampler]) -> list[str]:
-    """Tensors of the pruned network that samplers read."""
-    return [name for sampler in group for name in sampler.pruned_targets]
-
-
-def dense_targets(group: Sequence[RowSampler]) -> list[str]:
-    """Tensors of the dense network that samplers read."""
-    return [name for sampler in group for name in sampler.dense_targets]
+            sampler.add(None if dense is None else chunks[-1], chunks[0])
 
 
 @dataclass(frozen=True)
