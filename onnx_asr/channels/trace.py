@@ -153,7 +153,7 @@ class Tracer:
     def shape(self, name: str) -> Shape:
         """Shape of a tensor for a typical input."""
         if self.index.is_constant(name):
-            return self.index.value(name).shape
+            return self.index.shape(name)
         if name not in self.shapes:
             raise Obstacle(f"the shape of '{name}' is not known")
         return self.shapes[name]

@@ -7,6 +7,7 @@ elsewhere the readers that get a new one get a private copy. An original that no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,9 +59,8 @@ def stored(index: GraphIndex, node: int, slot: int, value: NDArray[Any]) -> NDAr
     name = input_name(index.nodes[node], slot)
     reference = name or next(other for other in index.nodes[node].input[1:] if other and index.is_constant(other))
     result = _cast(index, node, f"input {slot}", reference, value)
-    if name and index.value(reference).size == result.size:
-        result = result.reshape(index.value(reference).shape)
-    return result
+    shape = index.shape(name) if name else result.shape
+    return result.reshape(shape) if math.prod(shape) == result.size else result
 
 
 def stored_bias(index: GraphIndex, node: int, value: NDArray[Any]) -> NDArray[Any]:
@@ -113,11 +113,8 @@ def apply(index: GraphIndex, plan: EditPlan, metadata: Mapping[str, str] | None 
 
 def set_metadata(model: onnx.ModelProto, key: str, text: str) -> None:
     """Set one entry of ``metadata_props``."""
-    for entry in model.metadata_props:
-        if entry.key == key:
-            entry.value = text
-            return
-    model.metadata_props.add(key=key, value=text)
+    entry = next((entry for entry in model.metadata_props if entry.key == key), None)
+    (entry or model.metadata_props.add(key=key)).value = text
 
 
 def _tied(index: GraphIndex, plan: EditPlan) -> set[str]:

@@ -19,12 +19,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.tensors import sparse_value, value_of
 
-FLOAT_TYPES = {
-    onnx.TensorProto.FLOAT,
-    onnx.TensorProto.FLOAT16,
-    onnx.TensorProto.BFLOAT16,
-    onnx.TensorProto.DOUBLE,
-}
+FLOAT_TYPES = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
 # how exporters wrap weights, and build pads and shapes
 _FOLDABLE = (
     "Identity Cast Transpose Reshape Squeeze Unsqueeze Flatten Shape Gather Slice Concat ConstantOfShape Add Sub Mul"
@@ -140,6 +135,10 @@ class GraphIndex:
                 f"constant '{name}' cannot be read: {error}; the file is damaged, export the model again"
             ) from error
         return self._values[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a constant."""
+        return tuple(self.initializers[name].dims) if name in self.initializers else self.value(name).shape
 
     def _evaluate(self, name: str) -> NDArray[Any]:
         if name in self.sparse:

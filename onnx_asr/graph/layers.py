@@ -200,7 +200,7 @@ class Layer:
             if not index.is_constant(node.input[0]):
                 return NO_WEIGHT
             slot = 0
-        shape = index.value(node.input[slot]).shape
+        shape = index.shape(node.input[slot])
         if is_standard(node, *CONVOLUTIONS):
             return cls._convolution(node, shape)
         if len(shape) != 2:

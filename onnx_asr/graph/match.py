@@ -141,7 +141,7 @@ class _Side:
     def _known(self, name: str) -> int:
         name = _through(self.index, name)
         if self.index.is_constant(name):
-            shape = self.index.value(name).shape
+            shape = self.index.shape(name)
             return self._number("constant", shape if len(shape) > 1 else None)
         return self._structures.get(name, -1)
 
@@ -194,7 +194,7 @@ def _compare(pruned: _Side, position: int, dense: _Side, counterpart: int) -> No
     shapes = [(form.weight_shape or (), dense_form.weight_shape or ())]
     for read, dense_read in _operands(pruned, form, dense, dense_form):
         if pruned.index.is_constant(read) and dense.index.is_constant(dense_read):
-            shapes.append((pruned.index.value(read).shape, dense.index.value(dense_read).shape))
+            shapes.append((pruned.index.shape(read), dense.index.shape(dense_read)))
     for shape, dense_shape in shapes:
         if shape != dense_shape and max(len(shape), len(dense_shape)) > 1:
             raise _differ(

@@ -36,9 +36,6 @@ WITHOUT_EFFECT = Reason("factor-of-zero", "Gemm with alpha or beta of zero ignor
 TRAINING_MODE = Reason(
     "batchnorm-in-training-mode", "BatchNormalization in training mode: export the model in evaluation mode"
 )
-TRAINING_OUTPUTS = Reason(
-    "batchnorm-with-training-outputs", "BatchNormalization with training outputs: export the model in evaluation mode"
-)
 NOT_SPATIAL = Reason("batchnorm-not-spatial", "BatchNormalization with spatial=0 has no channel statistics")
 STATISTICS_COMPUTED = Reason(
     "batchnorm-computed-at-run-time", "BatchNormalization whose parameters are computed at run time"
@@ -287,10 +284,8 @@ def _batchnorm_obstacle(index: GraphIndex, position: int) -> Reason | None:
     node = index.nodes[position]
     if index.is_constant(node.input[0]):
         return READS_NO_DATA
-    if attribute(node, "training_mode", 0):
+    if attribute(node, "training_mode", 0) or len([name for name in node.output if name]) > 1:
         return TRAINING_MODE
-    if len([name for name in node.output if name]) > 1:
-        return TRAINING_OUTPUTS
     if attribute(node, "spatial", 1) != 1:
         return NOT_SPATIAL
     parameters = [node.input[slot] for slot in PER_CHANNEL_SLOTS[NORMALIZATION]]

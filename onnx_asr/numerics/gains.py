@@ -123,12 +123,7 @@ def asr_gain(dense: Moments, pruned: Moments, prior: Literal["median", "mean"] |
 def asr_reliability(pruned: Moments, prior: Literal["median", "mean"] | float = "median") -> Floats:
     """Weight of the raw gain in :func:`asr_gain`, ``s = v_p / (v_p + lam)``."""
     variance = pruned.var
-    if prior == "median":
-        lam = float(np.median(variance))
-    elif prior == "mean":
-        lam = float(np.mean(variance))
-    else:
-        lam = float(prior)
+    lam = float(np.median(variance) if prior == "median" else np.mean(variance) if prior == "mean" else prior)
     return np.asarray(variance / (variance + max(lam, _VARIANCE_FLOOR)))
 
 

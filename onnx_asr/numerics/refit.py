@@ -33,7 +33,7 @@ a constant, and touches it at `z'` (Boehning, 1992): each step is the least squa
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -74,8 +74,7 @@ class RefitOptions:
     class_ridge: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("ridge", "relu_steps", "gain_power", "min_correlation", "class_steps", "class_ridge"):
-            value = getattr(self, name)
+        for name, value in vars(self).items():
             if not (np.isfinite(value) and value >= 0):
                 raise OptionError(f"{name} {value} is out of range: give a finite number of at least 0")
 
@@ -146,7 +145,7 @@ class LayerRefit:
         store: BufferStore = MEMORY,
         limits: SolverLimits = LIMITS,
     ) -> None:
-        _check_shapes(x, target, w0, mask, relu_floor, dense_negative)
+        _check_shapes(x, w0, mask, target=target, relu_floor=relu_floor, dense_negative=dense_negative)
         self._inputs = Inputs(x, store, limits)
         _check_finite(x=self._inputs.mean, relu_floor=relu_floor)
         self._system = _System.of(self._inputs, options.ridge, limits)
@@ -345,14 +344,7 @@ def _first_fit(targets: Targets, start: Floats) -> Fit:
     return fit
 
 
-def _check_shapes(
-    x: Singles,
-    target: Singles,
-    w0: npt.NDArray[np.floating],
-    mask: Mask,
-    relu_floor: Singles | None,
-    dense_negative: Mask | None,
-) -> None:
+def _check_shapes(x: Singles, w0: npt.NDArray[np.floating], mask: Mask, **outputs: npt.NDArray[Any] | None) -> None:
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"x has shape {x.shape}; expected [n, G, K], none of them 0")
     rows, groups, inputs = x.shape
@@ -361,11 +353,11 @@ def _check_shapes(
             f"w0 is {w0.shape}, mask {mask.shape} {mask.dtype}; for x of shape {x.shape} both must be "
             f"[{groups}, M, {inputs}], the mask boolean"
         )
-    outputs = (rows, groups * w0.shape[1])
-    for name, array in (("target", target), ("relu_floor", relu_floor), ("dense_negative", dense_negative)):
-        if array is not None and array.shape != outputs:
-            raise ValueError(f"{name} has shape {array.shape}; expected [n, G * M] = {outputs}")
-    if relu_floor is not None and dense_negative is None:
+    expected = (rows, groups * w0.shape[1])
+    for name, array in outputs.items():
+        if array is not None and array.shape != expected:
+            raise ValueError(f"{name} has shape {array.shape}; expected [n, G * M] = {expected}")
+    if outputs["relu_floor"] is not None and outputs["dense_negative"] is None:
         raise ValueError("relu_floor is given without dense_negative; where a ReLU follows, give dense_negative too")
 
 
