@@ -9,15 +9,15 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import takewhile
-from typing import Annotated, NoReturn
+from typing import NoReturn
 
 from onnx_asr.blas import BLAS_THREADS
 from onnx_asr.cli import making, measuring, sweeping
 from onnx_asr.cli.command import BAD_INPUT, COMMANDS, DONE, INTERRUPTED
-from onnx_asr.cli.options import Form
-from onnx_asr.cli.parameters import DECLARATIONS
+from onnx_asr.cli.options import Option
+from onnx_asr.cli.parameters import DECLARATIONS, Display
 from onnx_asr.cli.parser import Parser, asks_for_help
 from onnx_asr.cli.supervision import supervised
 from onnx_asr.cli.terminal import drop_stdout, leave_progress, say, say_traceback
@@ -34,28 +34,12 @@ EXIT_CODES = (
 )
 
 
-@dataclass(frozen=True)
-class Globals:
-    """What may stand before the command.
-
-    Attributes:
-        version: Print the version and exit.
-        verbose: As after the command.
-        quiet: As after the command.
-        debug: Show the traceback of an error.
-    """
-
-    version: bool = False
-    verbose: Annotated[bool, Form(names=("--verbose", "-v"))] = False
-    quiet: Annotated[bool, Form(names=("--quiet", "-q"))] = False
-    debug: bool = False
-
-
 def program() -> Parser:
     """What reads the arguments before the command, and has the program's help."""
-    options = list(DECLARATIONS.group_of(Globals).options())
+    version = Option("", "Print the version and exit.", ("--version",), kind="flag", default=False)
+    display = replace(DECLARATIONS, without=("json",)).group_of(Display).options()
     commands = {name: command.summary for name, command in COMMANDS.items()}
-    return Parser(f"{DISTRIBUTION}", PURPOSE, options, commands, EXIT_CODES)
+    return Parser(DISTRIBUTION, PURPOSE, [version, *display], commands, EXIT_CODES)
 
 
 def main() -> NoReturn:

@@ -97,11 +97,6 @@ class Page:
 
         return cls(terminal, None if report is None else check_report(report, output))
 
-    @property
-    def name(self) -> str | None:
-        """Where it goes, as text."""
-        return None if self.path is None else str(self.path)
-
     def write(
         self,
         gather: Callable[[Run], Values],

@@ -45,7 +45,7 @@ def demo(
 
     with terminal.progress() as progress:
         execution = Machine().execution(terminal.verbose, progress)
-        result = run_demo(output, model=model, sparsity=sparsity, execution=execution)
+        result = run_demo(Path(output), model, sparsity, execution)
     terminal.result(plain(result), *show.demo(result))
     return DONE
 
@@ -113,7 +113,7 @@ def _zero_weights(
         files = {"model": model, "data": data, "output": written(result.model, target, model)}
         page.write(lambda run: prune_data(run, result, model), files)
     terminal.result(
-        {**files, "report": page.name, **plain(result), "latency": latency},
+        {**files, "report": page.path, **plain(result), "latency": latency},
         *show.prune(result, str(target), terminal.verbose, latency),
         *show.file("report", page.path),
     )
@@ -164,7 +164,7 @@ def repair(
         files = {"model": model, "dense": dense, "data": data, "output": path}
         page.write(lambda run: repair_data(run, result, model, dense, data, execution), files, preprocessing)
     terminal.result(
-        {**files, "preprocessing": preprocessing, "report": page.name, **plain(result)},
+        {**files, "preprocessing": preprocessing, "report": page.path, **plain(result)},
         *show.repair(result, path, terminal.verbose),
         *show.file("report", page.path),
     )
@@ -200,7 +200,7 @@ def compress(
         files = {"model": model, "data": data, "output": path}
         page.write(lambda run: compress_data(run, result, model, data, execution), files, preprocessing)
     terminal.result(
-        {**files, "preprocessing": preprocessing, "report": page.name, **plain(result), "latency": latency},
+        {**files, "preprocessing": preprocessing, "report": page.path, **plain(result), "latency": latency},
         *show.compress(result, path, terminal.verbose, latency),
         *show.file("report", page.path),
     )

@@ -51,8 +51,7 @@ def sensitivity(
         from onnx_asr.report.sensitivity_figure import write_sensitivity
 
         write_sensitivity(result, drawing)
-    plot = None if drawing is None else str(drawing)
-    values = {"model": model, "data": data, "plot": plot, "preprocessing": preprocessing, **plain(result)}
+    values = {"model": model, "data": data, "plot": drawing, "preprocessing": preprocessing, **plain(result)}
     terminal.result(values, *show.sensitivity(result, terminal.verbose), *show.file("plot", drawing))
     return DONE
 
@@ -128,7 +127,7 @@ def inspect(
         )
     files = {"model": model, "dense": dense, "data": data}
     page.write(lambda run: inspect_data(run, result), files, preprocessing)
-    values = {**files, "preprocessing": preprocessing, "report": page.name, **plain(result)}
+    values = {**files, "preprocessing": preprocessing, "report": page.path, **plain(result)}
     shown = show.inspection(result, terminal.verbose)
     if channels is not None:
         layer = result.layer(channels)
@@ -140,7 +139,7 @@ def inspect(
 @command("view")
 def view(
     terminal: Terminal,
-    models: Annotated[list[str], Form(help="One or more .onnx files.", names=("MODEL",))],
+    models: Annotated[tuple[str, ...], Form(help="One or more .onnx files.", names=("MODEL",))],
     port: Annotated[
         int | None, Form(help="Port of the first file; the others have the ones after it. By default free ones.")
     ] = None,

@@ -42,7 +42,7 @@ class Given:
     """Marks a dictionary that takes those fields of some classes that are given.
 
     Attributes:
-        classes: The classes, by when they apply; a name that several have is one option.
+        classes: Classes without further ones in them, by when they apply; a name that several have is one option.
         overriding: The values replace others that are not known here, so that no defaults are shown.
     """
 
@@ -113,7 +113,7 @@ class Group:
         values = {name: outside[name] for name in self.shared if name in outside}
         for name, member in self.members.items():
             if isinstance(member, Option) and member.key in given:
-                values[name] = given[member.key]
+                values[name] = tuple(given[member.key]) if member.kind == "list" else given[member.key]
         inner = {name: item.made(given, values) for name, item in self.members.items() if isinstance(item, Group)}
         return self.make(**values, **inner)
 
@@ -190,7 +190,7 @@ def _unwrapped(hint: Any) -> tuple[Any, Form | Given | None]:
 def _option(kind: Any, default: Any, panel: str, form: Form) -> Option:
     if kind is bool:
         return Option("", form.help, form.names, kind="pair" if default else "flag", default=default, panel=panel)
-    several = get_origin(kind) in (tuple, list, Sequence)
+    several = get_origin(kind) in (tuple, Sequence)
     repeated = several and default in ((), REQUIRED)
     metavar, read = _reader(get_args(kind)[0] if several else kind)
     if several and not repeated:

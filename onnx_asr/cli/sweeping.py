@@ -79,9 +79,8 @@ def sweep(
 
         write_plot(result, drawing)
     page.write(lambda run: sweep_data(run, result), files, preprocessing)
-    plot = None if drawing is None else str(drawing)
     terminal.result(
-        {**files, "preprocessing": preprocessing, "plot": plot, "report": page.name, **plain(result)},
+        {**files, "preprocessing": preprocessing, "plot": drawing, "report": page.path, **plain(result)},
         *show.sweep(result, str(target), drawing),
         *show.file("report", page.path),
     )
