@@ -113,9 +113,9 @@ def _zero_weights(
         files = {"model": model, "data": data, "output": written(result.model, target, model)}
         page.write(lambda run: prune_data(run, result, model), files)
     terminal.result(
-        {**files, "report": page.path, **plain(result), "latency": latency},
+        {**files, **plain(result), "latency": latency},
         *show.prune(result, str(target), terminal.verbose, latency),
-        *show.file("report", page.path),
+        report=page.path,
     )
     return DONE
 
@@ -132,8 +132,9 @@ def _remove_channels(
         latency = result.latency or (stopwatch.time(result.model) if stopwatch else None)
         path = written(result.model, target, model)
     terminal.result(
-        {"model": model, "data": None, "output": path, "report": None, **plain(result), "latency": latency},
+        {"model": model, "data": None, "output": path, **plain(result), "latency": latency},
         *show.prune_channels(result, str(target), terminal.verbose, latency),
+        report=None,
     )
     return DONE
 
@@ -164,9 +165,9 @@ def repair(
         files = {"model": model, "dense": dense, "data": data, "output": path}
         page.write(lambda run: repair_data(run, result, model, dense, data, execution), files, preprocessing)
     terminal.result(
-        {**files, "preprocessing": preprocessing, "report": page.path, **plain(result)},
+        {**files, "preprocessing": preprocessing, **plain(result)},
         *show.repair(result, path, terminal.verbose),
-        *show.file("report", page.path),
+        report=page.path,
     )
     return verdict(result.improved, "repaired model", "the pruned one", target, force)
 
@@ -200,9 +201,9 @@ def compress(
         files = {"model": model, "data": data, "output": path}
         page.write(lambda run: compress_data(run, result, model, data, execution), files, preprocessing)
     terminal.result(
-        {**files, "preprocessing": preprocessing, "report": page.path, **plain(result), "latency": latency},
+        {**files, "preprocessing": preprocessing, **plain(result), "latency": latency},
         *show.compress(result, path, terminal.verbose, latency),
-        *show.file("report", page.path),
+        report=page.path,
     )
     return verdict(improved, "compressed model", "its last mask without repair", target, force)
 

@@ -51,8 +51,8 @@ def sensitivity(
         from onnx_asr.report.sensitivity_figure import write_sensitivity
 
         write_sensitivity(result, drawing)
-    values = {"model": model, "data": data, "plot": drawing, "preprocessing": preprocessing, **plain(result)}
-    terminal.result(values, *show.sensitivity(result, terminal.verbose), *show.file("plot", drawing))
+    values = {"model": model, "data": data, "preprocessing": preprocessing, **plain(result)}
+    terminal.result(values, *show.sensitivity(result, terminal.verbose), plot=drawing)
     return DONE
 
 
@@ -127,12 +127,12 @@ def inspect(
         )
     files = {"model": model, "dense": dense, "data": data}
     page.write(lambda run: inspect_data(run, result), files, preprocessing)
-    values = {**files, "preprocessing": preprocessing, "report": page.path, **plain(result)}
+    values = {**files, "preprocessing": preprocessing, **plain(result)}
     shown = show.inspection(result, terminal.verbose)
     if channels is not None:
         layer = result.layer(channels)
         values["channels"], shown = layer.channel_table(), show.channels(layer)
-    terminal.result(values, *shown, *show.file("report", page.path))
+    terminal.result(values, *shown, report=page.path)
     return DONE
 
 

@@ -196,7 +196,7 @@ def _option(kind: Any, default: Any, panel: str, form: Form) -> Option:
     if several and not repeated:
         metavar, read = f"{metavar}[,{metavar}]", _listed(read)
     if not form.names[0].startswith("-"):
-        metavar, panel = form.names[0], "Arguments"
+        metavar, panel = form.names[0] + "..." * repeated, "Arguments"
     read = read if form.read is str else form.read
     return Option(form.metavar or metavar, form.help, form.names, read, "list" if repeated else "value", default, panel)
 

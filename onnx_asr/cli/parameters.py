@@ -155,8 +155,8 @@ class Timing:
 
     Attributes:
         measure_latency: Time the result against the given model in onnxruntime, in alternating runs.
-        input_shapes: Shape of an input with open sizes, such as image:1,3,640,640, for runs and FLOPs; repeatable. By
-            default batch 1 and sides of 224.
+        input_shapes: Shape of an input with open sizes, such as image:1,3,640,640, for runs and FLOPs; by default batch
+            1 and sides of 224.
     """
 
     measure_latency: bool = False

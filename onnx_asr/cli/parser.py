@@ -97,8 +97,9 @@ class _Formatter(argparse.HelpFormatter):
 
 
 def _add(panel: Any, item: Option) -> None:
-    note = "required" if item.required and not item.is_argument else f"default:{_FIXED_SPACE}{item.shown_default}"
-    text = item.help if note.endswith(_FIXED_SPACE) else f"{item.help} [{note}]"
+    notes = ["required"] * (item.required and not item.is_argument) + ["repeatable"] * (item.kind == "list")
+    notes += [f"default: {item.shown_default}"] * bool(item.shown_default)
+    text = " ".join([item.help, *(f"[{note}]".replace(" ", _FIXED_SPACE) for note in notes)])
     settings: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
     if item.kind in ("flag", "pair"):
         settings["action"] = "store_true" if item.kind == "flag" else argparse.BooleanOptionalAction

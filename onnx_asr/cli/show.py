@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.table import Table
@@ -165,7 +164,7 @@ def sensitivity(result: SensitivityResult, verbose: bool) -> Shown:
     )
 
 
-def sweep(result: SweepResult, path: str, plot: Path | None) -> Shown:
+def sweep(result: SweepResult, path: str) -> Shown:
     """One row per method, one column per goal; failed cells, and why."""
     from onnx_asr.sweeping.grid import Cell
 
@@ -187,13 +186,6 @@ def sweep(result: SweepResult, path: str, plot: Path | None) -> Shown:
     for reason, cells in result.failures.items():
         yield f"failed: {', '.join(map(str, cells))}: {reason}"
     yield f"cells: {path}"
-    yield from file("plot", plot)
-
-
-def file(what: str, path: Path | None) -> Shown:
-    """Where a report or plot is, if there is one."""
-    if path is not None:
-        yield f"{what}: {path}"
 
 
 def view(addresses: Sequence[tuple[str, str]]) -> Shown:

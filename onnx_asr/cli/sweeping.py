@@ -80,9 +80,10 @@ def sweep(
         write_plot(result, drawing)
     page.write(lambda run: sweep_data(run, result), files, preprocessing)
     terminal.result(
-        {**files, "preprocessing": preprocessing, "plot": drawing, "report": page.path, **plain(result)},
-        *show.sweep(result, str(target), drawing),
-        *show.file("report", page.path),
+        {**files, "preprocessing": preprocessing, **plain(result)},
+        *show.sweep(result, str(target)),
+        plot=drawing,
+        report=page.path,
     )
     failed = sum(map(len, result.failures.values()))
     if failed:

@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -35,13 +36,14 @@ class Terminal:
         self._out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
         self._err = Console(stderr=True, highlight=False, emoji=False)
 
-    def result(self, values: dict[str, Any], *shown: RenderableType) -> None:
-        """Print a result: as JSON, or as text and tables, or not at all.
+    def result(self, values: dict[str, Any], *shown: RenderableType, **files: Path | None) -> None:
+        """Print a result, and which further files were written: as JSON, or as text and tables, or not at all.
 
         A closed stdout is not an error: the work is done.
         """
         try:
-            self._print({"command": self.command, **values}, shown)
+            lines = (f"{what}: {path}" for what, path in files.items() if path is not None)
+            self._print({"command": self.command, **values, **files}, (*shown, *lines))
             sys.stdout.flush()
         except (BrokenPipeError, SystemExit):  # SystemExit is rich's word for it
             drop_stdout()
