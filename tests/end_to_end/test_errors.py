@@ -190,7 +190,7 @@ CHANNEL = ("--pattern", "channel")
         (("prune", DENSE, "--target-size", "lots"), "--target-size: 'lots'"),
         (("prune", DENSE, "--pattern", "2:4", "--target-flops", 0.5), "drop target-flops"),
         (("prune", DENSE, "--sparsity", 0.5, "--input-shapes", "1,1,8,8"), "name:1,3,224,224"),
-        (("prune", DENSE, "--sparsity", 0.5, "--input-shapes", "image:1,1,8,8"), "its inputs are input"),
+        (("prune", DENSE, "--sparsity", 0.5, "--input-shapes", "image:1,1,8,8"), "give shapes of input"),
         (("prune", DENSE, "--sparsity", 0.5, "--measure-latency", "--input-shapes", "input:1,1,9,8"), "?,1,8,8"),
         (("shrink", DENSE, "--measure-latency", "--input-shapes", "input:1,1,8"), "?,1,8,8"),
         (("compress", DENSE, *DATA, "--pattern", "channel", "--sparsity", 0.5), "prune --pattern channel"),

@@ -185,7 +185,7 @@ def test_the_help_comes_from_the_declarations() -> None:
         "Parts: --strength X How strongly it pulls. [default: 0.5]",
         "--mode a|b|X Which one. [default: a]",
         "--limit X At most. --",
-        "--names TEXT Some names. --",
+        "--names TEXT Some names. [repeatable]",
         "--shares X[,X] Some shares. [default: 0.5,0.9]",
         "--exact, --no-exact Exactly or not. [default: on]",
         "--quick Quickly or not. --seed N Of everything. [default: 0]",
