@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import onnx
+
 from onnx_asr.data import PRESETS
 from onnx_asr.errors import ModelError, OptionError, OutputError
 from onnx_asr.graph.files import check_writable
@@ -102,28 +104,31 @@ def run_demo(folder: Path, model: str, sparsity: float, execution: Execution) ->
     dense, quiet = load(files[model]), replace(execution, progress=silent)
     started = time.perf_counter()
     pruned = prune(dense, options=options)
-    versions = {"dense": (dense, None), "pruned": (pruned.model, time.perf_counter() - started)}
+    rows: list[tuple[str, onnx.ModelProto, float | None, str | None]] = [
+        ("dense", dense, None, None),
+        ("pruned", pruned.model, time.perf_counter() - started, None),
+    ]
     results: dict[Method, RepairResult] = {}
     for number, method in enumerate(METHODS):
         execution.progress(f"repairing: {method}", number / len(METHODS))
         how = RepairOptions(method, samples=_SAMPLES, verify_samples=_VERIFY_SAMPLES)
         result = repair(pruned.model, calibration, how, dense=dense, preprocessing=preprocessing, execution=quiet)
-        results[method], versions[method] = result, (result.model, sum(result.seconds.values()))
+        results[method] = result
+        rows.append((method, result.model, sum(result.seconds.values()), result.chosen))
     scores = {
         name: evaluate(version, validation, dense=dense, preprocessing=preprocessing, execution=quiet)
-        for name, (version, _) in versions.items()
+        for name, version, _, _ in rows
     }
     best = max(METHODS, key=lambda name: (scores[name].top1 or 0.0, -scores[name].distance, name != "auto"))
     save(pruned.model, pruned_path)
     save(results[best].model, repaired_path)
     execution.progress("done", 1.0)
-    chosen = {name: result.chosen for name, result in results.items()}
     return DemoResult(
         files[model].name,
         pruned.sparsity,
         calibration,
         results[best].calibration_samples,
-        tuple(DemoRow(name, scores[name], seconds, chosen.get(name)) for name, (_, seconds) in versions.items()),
+        tuple(DemoRow(name, scores[name], seconds, chosen) for name, _, seconds, chosen in rows),
         best,
         pruned_path,
         repaired_path,
