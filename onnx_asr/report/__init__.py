@@ -1,4 +1,4 @@
-"""One self-contained HTML file about what a command did; jinja2 and matplotlib are needed for it and nothing else."""
+"""Reports as one self-contained HTML file; only they, and plots, need jinja2 and matplotlib."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PLOTS = (".svg", ".png")
 
 
 def check_report(path: str | os.PathLike[str], output: Path | None) -> Path:
-    """Where a report goes, after making sure, before any work is done, that one can be made and written there.
+    """The path of a report, checked before any work is done: it can be made, and written there.
 
     Raises:
         OptionError: When a library is missing, or the report would replace the result.
@@ -26,14 +26,14 @@ def check_report(path: str | os.PathLike[str], output: Path | None) -> Path:
 
 
 def check_plot(path: str | os.PathLike[str], output: Path | None = None, report: Path | None = None) -> Path:
-    """Where a plot goes, checked in the same way.
+    """The path of a plot, checked in the same way.
 
     Raises:
         OptionError: When a library is missing, the format is unknown, or the plot would replace another result.
         OutputError: When no file can be written there.
     """
     if Path(path).suffix not in _PLOTS:
-        raise OptionError(f"--plot '{path}' is of no known format: give a name that ends in {' or '.join(_PLOTS)}")
+        raise OptionError(f"--plot '{path}' is not in a known format: give a name that ends in {' or '.join(_PLOTS)}")
     return _checked("--plot", path, {"--output": output, "--report": report})
 
 
@@ -41,11 +41,10 @@ def _checked(option: str, path: str | os.PathLike[str], others: Mapping[str, Pat
     missing = [name for name in _NEEDED[option] if find_spec(name) is None]
     if missing:
         raise OptionError(
-            f"{option} needs {' and '.join(missing)}, which this environment does not have: "
-            f"pip install {DISTRIBUTION}[report]"
+            f"{option} needs {' and '.join(missing)}, which are not installed: pip install {DISTRIBUTION}[report]"
         )
     target = check_writable(path)
     for other, taken in others.items():
         if taken is not None and target.resolve() == taken.resolve():
-            raise OptionError(f"{option} and {other} both name '{target}': give each a file of its own")
+            raise OptionError(f"{option} and {other} both name '{target}': give each its own file")
     return target

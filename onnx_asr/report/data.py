@@ -1,4 +1,4 @@
-"""What a report says, as plain values: a dict that json can write and the template only lays out."""
+"""The values of a report: a dict of JSON values that the template lays out."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from onnx_asr.version import __version__
 Values = dict[str, Any]
 
 _THUMBNAILS, _THUMBNAIL_SIDE = 8, 96
-_WORST, _UNHURT = 3, 0.05  # layers named as hurt most; decades by which the variances of others may be off
-_DEAD_RATIO = 1e-4  # what a dead channel counts as
+_WORST, _UNHURT = 3, 0.05  # layers listed as most damaged; decades by which the variances of others may be off
+_DEAD_RATIO = 1e-4  # that a dead channel counts as
 
 
 @dataclass(frozen=True)
 class Run:
-    """How the command was called.
+    """A call of a command.
 
     Attributes:
         command: Its name.
         line: The whole command line.
-        files: What it read and wrote, by role.
-        preprocessing: What was done to images, if anything.
+        files: Paths that it read and wrote, by role.
+        preprocessing: Of images, if any.
     """
 
     derived: ClassVar = ("version",)
@@ -86,12 +86,12 @@ def prune_data(run: Run, result: PruneResult, dense: ModelSource) -> Values:
 def repair_data(
     run: Run, result: RepairResult, pruned: ModelSource, dense: ModelSource | None, data: str, execution: Execution
 ) -> Values:
-    """The report of a repair: what it did, with the channels of both networks measured against the dense one."""
+    """The report of a repair, with the channels of both networks measured against the dense one."""
     return _repair(run, result, ("pruned", "repaired"), load(pruned), dense, data, execution)
 
 
 def compress_data(run: Run, result: CompressResult, dense: ModelSource, data: str, execution: Execution) -> Values:
-    """The report of a compression; what stands before the repair is the last mask on the dense weights."""
+    """The report of a compression; the model before the repair is the dense one under the last mask."""
     names = ("last mask, no repair", "compressed")
     values = _repair(run, result.repair, names, result.masked, dense, data, execution)
     seconds = {f"round {number}": value for number, value in enumerate(result.round_seconds, 1)}
@@ -159,7 +159,7 @@ def _report(
     damage_samples: int = 0,
     notes: Sequence[str] = (),
 ) -> Values:
-    """The parts that every report has, and empty ones of those that only some have."""
+    """The parts of all reports, with defaults for those that only some have."""
     return {
         **plain(run),
         "versions": versions,
@@ -180,7 +180,7 @@ def _report(
 
 
 def _hurt_most(layers: Sequence[Values]) -> list[int]:
-    """Numbers of the few layers whose variances pruning has moved furthest, the worst first."""
+    """Numbers of the layers whose variances pruning moved furthest, worst first."""
     found = []
     for number, layer in enumerate(layers, 1):
         ratios = [] if layer["before"] is None else [ratio for ratio in layer["before"]["ratios"] if ratio is not None]
@@ -213,7 +213,7 @@ def _layer(layer: Layer, after: PointDamage | None = None, report: PointReport |
 def _fidelities(
     job: RepairJob, models: Mapping[str, onnx.ModelProto], verification: Verification | None, execution: Execution
 ) -> tuple[dict[str, Fidelity], list[str]]:
-    """What the verification found; where the data have labels, with top-1, and for the dense model too."""
+    """Fidelities of the verification; where the data have labels, with top-1 and for the dense model too."""
     known = {} if verification is None else dict(zip(models, (verification.before, verification.after), strict=True))
     dataset, held_out = job.samples.dataset, job.samples.held_out
     if job.pair is None or dataset.labels is None or not known:
@@ -232,7 +232,7 @@ def _fidelities(
 
 
 def _thumbnails(dataset: Dataset, chosen: np.ndarray[Any, np.dtype[np.int64]]) -> list[Values]:
-    """A few of the calibration images, spread over all of them; none where the data are no images."""
+    """Evenly spaced calibration images; none where the data are not images."""
     shown = []
     for position in np.unique(np.linspace(0, len(chosen) - 1, _THUMBNAILS).astype(int)):
         image = dataset.thumbnail(int(chosen[position]))

@@ -1,4 +1,4 @@
-"""The figures of a report, as SVG text; layers are numbered as in the table, so no name of the model is in them."""
+"""The figures of a report as SVG; layers are numbered as in the table, so that no name of the model appears."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-_LOWEST, _HIGHEST = -4.0, 1.5  # log10 of the variance ratios shown; what is beyond stands at the edge
+_LOWEST, _HIGHEST = -4.0, 1.5  # log10 of the variance ratios shown; others are drawn at the edge
 WIDTH, _ROW, _ROWS, _MARGIN = 4.6, 0.19, 8.0, 1.05  # inches: narrow enough for a phone, all rows on a printed page
-_COLUMNS = 64  # of the heat map: channels sorted by ratio, whatever their number
+_COLUMNS = 64  # of the heat map: channels sorted by ratio, resampled to this number
 _COLOURS = {"before": "#c2410c", "after": "#1d4ed8"}
 RESOLUTION = 140
 TEXT, SMALL = 10, 8.5  # points
@@ -23,7 +23,7 @@ _LAYERS_LABELLED = 42
 
 
 def strip(layers: Sequence[Mapping[str, Any]], names: Mapping[str, str], collapsed: float) -> str:
-    """Every channel's variance ratio as a dot, one row a layer, what is after the repair below what is before it."""
+    """Every channel's variance ratio as a dot, one row per layer, after the repair below before it."""
     figure, axes = _figure(len(layers), 1)
     axis = axes[0]
     generator = np.random.default_rng(0)
@@ -51,7 +51,7 @@ def strip(layers: Sequence[Mapping[str, Any]], names: Mapping[str, str], collaps
 
 
 def heat_map(layers: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
-    """The same ratios as colours, the channels of a layer sorted from the weakest to the strongest."""
+    """The same ratios as colours, the channels of each layer sorted from weakest to strongest."""
     figure, axes = _figure(len(layers), len(names))
     colours = matplotlib.colormaps["RdBu"].with_extremes(bad="0.75")
     image = None
@@ -70,7 +70,7 @@ def heat_map(layers: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> s
 
 
 def _figure(layers: int, panels: int) -> tuple[Figure, list[Axes]]:
-    """Panels side by side, one row a layer, the first on top."""
+    """Panels side by side, one row per layer, the first at the top."""
     figure = Figure(figsize=(WIDTH, _MARGIN + min(_ROW * max(4, layers), _ROWS)), layout="constrained")
     axes = [figure.add_subplot(1, panels, number + 1) for number in range(panels)]
     step = max(1, -(-layers // _LAYERS_LABELLED))
@@ -86,7 +86,7 @@ def _figure(layers: int, panels: int) -> tuple[Figure, list[Axes]]:
 
 
 def _levels(ratios: Sequence[float | None]) -> NDArray[np.float64]:
-    """log10 of the ratios that are defined, within the range shown."""
+    """log10 of the defined ratios, clipped to the range shown."""
     values = np.array([value for value in ratios if value is not None], np.float64)
     return np.asarray(np.clip(np.log10(np.maximum(values, 10.0 ** (_LOWEST - 1))), _LOWEST, _HIGHEST))
 
@@ -99,7 +99,7 @@ def _resampled(damage: Mapping[str, Any]) -> NDArray[np.float64]:
 
 
 def svg(figure: Figure) -> str:
-    """SVG with text as text; the same figure gives the same bytes."""
+    """SVG that keeps text as text; equal figures give equal bytes."""
     settings = matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "onnx-resuscitate"})
     with settings, io.StringIO() as buffer:
         figure.savefig(buffer, format="svg", dpi=RESOLUTION, metadata={"Date": None, "Creator": None})

@@ -1,4 +1,4 @@
-"""A report's values laid out as one HTML file that needs nothing else: styles and figures are in it."""
+"""Lays out the values of a report as one HTML file that contains its styles and figures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_report(values: Mapping[str, Any], path: str | os.PathLike[str]) -> Pat
 
 
 def render(values: Mapping[str, Any]) -> str:
-    """The page; every text in it is escaped."""
+    """The page; all text in it is escaped."""
     environment = Environment(
         loader=FileSystemLoader(_FOLDER),
         autoescape=True,
@@ -47,7 +47,7 @@ def render(values: Mapping[str, Any]) -> str:
 
 
 def _curves(values: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The figures of a sweep: one a panel, so that each fits a phone."""
+    """The figures of a sweep: one per panel, so that each fits a phone."""
     measure = values["measure"]
     return [
         _figure(
@@ -59,7 +59,7 @@ def _curves(values: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _channels(values: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The figures that the measured layers give."""
+    """The figures of the layers that were measured."""
     layers = values["layers"]
     measured = [key for key in ("before", "after") if any(layer[key] is not None for layer in layers)]
     if not measured:
@@ -70,13 +70,13 @@ def _channels(values: Mapping[str, Any]) -> list[dict[str, str]]:
     drawn = [
         (
             strip(layers, names, values["collapsed_ratio"]),
-            "Variance of every channel over its variance in the dense network. On the solid line the channel is as "
-            "in the dense network; left of the dotted one it counts as collapsed.",
+            "Variance of every channel, relative to the dense network. On the solid line it is the same as in the "
+            "dense network; left of the dotted line the channel counts as collapsed.",
         ),
         (
             heat_map(layers, names),
-            "The same ratios as colours: white as in the dense network, red weaker, blue stronger, grey where the "
-            "layer does not vary at all. The channels of a layer are sorted.",
+            "The same ratios as colours: white is the same as in the dense network, red weaker, blue stronger, grey "
+            "where the layer does not vary at all. The channels of each layer are sorted.",
         ),
     ]
     return [_figure(svg, caption) for svg, caption in drawn]
@@ -88,7 +88,7 @@ def _figure(svg: str, caption: str) -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
-    """A plain value for a reader."""
+    """A value as text."""
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_text, value)) or "-"
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""What pruning every layer alone does to the outputs, as a drawing."""
+"""A drawing of the sensitivities: the effect on the outputs of pruning each layer alone."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from onnx_asr.pruning.sensitivity import SensitivityResult
 from onnx_asr.report.figures import RESOLUTION, SMALL, TEXT, svg
 
 _CELL_WIDTH, _CELL_HEIGHT, _MARGINS = 0.62, 0.24, (4.2, 1.1)  # inches
-_LONGEST = 36  # characters of a layer's name, its end
-_LEAST = 1e-6  # of the distances that the colours tell apart
+_LONGEST = 36  # characters of a layer's name, from its end
+_LEAST = 1e-6  # of the distances that colours distinguish
 _DARK = 0.55  # of the colour scale: white text from here on
 
 
@@ -35,7 +35,7 @@ def write_sensitivity(result: SensitivityResult, path: Path) -> Path:
 
 
 def draw(result: SensitivityResult) -> Figure:
-    """One row a layer, one column a sparsity, the distance as colour and number; what is infinite stays white."""
+    """One row per layer, one column per sparsity, the distance as colour and number; infinite ones stay white."""
     distances = np.array([[item.distance for item in layer.tried] for layer in result.layers])
     rows, columns = distances.shape
     finite = np.maximum(np.where(np.isfinite(distances), distances, np.nan), _LEAST)

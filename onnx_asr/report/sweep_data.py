@@ -1,4 +1,4 @@
-"""What the report of a sweep says, as plain values; and the curves in it, as its figure draws them."""
+"""The values of a sweep's report, and the curves of its figures."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _is_best(result: SweepResult, goal: PruneGoal, outcome: Outcome) -> bool:
 
 
 def _gone(result: SweepResult, goal: PruneGoal) -> float | None:
-    """The same for all methods, up to the rounding of mask rounds."""
+    """The share of weights gone: the same for all methods, up to the rounding of mask rounds."""
     shares = [outcome.sparsity for cell, outcome in result.cells.items() if cell.goal == goal]
     return next((share for share in shares if share is not None), None)
 
@@ -67,9 +67,9 @@ def _best(result: SweepResult, goal: PruneGoal) -> float | None:
 
 
 def panels(result: SweepResult) -> list[Values]:
-    """A panel for every pattern that takes a sparsity, and one for all N:M patterns together.
+    """A panel per pattern with a sparsity, and one for all N:M patterns together.
 
-    ``x`` is ``-log2(1 - s)``: the number of times that what is left was halved; of an N:M pattern, its number.
+    ``x`` is ``-log2(1 - s)``, the number of times that the weights were halved; for N:M patterns, their position.
     """
     found = []
     for pattern in dict.fromkeys(goal.pattern for goal in result.goals if goal.sparsity is not None):

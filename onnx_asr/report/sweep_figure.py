@@ -1,4 +1,4 @@
-"""The curves of a sweep: what every method reaches against what was pruned."""
+"""The curves of a sweep: the score of every method against the share pruned."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _APART = 0.08  # between the methods at one N:M pattern
 
 
 def write_plot(result: SweepResult, path: Path) -> Path:
-    """Write the figure as SVG or PNG, by the name of the file, whole or not at all.
+    """Write the figure as SVG or PNG, by the suffix of the file.
 
     Raises:
         OutputError: When it cannot be written.
@@ -52,7 +52,7 @@ def draw_svg(shown: Sequence[Mapping[str, Any]], measure: str, dense: float | No
 
 
 def _draw(shown: Sequence[Mapping[str, Any]], measure: str, dense: float | None) -> Figure:
-    """Panels side by side, on one scale."""
+    """Panels side by side on one scale."""
     widths = [_NARROW if panel["title"] == PATTERNS and len(shown) > 1 else WIDTH for panel in shown]
     figure = Figure(figsize=(sum(widths), _HEIGHT), layout="constrained")
     axes = figure.subplots(1, len(shown), sharey=True, squeeze=False, width_ratios=widths)[0]

@@ -82,7 +82,7 @@ def test_a_result_that_is_worse_gets_its_report(tmp_path):
 def test_refusals_leave_no_file(pruned, tmp_path):
     target, page, nowhere = tmp_path / "out.onnx", tmp_path / "report.html", tmp_path / "missing" / "report.html"
     for arguments, words in (
-        (("prune", DENSE, "--sparsity", 0.5, "-o", target, "--report", target), "a file of its own"),
+        (("prune", DENSE, "--sparsity", 0.5, "-o", target, "--report", target), "its own file"),
         (("prune", DENSE, "--sparsity", 0.5, "-o", target, "--report", nowhere), "does not exist"),
         (("inspect", pruned, "--dense", DENSE, "--report", page), "--data"),
         (("inspect", pruned, "--channels", "nothing", "--report", page), "no layer 'nothing'"),
