@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from onnx_asr.arrays import Floats
 from onnx_asr.engine.buffers import BufferPool
 from onnx_asr.engine.session import Runtime, Session, owned
 from onnx_asr.graph.edit import EditPlan
@@ -103,7 +104,7 @@ class Lane:
         needed = {name for name in produced if self._is_needed(name)}
         return [name for name in self._held if name in reads], sorted(needed | (produced & set(asked)))
 
-    def transform(self, name: str, gain: NDArray[np.float64], shift: NDArray[np.float64], axis: int) -> None:
+    def transform(self, name: str, gain: Floats, shift: Floats, axis: int) -> None:
         """Replace a held tensor by ``gain * tensor + shift`` per channel, in place: its producer's new parameters."""
         for array in self._held.get(name, ()):
             shape = [1] * array.ndim

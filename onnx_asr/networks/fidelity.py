@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from onnx_asr.arrays import Floats
 from onnx_asr.data import Dataset
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError
@@ -170,7 +171,7 @@ def is_classifier(outputs: Outputs) -> bool:
     return first.ndim == 2 and first.shape[1] > 1 and bool(np.issubdtype(first.dtype, np.floating))
 
 
-def log_probabilities(scores: NDArray[Any]) -> NDArray[np.float64]:
+def log_probabilities(scores: NDArray[Any]) -> Floats:
     """Log-probabilities of logits; scores that already are a distribution are taken as they are."""
     values = scores.astype(np.float64)
     if (values >= 0).all() and np.allclose(values.sum(axis=1), 1.0, atol=1e-3):

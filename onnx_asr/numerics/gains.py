@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from onnx_asr.arrays import Floats
+from onnx_asr.arrays import Floats, Mask
 from onnx_asr.numerics.moments import Moments
 
 DEAD_RATIO = 1e-5
@@ -87,7 +86,7 @@ def paired_shrinkage(correlation: Floats, power: float) -> Floats:
     return np.asarray(np.maximum(correlation, 0.0) ** power)
 
 
-def is_live(dense: Moments | None, pruned: Moments) -> NDArray[np.bool_]:
+def is_live(dense: Moments | None, pruned: Moments) -> Mask:
     """[C] whether pruned channels carry signal, see :data:`DEAD_RATIO`."""
     level = np.abs(pruned.mean)
     return pruned.std > DEAD_RATIO * (level if dense is None else np.maximum(dense.std, level))

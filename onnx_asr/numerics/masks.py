@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_asr.arrays import Mask
+from onnx_asr.arrays import Floats, Mask
 
 
 def keep_largest(scores: Sequence[NDArray[Any]], keep: int) -> list[Mask]:
@@ -64,7 +64,7 @@ def keep_n_of_m(scores: NDArray[Any], n: int, m: int) -> Mask:
     return np.asarray(mask.reshape(padded.shape)[:, :inputs])
 
 
-def block_scores(scores: NDArray[Any], height: int) -> NDArray[np.float64]:
+def block_scores(scores: NDArray[Any], height: int) -> Floats:
     """The mean score of every block of ``height`` consecutive output channels.
 
     The mean and not the sum, so that a last block with fewer channels compares with the others.

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_asr.arrays import Singles
+
 Positions = NDArray[np.int64]
 
 
@@ -77,9 +79,7 @@ def input_positions(
     return np.where(valid, flat, -1)
 
 
-def gather_patches(
-    tensor: NDArray[Any], table: NDArray[np.int64], positions: Positions, groups: int
-) -> NDArray[np.float32]:
+def gather_patches(tensor: NDArray[Any], table: NDArray[np.int64], positions: Positions, groups: int) -> Singles:
     """Patches of a chunk at each image's positions.
 
     Args:
@@ -112,7 +112,7 @@ def gather_patches(
     return np.ascontiguousarray(grouped).reshape(len(grouped), groups, -1)
 
 
-def gather_outputs(tensor: NDArray[Any], positions: Positions) -> NDArray[np.float32]:
+def gather_outputs(tensor: NDArray[Any], positions: Positions) -> Singles:
     """Values of a chunk [N, C, *spatial] at each image's positions, [N * P, C]."""
     images, channels = tensor.shape[:2]
     flat = tensor.reshape(images, channels, -1)

@@ -19,7 +19,6 @@ from typing import ClassVar
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from onnx_asr.arrays import Floats, Mask
 from onnx_asr.channels.rules import trace
@@ -306,7 +305,7 @@ def _uncut(channels: Channels, points: Sequence[LayerPoint], groups: Sequence[Id
     return skips
 
 
-def _keep(scores: Sequence[Floats], share: float, scope: ChannelScope, multiple: int) -> list[NDArray[np.bool_]]:
+def _keep(scores: Sequence[Floats], share: float, scope: ChannelScope, multiple: int) -> list[Mask]:
     """Masks of the channels that stay, the best of every group among them."""
     relative = []
     for score in scores:

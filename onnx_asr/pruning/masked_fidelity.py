@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from onnx_asr.arrays import Mask
+from onnx_asr.arrays import Floats, Mask
 from onnx_asr.graph.points import weight_of
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Fidelity
@@ -23,7 +22,7 @@ from onnx_asr.repairing.samples import Verifier
 
 def layer_masks(
     weights: Sequence[PrunableWeight],
-    scores: Sequence[NDArray[np.float64]],
+    scores: Sequence[Floats],
     pattern: Pattern,
     sparsities: Sequence[float],
 ) -> list[list[Mask]]:

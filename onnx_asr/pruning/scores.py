@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from onnx_asr.arrays import Floats
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import LayerPoint, weight_of
 from onnx_asr.networks.execution import Execution
@@ -24,7 +24,7 @@ from onnx_asr.repairing.rows import RowSampler, dense_rows
 _Channels = tuple[str, int]
 """A tensor and the axis of its channels."""
 
-Values = list[NDArray[np.float64]]
+Values = list[Floats]
 
 
 def weight_scores(
@@ -119,7 +119,7 @@ def _saliencies(dense: Network, points: Sequence[LayerPoint], calibration: Calib
     return [scores[point.node] for point in points]
 
 
-def _saliency(index: GraphIndex, sampler: RowSampler, ridge: float) -> NDArray[np.float64]:
+def _saliency(index: GraphIndex, sampler: RowSampler, ridge: float) -> Floats:
     point, layout = sampler.point, sampler.point.layer.layout
     patches = layout.to_patches(weight_of(index, point))  # [G, O, k I]
     score = saliency(patches.reshape(layout.channels, -1), covariance(sampler.inputs), ridge)
@@ -128,7 +128,7 @@ def _saliency(index: GraphIndex, sampler: RowSampler, ridge: float) -> NDArray[n
     return layout.from_patches(score)
 
 
-def _by_input(point: LayerPoint, inputs: NDArray[np.float64]) -> NDArray[np.float64]:
+def _by_input(point: LayerPoint, inputs: Floats) -> Floats:
     """One value for each input channel, spread over a weight's stored shape."""
     layout = point.layer.layout
     blocks = inputs.reshape(layout.groups, 1, layout.inputs, 1)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_asr.arrays import Mask, Singles
 from onnx_asr.engine.lane import Chunk, Lane
 from onnx_asr.graph.context import Context, contexts, steps
 from onnx_asr.graph.index import GraphIndex, attribute
@@ -45,7 +46,7 @@ class DenseRows:
     """
 
     shape: tuple[int, ...]
-    values: NDArray[np.float32]
+    values: Singles
     summed: bool
 
 
@@ -126,7 +127,7 @@ class RowSampler:
 
     def _sample(
         self, source: NDArray[Any], shape: tuple[int, ...]
-    ) -> tuple[NDArray[np.float32], Callable[[NDArray[Any]], NDArray[np.float32]]]:
+    ) -> tuple[Singles, Callable[[NDArray[Any]], Singles]]:
         samples = min(self._calibration.batch_size, self._calibration.count - self._seen)
         if not self.point.layer.is_convolution:
             if self.point.layer.input_axis == 0:
@@ -168,13 +169,13 @@ class RowSampler:
         positions = table[self._seen : self._seen + samples] + size * np.arange(samples)[:, None]
         return positions.ravel()
 
-    def _matrix_rows(self, tensor: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _matrix_rows(self, tensor: NDArray[Any], rows: NDArray[np.int64]) -> Singles:
         if self.point.channel_axis == -2:
             tensor = np.swapaxes(tensor, -1, -2)
         return tensor.reshape(-1, tensor.shape[-1])[rows].astype(np.float32, copy=False)
 
     @property
-    def inputs(self) -> NDArray[np.float32]:
+    def inputs(self) -> Singles:
         """The input patches collected, [rows, groups, taps * C / groups]."""
         return self._x.array
 
@@ -216,7 +217,7 @@ class RowSampler:
         """Give the input patches back to the store."""
         self._x.release()
 
-    def _hidden_by_relu(self) -> tuple[NDArray[np.float32] | None, NDArray[np.bool_] | None]:
+    def _hidden_by_relu(self) -> tuple[Singles | None, Mask | None]:
         """``theta``, and where the dense pre-activation is at or below the ReLU's threshold."""
         if self._threshold is None:
             return None, None
@@ -349,8 +350,8 @@ def sample(walk: Walk, group: Sequence[RowSampler], pruned: Lane, dense: Lane | 
 class _Threshold:
     """The value [C] up to which the dense pre-activation is hidden by the ReLU, for the channels [C] where one is."""
 
-    value: NDArray[np.float32]
-    usable: NDArray[np.bool_]
+    value: Singles
+    usable: Mask
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
+
+from onnx_asr.arrays import Floats
 
 _LOWEST, _HIGHEST = -4.0, 1.5  # log10 of the variance ratios shown; others are drawn at the edge
 WIDTH, _ROW, _ROWS, _MARGIN = 4.6, 0.19, 8.0, 1.05  # inches: narrow enough for a phone, all rows on a printed page
@@ -85,13 +86,13 @@ def _figure(layers: int, panels: int) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _levels(ratios: Sequence[float | None]) -> NDArray[np.float64]:
+def _levels(ratios: Sequence[float | None]) -> Floats:
     """log10 of the defined ratios, clipped to the range shown."""
     values = np.array([value for value in ratios if value is not None], np.float64)
     return np.asarray(np.clip(np.log10(np.maximum(values, 10.0 ** (_LOWEST - 1))), _LOWEST, _HIGHEST))
 
 
-def _resampled(damage: Mapping[str, Any]) -> NDArray[np.float64]:
+def _resampled(damage: Mapping[str, Any]) -> Floats:
     levels = np.sort(_levels(damage["ratios"]))
     if not len(levels):
         return np.full(_COLUMNS, np.nan)
