@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import onnx
 
     from onnx_asr.data import Preprocessing
-    from onnx_asr.report.data import Run, Values
+    from onnx_asr.report.data import ReportValues, Run
 
 DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -99,7 +99,7 @@ class Page:
 
     def write(
         self,
-        gather: Callable[[Run], Values],
+        gather: Callable[[Run], ReportValues],
         files: dict[str, str | None],
         preprocessing: Preprocessing | None = None,
     ) -> None:

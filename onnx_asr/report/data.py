@@ -30,7 +30,7 @@ from onnx_asr.repairing.point_report import PointReport
 from onnx_asr.repairing.result import RepairResult, Verification
 from onnx_asr.version import __version__
 
-Values = dict[str, Any]
+ReportValues = dict[str, Any]
 
 _THUMBNAILS, _THUMBNAIL_SIDE = 8, 96
 _WORST, _UNHURT = 3, 0.05  # layers listed as most damaged; decades by which the variances of others may be off
@@ -57,7 +57,7 @@ class Run:
     preprocessing: Preprocessing | None = None
 
 
-def inspect_data(run: Run, inspection: Inspection) -> Values:
+def inspect_data(run: Run, inspection: Inspection) -> ReportValues:
     """The report of an inspection."""
     return _report(
         run,
@@ -70,7 +70,7 @@ def inspect_data(run: Run, inspection: Inspection) -> Values:
     )
 
 
-def prune_data(run: Run, result: PruneResult, dense: ModelSource) -> Values:
+def prune_data(run: Run, result: PruneResult, dense: ModelSource) -> ReportValues:
     """The report of a pruning."""
     pruned = describe(result.model)
     return _report(
@@ -85,12 +85,14 @@ def prune_data(run: Run, result: PruneResult, dense: ModelSource) -> Values:
 
 def repair_data(
     run: Run, result: RepairResult, pruned: ModelSource, dense: ModelSource | None, data: str, execution: Execution
-) -> Values:
+) -> ReportValues:
     """The report of a repair, with the channels of both networks measured against the dense one."""
     return _repair(run, result, ("pruned", "repaired"), load(pruned), dense, data, execution)
 
 
-def compress_data(run: Run, result: CompressResult, dense: ModelSource, data: str, execution: Execution) -> Values:
+def compress_data(
+    run: Run, result: CompressResult, dense: ModelSource, data: str, execution: Execution
+) -> ReportValues:
     """The report of a compression; the model before the repair is the dense one under the last mask."""
     names = ("last mask, no repair", "compressed")
     values = _repair(run, result.repair, names, result.masked, dense, data, execution)
@@ -108,7 +110,7 @@ def _repair(
     dense: ModelSource | None,
     data: str,
     execution: Execution,
-) -> Values:
+) -> ReportValues:
     reference = None if dense is None else load(dense)
     job = RepairJob.of(pruned, reference, data, result.options, run.preprocessing, execution)
     models = {names[0]: pruned, names[1]: result.model}
@@ -152,13 +154,13 @@ def _repair(
 def _report(
     run: Run,
     *,
-    versions: list[Values],
-    layers: list[Values],
+    versions: list[ReportValues],
+    layers: list[ReportValues],
     skips: Sequence[Skip],
     options: Mapping[str, Any],
     damage_samples: int = 0,
     notes: Sequence[str] = (),
-) -> Values:
+) -> ReportValues:
     """The parts of all reports, with defaults for those that only some have."""
     return {
         **plain(run),
@@ -179,7 +181,7 @@ def _report(
     }
 
 
-def _hurt_most(layers: Sequence[Values]) -> list[int]:
+def _hurt_most(layers: Sequence[ReportValues]) -> list[int]:
     """Numbers of the layers whose variances pruning moved furthest, worst first."""
     found = []
     for number, layer in enumerate(layers, 1):
@@ -191,7 +193,7 @@ def _hurt_most(layers: Sequence[Values]) -> list[int]:
     return [number for _, number in worst[:_WORST]]
 
 
-def _version(name: str, inspection: Inspection, fidelity: Fidelity | None = None) -> Values:
+def _version(name: str, inspection: Inspection, fidelity: Fidelity | None = None) -> ReportValues:
     """One row of the summary."""
     return {
         "name": name,
@@ -203,9 +205,9 @@ def _version(name: str, inspection: Inspection, fidelity: Fidelity | None = None
     }
 
 
-def _layer(layer: Layer, after: PointDamage | None = None, report: PointReport | None = None) -> Values:
-    values: Values = plain(layer)
-    done: Values = plain(report) or {}
+def _layer(layer: Layer, after: PointDamage | None = None, report: PointReport | None = None) -> ReportValues:
+    values: ReportValues = plain(layer)
+    done: ReportValues = plain(report) or {}
     values |= {"before": values.pop("damage"), "after": plain(after)}
     return values | {name: done.get(name) for name in ("written", "gain", "shrinkage", "residual")}
 
@@ -231,7 +233,7 @@ def _fidelities(
         return known, [f"no top-1: {error}"]
 
 
-def _thumbnails(dataset: Dataset, chosen: np.ndarray[Any, np.dtype[np.int64]]) -> list[Values]:
+def _thumbnails(dataset: Dataset, chosen: np.ndarray[Any, np.dtype[np.int64]]) -> list[ReportValues]:
     """Evenly spaced calibration images; none where the data are not images."""
     shown = []
     for position in np.unique(np.linspace(0, len(chosen) - 1, _THUMBNAILS).astype(int)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -14,11 +15,13 @@ from matplotlib.figure import Figure
 
 from onnx_asr.arrays import Floats
 
+from onnx_asr.graph.files import write_bytes
+
 _LOWEST, _HIGHEST = -4.0, 1.5  # log10 of the variance ratios shown; others are drawn at the edge
 WIDTH, _ROW, _ROWS, _MARGIN = 4.6, 0.19, 8.0, 1.05  # inches: narrow enough for a phone, all rows on a printed page
 _COLUMNS = 64  # of the heat map: channels sorted by ratio, resampled to this number
 _COLOURS = {"before": "#c2410c", "after": "#1d4ed8"}
-RESOLUTION = 140
+_RESOLUTION = 140
 TEXT, SMALL = 10, 8.5  # points
 _LAYERS_LABELLED = 42
 
@@ -103,5 +106,18 @@ def svg(figure: Figure) -> str:
     """SVG that keeps text as text; equal figures give equal bytes."""
     settings = matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "onnx-resuscitate"})
     with settings, io.StringIO() as buffer:
-        figure.savefig(buffer, format="svg", dpi=RESOLUTION, metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", dpi=_RESOLUTION, metadata={"Date": None, "Creator": None})
         return buffer.getvalue()
+
+
+def write_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure as SVG or PNG, by the suffix of the file.
+
+    Raises:
+        OutputError: When it cannot be written.
+    """
+    if path.suffix == ".svg":
+        return write_bytes(svg(figure).encode(), path)
+    with io.BytesIO() as buffer:
+        figure.savefig(buffer, format="png", dpi=_RESOLUTION)
+        return write_bytes(buffer.getvalue(), path)

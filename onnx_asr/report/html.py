@@ -11,8 +11,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from onnx_asr.graph.files import size_text, write_text
-from onnx_asr.report.figures import heat_map, strip
-from onnx_asr.report.sweep_figure import draw_svg
+from onnx_asr.report.figures import heat_map, strip, svg
+from onnx_asr.report.sweep_figure import draw
 
 _FOLDER = Path(__file__).parent
 
@@ -51,7 +51,7 @@ def _curves(values: Mapping[str, Any]) -> list[dict[str, str]]:
     measure = values["measure"]
     return [
         _figure(
-            draw_svg([panel], measure["name"], values["dense"][measure["name"]]),
+            svg(draw([panel], measure["name"], values["dense"][measure["name"]])),
             f"{panel['title']}: {measure['label']}",
         )
         for panel in values["panels"]
@@ -79,12 +79,12 @@ def _channels(values: Mapping[str, Any]) -> list[dict[str, str]]:
             "where the layer does not vary at all. The channels of each layer are sorted.",
         ),
     ]
-    return [_figure(svg, caption) for svg, caption in drawn]
+    return [_figure(drawing, caption) for drawing, caption in drawn]
 
 
-def _figure(svg: str, caption: str) -> dict[str, str]:
+def _figure(drawing: str, caption: str) -> dict[str, str]:
     """A figure as a data URI."""
-    return {"source": f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}", "caption": caption}
+    return {"source": f"data:image/svg+xml;base64,{base64.b64encode(drawing.encode()).decode()}", "caption": caption}
 
 
 def _text(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +9,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation
 
-from onnx_asr.graph.files import write_bytes
 from onnx_asr.pruning.sensitivity import SensitivityResult
-from onnx_asr.report.figures import RESOLUTION, SMALL, TEXT, svg
+from onnx_asr.report.figures import SMALL, TEXT, write_figure
 
 _CELL_WIDTH, _CELL_HEIGHT, _MARGINS = 0.62, 0.24, (4.2, 1.1)  # inches
 _LONGEST = 36  # characters of a layer's name, from its end
@@ -26,12 +24,7 @@ def write_sensitivity(result: SensitivityResult, path: Path) -> Path:
     Raises:
         OutputError: When it cannot be written.
     """
-    figure = draw(result)
-    if path.suffix == ".svg":
-        return write_bytes(svg(figure).encode(), path)
-    with io.BytesIO() as buffer:
-        figure.savefig(buffer, format="png", dpi=RESOLUTION)
-        return write_bytes(buffer.getvalue(), path)
+    return write_figure(draw(result), path)
 
 
 def draw(result: SensitivityResult) -> Figure:

@@ -8,7 +8,7 @@ from typing import Any
 from onnx_asr.json_values import plain
 from onnx_asr.networks.fidelity import Fidelity
 from onnx_asr.repairing.options import flattened
-from onnx_asr.report.data import Run, Values
+from onnx_asr.report.data import ReportValues, Run
 from onnx_asr.sweeping.grid import Cell, PruneGoal
 from onnx_asr.sweeping.result import Outcome, SweepResult
 
@@ -16,7 +16,7 @@ MEASURES = {"top1": "top-1", "agreement": "agreement with the dense model", "snr
 PATTERNS = "N:M patterns"
 
 
-def sweep_data(run: Run, result: SweepResult) -> Values:
+def sweep_data(run: Run, result: SweepResult) -> ReportValues:
     """The report of a sweep."""
     return {
         **plain(run),
@@ -41,7 +41,7 @@ def sweep_data(run: Run, result: SweepResult) -> Values:
     }
 
 
-def _row(result: SweepResult, method: str) -> list[Values | None]:
+def _row(result: SweepResult, method: str) -> list[ReportValues | None]:
     """A method's cells, one per goal; None where the grid has none."""
     found = {goal: result.cells.get(Cell(goal, method)) for goal in result.goals}
     return [
@@ -66,7 +66,7 @@ def _best(result: SweepResult, goal: PruneGoal) -> float | None:
     return max((value for value in values if value is not None), default=None)
 
 
-def panels(result: SweepResult) -> list[Values]:
+def panels(result: SweepResult) -> list[ReportValues]:
     """A panel per pattern with a sparsity, and one for all N:M patterns together.
 
     ``x`` is ``-log2(1 - s)``, the number of times that the weights were halved; for N:M patterns, their position.
@@ -83,7 +83,7 @@ def panels(result: SweepResult) -> list[Values]:
     return found
 
 
-def _panel(result: SweepResult, title: str, goals: list[PruneGoal], x: list[float], labels: list[str]) -> Values:
+def _panel(result: SweepResult, title: str, goals: list[PruneGoal], x: list[float], labels: list[str]) -> ReportValues:
     curves: dict[str, list[float | None]] = {}
     for method in result.methods:
         outcomes = [result.cells.get(Cell(goal, method)) for goal in goals]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from onnx_asr.graph.files import write_bytes
-from onnx_asr.report.figures import RESOLUTION, SMALL, TEXT, WIDTH, svg
+from onnx_asr.report.figures import SMALL, TEXT, WIDTH, write_figure
 from onnx_asr.report.sweep_data import MEASURES, PATTERNS, panels
 from onnx_asr.sweeping.result import SweepResult
 
@@ -38,20 +36,10 @@ def write_plot(result: SweepResult, path: Path) -> Path:
     Raises:
         OutputError: When it cannot be written.
     """
-    shown, dense = panels(result), getattr(result.dense, result.measure)
-    if path.suffix == ".svg":
-        return write_bytes(draw_svg(shown, result.measure, dense).encode(), path)
-    with io.BytesIO() as buffer:
-        _draw(shown, result.measure, dense).savefig(buffer, format="png", dpi=RESOLUTION)
-        return write_bytes(buffer.getvalue(), path)
+    return write_figure(draw(panels(result), result.measure, getattr(result.dense, result.measure)), path)
 
 
-def draw_svg(shown: Sequence[Mapping[str, Any]], measure: str, dense: float | None) -> str:
-    """The figure as SVG text."""
-    return svg(_draw(shown, measure, dense))
-
-
-def _draw(shown: Sequence[Mapping[str, Any]], measure: str, dense: float | None) -> Figure:
+def draw(shown: Sequence[Mapping[str, Any]], measure: str, dense: float | None) -> Figure:
     """Panels side by side on one scale."""
     widths = [_NARROW if panel["title"] == PATTERNS and len(shown) > 1 else WIDTH for panel in shown]
     figure = Figure(figsize=(sum(widths), _HEIGHT), layout="constrained")

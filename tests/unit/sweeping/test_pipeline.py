@@ -25,9 +25,10 @@ from onnx_asr.json_values import plain
 from onnx_asr.repairing.options import RefitRecipe, RepairOptions
 from onnx_asr.repairing.samples import split_samples
 from onnx_asr.report.data import Run
+from onnx_asr.report.figures import svg
 from onnx_asr.report.html import render
 from onnx_asr.report.sweep_data import panels, sweep_data
-from onnx_asr.report.sweep_figure import draw_svg, write_plot
+from onnx_asr.report.sweep_figure import draw, write_plot
 from onnx_asr.sweeping.grid import Cell, PruneGoal
 from onnx_asr.sweeping.workspace import Workspace
 from tests.graphs import copy, digit_images, digits, first_output, folded, images, kl, net, residual_net
@@ -357,7 +358,7 @@ def test_the_curves_of_a_sweep(swept: SweepResult, tmp_path: Path) -> None:
     path = write_plot(swept, tmp_path / "plot.png")
     assert path.read_bytes().startswith(b"\x89PNG")
     text = write_plot(swept, tmp_path / "plot.svg").read_text()
-    assert text == draw_svg([single, channel], "top1", swept.dense.top1)
+    assert text == svg(draw([single, channel], "top1", swept.dense.top1))
     for words in ("no repair", "compress", "dense", "channel", "50%"):
         assert words in text
 
