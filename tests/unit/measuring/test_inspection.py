@@ -110,6 +110,7 @@ def test_skips_come_with_reasons() -> None:
     found = onnx_asr.inspect(net(text, v=(4, 4)))
     (skip,) = found.skips
     assert (skip.op_type, skip.reason) == ("MatMul", "MatMul of two activations has no weight")
+    assert plain(found)["skipped"][0]["code"] == "no-constant-weight"
 
 
 def test_damage_is_that_of_plain_runs() -> None:
