@@ -164,3 +164,12 @@ def test_commands_that_are_shown_have_these_options() -> None:
 def test_tests_that_are_named_exist(path: Path) -> None:
     named = re.findall(r"\btests/\w[\w/]*(?:\.\w+)?", path.read_text(encoding="utf-8"))
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_modules_that_are_named_exist() -> None:
+    package, named = ROOT / "onnx_asr", set()
+    for cell in re.findall(r"^\| (`[\w/]+(?:\.py)?`.*?) \| ", (DOCS / "architecture.md").read_text(), re.MULTILINE):
+        paths = [Path(name) for name in re.findall(r"`([\w/]+\.py)`", cell)]
+        named |= {package / paths[0].parent / path.name for path in paths}
+    assert len(named) > 50
+    assert [path for path in named if not path.is_file()] == []
