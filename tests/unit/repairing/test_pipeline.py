@@ -531,7 +531,7 @@ def test_a_time_budget_skips_candidates() -> None:
     model, damaged = model_of("residual"), pruned_of("residual", 0.5)
     options = RepairOptions(samples=64, verify_samples=32, time_budget=0.0)
     result = repair(damaged, images(96, seed=8), options, dense=model)
-    assert [item.label for item in result.candidates] == ["paired", "paired (rho^0.25)", "bn"]
+    assert [item.method for item in result.candidates] == ["paired", "paired (rho^0.25)", "bn"]
     assert any("time budget" in note for note in result.notes)
 
 
