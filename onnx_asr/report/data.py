@@ -209,7 +209,7 @@ def _layer(layer: Layer, after: PointDamage | None = None, report: PointReport |
     values: ReportValues = plain(layer)
     done: ReportValues = plain(report) or {}
     values |= {"before": values.pop("damage"), "after": plain(after)}
-    return values | {name: done.get(name) for name in ("written", "gain", "shrinkage", "residual")}
+    return values | {name: done.get(name) for name in ("written", "gain", "shrinkage", "residual", "converged")}
 
 
 def _fidelities(
