@@ -63,7 +63,7 @@ TABLE: dict[str, Room] = {
     "sweeping": room("grids of cells", f"{_BELOW_PURPOSES} pruning measuring ownership", "numpy onnx"),
     "sweeping.workers": room("cells in other processes", f"{_BELOW_PURPOSES} blas sweeping", "onnx dask distributed"),
     "report": room("results as one HTML page", f"{_BELOW_REPORT} ownership", "numpy onnx jinja2 matplotlib"),
-    "cli": room("parse, call, print", f"{_BELOW_REPORT} ownership blas report", "onnx rich"),
+    "cli": room("parse, call, print", f"{_BELOW_REPORT} ownership blas report", "onnx cyclopts rich"),
     "cli.viewing": room("Netron on a port of this machine", f"{_ROOT} graph ownership cli", "netron"),
     "__init__": room("the public names, imported when they are asked for", f"{_BELOW_REPORT} ownership"),
     "__main__": room("python -m onnx_asr", "cli"),

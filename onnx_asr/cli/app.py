@@ -11,35 +11,71 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import takewhile
-from typing import NoReturn
+from typing import Annotated, Any, NoReturn
+
+from cyclopts import App, CycloptsError, Parameter
 
 from onnx_asr.blas import BLAS_THREADS
-from onnx_asr.cli import making, measuring, sweeping
-from onnx_asr.cli.command import BAD_INPUT, COMMANDS, DONE, INTERRUPTED
-from onnx_asr.cli.options import Option
-from onnx_asr.cli.parameters import DECLARATIONS, Display
-from onnx_asr.cli.parser import Parser, asks_for_help
-from onnx_asr.cli.supervision import supervised
-from onnx_asr.cli.terminal import drop_stdout, leave_progress, say, say_traceback
-from onnx_asr.errors import OnnxAsrError, is_interrupt
+from onnx_asr.cli.command import BAD_INPUT, DONE, INTERRUPTED
+from onnx_asr.cli.making import compress, demo, prune, repair, shrink
+from onnx_asr.cli.measuring import evaluate, inspect, sensitivity, view
+from onnx_asr.cli.parameters import PANELS, panel
+from onnx_asr.cli.supervision import announce, supervised
+from onnx_asr.cli.sweeping import sweep
+from onnx_asr.cli.terminal import Terminal, drop_stdout, leave_progress, say, say_traceback
+from onnx_asr.errors import OnnxAsrError, OptionError, is_interrupt
 from onnx_asr.ownership import DISTRIBUTION, check_owner
 from onnx_asr.version import __version__
 
-REGISTERED = (making, measuring, sweeping)  # importing them registers their commands
-
-PURPOSE = "Give a pruned ONNX vision network its accuracy back: no retraining, no labels, no PyTorch."
 EXIT_CODES = (
     "Exit codes: 0 done; 1 done, but the result is further from the dense model than its input; 2 bad usage or bad "
     "input; 130 interrupted."
 )
 
 
-def program() -> Parser:
-    """What reads the arguments before the command, and has the program's help."""
-    version = Option("", "Print the version and exit.", ("--version",), kind="flag", default=False)
-    display = replace(DECLARATIONS, without=("json",)).group_of(Display).options()
-    commands = {name: command.summary for name, command in COMMANDS.items()}
-    return Parser(DISTRIBUTION, PURPOSE, [version, *display], commands, EXIT_CODES)
+def _shown(default: Any) -> str | None:
+    """A default as the help has it; None where an option is off or has none."""
+    if default is None or isinstance(default, bool):
+        return "on" if default else None
+    return ",".join(map(str, default)) or None if isinstance(default, tuple) else str(default)
+
+
+PROGRAM = App(
+    DISTRIBUTION,
+    help="Give a pruned ONNX vision network its accuracy back: no retraining, no labels, no PyTorch.",
+    help_epilogue=EXIT_CODES,
+    version=f"{DISTRIBUTION} {__version__}",
+    group_arguments=PANELS["Arguments"],
+    group_parameters=PANELS["Options"],
+    default_parameter=Parameter(negative_iterable="", show_default=_shown),
+    print_error=False,
+    exit_on_error=False,
+    help_on_error=False,
+    verbose=False,
+    result_action="return_value",
+)
+
+_COMMANDS: tuple[Callable[..., int], ...] = (
+    demo,
+    prune,
+    repair,
+    compress,
+    shrink,
+    sensitivity,
+    evaluate,
+    inspect,
+    view,
+    sweep,
+)
+for _place, _function in enumerate(_COMMANDS):
+    PROGRAM.command(_function, sort_key=_place, help_epilogue="")
+for _flag in ("--help", "--version"):
+    PROGRAM[_flag].group = PANELS["Options"]
+
+
+@PROGRAM.default
+def _overview(*, terminal: Annotated[Terminal, panel("Display", negative="", parse="^(?!json$)")] = Terminal()) -> None:
+    PROGRAM.help_print()
 
 
 def main() -> NoReturn:
@@ -86,19 +122,21 @@ def _dispatch(arguments: list[str]) -> int:
     """Run the command among the arguments, or show what is asked for instead of it."""
     before = list(takewhile(lambda argument: argument.startswith("-"), arguments))
     name, *rest = arguments[len(before) :] or [""]
-    known = program()
-    given = known.values(before)
-    if "--version" in given:
-        print(f"{DISTRIBUTION} {__version__}")
-    elif not arguments or asks_for_help(before):
-        print(known.format_help(), end="")
-    elif name not in COMMANDS:
-        known.error(f"'{name}' is not a command: give one of {', '.join(COMMANDS)}")
-    elif asks_for_help(rest):
-        print(COMMANDS[name].parser().format_help(), end="")
-    else:
-        return COMMANDS[name].run([*given, *rest], shlex.join([DISTRIBUTION, *arguments]))
-    return DONE
+    if name and name not in PROGRAM:
+        raise OptionError(f"'{name}' is not a command: give one of {', '.join(item.__name__ for item in _COMMANDS)}")
+    try:
+        command, bound, _ = PROGRAM.parse_args([name, *before, *rest] if name else before)
+    except CycloptsError as error:
+        text = str(error)
+        text += "" if text.endswith((".", "?")) else "."
+        raise OptionError(f"{text} See {' '.join([DISTRIBUTION, name]).strip()} --help") from error
+    bound.apply_defaults()
+    given = bound.arguments
+    if "terminal" in given:
+        given["terminal"] = replace(given["terminal"], command=name, line=shlex.join([DISTRIBUTION, *arguments]))
+        limit = given["machine"].session_timeout if "machine" in given else 0
+        announce(limit, (given[model] for model in ("model", "dense") if given.get(model)))
+    return command(*bound.args, **bound.kwargs) or DONE
 
 
 def _code_of(work: Callable[[], int], debug: bool) -> int:

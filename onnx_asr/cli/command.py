@@ -1,19 +1,13 @@
-"""What commands are made of: how they register and run, what a report of one is, how they end."""
+"""What commands have in common: the report of one, what it writes, how it ends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onnx_asr.cli.options import Group, Option
-from onnx_asr.cli.parameters import DECLARATIONS, Display
-from onnx_asr.cli.parser import Parser
-from onnx_asr.cli.supervision import announce
 from onnx_asr.cli.terminal import Terminal, say
-from onnx_asr.ownership import DISTRIBUTION
 
 if TYPE_CHECKING:
     import onnx
@@ -22,65 +16,6 @@ if TYPE_CHECKING:
     from onnx_asr.report.data import ReportValues, Run
 
 DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command: a function whose parameters, but for the terminal, are its options.
-
-    Attributes:
-        name: As it is typed.
-        function: Does the work; its docstring is the first line of the help, its result the exit code.
-        without: Headings and names of options that it does not offer.
-    """
-
-    name: str
-    function: Callable[..., int]
-    without: tuple[str, ...]
-
-    @cached_property
-    def _group(self) -> Group:
-        return replace(DECLARATIONS, without=self.without).group_of(self.function, ["terminal"])
-
-    @cached_property
-    def _display(self) -> Group:
-        return DECLARATIONS.group_of(Display)
-
-    @property
-    def options(self) -> list[Option]:
-        """Its options and arguments."""
-        return [*self._group.options(), *self._display.options()]
-
-    @property
-    def summary(self) -> str:
-        """What it does."""
-        return (self.function.__doc__ or "").strip()
-
-    def parser(self) -> Parser:
-        """What reads its arguments, and has the help."""
-        return Parser(f"{DISTRIBUTION} {self.name}", self.summary, self.options)
-
-    def run(self, arguments: Sequence[str], line: str) -> int:
-        """Run it, as part of a command line; the exit code."""
-        given = self.parser().values(arguments)
-        limit = [given.get(item.key, item.default) for item in self.options if "--session-timeout" in item.names]
-        models = [item.key for item in self.options if item.is_argument and item.kind == "value"]
-        announce(sum(limit), (given[name] for name in (*models, "--dense") if name in given))
-        terminal = Terminal(self.name, line, self._display.made(given, {}))
-        return int(self._group.made(given, {"terminal": terminal}))
-
-
-COMMANDS: dict[str, Command] = {}
-
-
-def command(name: str, *, without: tuple[str, ...] = ()) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Register a command."""
-
-    def register(function: Callable[..., int]) -> Callable[..., int]:
-        COMMANDS[name] = Command(name, function, without)
-        return function
-
-    return register
 
 
 @dataclass(frozen=True)

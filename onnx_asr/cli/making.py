@@ -2,43 +2,55 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from onnx_asr.cli import show
-from onnx_asr.cli.command import DONE, Page, command, verdict, written
-from onnx_asr.cli.options import Form, Given
+from onnx_asr.cli.command import DONE, Page, verdict, written
 from onnx_asr.cli.parameters import (
+    CALIBRATION_AND_REFIT,
+    WITHOUT_REPAIR,
     Data,
     Dense,
     DenseModel,
     Force,
+    ImageOptions,
     Images,
+    LatencyOptions,
     Machine,
+    MachineOptions,
     Model,
     Output,
     Pruned,
+    Pruning,
+    Repair,
     Report,
+    Screen,
     Timing,
     Walk,
+    WalkOptions,
+    panel,
 )
 from onnx_asr.cli.terminal import Terminal
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.files import check_writable
 from onnx_asr.json_values import plain
 from onnx_asr.pruning.options import ChannelPruneOptions, CompressOptions, PruneOptions
-from onnx_asr.repairing.options import RepairOptions
+
+_NOT_FOR_CHANNELS = "does not apply to --pattern channel: drop it"
 
 
-@command("demo")
 def demo(
-    terminal: Terminal,
-    output: Annotated[str, Form("FOLDER", "Where to write the pruned and the repaired model.", ("--output", "-o"))] = (
-        "onnx-resuscitate-demo"
-    ),
-    model: Annotated[str, Form("NAME", "Embedded net: resnet, vgg, mobilenet or densenet.")] = "resnet",
-    sparsity: Annotated[float, Form("S", "Share of weights to prune, 0 <= S < 1.")] = 0.95,
+    *,
+    output: Annotated[
+        str, Parameter(name=("--output", "-o"), help="Where to write the pruned and the repaired model.")
+    ] = "onnx-resuscitate-demo",
+    model: Annotated[str, Parameter(help="Embedded net: resnet, vgg, mobilenet or densenet.")] = "resnet",
+    sparsity: Annotated[float, Parameter(help="Share of weights to prune, 0 <= S < 1.")] = 0.95,
+    terminal: Screen = Terminal(),
 ) -> int:
     """Prune an embedded net until it collapses, repair it with every method, and compare the results."""
     from onnx_asr.cli.demo import run_demo
@@ -50,62 +62,46 @@ def demo(
     return DONE
 
 
-@command("prune")
 def prune(
-    terminal: Terminal,
     model: DenseModel,
+    /,
+    *,
     output: Output,
-    options: Annotated[dict[str, Any], Given({"": PruneOptions, "--pattern channel: ": ChannelPruneOptions})],
-    timing: Timing,
-    images: Images,
-    walk: Walk,
-    pattern: Annotated[
-        str,
-        Form(
-            "unstructured|N:M|Nx1|channel",
-            "N:M keeps N of every M consecutive input channels, such as 2:4, and takes no --sparsity; Nx1 prunes N "
-            "consecutive output channels together at each input position, such as 4x1; channel removes whole channels, "
-            "so that the model gets smaller and faster.",
-        ),
-    ] = PruneOptions.pattern,
-    data: Annotated[str | None, Form("PATH", "Samples for the scores, or the scope, that need them.")] = None,
+    data: Annotated[str | None, Parameter(help="Samples for the scores, or the scope, that need them.")] = None,
     report: Report = None,
+    options: Annotated[Pruning, panel("Options")] = Pruning(),
+    timing: LatencyOptions = Timing(),
+    images: ImageOptions = Images(),
+    machine: WalkOptions = Walk(),
+    terminal: Screen = Terminal(),
 ) -> int:
     """Zero the weights with the smallest scores, or remove the weakest channels."""
     target = check_writable(output)
-    if pattern == ChannelPruneOptions.pattern:
-        options.pop("seed", None)
-        given = {"data": data, "report": report, **options}
-        _check_offered(ChannelPruneOptions, given, "does not apply to --pattern channel: drop it")
-        return _remove_channels(terminal, model, target, ChannelPruneOptions(**options), timing, walk)
-    _check_offered(PruneOptions, options, f"needs --pattern channel, not {pattern}")
-    page, zeros = Page.of(terminal, report, target), PruneOptions(pattern=pattern, **options)
-    return _zero_weights(terminal, model, target, zeros, timing, images, walk, data, page)
-
-
-def _check_offered(owner: type[PruneOptions | ChannelPruneOptions], given: dict[str, Any], otherwise: str) -> None:
-    known = {field.name for field in fields(owner)}
-    for name, value in given.items():
-        if value is not None and name not in known:
-            raise OptionError(f"--{name.replace('_', '-')} {otherwise}")
+    if options.pattern == ChannelPruneOptions.pattern:
+        for name in (name for name, value in {"data": data, "report": report}.items() if value is not None):
+            raise OptionError(f"--{name} {_NOT_FOR_CHANNELS}")
+        channels = options.of(ChannelPruneOptions, _NOT_FOR_CHANNELS)
+        return _remove_channels(model, target, channels, timing, machine, terminal)
+    page, zeros = Page.of(terminal, report, target), options.of(PruneOptions, "needs --pattern channel")
+    return _zero_weights(model, target, data, zeros, page, timing, images, machine, terminal)
 
 
 def _zero_weights(
-    terminal: Terminal,
     model: str,
     target: Path,
+    data: str | None,
     options: PruneOptions,
+    page: Page,
     timing: Timing,
     images: Images,
-    walk: Walk,
-    data: str | None,
-    page: Page,
+    machine: Walk,
+    terminal: Terminal,
 ) -> int:
     from onnx_asr.pruning.zeros import prune as run
     from onnx_asr.report.data import prune_data
 
     with terminal.progress() as progress:
-        execution, shapes = walk.execution(terminal.verbose, progress), timing.shapes()
+        execution, shapes = machine.execution(terminal.verbose, progress), timing.shapes()
         stopwatch = timing.stopwatch(model, execution)
         preprocessing = images.preprocessing()
         result = run(model, data, options, preprocessing=preprocessing, input_shapes=shapes, execution=execution)
@@ -121,12 +117,12 @@ def _zero_weights(
 
 
 def _remove_channels(
-    terminal: Terminal, model: str, target: Path, options: ChannelPruneOptions, timing: Timing, walk: Walk
+    model: str, target: Path, options: ChannelPruneOptions, timing: Timing, machine: Walk, terminal: Terminal
 ) -> int:
     from onnx_asr.pruning.channels import prune_channels as run
 
     with terminal.progress() as progress:
-        execution = walk.execution(terminal.verbose, progress)
+        execution = machine.execution(terminal.verbose, progress)
         stopwatch = timing.stopwatch(model, execution)
         result = run(model, options, input_shapes=timing.shapes(), execution=execution)
         latency = result.latency or (stopwatch.time(result.model) if stopwatch else None)
@@ -139,18 +135,19 @@ def _remove_channels(
     return DONE
 
 
-@command("repair")
 def repair(
-    terminal: Terminal,
     model: Pruned,
+    /,
+    *,
     output: Output,
     data: Data,
-    options: RepairOptions,
-    images: Images,
-    walk: Walk,
     dense: Dense = None,
     force: Force = False,
     report: Report = None,
+    options: Annotated[Repair, panel("Method")] = Repair(),
+    images: ImageOptions = Images(),
+    machine: WalkOptions = Walk(),
+    terminal: Screen = Terminal(),
 ) -> int:
     """Give a pruned model its accuracy back, from unlabelled samples."""
     from onnx_asr.repairing.pipeline import repair as run
@@ -159,8 +156,8 @@ def repair(
     target = check_writable(output)
     page, preprocessing = Page.of(terminal, report, target), images.preprocessing()
     with terminal.progress() as progress:
-        execution = walk.execution(terminal.verbose, progress)
-        result = run(model, data, options, dense=dense, preprocessing=preprocessing, execution=execution)
+        execution = machine.execution(terminal.verbose, progress)
+        result = run(model, data, options.settled(), dense=dense, preprocessing=preprocessing, execution=execution)
         path = written(result.model, target, model, wanted=result.improved or force)
         files = {"model": model, "dense": dense, "data": data, "output": path}
         page.write(lambda run: repair_data(run, result, model, dense, data, execution), files, preprocessing)
@@ -172,18 +169,20 @@ def repair(
     return verdict(result.improved, "repaired model", "the pruned one", target, force)
 
 
-@command("compress", without=("Method",))
 def compress(
-    terminal: Terminal,
     model: DenseModel,
+    /,
+    *,
     output: Output,
     data: Data,
-    options: CompressOptions,
-    timing: Timing,
-    images: Images,
-    walk: Walk,
     force: Force = False,
     report: Report = None,
+    options: Annotated[CompressOptions | None, panel("Options", parse=WITHOUT_REPAIR)] = None,
+    repair: Annotated[Repair, panel("Calibration", parse=CALIBRATION_AND_REFIT)] = Repair(),
+    timing: LatencyOptions = Timing(),
+    images: ImageOptions = Images(),
+    machine: WalkOptions = Walk(),
+    terminal: Screen = Terminal(),
 ) -> int:
     """Prune and repair jointly, in rounds: better than one after the other, and slower."""
     from onnx_asr.pruning.compression import compress as run
@@ -192,9 +191,10 @@ def compress(
     target = check_writable(output)
     page, preprocessing = Page.of(terminal, report, target), images.preprocessing()
     with terminal.progress() as progress:
-        execution, shapes = walk.execution(terminal.verbose, progress), timing.shapes()
+        execution, shapes = machine.execution(terminal.verbose, progress), timing.shapes()
         stopwatch = timing.stopwatch(model, execution)
-        result = run(model, data, options, preprocessing=preprocessing, input_shapes=shapes, execution=execution)
+        how = replace(options or CompressOptions(), repair=repair.settled())
+        result = run(model, data, how, preprocessing=preprocessing, input_shapes=shapes, execution=execution)
         latency = stopwatch.time(result.model) if stopwatch else None
         improved = result.repair.improved
         path = written(result.model, target, model, wanted=improved or force)
@@ -208,8 +208,15 @@ def compress(
     return verdict(improved, "compressed model", "its last mask without repair", target, force)
 
 
-@command("shrink")
-def shrink(terminal: Terminal, model: Model, output: Output, timing: Timing, machine: Machine) -> int:
+def shrink(
+    model: Model,
+    /,
+    *,
+    output: Output,
+    timing: LatencyOptions = Timing(),
+    machine: MachineOptions = Machine(),
+    terminal: Screen = Terminal(),
+) -> int:
     """Remove channels that are dead or unused; the model computes the same, in less time."""
     from onnx_asr.pruning.shrinking import shrink as run
 

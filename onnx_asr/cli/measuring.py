@@ -2,41 +2,53 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
+from cyclopts import Parameter
+
 from onnx_asr.cli import show
-from onnx_asr.cli.command import DONE, Page, command
-from onnx_asr.cli.options import Form
+from onnx_asr.cli.command import DONE, Page
 from onnx_asr.cli.parameters import (
+    CALIBRATION_AND_REFIT,
+    WITHOUT_REPAIR,
     BatchSize,
+    Calibrated,
     Data,
     Dense,
     DenseModel,
+    ImageOptions,
     Images,
     LabelOffset,
     Labels,
     Machine,
+    MachineOptions,
     Model,
     Plot,
     Report,
     Samples,
+    Screen,
     Seed,
+    Sensitivity,
     Walk,
+    WalkOptions,
+    panel,
 )
 from onnx_asr.cli.terminal import Terminal
 from onnx_asr.json_values import plain
-from onnx_asr.pruning.options import SensitivityOptions
 
 
-@command("sensitivity", without=("Method", "Refit"))
 def sensitivity(
-    terminal: Terminal,
     model: DenseModel,
+    /,
+    *,
     data: Data,
-    options: SensitivityOptions,
-    images: Images,
-    walk: Walk,
     plot: Plot = None,
+    options: Annotated[Sensitivity, panel("Options", parse=WITHOUT_REPAIR)] = Sensitivity(),
+    repair: Annotated[Calibrated, panel("Calibration", parse=CALIBRATION_AND_REFIT)] = Calibrated(),
+    images: ImageOptions = Images(),
+    machine: WalkOptions = Walk(),
+    terminal: Screen = Terminal(),
 ) -> int:
     """Show how far the outputs move when one layer alone is pruned and repaired, at several sparsities."""
     from onnx_asr.pruning.sensitivity import sensitivity as run
@@ -45,8 +57,9 @@ def sensitivity(
     drawing = None if plot is None else check_plot(plot)
     preprocessing = images.preprocessing()
     with terminal.progress() as progress:
-        execution = walk.execution(terminal.verbose, progress)
-        result = run(model, data, options, preprocessing=preprocessing, execution=execution)
+        execution = machine.execution(terminal.verbose, progress)
+        how = replace(options, repair=repair.settled())
+        result = run(model, data, how, preprocessing=preprocessing, execution=execution)
     if drawing is not None:
         from onnx_asr.report.sensitivity_figure import write_sensitivity
 
@@ -56,19 +69,20 @@ def sensitivity(
     return DONE
 
 
-@command("evaluate")
 def evaluate(
-    terminal: Terminal,
     model: Model,
+    /,
+    *,
     data: Data,
-    images: Images,
-    machine: Machine,
     dense: Dense = None,
     labels: Labels = None,
     label_offset: LabelOffset = 0,
     samples: Samples = None,
     batch_size: BatchSize = None,
     seed: Seed = 0,
+    images: ImageOptions = Images(),
+    machine: MachineOptions = Machine(),
+    terminal: Screen = Terminal(),
 ) -> int:
     """Measure a model: top-1 and top-5 with labels; agreement, KL and SNR against a dense model."""
     from onnx_asr.measuring.evaluation import evaluate as run
@@ -92,19 +106,22 @@ def evaluate(
     return DONE
 
 
-@command("inspect")
 def inspect(
-    terminal: Terminal,
     model: Model,
-    images: Images,
-    walk: Walk,
+    /,
+    *,
     dense: Dense = None,
-    data: Annotated[str | None, Form("PATH", "Samples to measure the damage on, as for repair; needs --dense.")] = None,
-    channels: Annotated[str | None, Form("LAYER", "Show every channel of this layer instead of all layers.")] = None,
+    data: Annotated[
+        str | None, Parameter(help="Samples to measure the damage on, as for repair; needs --dense.")
+    ] = None,
+    channels: Annotated[str | None, Parameter(help="Show every channel of this layer instead of all layers.")] = None,
     samples: Samples = None,
     batch_size: BatchSize = None,
     seed: Seed = 0,
     report: Report = None,
+    images: ImageOptions = Images(),
+    machine: WalkOptions = Walk(),
+    terminal: Screen = Terminal(),
 ) -> int:
     """Show what is in a model and, with its dense model and data, what pruning did to every channel."""
     from onnx_asr.measuring.damage import DAMAGE_SAMPLES
@@ -123,7 +140,7 @@ def inspect(
             samples=DAMAGE_SAMPLES if samples is None else samples,
             seed=seed,
             batch_size=batch_size,
-            execution=walk.execution(terminal.verbose, progress),
+            execution=machine.execution(terminal.verbose, progress),
         )
     files = {"model": model, "dense": dense, "data": data}
     page.write(lambda run: inspect_data(run, result), files, preprocessing)
@@ -136,14 +153,15 @@ def inspect(
     return DONE
 
 
-@command("view")
 def view(
-    terminal: Terminal,
-    models: Annotated[tuple[str, ...], Form(help="One or more .onnx files.", names=("MODEL",))],
+    models: Annotated[tuple[str, ...], Parameter(name="MODEL", help="One or more .onnx files.")],
+    /,
+    *,
     port: Annotated[
-        int | None, Form(help="Port of the first file; the others have the ones after it. By default free ones.")
+        int | None, Parameter(help="Port of the first file; the others have the ones after it. By default free ones.")
     ] = None,
-    browser: Annotated[bool, Form(help="Open the addresses in the browser.")] = True,
+    browser: Annotated[bool, Parameter(help="Open the addresses in the browser.")] = True,
+    terminal: Screen = Terminal(),
 ) -> int:
     """Show models in Netron until interrupted; needs the extra 'view'."""
     from onnx_asr.cli.viewing import serving, wait_for_the_end

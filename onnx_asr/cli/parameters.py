@@ -1,87 +1,197 @@
 """Options that only the command line has, and how those of the library appear on it.
 
-Nothing heavy is imported here, so that help is quick.
+Name, type and default of an option are those of a field, and its help is in the docstring of the class. So the options
+classes of the library serve as they are, and a class here derives from one of them where an option has a panel, name or
+reader of its own. Nothing heavy is imported here, so that help is quick.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
-from onnx_asr.cli.options import Declarations, Form, Given
+from cyclopts import Group, Parameter, default_name_transform
+
 from onnx_asr.cli.supervision import native_call
-from onnx_asr.cli.values import byte_count, input_shape, share_or_bytes
+from onnx_asr.cli.terminal import Terminal
+from onnx_asr.cli.values import SEPARATED, byte_count, input_shape, read_by, share_or_bytes
 from onnx_asr.data import PRESETS, Preprocessing
 from onnx_asr.errors import OptionError
+from onnx_asr.pruning.options import SENSITIVITY_SPARSITIES, ChannelPruneOptions, PruneOptions, SensitivityOptions
+from onnx_asr.repairing.options import RefitRecipe, RepairOptions
+from onnx_asr.sweeping.grid import SweepGrid
 
 if TYPE_CHECKING:
     from onnx_asr.networks.execution import Execution, Progress
     from onnx_asr.networks.latency import Stopwatch
 
-DECLARATIONS = Declarations(
-    forms={
-        "rows": Form(names=("--refit-rows",)),
-        "sparsity": Form("S"),
-        "sparsities": Form("S[,S]"),
-        "pattern": Form("unstructured|N:M|Nx1"),
-        "patterns": Form("NAME[,NAME]"),
-        "methods": Form("NAME[,NAME]"),
-        "target_latency": Form("SHARE"),
-        "target_size": Form("SHARE|SIZE", read=share_or_bytes),
-        "target_flops": Form("SHARE"),
-        "round_samples": Form("SHARE"),
-        "time_budget": Form("SECONDS"),
-        "include": Form("RE"),
-        "exclude": Form("RE"),
-        "mean": Form("X[,X,X]"),
-        "std": Form("X[,X,X]"),
-    },
-    panels={
-        "RepairOptions": {
-            "": "Method",
-            **dict.fromkeys(("samples", "verify_samples", "batch_size", "seed", "skip_bad_images"), "Calibration"),
-        },
-        "RefitRecipe": {"": "Refit"},
-        "PruneOptions": dict.fromkeys(("sparsity", "target_size", "target_flops"), "Goal (one of them)"),
-        "ChannelPruneOptions": {"target_latency": "Goal (one of them)"},
-        "Images": {"": "Images"},
-        "Preprocessing": {"": "Images"},
-        "Timing": {"": "Latency"},
-        "Machine": {"": "Machine"},
-        "Walk": {"": "Machine"},
-        "Display": {"": "Display"},
-    },
-)
+T = TypeVar("T")
+P = TypeVar("P", PruneOptions, ChannelPruneOptions)
 
-Model = Annotated[str, Form(help="The model, an .onnx file.", names=("MODEL",))]
-DenseModel = Annotated[str, Form(help="The dense model, an .onnx file.", names=("DENSE",))]
-Pruned = Annotated[str, Form(help="The pruned model, an .onnx file.", names=("PRUNED",))]
-Output = Annotated[str, Form("FILE", "Where to write the result.", ("--output", "-o"))]
-Dense = Annotated[str | None, Form("FILE", "The dense model that the given one was made from.")]
+_GOAL_TITLE, _CHANNEL_TITLE = "Goal (one of them)", "With --pattern channel"
+_TITLES = f"Arguments,Options,{_GOAL_TITLE},{_CHANNEL_TITLE},Method,Calibration,Refit,Latency,Images,Machine,Display"
+PANELS = {title: Group(title, sort_key=place) for place, title in enumerate(_TITLES.split(","))}
+"""Headings of the help, in order."""
+
+
+def panel(title: str, **settings: Any) -> Parameter:
+    """Options of a class, under one heading."""
+    return Parameter(name="*", group=PANELS[title], **settings)
+
+
+WITHOUT_REPAIR = "^(?!repair$)"
+"""Fields of options that are options themselves: not the repair, whose options stand beside them."""
+CALIBRATION_AND_REFIT = "^(repair|samples|verify_samples|batch_size|seed|skip_bad_images|refit)$"
+"""Fields of a repair that are options where its method is fixed."""
+
+_CALIBRATION = Parameter(group=PANELS["Calibration"])
+_GOAL, _CHANNELS = (Parameter(group=PANELS[title]) for title in (_GOAL_TITLE, _CHANNEL_TITLE))
+
+
+def _refit_flag(name: str) -> str:
+    return "refit-rows" if name == "rows" else default_name_transform(name)
+
+
+_REFIT = panel("Refit", parse="^(?!seed$)", name_transform=_refit_flag)  # its seed is that of the repair
+
+
+def given(*owners: type, **forms: Parameter) -> Callable[[type[T]], type[T]]:
+    """Give a class the fields of options classes, each None where its option is not given; nothing is checked."""
+
+    def filled(empty: type[T]) -> type[T]:
+        hints = {name: hint for owner in reversed(owners) for name, hint in get_type_hints(owner).items()}
+        names = dict.fromkeys(item.name for owner in owners for item in fields(owner))
+        members: list[Any] = [
+            (name, Annotated[hints[name] | None, forms.get(name, Parameter())], None) for name in names
+        ]
+        unchecked = {"__post_init__": lambda self: None, "__doc__": empty.__doc__, "__module__": empty.__module__}
+        return make_dataclass(empty.__name__, members, bases=(empty, *owners), namespace=unchecked, frozen=True)
+
+    return filled
+
+
+def resolved(options: type[T]) -> type[T]:
+    """Resolve the types of inherited fields, which cyclopts would look up in the module of the class itself."""
+    vars(options)["__init__"].__annotations__ = get_type_hints(options, include_extras=True)
+    return options
+
+
+Model = Annotated[str, Parameter(name="MODEL", help="The model, an .onnx file.")]
+DenseModel = Annotated[str, Parameter(name="DENSE", help="The dense model, an .onnx file.")]
+Pruned = Annotated[str, Parameter(name="PRUNED", help="The pruned model, an .onnx file.")]
+Output = Annotated[str, Parameter(name=("--output", "-o"), help="Where to write the result.")]
+Dense = Annotated[str | None, Parameter(help="The dense model that the given one was made from.")]
 Data = Annotated[
     str,
-    Form(
-        "PATH",
-        "A folder of images; an .npz with 'images' (uint8, N,H,W,C) and perhaps 'labels'; or an .npz or .npy of ready "
-        "tensors named after the model's inputs.",
+    Parameter(
+        help="A folder of images; an .npz with 'images' (uint8, N,H,W,C) and perhaps 'labels'; or an .npz or .npy of "
+        "ready tensors named after the model's inputs."
     ),
 ]
 Labels = Annotated[
     str | None,
-    Form(
-        "TABLE",
-        "For a folder of images: a TSV or CSV of file name and class index; by default its sub-folders are classes.",
+    Parameter(
+        help="For a folder of images: a TSV or CSV of file name and class index; by default its sub-folders are "
+        "classes."
     ),
 ]
 LabelOffset = Annotated[
-    int, Form(help="Number to add to a label to get the model's class; 1 where class 0 is the background.")
+    int, Parameter(help="Number to add to a label to get the model's class; 1 where class 0 is the background.")
 ]
-Report = Annotated[str | None, Form("FILE", "Write an HTML report too; needs the extra 'report'.")]
-Plot = Annotated[str | None, Form("FILE", "Draw the table too: .svg or .png; needs the extra 'report'.")]
-Force = Annotated[bool, Form(help="Write the result even if it is further from the dense model than its input.")]
-Samples = Annotated[int | None, Form(help="Number of samples to draw from the data.")]
-BatchSize = Annotated[int | None, Form(help="Samples per run; by default chosen by the size of the input.")]
-Seed = Annotated[int, Form(help="Seed of every random choice.")]
+Report = Annotated[str | None, Parameter(help="Write an HTML report too; needs the extra 'report'.")]
+Plot = Annotated[str | None, Parameter(help="Draw the table too: .svg or .png; needs the extra 'report'.")]
+Force = Annotated[
+    bool, Parameter(help="Write the result even if it is further from the dense model than its input.", negative="")
+]
+Samples = Annotated[int | None, Parameter(help="Number of samples to draw from the data.")]
+BatchSize = Annotated[int | None, Parameter(help="Samples per run; by default chosen by the size of the input.")]
+Seed = Annotated[int, Parameter(help="Seed of every random choice.")]
+
+
+@given(
+    PruneOptions,
+    ChannelPruneOptions,
+    sparsity=_GOAL,
+    target_size=Parameter.combine(_GOAL, read_by(share_or_bytes)),
+    target_flops=_GOAL,
+    target_latency=_CHANNELS,
+    multiple=Parameter.combine(_CHANNELS, Parameter(show_default=str(ChannelPruneOptions.multiple))),
+    pattern=Parameter(
+        help='"unstructured"; "N:M" keeps N of every M consecutive input channels, such as 2:4, and takes no '
+        '--sparsity; "Nx1" prunes N consecutive output channels together at each input position, such as 4x1; '
+        '"channel" removes whole channels, so that the model gets smaller and faster.',
+        show_default=PruneOptions.pattern,
+    ),
+    score=Parameter(show_default=PruneOptions.score),
+    samples=Parameter(show_default=str(PruneOptions.samples)),
+    seed=Parameter(show_default=str(PruneOptions.seed)),
+)
+class Pruning:
+    """Options of both ways to prune."""
+
+    pattern: str | None
+
+    def of(self, owner: type[P], otherwise: str) -> P:
+        """The options of one way, which may have no use for the seed.
+
+        Raises:
+            OptionError: When one of the other way is given, ``otherwise`` saying what is wrong with that.
+        """
+        known: list[str] = [item.name for item in fields(owner)]
+        values = {name: value for name, value in vars(self).items() if value is not None}
+        for name in (name for name in values if name not in (*known, "pattern", "seed")):
+            raise OptionError(f"--{name.replace('_', '-')} {otherwise}")
+        return owner(**{name: value for name, value in values.items() if name in known})
+
+
+@resolved
+@dataclass(frozen=True)
+class Calibrated(RepairOptions):
+    """Options of a repair whose method and recipe are fixed."""
+
+    samples: Annotated[int, _CALIBRATION] = RepairOptions.samples
+    verify_samples: Annotated[int, _CALIBRATION] = RepairOptions.verify_samples
+    batch_size: Annotated[int | None, _CALIBRATION] = RepairOptions.batch_size
+    seed: Annotated[int, _CALIBRATION] = RepairOptions.seed
+    refit: Annotated[RefitRecipe, Parameter(parse=False)] = field(default_factory=RefitRecipe)
+    skip_bad_images: Annotated[bool, _CALIBRATION, Parameter(negative="")] = RepairOptions.skip_bad_images
+
+    def settled(self) -> RepairOptions:
+        """The options of the library, with one seed for everything."""
+        values = {item.name: getattr(self, item.name) for item in fields(RepairOptions)}
+        return RepairOptions(**values | {"refit": replace(self.refit, seed=self.seed)})
+
+
+@resolved
+@dataclass(frozen=True)
+class Repair(Calibrated):
+    """Options of a repair."""
+
+    refit: Annotated[RefitRecipe, _REFIT] = field(default_factory=RefitRecipe)
+
+
+@resolved
+@dataclass(frozen=True)
+class Sensitivity(SensitivityOptions):
+    """Options of sensitivity."""
+
+    sparsities: Annotated[tuple[float, ...], SEPARATED] = SENSITIVITY_SPARSITIES
+
+
+@resolved
+@dataclass(frozen=True)
+class Grid(SweepGrid):
+    """Options of the cells of a sweep."""
+
+    sparsities: Annotated[tuple[float, ...] | None, SEPARATED] = SweepGrid.sparsities
+    patterns: Annotated[tuple[str, ...], SEPARATED] = SweepGrid.patterns
+    methods: Annotated[tuple[str, ...], SEPARATED] = SweepGrid.methods
+
+
+@given(Preprocessing, mean=SEPARATED, std=SEPARATED)
+class Changes:
+    """Attributes of a preprocessing to replace."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +204,13 @@ class Images:
         changes: Values that replace those of the preset or file.
     """
 
-    preset: Annotated[str | None, Form("NAME", f"Preprocessing by name: {', '.join(PRESETS)}.")] = None
-    preprocess: Annotated[str | None, Form("FILE")] = None
-    changes: Annotated[dict[str, Any], Given({"": Preprocessing}, overriding=True)] = field(default_factory=dict)
+    preset: Annotated[str | None, Parameter(help=f"Preprocessing by name: {', '.join(PRESETS)}.")] = None
+    preprocess: str | None = None
+    changes: Annotated[Changes, Parameter(name="*")] = field(default_factory=Changes)
 
     def preprocessing(self) -> Preprocessing | None:
         """The preprocessing, if any was given."""
-        return Preprocessing.from_options(preset=self.preset, file=self.preprocess, **self.changes)
+        return Preprocessing.from_options(preset=self.preset, file=self.preprocess, **vars(self.changes))
 
 
 @dataclass(frozen=True)
@@ -113,9 +223,9 @@ class Machine:
         session_timeout: Seconds that onnxruntime may take to load a model or to run a batch; 0 for no limit.
     """
 
-    providers: Annotated[tuple[str, ...] | None, Form("NAME[,NAME]")] = None
+    providers: Annotated[tuple[str, ...] | None, SEPARATED] = None
     threads: int = 0
-    session_timeout: Annotated[float, Form("SECONDS")] = 300.0
+    session_timeout: float = 300.0
 
     def __post_init__(self) -> None:
         for name in ("threads", "session_timeout"):
@@ -142,7 +252,7 @@ class Walk(Machine):
             beyond it they go to temporary files. Models, sessions and the layer at work come on top.
     """
 
-    memory_limit: Annotated[int | None, Form("SIZE", read=byte_count)] = None
+    memory_limit: Annotated[int | None, read_by(byte_count)] = None
 
     def execution(self, verbose: bool, progress: Progress) -> Execution:
         """How to run."""
@@ -155,20 +265,20 @@ class Timing:
 
     Attributes:
         measure_latency: Time the result against the given model in onnxruntime, in alternating runs.
-        input_shapes: Shape of an input with open sizes, such as image:1,3,640,640, for runs and FLOPs; by default batch
-            1 and sides of 224.
+        input_shapes: Shape of an input with open sizes, such as image:1,3,640,640, for runs and FLOPs; repeatable; by
+            default batch 1 and sides of 224.
     """
 
     measure_latency: bool = False
-    input_shapes: Annotated[tuple[tuple[str, list[int]], ...], Form("NAME:N,N,N,N", read=input_shape)] = ()
+    input_shapes: tuple[str, ...] = ()
 
     def shapes(self) -> dict[str, list[int]]:
         """The shapes by input.
 
         Raises:
-            OptionError: When an input comes twice.
+            OptionError: When one is malformed, or an input comes twice.
         """
-        shapes = dict(self.input_shapes)
+        shapes = dict(map(input_shape, self.input_shapes))
         if len(shapes) < len(self.input_shapes):
             raise OptionError("input-shapes names an input twice: give each once, as name:1,3,224,224")
         return shapes
@@ -184,18 +294,8 @@ class Timing:
         return Stopwatch(GraphIndex.of(load(model)), execution.runtime, self.shapes())
 
 
-@dataclass(frozen=True)
-class Display:
-    """What is printed.
-
-    Attributes:
-        json: Print one JSON object on stdout and nothing else.
-        verbose: Show every layer, and the warnings of onnxruntime.
-        quiet: Print errors and warnings only.
-        debug: Show the traceback of an error.
-    """
-
-    json: bool = False
-    verbose: Annotated[bool, Form(names=("--verbose", "-v"))] = False
-    quiet: Annotated[bool, Form(names=("--quiet", "-q"))] = False
-    debug: bool = False
+LatencyOptions = Annotated[Timing, panel("Latency", negative="")]
+ImageOptions = Annotated[Images, panel("Images")]
+MachineOptions = Annotated[Machine, panel("Machine")]
+WalkOptions = Annotated[Walk, panel("Machine")]
+Screen = Annotated[Terminal, panel("Display", negative="")]

@@ -2,52 +2,72 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
+from cyclopts import Parameter
+
 from onnx_asr.cli import show
-from onnx_asr.cli.command import BAD_INPUT, DONE, Page, command
-from onnx_asr.cli.options import Form
-from onnx_asr.cli.parameters import Data, DenseModel, Images, Labels, Plot, Report, Walk
+from onnx_asr.cli.command import BAD_INPUT, DONE, Page
+from onnx_asr.cli.parameters import (
+    WITHOUT_REPAIR,
+    Data,
+    DenseModel,
+    Grid,
+    ImageOptions,
+    Images,
+    Labels,
+    Plot,
+    Repair,
+    Report,
+    Screen,
+    Walk,
+    WalkOptions,
+    panel,
+)
 from onnx_asr.cli.terminal import Terminal, say
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.files import check_writable
 from onnx_asr.json_values import plain
-from onnx_asr.sweeping.grid import SweepGrid, SweepSettings
+from onnx_asr.sweeping.grid import SweepSettings
 
 
-@command("sweep", without=("method",))
 def sweep(
-    terminal: Terminal,
     model: DenseModel,
+    /,
+    *,
     output: Annotated[
-        str, Form("FILE", "A JSON file for the cells; finished ones that it holds are kept.", ("--output", "-o"))
+        str,
+        Parameter(name=("--output", "-o"), help="A JSON file for the cells; finished ones that it holds are kept."),
     ],
     data: Data,
-    grid: SweepGrid,
-    settings: SweepSettings,
-    images: Images,
-    walk: Walk,
+    grid: Annotated[Grid, panel("Options")] = Grid(),
+    settings: Annotated[SweepSettings, panel("Options", parse=WITHOUT_REPAIR)] = SweepSettings(),
     test: Annotated[
         str | None,
-        Form("PATH", "Samples to score on, all of them; by default --verify-samples are held out of --data."),
+        Parameter(help="Samples to score on, all of them; by default --verify-samples are held out of --data."),
     ] = None,
     labels: Labels = None,
     workers: Annotated[
         int | None,
-        Form(
+        Parameter(
             help="Processes to run cells in, which share the cores; by default one per core, at most 8. More than one "
             "needs the extra 'distributed'."
         ),
     ] = None,
     cluster: Annotated[
         str | None,
-        Form(
-            "ADDRESS",
-            "Run cells on the workers of a Dask scheduler instead, such as tcp://host:8786; they read the same paths.",
+        Parameter(
+            help="Run cells on the workers of a Dask scheduler instead, such as tcp://host:8786; they read the same "
+            "paths."
         ),
     ] = None,
     plot: Plot = None,
     report: Report = None,
+    repair: Annotated[Repair, panel("Method", parse="^(?!method$)")] = Repair(),
+    images: ImageOptions = Images(),
+    machine: WalkOptions = Walk(),
+    terminal: Screen = Terminal(),
 ) -> int:
     """Prune at several sparsities, repair with several methods, score every model; continues an earlier run."""
     from onnx_asr.report import check_plot
@@ -64,14 +84,14 @@ def sweep(
             model,
             data,
             grid,
-            settings,
+            replace(settings, repair=repair.settled()),
             preprocessing=preprocessing,
             test=test,
             labels=labels,
             results=target,
             workers=workers,
             cluster=cluster,
-            execution=walk.execution(terminal.verbose, progress),
+            execution=machine.execution(terminal.verbose, progress),
         )
     files = {"model": model, "data": data, "test": test, "output": str(target)}
     if drawing is not None:

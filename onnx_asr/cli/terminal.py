@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from cyclopts import Parameter
 from rich.console import Console, RenderableType
 
-from onnx_asr.cli.parameters import Display
 from onnx_asr.json_values import plain
 
 _PLAIN_WIDTH = 120  # of tables where stdout is no terminal
@@ -21,20 +22,25 @@ _PLAIN_WIDTH = 120  # of tables where stdout is no terminal
 Progress = Callable[[str, float], None]
 
 
+@dataclass(frozen=True)
 class Terminal:
     """The two streams of a command, as its display options want them used.
 
     Attributes:
-        command: Its name.
+        json: Print one JSON object on stdout and nothing else.
+        verbose: Show every layer, and the warnings of onnxruntime.
+        quiet: Print errors and warnings only.
+        debug: Show the traceback of an error.
+        command: Name of the command.
         line: The whole command line.
-        verbose: Whether to show every layer.
     """
 
-    def __init__(self, command: str, line: str, display: Display) -> None:
-        self.command, self.line, self.verbose = command, line, display.verbose
-        self._json, self._quiet = display.json, display.quiet
-        self._out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
-        self._err = Console(stderr=True, highlight=False, emoji=False)
+    json: bool = False
+    verbose: Annotated[bool, Parameter(alias="-v")] = False
+    quiet: Annotated[bool, Parameter(alias="-q")] = False
+    debug: bool = False
+    command: Annotated[str, Parameter(parse=False)] = ""
+    line: Annotated[str, Parameter(parse=False)] = ""
 
     def result(self, values: dict[str, Any], *shown: RenderableType, **files: Path | None) -> None:
         """Print a result, and which further files were written: as JSON, or as text and tables, or not at all.
@@ -49,22 +55,24 @@ class Terminal:
             drop_stdout()
 
     def _print(self, values: dict[str, Any], shown: Sequence[RenderableType]) -> None:
-        if self._json:
-            print(json.dumps(plain(values), indent=2, allow_nan=False))
-        elif not self._quiet:
+        if self.json:
+            print(dumps(plain(values), indent=2, allow_nan=False))
+        elif not self.quiet:
+            console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
             for item in shown:
-                self._out.print(item, soft_wrap=isinstance(item, str), markup=False)
+                console.print(item, soft_wrap=isinstance(item, str), markup=False)
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:
         """A progress bar, shown on a terminal only."""
-        if self._quiet or not self._err.is_terminal:
+        console = Console(stderr=True, highlight=False, emoji=False)
+        if self.quiet or not console.is_terminal:
             yield lambda stage, fraction: None
             return
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-        bar = Progress(*columns, console=self._err, transient=True)
+        bar = Progress(*columns, console=console, transient=True)
         try:  # an interrupt while it starts would leave `with bar` without its end, and the cursor hidden
             bar.start()
             task = bar.add_task("starting", total=1.0)

@@ -1,6 +1,11 @@
-"""Values of options, read from the text that was given."""
+"""Values of options, read from the text that was given; cyclopts names the option in a ValueError."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cyclopts import Parameter, Token, convert
 
 from onnx_asr.errors import OptionError
 
@@ -11,7 +16,7 @@ def byte_count(text: str) -> int:
     """Bytes from a number with an optional unit: 4GiB, 500MB, 4G, 1000000.
 
     Raises:
-        OptionError: When it is not a size, or not above 0.
+        ValueError: When it is not a size, or not above 0.
     """
     number = text.strip().rstrip("KMGTIBkmgtib ")
     unit = text.strip()[len(number) :].strip().upper().removesuffix("B")
@@ -20,7 +25,7 @@ def byte_count(text: str) -> int:
         if not 0 < size < 2**63:
             raise ValueError
     except (ValueError, KeyError):
-        raise OptionError(f"'{text}' is not a size: give a number above 0 with a unit, such as 4GiB") from None
+        raise ValueError(f"'{text}' is not a size: give a number above 0 with a unit, such as 4GiB") from None
     return int(size)
 
 
@@ -28,7 +33,7 @@ def share_or_bytes(text: str) -> float:
     """A number up to 1 without a unit, which is a share, or bytes as :func:`byte_count` reads them.
 
     Raises:
-        OptionError: When it is neither.
+        ValueError: When it is neither.
     """
     try:
         share = float(text)
@@ -49,5 +54,19 @@ def input_shape(text: str) -> tuple[str, list[int]]:
     except ValueError:
         name = ""
     if not name:
-        raise OptionError(f"'{text}' is not the shape of an input: give name:1,3,224,224")
+        raise OptionError(f"--input-shapes '{text}' is not the shape of an input: give name:1,3,224,224")
     return name, shape
+
+
+def separated(kind: Any, tokens: Sequence[Token]) -> Any:
+    """Values from one text with commas between them; the last text counts."""
+    parts = [part.strip() for part in tokens[-1].value.split(",") if part.strip()]
+    return convert(kind, [tokens[-1].evolve(value=part) for part in parts])
+
+
+def read_by(read: Callable[[str], Any]) -> Parameter:
+    """An option whose value a function makes of its text; the last text counts."""
+    return Parameter(converter=lambda kind, tokens: read(tokens[-1].value), n_tokens=1)
+
+
+SEPARATED = Parameter(converter=separated, n_tokens=1, allow_leading_hyphen=True)
