@@ -40,35 +40,29 @@ def _shown(default: Any) -> str | None:
     return ",".join(map(str, default)) or None if isinstance(default, tuple) else str(default)
 
 
+_FORM: dict[str, Any] = {
+    "group_arguments": PANELS["Arguments"],
+    "group_parameters": PANELS["Options"],
+    "default_parameter": Parameter(negative_iterable="", show_default=_shown),
+}
 PROGRAM = App(
     DISTRIBUTION,
     help="Give a pruned ONNX vision network its accuracy back: no retraining, no labels, no PyTorch.",
     help_epilogue=EXIT_CODES,
     version=f"{DISTRIBUTION} {__version__}",
-    group_arguments=PANELS["Arguments"],
-    group_parameters=PANELS["Options"],
-    default_parameter=Parameter(negative_iterable="", show_default=_shown),
     print_error=False,
     exit_on_error=False,
     help_on_error=False,
     verbose=False,
-    result_action="return_value",
+    **_FORM,
 )
 
-_COMMANDS: tuple[Callable[..., int], ...] = (
-    demo,
-    prune,
-    repair,
-    compress,
-    shrink,
-    sensitivity,
-    evaluate,
-    inspect,
-    view,
-    sweep,
-)
-for _place, _function in enumerate(_COMMANDS):
-    PROGRAM.command(_function, sort_key=_place, help_epilogue="")
+COMMANDS: dict[str, Callable[..., int]] = {
+    function.__name__: function
+    for function in (demo, prune, repair, compress, shrink, sensitivity, evaluate, inspect, view, sweep)
+}
+for _place, _function in enumerate(COMMANDS.values()):
+    PROGRAM.command(_function, sort_key=_place, help_epilogue="", **_FORM)
 for _flag in ("--help", "--version"):
     PROGRAM[_flag].group = PANELS["Options"]
 
@@ -122,8 +116,8 @@ def _dispatch(arguments: list[str]) -> int:
     """Run the command among the arguments, or show what is asked for instead of it."""
     before = list(takewhile(lambda argument: argument.startswith("-"), arguments))
     name, *rest = arguments[len(before) :] or [""]
-    if name and name not in PROGRAM:
-        raise OptionError(f"'{name}' is not a command: give one of {', '.join(item.__name__ for item in _COMMANDS)}")
+    if name and name not in COMMANDS:
+        raise OptionError(f"'{name}' is not a command: give one of {', '.join(COMMANDS)}")
     try:
         command, bound, _ = PROGRAM.parse_args([name, *before, *rest] if name else before)
     except CycloptsError as error:

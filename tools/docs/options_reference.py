@@ -5,11 +5,14 @@ python -m tools.docs.options_reference
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
-from onnx_asr.cli.app import EXIT_CODES, program
-from onnx_asr.cli.command import COMMANDS
-from onnx_asr.cli.options import Option
+from cyclopts import App
+from cyclopts.argument import Argument
+
+from onnx_asr.cli.app import COMMANDS, EXIT_CODES, PROGRAM
 from tools.arguments import script_parser
 from tools.paths import ROOT
 
@@ -22,32 +25,44 @@ shows; a test fails where it is out of date.
 
 
 def reference() -> str:
-    parts = [HEAD, "`onnx-resuscitate [options] COMMAND ...`: " + ", ".join(f"[{name}](#{name})" for name in COMMANDS)]
-    parts = ["\n".join(parts) + "\n", table(program().options)]
-    parts += [f"## {name}\n\n{command.summary}\n\n{table(command.options)}" for name, command in COMMANDS.items()]
+    links = ", ".join(f"[{name}](#{name})" for name in COMMANDS)
+    parts = [HEAD, f"`onnx-resuscitate [options] COMMAND ...`: {links}\n", table(PROGRAM)]
+    parts += [f"## {name}\n\n{PROGRAM[name].help}\n\n{table(PROGRAM[name])}" for name in COMMANDS]
     return "\n".join([*parts, f"{EXIT_CODES}\n"])
 
 
-def table(options: Sequence[Option]) -> str:
+def table(app: App) -> str:
     """One row per option, by panel as in the help."""
     rows = ["| option | value | default | meaning |", "|---|---|---|---|"]
-    titles = dict.fromkeys(["Arguments", "Options", *(option.panel for option in options)])
-    for title in titles:
-        found = [row(option) for option in options if option.panel == title]
-        if found and title not in ("Arguments", "Options"):
-            rows.append(f"| **{title}** | | | |")
-        rows += found
+    arguments = app.assemble_argument_collection(parse_docstring=True).filter_by(show=True)
+    for panel in sorted(arguments.groups, key=lambda panel: panel.sort_key):
+        rows += [f"| **{panel.name}** | | | |"] if panel.name not in ("Arguments", "Options") else []
+        rows += map(row, arguments.filter_by(group=panel))
     return "\n".join(rows) + "\n"
 
 
-def row(option: Option) -> str:
-    names = [option.metavar] if option.is_argument else sorted(option.names, key=len)
-    if option.kind == "pair":
-        names.append(f"--no-{names[0].removeprefix('--')}")
-    value = f"`{option.metavar}`" if option.metavar and not option.is_argument else ""
-    default = "required" if option.required else option.shown_default
-    cells = ", ".join(f"`{name}`" for name in names), value, default, option.help
+def row(argument: Argument) -> str:
+    default = "required" if argument.required else shown_default(argument)
+    names = ", ".join(f"`{name}`" for name in sorted(argument.names, key=lambda name: name.startswith("--")))
+    value = "/".join(dict.fromkeys(kinds(argument.hint))) if argument.index is None else ""
+    cells = names, value, default, " ".join((argument.parameter.help or "").replace("``", "`").split())
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def shown_default(argument: Argument) -> str:
+    shown = argument.show_default
+    return shown(argument.field_info.default) or "" if callable(shown) else str(shown or "")
+
+
+def kinds(hint: Any) -> Iterable[str]:
+    """The values that a type takes: names, or what stands for a number or a text; nothing for a flag."""
+    if get_origin(hint) in (Union, UnionType, tuple):
+        for part in get_args(hint):
+            yield from kinds(part)
+    elif get_args(hint):
+        yield from (f"`{name}`" for name in get_args(hint))
+    else:
+        yield from {int: ["N"], float: ["X"], str: ["TEXT"]}.get(hint, [])
 
 
 if __name__ == "__main__":
