@@ -13,13 +13,13 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import Annotated, Any, NoReturn
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, ArgumentCollection, CoercionError, CycloptsError, Parameter
 
 from onnx_asr.blas import BLAS_THREADS
 from onnx_asr.cli.command import BAD_INPUT, DONE, INTERRUPTED
 from onnx_asr.cli.making import compress, demo, prune, repair, shrink
 from onnx_asr.cli.measuring import evaluate, inspect, sensitivity, view
-from onnx_asr.cli.parameters import PANELS, panel
+from onnx_asr.cli.parameters import PANELS
 from onnx_asr.cli.supervision import announce, supervised
 from onnx_asr.cli.sweeping import sweep
 from onnx_asr.cli.terminal import Terminal, drop_stdout, leave_progress, say, say_traceback
@@ -40,16 +40,25 @@ def _shown(default: Any) -> str | None:
     return ",".join(map(str, default)) or None if isinstance(default, tuple) else str(default)
 
 
+def _refuse_fractions(program: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Refuse fractions where whole numbers belong, which cyclopts would round."""
+    for argument in arguments:
+        for token in argument.tokens:
+            if argument.hint in (int, int | None) and argument.parameter.converter is None and "." in token.value:
+                raise CoercionError(token=token, argument=argument, target_type=int)
+
+
 _FORM: dict[str, Any] = {
     "group_arguments": PANELS["Arguments"],
     "group_parameters": PANELS["Options"],
-    "default_parameter": Parameter(negative_iterable="", show_default=_shown),
+    "default_parameter": Parameter(negative_iterable="", show_default=_shown, allow_repeating=True),
 }
 PROGRAM = App(
     DISTRIBUTION,
     help="Give a pruned ONNX vision network its accuracy back: no retraining, no labels, no PyTorch.",
     help_epilogue=EXIT_CODES,
     version=f"{DISTRIBUTION} {__version__}",
+    config=_refuse_fractions,
     print_error=False,
     exit_on_error=False,
     help_on_error=False,
@@ -68,7 +77,7 @@ for _flag in ("--help", "--version"):
 
 
 @PROGRAM.default
-def _overview(*, terminal: Annotated[Terminal, panel("Display", negative="", parse="^(?!json$)")] = Terminal()) -> None:
+def _overview(*, terminal: Annotated[Terminal, Parameter(parse="^(?!json$)")] = Terminal()) -> None:
     PROGRAM.help_print()
 
 

@@ -17,22 +17,16 @@ from onnx_asr.cli.parameters import (
     Dense,
     DenseModel,
     Force,
-    ImageOptions,
     Images,
-    LatencyOptions,
     Machine,
-    MachineOptions,
     Model,
     Output,
     Pruned,
     Pruning,
     Repair,
     Report,
-    Screen,
     Timing,
     Walk,
-    WalkOptions,
-    panel,
 )
 from onnx_asr.cli.terminal import Terminal
 from onnx_asr.errors import OptionError
@@ -50,7 +44,7 @@ def demo(
     ] = "onnx-resuscitate-demo",
     model: Annotated[str, Parameter(help="Embedded net: resnet, vgg, mobilenet or densenet.")] = "resnet",
     sparsity: Annotated[float, Parameter(help="Share of weights to prune, 0 <= S < 1.")] = 0.95,
-    terminal: Screen = Terminal(),
+    terminal: Terminal = Terminal(),
 ) -> int:
     """Prune an embedded net until it collapses, repair it with every method, and compare the results."""
     from onnx_asr.cli.demo import run_demo
@@ -69,11 +63,11 @@ def prune(
     output: Output,
     data: Annotated[str | None, Parameter(help="Samples for the scores, or the scope, that need them.")] = None,
     report: Report = None,
-    options: Annotated[Pruning, panel("Options")] = Pruning(),
-    timing: LatencyOptions = Timing(),
-    images: ImageOptions = Images(),
-    machine: WalkOptions = Walk(),
-    terminal: Screen = Terminal(),
+    options: Pruning = Pruning(),
+    timing: Timing = Timing(),
+    images: Images = Images(),
+    machine: Walk = Walk(),
+    terminal: Terminal = Terminal(),
 ) -> int:
     """Zero the weights with the smallest scores, or remove the weakest channels."""
     target = check_writable(output)
@@ -144,10 +138,10 @@ def repair(
     dense: Dense = None,
     force: Force = False,
     report: Report = None,
-    options: Annotated[Repair, panel("Method")] = Repair(),
-    images: ImageOptions = Images(),
-    machine: WalkOptions = Walk(),
-    terminal: Screen = Terminal(),
+    options: Repair = Repair(),
+    images: Images = Images(),
+    machine: Walk = Walk(),
+    terminal: Terminal = Terminal(),
 ) -> int:
     """Give a pruned model its accuracy back, from unlabelled samples."""
     from onnx_asr.repairing.pipeline import repair as run
@@ -177,12 +171,12 @@ def compress(
     data: Data,
     force: Force = False,
     report: Report = None,
-    options: Annotated[CompressOptions | None, panel("Options", parse=WITHOUT_REPAIR)] = None,
-    repair: Annotated[Repair, panel("Calibration", parse=CALIBRATION_AND_REFIT)] = Repair(),
-    timing: LatencyOptions = Timing(),
-    images: ImageOptions = Images(),
-    machine: WalkOptions = Walk(),
-    terminal: Screen = Terminal(),
+    options: Annotated[CompressOptions | None, WITHOUT_REPAIR] = None,
+    repair: Annotated[Repair, CALIBRATION_AND_REFIT] = Repair(),
+    timing: Timing = Timing(),
+    images: Images = Images(),
+    machine: Walk = Walk(),
+    terminal: Terminal = Terminal(),
 ) -> int:
     """Prune and repair jointly, in rounds: better than one after the other, and slower."""
     from onnx_asr.pruning.compression import compress as run
@@ -213,9 +207,9 @@ def shrink(
     /,
     *,
     output: Output,
-    timing: LatencyOptions = Timing(),
-    machine: MachineOptions = Machine(),
-    terminal: Screen = Terminal(),
+    timing: Timing = Timing(),
+    machine: Machine = Machine(),
+    terminal: Terminal = Terminal(),
 ) -> int:
     """Remove channels that are dead or unused; the model computes the same, in less time."""
     from onnx_asr.pruning.shrinking import shrink as run

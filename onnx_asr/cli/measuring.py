@@ -11,28 +11,22 @@ from onnx_asr.cli import show
 from onnx_asr.cli.command import DONE, Page
 from onnx_asr.cli.parameters import (
     CALIBRATION_AND_REFIT,
-    WITHOUT_REPAIR,
     BatchSize,
     Calibrated,
     Data,
     Dense,
     DenseModel,
-    ImageOptions,
     Images,
     LabelOffset,
     Labels,
     Machine,
-    MachineOptions,
     Model,
     Plot,
     Report,
     Samples,
-    Screen,
     Seed,
     Sensitivity,
     Walk,
-    WalkOptions,
-    panel,
 )
 from onnx_asr.cli.terminal import Terminal
 from onnx_asr.json_values import plain
@@ -44,11 +38,11 @@ def sensitivity(
     *,
     data: Data,
     plot: Plot = None,
-    options: Annotated[Sensitivity, panel("Options", parse=WITHOUT_REPAIR)] = Sensitivity(),
-    repair: Annotated[Calibrated, panel("Calibration", parse=CALIBRATION_AND_REFIT)] = Calibrated(),
-    images: ImageOptions = Images(),
-    machine: WalkOptions = Walk(),
-    terminal: Screen = Terminal(),
+    options: Sensitivity = Sensitivity(),
+    repair: Annotated[Calibrated, CALIBRATION_AND_REFIT] = Calibrated(),
+    images: Images = Images(),
+    machine: Walk = Walk(),
+    terminal: Terminal = Terminal(),
 ) -> int:
     """Show how far the outputs move when one layer alone is pruned and repaired, at several sparsities."""
     from onnx_asr.pruning.sensitivity import sensitivity as run
@@ -80,9 +74,9 @@ def evaluate(
     samples: Samples = None,
     batch_size: BatchSize = None,
     seed: Seed = 0,
-    images: ImageOptions = Images(),
-    machine: MachineOptions = Machine(),
-    terminal: Screen = Terminal(),
+    images: Images = Images(),
+    machine: Machine = Machine(),
+    terminal: Terminal = Terminal(),
 ) -> int:
     """Measure a model: top-1 and top-5 with labels; agreement, KL and SNR against a dense model."""
     from onnx_asr.measuring.evaluation import evaluate as run
@@ -119,9 +113,9 @@ def inspect(
     batch_size: BatchSize = None,
     seed: Seed = 0,
     report: Report = None,
-    images: ImageOptions = Images(),
-    machine: WalkOptions = Walk(),
-    terminal: Screen = Terminal(),
+    images: Images = Images(),
+    machine: Walk = Walk(),
+    terminal: Terminal = Terminal(),
 ) -> int:
     """Show what is in a model and, with its dense model and data, what pruning did to every channel."""
     from onnx_asr.measuring.damage import DAMAGE_SAMPLES
@@ -161,7 +155,7 @@ def view(
         int | None, Parameter(help="Port of the first file; the others have the ones after it. By default free ones.")
     ] = None,
     browser: Annotated[bool, Parameter(help="Open the addresses in the browser.")] = True,
-    terminal: Screen = Terminal(),
+    terminal: Terminal = Terminal(),
 ) -> int:
     """Show models in Netron until interrupted; needs the extra 'view'."""
     from onnx_asr.cli.viewing import serving, wait_for_the_end

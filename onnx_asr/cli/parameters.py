@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 from cyclopts import Group, Parameter, default_name_transform
 
 from onnx_asr.cli.supervision import native_call
-from onnx_asr.cli.terminal import Terminal
 from onnx_asr.cli.values import SEPARATED, byte_count, input_shape, read_by, share_or_bytes
 from onnx_asr.data import PRESETS, Preprocessing
 from onnx_asr.errors import OptionError
@@ -40,10 +39,10 @@ def panel(title: str, **settings: Any) -> Parameter:
     return Parameter(name="*", group=PANELS[title], **settings)
 
 
-WITHOUT_REPAIR = "^(?!repair$)"
-"""Fields of options that are options themselves: not the repair, whose options stand beside them."""
-CALIBRATION_AND_REFIT = "^(repair|samples|verify_samples|batch_size|seed|skip_bad_images|refit)$"
-"""Fields of a repair that are options where its method is fixed."""
+WITHOUT_REPAIR = panel("Options", parse="^(?!repair$)")
+"""Options but for those of a repair, which stand beside them."""
+CALIBRATION_AND_REFIT = Parameter(parse="^(repair|samples|verify_samples|batch_size|seed|skip_bad_images|refit)$")
+"""Options of a repair whose method is fixed."""
 
 _CALIBRATION = Parameter(group=PANELS["Calibration"])
 _GOAL, _CHANNELS = (Parameter(group=PANELS[title]) for title in (_GOAL_TITLE, _CHANNEL_TITLE))
@@ -109,6 +108,7 @@ BatchSize = Annotated[int | None, Parameter(help="Samples per run; by default ch
 Seed = Annotated[int, Parameter(help="Seed of every random choice.")]
 
 
+@panel("Options")
 @given(
     PruneOptions,
     ChannelPruneOptions,
@@ -145,6 +145,7 @@ class Pruning:
         return owner(**{name: value for name, value in values.items() if name in known})
 
 
+@panel("Method")
 @resolved
 @dataclass(frozen=True)
 class Calibrated(RepairOptions):
@@ -171,6 +172,7 @@ class Repair(Calibrated):
     refit: Annotated[RefitRecipe, _REFIT] = field(default_factory=RefitRecipe)
 
 
+@WITHOUT_REPAIR
 @resolved
 @dataclass(frozen=True)
 class Sensitivity(SensitivityOptions):
@@ -179,6 +181,7 @@ class Sensitivity(SensitivityOptions):
     sparsities: Annotated[tuple[float, ...], SEPARATED] = SENSITIVITY_SPARSITIES
 
 
+@panel("Options")
 @resolved
 @dataclass(frozen=True)
 class Grid(SweepGrid):
@@ -189,11 +192,13 @@ class Grid(SweepGrid):
     methods: Annotated[tuple[str, ...], SEPARATED] = SweepGrid.methods
 
 
+@Parameter(name="*")
 @given(Preprocessing, mean=SEPARATED, std=SEPARATED)
 class Changes:
     """Attributes of a preprocessing to replace."""
 
 
+@panel("Images")
 @dataclass(frozen=True)
 class Images:
     """How images become inputs of the model.
@@ -206,13 +211,14 @@ class Images:
 
     preset: Annotated[str | None, Parameter(help=f"Preprocessing by name: {', '.join(PRESETS)}.")] = None
     preprocess: str | None = None
-    changes: Annotated[Changes, Parameter(name="*")] = field(default_factory=Changes)
+    changes: Changes = field(default_factory=Changes)
 
     def preprocessing(self) -> Preprocessing | None:
         """The preprocessing, if any was given."""
         return Preprocessing.from_options(preset=self.preset, file=self.preprocess, **vars(self.changes))
 
 
+@panel("Machine")
 @dataclass(frozen=True)
 class Machine:
     """How models are run.
@@ -259,6 +265,7 @@ class Walk(Machine):
         return replace(super().execution(verbose, progress), memory_limit=self.memory_limit)
 
 
+@panel("Latency", negative="")
 @dataclass(frozen=True)
 class Timing:
     """Whether latency is measured, and on what.
@@ -292,10 +299,3 @@ class Timing:
         from onnx_asr.networks.latency import Stopwatch
 
         return Stopwatch(GraphIndex.of(load(model)), execution.runtime, self.shapes())
-
-
-LatencyOptions = Annotated[Timing, panel("Latency", negative="")]
-ImageOptions = Annotated[Images, panel("Images")]
-MachineOptions = Annotated[Machine, panel("Machine")]
-WalkOptions = Annotated[Walk, panel("Machine")]
-Screen = Annotated[Terminal, panel("Display", negative="")]

@@ -14,16 +14,12 @@ from onnx_asr.cli.parameters import (
     Data,
     DenseModel,
     Grid,
-    ImageOptions,
     Images,
     Labels,
     Plot,
     Repair,
     Report,
-    Screen,
     Walk,
-    WalkOptions,
-    panel,
 )
 from onnx_asr.cli.terminal import Terminal, say
 from onnx_asr.errors import OptionError
@@ -41,8 +37,8 @@ def sweep(
         Parameter(name=("--output", "-o"), help="A JSON file for the cells; finished ones that it holds are kept."),
     ],
     data: Data,
-    grid: Annotated[Grid, panel("Options")] = Grid(),
-    settings: Annotated[SweepSettings, panel("Options", parse=WITHOUT_REPAIR)] = SweepSettings(),
+    grid: Grid = Grid(),
+    settings: Annotated[SweepSettings, WITHOUT_REPAIR] = SweepSettings(),
     test: Annotated[
         str | None,
         Parameter(help="Samples to score on, all of them; by default --verify-samples are held out of --data."),
@@ -64,10 +60,10 @@ def sweep(
     ] = None,
     plot: Plot = None,
     report: Report = None,
-    repair: Annotated[Repair, panel("Method", parse="^(?!method$)")] = Repair(),
-    images: ImageOptions = Images(),
-    machine: WalkOptions = Walk(),
-    terminal: Screen = Terminal(),
+    repair: Annotated[Repair, Parameter(parse="^(?!method$)")] = Repair(),
+    images: Images = Images(),
+    machine: Walk = Walk(),
+    terminal: Terminal = Terminal(),
 ) -> int:
     """Prune at several sparsities, repair with several methods, score every model; continues an earlier run."""
     from onnx_asr.report import check_plot

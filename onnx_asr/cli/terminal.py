@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from rich.console import Console, RenderableType
 
+from onnx_asr.cli.parameters import panel
 from onnx_asr.json_values import plain
 
 _PLAIN_WIDTH = 120  # of tables where stdout is no terminal
@@ -22,6 +23,7 @@ _PLAIN_WIDTH = 120  # of tables where stdout is no terminal
 Progress = Callable[[str, float], None]
 
 
+@panel("Display", negative="")
 @dataclass(frozen=True)
 class Terminal:
     """The two streams of a command, as its display options want them used.

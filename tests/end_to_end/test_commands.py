@@ -345,7 +345,7 @@ def test_help_lists_the_methods():
 
 def test_help_imports_nothing_heavy():
     script = (
-        "import sys; from onnx_asr.cli.app import run; from onnx_asr.cli.command import COMMANDS; "
+        "import sys; from onnx_asr.cli.app import run; from onnx_asr.cli.app import COMMANDS; "
         "codes = [run([name, '--help']) for name in COMMANDS]; "
         "print({'numpy', 'onnx', 'onnxruntime', 'PIL'} & set(sys.modules), any(codes), file=sys.stderr)"
     )
@@ -362,7 +362,7 @@ def test_options_of_the_display_may_stand_before_the_command(place, tmp_path):
     done = cli("--debug", *missing) if place == "before" else cli(*missing, "--debug")
     assert done.code == 2
     assert "Traceback" in done.err
-    assert cli("-x", *arguments).error.endswith("see onnx-resuscitate --help")
+    assert cli("-x", *arguments).error.endswith("See onnx-resuscitate prune --help")
 
 
 def test_an_interrupt_leaves_nothing_behind(tmp_path):
