@@ -224,7 +224,7 @@ class Machine:
     """How models are run.
 
     Attributes:
-        providers: Execution providers of onnxruntime, in order of preference; the CPU by default.
+        providers: Execution providers of onnxruntime, by preference, with commas between them; the CPU by default.
         threads: Threads per operator; 0 for all cores.
         session_timeout: Seconds that onnxruntime may take to load a model or to run a batch; 0 for no limit.
     """

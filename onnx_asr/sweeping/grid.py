@@ -61,7 +61,7 @@ class SweepGrid:
     """The cells of a sweep: every pattern at every sparsity, by every method.
 
     Attributes:
-        sparsities: Shares to prune, each in [0, 1); None for 0.5, 0.7, 0.8, 0.9 and 0.95. N:M patterns set their own.
+        sparsities: Shares to prune, each in [0, 1); by default 0.5, 0.7, 0.8, 0.9 and 0.95. N:M patterns set their own.
         patterns: "unstructured", "N:M" or "Nx1", as in ``prune``; "channel" removes whole channels.
         methods: "none" leaves the pruned model as it is; any method of ``repair``; "compress" prunes and repairs in
             rounds.

@@ -13,6 +13,7 @@ from cyclopts import App
 from cyclopts.argument import Argument
 
 from onnx_asr.cli.app import COMMANDS, EXIT_CODES, PROGRAM
+from onnx_asr.cli.values import separated
 from tools.arguments import script_parser
 from tools.paths import ROOT
 
@@ -44,7 +45,9 @@ def table(app: App) -> str:
 def row(argument: Argument) -> str:
     default = "required" if argument.required else shown_default(argument)
     names = ", ".join(f"`{name}`" for name in sorted(argument.names, key=lambda name: name.startswith("--")))
-    value = "/".join(dict.fromkeys(kinds(argument.hint))) if argument.index is None else ""
+    value = "/".join(kinds(argument.hint)) if argument.index is None else ""
+    if argument.parameter.converter is not None:
+        value = f"{value}[,{value}]" if argument.parameter.converter is separated else "SIZE"
     cells = names, value, default, " ".join((argument.parameter.help or "").replace("``", "`").split())
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
