@@ -14,7 +14,6 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from onnx_asr.arrays import Floats
-
 from onnx_asr.graph.files import write_bytes
 
 _LOWEST, _HIGHEST = -4.0, 1.5  # log10 of the variance ratios shown; others are drawn at the edge
