@@ -24,7 +24,7 @@ class OptionError(OnnxAsrError):
 
 
 class OutputError(OnnxAsrError):
-    """A result that cannot be written where it was asked for."""
+    """A result that cannot be written to the requested path."""
 
 
 def is_interrupt(error: BaseException) -> bool:

@@ -16,10 +16,10 @@ _FILE = re.compile(rf"^{PACKAGE}/", re.MULTILINE)
 def check_owner() -> None:
     """Refuse to run where another distribution has put files into the import package.
 
-    What ``importlib.metadata.packages_distributions()`` tells, without parsing every distribution's list of files.
+    Same result as ``importlib.metadata.packages_distributions()``, without parsing every distribution's list of files.
 
     Raises:
-        OnnxAsrError: Naming it, and the way out.
+        OnnxAsrError: Naming the other distribution, and how to install both apart.
     """
     others = set()
     for distribution in distributions():

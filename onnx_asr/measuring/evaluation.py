@@ -44,7 +44,7 @@ def evaluate(
         data: Whatever :func:`onnx_asr.data.open_data` takes, or a Dataset.
         dense: The model to compare the outputs with.
         labels: Class indices; None takes those that come with the data (sub-folders, ``labels`` in an .npz).
-        preprocessing: What to do to images.
+        preprocessing: Of images.
         samples: Number of samples, drawn by ``seed``; None for all.
         seed: Of the draw.
         label_offset: Added to a label to give the output's class: 1 for nets whose class 0 is "background".

@@ -176,7 +176,7 @@ class Inspection:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
             raise OptionError(
-                f"there is no layer '{name}' among the {len(names)}: give one of their names"
+                f"there is no layer '{name}': give the name of one of the {len(names)} layers"
                 + (f", such as {', '.join(map(repr, close))}" if close else "")
             )
         return self.layers[names.index(name)]
@@ -199,7 +199,7 @@ def inspect(
         model: A path, or an object of onnx, onnx-graphsurgeon or onnx-ir, which is not changed.
         data: Samples to measure the damage on; no labels needed.
         dense: The model that it was made from.
-        preprocessing: What to do to images.
+        preprocessing: Of images.
         samples: Number of samples, drawn by ``seed``.
         seed: Of the sample.
         batch_size: Samples per run; None chooses by the input's size.

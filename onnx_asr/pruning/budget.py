@@ -20,8 +20,8 @@ def smallest_share(budget: Budget, dense: float, cost: Callable[[float], float],
 
     Args:
         budget: The budget.
-        dense: What the dense model costs.
-        cost: What the model costs with a share of it pruned.
+        dense: Cost of the dense model.
+        cost: Cost of the model with a share of it pruned.
         progress: Called with how far the search is.
 
     Raises:

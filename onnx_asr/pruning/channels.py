@@ -47,7 +47,7 @@ _STEP = 0.01  # of the sparsity
 CHANNELS_TIED = Reason(
     "channels-tied-to-skipped-layer", "its channels can only be removed together with those of a layer that is skipped"
 )
-CHANNELS_UNKNOWN = Reason("channels-unknown", "its output channels cannot be told apart")
+CHANNELS_UNKNOWN = Reason("channels-unknown", "its output channels cannot be traced")
 CHANNELS_FROZEN = Reason("channels-cannot-be-removed", "its channels cannot be removed: {why}")
 
 
@@ -72,7 +72,7 @@ class ChannelPruneResult:
 
     Attributes:
         model: The smaller copy.
-        options: What was asked for.
+        options: The requested options.
         sparsity: Share of channels removed; with a target, what the search found.
         before: Size of the given model.
         after: Size of the smaller one.
@@ -116,8 +116,8 @@ def prune_channels(
 
     Args:
         model: The dense model: a path, or an object of onnx, onnx-graphsurgeon or onnx-ir, which is not changed.
-        options: What to remove, and how much; at least a sparsity or a target. A group takes part when all layers that
-            make it do.
+        options: Channels to remove, and how many; at least a sparsity or a target. A group takes part when all layers
+            that make it do.
         input_shapes: Shapes of inputs with open sizes, for FLOPs and latency; by default their batch is 1 and their
             other open sizes are 224.
         execution: How latency is measured; progress.
@@ -155,7 +155,7 @@ class _Cutter:
         makers: Layers that make them.
         scores: Their scores.
         scope: Where scores are compared.
-        multiple: What the number of units left in a group is rounded to.
+        multiple: The number of units left in a group is rounded to multiples of this.
     """
 
     index: GraphIndex

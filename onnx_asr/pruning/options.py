@@ -27,7 +27,7 @@ SENSITIVITY_SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 
 @dataclass(frozen=True)
 class Budget:
-    """What a pruned model may cost.
+    """A limit on the cost of a pruned model.
 
     Attributes:
         measure: "latency": of a run in onnxruntime, for whole channels. "size": bytes of the file where channels are
@@ -185,7 +185,7 @@ class ChannelPruneOptions:
 
 @dataclass(frozen=True)
 class SensitivityOptions:
-    """What to try every layer at.
+    """Sparsities to try in every layer.
 
     Attributes:
         sparsities: Sparsities to try every layer at, each above 0 and below 1.

@@ -50,7 +50,7 @@ class ShrinkResult:
     Attributes:
         model: The smaller copy.
         layers: Layers that lost output channels.
-        notes: What else a user should know.
+        notes: Further remarks for the user.
         error: Largest relative difference of an output on random input, ``|y - y'| / |y|``.
         before: Size of the given model.
         after: Size of the smaller one.

@@ -42,12 +42,12 @@ class PruneResult:
 
     Attributes:
         model: The pruned copy.
-        options: What was asked for.
+        options: The requested options.
         before: Size of the given model.
         after: Size of the pruned one.
         layers: Weights that took part, in file order.
         skips: Nodes with weights that took no part, and why.
-        notes: What else a user should know.
+        notes: Further remarks for the user.
     """
 
     derived: ClassVar = ("sparsity", "helps", "modified")
@@ -72,7 +72,7 @@ class PruneResult:
 
     @property
     def helps(self) -> str:
-        """What the zeros are good for."""
+        """Where zeros in this pattern save time or space."""
         return Pattern.parse(self.options.pattern).helps
 
 
@@ -97,10 +97,10 @@ def prune(
 
     Args:
         model: The dense model: a path, or an object of onnx, onnx-graphsurgeon or onnx-ir, which is not changed.
-        data: Calibration samples for scores and scopes that need them, as for :func:`onnx_asr.repair`; else None. What
-            scope "sensitivity" does with them: :func:`onnx_asr.sensitivity`.
-        options: What to zero, and how much; at least a sparsity, a target or an N:M pattern.
-        preprocessing: What to do to images.
+        data: Calibration samples for scores and scopes that need them, as for :func:`onnx_asr.repair`; else None.
+            Scope "sensitivity" uses them as :func:`onnx_asr.sensitivity` does.
+        options: Weights to zero, and how many; at least a sparsity, a target or an N:M pattern.
+        preprocessing: Of images.
         input_shapes: Shapes of inputs with open sizes, for FLOPs; by default their batch is 1 and their other open
             sizes are 224.
         execution: Execution providers, memory limit, progress.
@@ -195,7 +195,7 @@ def _tried(options: PruneOptions, dense: Cost) -> list[float]:
 
 
 def _cost(budget: Budget, cost: Cost) -> int:
-    """What the budget limits: zeros count only as far as compression, or a sparse kernel, makes use of them."""
+    """The cost that the budget limits: zeros count as far as compression, or a sparse kernel, makes use of them."""
     return cost.compressed if budget.measure == "size" else cost.nonzero_flops
 
 

@@ -119,7 +119,7 @@ class SweepSettings:
 
     Attributes:
         scope: Where ``prune`` compares scores.
-        score: What ``prune`` ranks weights by.
+        score: Score by which ``prune`` ranks weights.
         include: Prune only nodes or weights whose name matches one of these regular expressions; empty for all.
         exclude: Spare nodes or weights whose name matches one of these regular expressions.
         rounds: Mask rounds of ``compress``.

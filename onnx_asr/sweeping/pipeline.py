@@ -53,7 +53,7 @@ def sweep(
         test: Samples to score on, all of them; None for those that the repair options hold out of ``data``, which
             "auto" (and scope "sensitivity") use to choose.
         labels: A table of labels for the scored samples, where they are a folder of images.
-        preprocessing: What to do to images.
+        preprocessing: Of images.
         results: A JSON file that is rewritten after every cell. An existing file is continued: its finished cells are
             kept, those of another grid too, and failed ones are tried again.
         workers: Processes to run cells in; 1 for this process, None for one per core, at most 8. More than one needs

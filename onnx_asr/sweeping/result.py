@@ -49,10 +49,10 @@ class SweepResult:
     """The cells of a sweep, those that were finished by an earlier run included.
 
     Attributes:
-        conditions: What the scores depend on besides the cells: digests of the dense model and the samples, settings.
+        conditions: Digests of the dense model and the samples, settings: all that scores depend on but the cell.
         dense: The dense model's own score.
         cells: Outcome of every cell, in the order of a table.
-        notes: What else a user should know.
+        notes: Further remarks for the user.
     """
 
     derived: ClassVar = ("version", "measure")

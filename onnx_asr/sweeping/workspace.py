@@ -36,14 +36,14 @@ from onnx_asr.version import __version__
 
 @dataclass(frozen=True)
 class Setup:
-    """What a process needs to make its workspace.
+    """Arguments from which a process makes its workspace.
 
     Attributes:
         dense: The dense model, as the sweep was given it.
         data: Calibration samples.
         test: Samples to score on; None for the held-out ones of ``data``.
         labels: A table of labels for the scored samples, where they are a folder of images.
-        preprocessing: What to do to images.
+        preprocessing: Of images.
         settings: Settings that all cells share.
     """
 
@@ -57,10 +57,10 @@ class Setup:
 
 @dataclass(frozen=True)
 class Workspace:
-    """What all cells of a process use.
+    """Everything that the cells of a process share.
 
     Attributes:
-        setup: What it was made from; its repair options split ``calibration`` as for ``auto``.
+        setup: Its arguments; the repair options split ``calibration`` as for ``auto``.
         dense: The dense model.
         calibration: The data to calibrate on.
         chosen: Number of calibration samples.
@@ -68,7 +68,7 @@ class Workspace:
         indices: Of the scored samples.
         labels: Classes of the scored samples, where known.
         reference: The dense model's outputs on them.
-        notes: What a user should know about the samples.
+        notes: Remarks on the model and the samples.
         conditions: Digests and settings; workspaces with equal conditions give equal scores.
     """
 

@@ -232,6 +232,6 @@ def test_refusals() -> None:
     with pytest.raises(ModelError, match="not the same network"):
         onnx_asr.inspect(model, dense=dense_net(), data={"x": images(4, seed=0)})
     with pytest.raises(
-        OptionError, match=r"no layer 'Conv:stam' among the \d+: give one of their names, such as 'Conv:stem'"
+        OptionError, match=r"no layer 'Conv:stam': give the name of one of the \d+ layers, such as 'Conv:stem'"
     ):
         onnx_asr.inspect(model).layer("Conv:stam")
