@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-MODELS = ROOT / "models"
-ASSETS = ROOT.parent / "shared" / "assets"
+from tools.paths import MODELS, ROOT
+
 DENSE = str(MODELS / "digits_resnet.onnx")
 FOLDER = str(MODELS / "data" / "digits_calibration")
 CALIBRATION = str(MODELS / "data" / "digits_calibration.npz")

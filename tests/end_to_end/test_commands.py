@@ -15,20 +15,8 @@ import pytest
 from onnx import numpy_helper
 
 from onnx_asr.repairing.options import METHODS
-from tests.end_to_end.conftest import (
-    ASSETS,
-    CALIBRATION,
-    DENSE,
-    FEW,
-    FOLDER,
-    MODELS,
-    PRESET,
-    ROOT,
-    VALIDATION,
-    cli,
-    command,
-    environment,
-)
+from tests.end_to_end.conftest import CALIBRATION, DENSE, FEW, FOLDER, PRESET, VALIDATION, cli, command, environment
+from tools.paths import ASSETS, MODELS, ROOT
 
 
 def zeros(path) -> dict[str, np.ndarray]:

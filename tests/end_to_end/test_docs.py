@@ -16,8 +16,9 @@ from onnx import numpy_helper
 from PIL import Image
 
 import onnx_asr
-from tests.end_to_end.conftest import PRESET, ROOT, VALIDATION, cli, environment, run_blocks
+from tests.end_to_end.conftest import PRESET, VALIDATION, cli, environment, run_blocks
 from tests.graphs import first_output, net
+from tools.paths import ROOT
 
 DOCS = ROOT / "docs"
 SECTIONS = re.findall(r"^## (.*)\n((?:(?!^## ).*\n)*)", (DOCS / "howto.md").read_text(), re.MULTILINE)

@@ -10,7 +10,8 @@ import pytest
 from onnx import numpy_helper, parser
 from PIL import Image
 
-from tests.end_to_end.conftest import CALIBRATION, DENSE, FOLDER, MODELS, PRESET, VALIDATION, cli
+from tests.end_to_end.conftest import CALIBRATION, DENSE, FOLDER, PRESET, VALIDATION, cli
+from tools.paths import MODELS
 
 DATA = ("--data", CALIBRATION, *PRESET)
 OTHER = str(MODELS / "digits_vgg.onnx")

@@ -20,8 +20,9 @@ import pytest
 from PIL import Image
 
 import onnx_asr
-from tests.end_to_end.conftest import ROOT, environment
+from tests.end_to_end.conftest import environment
 from tools.paper.grid import scaled
+from tools.paths import ROOT
 
 NET = "resnet50"  # the one that the paper's ablation is about; what stands in for it is a net of models/
 SPARSITY, IMAGES, SCORED = "0.9", 256, 200

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import onnx
 
-from tests.end_to_end.conftest import ROOT, run_blocks
+from tests.end_to_end.conftest import run_blocks
+from tools.paths import ROOT
 
 if sys.version_info >= (3, 11):
     import tomllib

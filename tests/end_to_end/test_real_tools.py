@@ -15,8 +15,9 @@ from onnxruntime.quantization import CalibrationDataReader, quantize_static
 import onnx_asr
 from onnx_asr.cli.app import run as command
 from onnx_asr.errors import StructureError
-from tests.end_to_end.conftest import ASSETS, CALIBRATION, PRESET
+from tests.end_to_end.conftest import CALIBRATION, PRESET
 from tests.graphs import copy, digit_images, digits, folded, kl, pruned
+from tools.paths import ASSETS
 
 NETS = ("resnet", "vgg", "mobilenet", "densenet")
 OPTIONS = onnx_asr.RepairOptions(method="paired", samples=128, verify_samples=64)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import CALIBRATION, DENSE, FEW, FOLDER, PRESET, ROOT, cli, environment
+from tests.end_to_end.conftest import CALIBRATION, DENSE, FEW, FOLDER, PRESET, cli, environment
+from tools.paths import ROOT
 
 DATA = ("--dense", DENSE, "--data", FOLDER, *PRESET)
 QUICK = ("--refit-rows", 1000, "--rounds", 1, "--sparsity", 0.9)

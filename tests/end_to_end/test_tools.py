@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import ROOT
+from tools.paths import ROOT
 
 OPTIONAL = ("torch", "torchvision", "torch_pruning", "sklearn")
 SCRIPTS = [
