@@ -105,7 +105,7 @@ class PruneOptions:
         seed: Seed of the draw.
     """
 
-    derived: ClassVar = ("budget",)
+    derived: ClassVar[tuple[str, ...]] = ("budget",)
 
     sparsity: float | None = None
     target_size: float | None = field(default=None, kw_only=True)
@@ -159,8 +159,8 @@ class ChannelPruneOptions:
         exclude: Spare layers whose node or weight name matches one of these regular expressions.
     """
 
-    pattern: ClassVar = "channel"
-    derived: ClassVar = ("budget", "pattern")
+    pattern: ClassVar[str] = "channel"
+    derived: ClassVar[tuple[str, ...]] = ("budget", "pattern")
 
     sparsity: float | None = None
     target_latency: float | None = field(default=None, kw_only=True)
