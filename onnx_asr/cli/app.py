@@ -55,6 +55,7 @@ _FORM: dict[str, Any] = {
 }
 PROGRAM = App(
     DISTRIBUTION,
+    help_format="plaintext",  # which needs no parser of Markdown
     help="Give a pruned ONNX vision network its accuracy back: no retraining, no labels, no PyTorch.",
     help_epilogue=EXIT_CODES,
     version=f"{DISTRIBUTION} {__version__}",
@@ -71,7 +72,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     for function in (demo, prune, repair, compress, shrink, sensitivity, evaluate, inspect, view, sweep)
 }
 for _place, _function in enumerate(COMMANDS.values()):
-    PROGRAM.command(_function, sort_key=_place, help_epilogue="", **_FORM)
+    PROGRAM.command(_function, sort_key=_place, help_epilogue="", help_format="markdown", **_FORM)
 for _flag in ("--help", "--version"):
     PROGRAM[_flag].group = PANELS["Options"]
 
