@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from onnx_asr.cli.demo import DemoResult
     from onnx_asr.graph.skips import Skip
     from onnx_asr.measuring.inspection import Inspection, Layer
-    from onnx_asr.networks.cost import Cost
     from onnx_asr.networks.fidelity import Fidelity
     from onnx_asr.networks.latency import Latency
     from onnx_asr.networks.sparsity import LayerSparsity
@@ -46,18 +45,14 @@ def prune(result: PruneResult, path: str, verbose: bool, latency: Latency | None
     """Every layer, the sum, what took no part, and the cost before and after."""
     yield _layers(result.layers)
     yield from _remarks(result.skips, result.notes, verbose)
-    yield from _costs(result.before, result.after, latency)
-    yield result.helps
-    yield _written(path)
+    yield from _ending(result, path, latency)
 
 
 def prune_channels(result: ChannelPruneResult, path: str, verbose: bool, latency: Latency | None) -> Shown:
     """Every group of channels, what took no part, and the cost before and after."""
     yield _groups(result.groups, verbose)
     yield from _remarks(result.skips, (), verbose)
-    yield from _costs(result.before, result.after, latency)
-    yield result.helps
-    yield _written(path)
+    yield from _ending(result, path, latency)
 
 
 def shrink(result: ShrinkResult, path: str, verbose: bool, latency: Latency | None) -> Shown:
@@ -65,10 +60,7 @@ def shrink(result: ShrinkResult, path: str, verbose: bool, latency: Latency | No
     yield _groups(result.layers, verbose) if result.layers else "no channel can be removed"
     yield from _remarks((), result.notes, verbose)
     yield f"outputs differ by {_number(result.error)} of their size on random input"
-    yield from _costs(result.before, result.after, latency)
-    if result.layers:
-        yield result.helps
-    yield _written(path)
+    yield from _ending(result, path, latency)
 
 
 def repair(result: RepairResult, path: str | None, verbose: bool) -> Shown:
@@ -90,9 +82,7 @@ def compress(result: CompressResult, path: str | None, verbose: bool, latency: L
     yield from _rewritten(result.repair, verbose)
     if result.repair.verification is not None:
         yield _verification(result.repair.verification, "last mask, no repair", "compressed")
-    yield from _costs(result.before, result.after, latency)
-    yield result.helps
-    yield _written(path)
+    yield from _ending(result, path, latency)
 
 
 def inspection(result: Inspection, verbose: bool) -> Shown:
@@ -242,7 +232,10 @@ def _groups(groups: Sequence[ChannelGroup], verbose: bool) -> Table:
     return _table(groups, columns)
 
 
-def _costs(before: Cost, after: Cost, latency: Latency | None) -> Shown:
+def _ending(
+    result: PruneResult | ChannelPruneResult | ShrinkResult | CompressResult, path: str | None, latency: Latency | None
+) -> Shown:
+    """The cost before and after, what that is good for, and where the model is."""
     table = _columns("cost", ">before", ">after", ">share")
     for label, name in (
         ("parameters", "parameters"),
@@ -252,7 +245,7 @@ def _costs(before: Cost, after: Cost, latency: Latency | None) -> Shown:
         ("bytes", "size"),
         ("bytes after gzip", "compressed"),
     ):
-        old, new = getattr(before, name), getattr(after, name)
+        old, new = getattr(result.before, name), getattr(result.after, name)
         table.add_row(label, f"{old:,}", f"{new:,}", _percent(new / max(1, old)))
     if latency is not None:
         old_ms, new_ms = (f"{1000 * seconds:.3g}" for seconds in (latency.seconds_before, latency.seconds_after))
@@ -266,6 +259,9 @@ def _costs(before: Cost, after: Cost, latency: Latency | None) -> Shown:
         )
         if latency.high - latency.low > _WIDE:
             yield "note: that is a wide spread, as on a busy machine; measure again when it is idle"
+    if result.before != result.after:
+        yield result.helps
+    yield _written(path)
 
 
 def _layers(layers: Sequence[LayerSparsity]) -> Table:
