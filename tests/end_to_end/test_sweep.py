@@ -231,5 +231,5 @@ def test_refusals_leave_no_file(tmp_path: Path) -> None:
         assert words in cli(*base, *arguments).error
         assert list(tmp_path.iterdir()) == []
     target.write_text("something else")
-    assert "is not the result of a sweep" in cli(*base).error
+    assert "is not the results file of a sweep" in cli(*base).error
     assert target.read_text() == "something else"
