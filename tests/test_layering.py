@@ -108,7 +108,7 @@ def test_a_room_may_not_import_other_libraries(name: str) -> None:
         ("graph.x", "from onnx_asr import networks"),
         ("engine.x", "from onnx_asr.numerics.masks import Mask"),
         ("data.x", "from onnx import helper"),
-        ("channels.x", "from onnx_asr.networks.parameters import Draft"),
+        ("channels.x", "from onnx_asr.networks.draft import Draft"),
         ("networks.x", "from onnx_asr.cli.demo import run_demo"),
         ("networks.x", "from onnx_asr.repairing.pipeline import repair"),
         ("repairing.x", "from onnx_asr.pruning.compression import compress"),

@@ -24,9 +24,9 @@ from onnx_asr.data import Dataset
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import Point
 from onnx_asr.json_values import key
+from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Pair
-from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.samples import (
     Calibration,
     batch_size_for,

@@ -22,7 +22,7 @@ from onnx_asr.graph.layers import Layer
 from onnx_asr.graph.match import Pairing, match
 from onnx_asr.graph.model_io import check_finite, inlined_functions
 from onnx_asr.graph.points import LayerPoint, Point, Survey, survey, without_selected
-from onnx_asr.networks.parameters import Draft
+from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.samples import input_specs
 from onnx_asr.numerics.gains import BatchNormParameters
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from onnx_asr.engine.buffers import BufferPool
 from onnx_asr.engine.lane import Chunk, Lane
+from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution
-from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.samples import Calibration, feeds, input_specs
 from onnx_asr.numerics.rows import MEMORY, BufferStore
 

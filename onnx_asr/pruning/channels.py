@@ -32,9 +32,9 @@ from onnx_asr.graph.shapes import InputShapes
 from onnx_asr.graph.skips import Reason, Skip
 from onnx_asr.json_values import key
 from onnx_asr.networks.cost import Cost, cost, flops
+from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution, Progress
 from onnx_asr.networks.latency import Latency, Stopwatch
-from onnx_asr.networks.parameters import Draft
 from onnx_asr.numerics.masks import keep_count, keep_largest
 from onnx_asr.pruning.budget import smallest_share, unreachable
 from onnx_asr.pruning.masks import prunable_weights

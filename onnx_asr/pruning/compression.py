@@ -31,9 +31,9 @@ from onnx_asr.graph.model_io import ModelSource, load
 from onnx_asr.graph.shapes import InputShapes
 from onnx_asr.json_values import MERGED, key
 from onnx_asr.networks.cost import Cost, cost
+from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution, timed
 from onnx_asr.networks.pair import Network, Pair
-from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.sparsity import LayerSparsity, collapse_note
 from onnx_asr.numerics.patterns import Pattern
@@ -54,7 +54,7 @@ from onnx_asr.repairing.pipeline import run_method, verified
 from onnx_asr.repairing.refit import repair_refit
 from onnx_asr.repairing.result import RepairResult
 from onnx_asr.repairing.rows import DenseRows
-from onnx_asr.repairing.samples import Samples
+from onnx_asr.repairing.verification import Samples
 
 LAST_ROWS = 2
 """Sampled positions of the last round, as a multiple of the refit recipe's."""

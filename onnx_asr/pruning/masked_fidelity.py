@@ -8,16 +8,16 @@ import numpy as np
 
 from onnx_asr.arrays import Floats, Mask
 from onnx_asr.graph.points import weight_of
+from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Fidelity
 from onnx_asr.networks.pair import Network
-from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.numerics.patterns import Pattern
 from onnx_asr.pruning.masks import PrunableWeight, make_masks
 from onnx_asr.repairing.refit import write_refit
 from onnx_asr.repairing.rows import RowSampler, dense_rows
-from onnx_asr.repairing.samples import Verifier
+from onnx_asr.repairing.verification import Verifier
 
 
 def layer_masks(

@@ -9,9 +9,9 @@ import numpy as np
 from onnx_asr.arrays import Floats
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import LayerPoint, weight_of
+from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Network, overflow
-from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.walk import Walk
 from onnx_asr.numerics.moments import Accumulator, Moments

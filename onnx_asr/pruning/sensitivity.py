@@ -19,7 +19,7 @@ from onnx_asr.pruning.masked_fidelity import fidelity_under_masks, layer_masks
 from onnx_asr.pruning.masks import prunable_weights
 from onnx_asr.pruning.options import Score, SensitivityOptions
 from onnx_asr.pruning.scores import weight_scores
-from onnx_asr.repairing.samples import Samples, Verifier
+from onnx_asr.repairing.verification import Samples, Verifier
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ from onnx_asr.graph.model_io import ModelSource, check_finite, load
 from onnx_asr.graph.points import LayerPoint, survey
 from onnx_asr.graph.shapes import InputShapes
 from onnx_asr.networks.cost import Cost, cost
+from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.latency import random_feeds
-from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.samples import Chunk
 from onnx_asr.numerics.gains import ChannelAffine
 from onnx_asr.pruning.channels import ChannelGroup, ChannelPruneResult

@@ -28,7 +28,7 @@ from onnx_asr.pruning.masks import PrunableWeight, prunable_weights, split_narro
 from onnx_asr.pruning.options import SENSITIVITY_SPARSITIES, Budget, PruneOptions
 from onnx_asr.pruning.scores import data_free_scores, weight_scores
 from onnx_asr.repairing.options import RepairOptions
-from onnx_asr.repairing.samples import Samples, Verifier
+from onnx_asr.repairing.verification import Samples, Verifier
 
 _FOLDED = (
     "no BatchNormalization follows these layers; where it was folded into them, the magnitudes of different channels "

@@ -14,14 +14,14 @@ from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.model_io import digest
 from onnx_asr.graph.points import weight_of
+from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Network, Pair
-from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.sparsity import LayerSparsity, collapse_note, share_of_zeros
 from onnx_asr.repairing.options import Method, RepairOptions
 from onnx_asr.repairing.point_report import PointReport
-from onnx_asr.repairing.samples import Samples, Verifier
+from onnx_asr.repairing.verification import Samples, Verifier
 from onnx_asr.version import __version__
 
 _NO_DENSE = (

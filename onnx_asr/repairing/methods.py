@@ -9,8 +9,8 @@ import numpy as np
 
 from onnx_asr.errors import DataError
 from onnx_asr.graph.skips import Skip
+from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution
-from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.samples import Calibration, load_calibration
 from onnx_asr.repairing.channelwise import Track, batchnorm_track, gain_track, paired_track, walk
 from onnx_asr.repairing.job import RepairJob
@@ -18,7 +18,7 @@ from onnx_asr.repairing.moving_average import recalibrate_ema
 from onnx_asr.repairing.options import RepairOptions
 from onnx_asr.repairing.point_report import Reports
 from onnx_asr.repairing.refit import refit_skips, repair_refit
-from onnx_asr.repairing.samples import Samples
+from onnx_asr.repairing.verification import Samples
 
 
 @dataclass(frozen=True)

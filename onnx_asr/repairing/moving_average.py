@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from onnx_asr.engine.lane import Lane
 from onnx_asr.graph.points import Point
+from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Network, by_level, overflow
-from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.walk import Walk
 from onnx_asr.numerics.gains import BatchNormParameters, is_live, recalibrate

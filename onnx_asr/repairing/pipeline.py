@@ -8,8 +8,8 @@ from dataclasses import replace
 from onnx_asr.data import Dataset, Preprocessing
 from onnx_asr.data.sources import DataSource
 from onnx_asr.graph.model_io import ModelSource, load
+from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution, timed
-from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.sparsity import share_of_zeros
 from onnx_asr.repairing.channelwise import batchnorm_track, paired_track, walk
@@ -18,7 +18,7 @@ from onnx_asr.repairing.methods import correct
 from onnx_asr.repairing.options import Method, RepairOptions
 from onnx_asr.repairing.point_report import unconverged
 from onnx_asr.repairing.result import Candidate, RepairResult, Verification
-from onnx_asr.repairing.samples import Verifier
+from onnx_asr.repairing.verification import Verifier
 
 CANDIDATE_SAMPLES = 256
 RELIABILITY_POWER = 0.25

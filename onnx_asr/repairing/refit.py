@@ -18,9 +18,9 @@ from onnx_asr.arrays import Floats, Mask
 from onnx_asr.graph.context import contexts, steps
 from onnx_asr.graph.points import LayerPoint, Point, skip
 from onnx_asr.graph.skips import Reason, Skip
+from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Pair, overflow
-from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.walk import Walk
 from onnx_asr.numerics.gains import BatchNormParameters

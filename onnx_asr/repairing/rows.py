@@ -16,9 +16,9 @@ from onnx_asr.engine.lane import Chunk, Lane
 from onnx_asr.graph.context import Context, contexts, steps
 from onnx_asr.graph.index import GraphIndex, attribute
 from onnx_asr.graph.points import LayerPoint
+from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Network, Pair, unequal
-from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.walk import Walk
 from onnx_asr.numerics.patches import (

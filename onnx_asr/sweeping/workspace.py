@@ -28,7 +28,7 @@ from onnx_asr.pruning.zeros import prune
 from onnx_asr.repairing.options import Method, RepairOptions
 from onnx_asr.repairing.pipeline import repair
 from onnx_asr.repairing.result import RepairResult
-from onnx_asr.repairing.samples import Samples
+from onnx_asr.repairing.verification import Samples
 from onnx_asr.sweeping.grid import CHANNEL, Cell, PruneGoal, SweepSettings
 from onnx_asr.sweeping.result import Outcome
 from onnx_asr.version import __version__

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from onnx_asr.engine.lane import Chunk, Lane
+from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution
-from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.walk import Walk
 from tests.graphs import images, index, net, residual_net, run

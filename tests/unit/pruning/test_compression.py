@@ -13,8 +13,8 @@ import pytest
 
 from onnx_asr.errors import OptionError
 from onnx_asr.json_values import plain
+from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution
-from onnx_asr.networks.parameters import Draft
 from onnx_asr.networks.walk import Walk
 from onnx_asr.pruning.compression import CompressOptions, compress
 from onnx_asr.pruning.options import PruneOptions

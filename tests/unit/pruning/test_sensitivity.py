@@ -19,7 +19,7 @@ from onnx_asr.pruning.options import PruneOptions
 from onnx_asr.pruning.sensitivity import AtSparsity, LayerSensitivity, SensitivityResult
 from onnx_asr.pruning.zeros import prune
 from onnx_asr.repairing.options import RefitRecipe, RepairOptions
-from onnx_asr.repairing.samples import Samples, Verifier
+from onnx_asr.repairing.verification import Samples, Verifier
 from onnx_asr.report.sensitivity_figure import write_sensitivity
 from tests.graphs import copy, dense_net, first_output, folded, images, net, parameter, positions, residual_net
 

@@ -25,7 +25,7 @@ from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.samples import input_specs
 from onnx_asr.repairing.options import RefitRecipe, RepairOptions
 from onnx_asr.repairing.pipeline import repair
-from onnx_asr.repairing.samples import split_samples
+from onnx_asr.repairing.verification import split_samples
 from tests.graphs import (
     bn,
     copy,
@@ -48,7 +48,7 @@ from tests.graphs import (
     weights,
 )
 
-samples_module = importlib.import_module("onnx_asr.repairing.samples")
+samples_module = importlib.import_module("onnx_asr.repairing.verification")
 
 METHODS = ("paired", "refit", "asr", "raw", "layerwise", "bn")
 NETS = ("residual", "dense", "digits_resnet", "digits_vgg", "digits_mobilenet", "digits_densenet")

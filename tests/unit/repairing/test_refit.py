@@ -15,8 +15,8 @@ import onnx_asr
 import onnx_asr.numerics.refit as refit_numerics
 import onnx_asr.repairing.rows as refit_samples
 from onnx_asr.data import sample_indices
+from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.fidelity import compare
-from onnx_asr.networks.parameters import Draft
 from onnx_asr.numerics.patches import sample_positions
 from onnx_asr.numerics.refit import LayerRefit
 from onnx_asr.numerics.rows import SolverLimits

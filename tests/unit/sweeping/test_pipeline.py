@@ -23,7 +23,7 @@ from onnx_asr.engine.session import Runtime
 from onnx_asr.errors import DataError, OptionError, OutputError
 from onnx_asr.json_values import plain
 from onnx_asr.repairing.options import RefitRecipe, RepairOptions
-from onnx_asr.repairing.samples import split_samples
+from onnx_asr.repairing.verification import split_samples
 from onnx_asr.report.data import Run
 from onnx_asr.report.figures import svg
 from onnx_asr.report.html import render

@@ -7,7 +7,7 @@ import onnx
 import pytest
 
 from onnx_asr.graph.points import survey
-from onnx_asr.networks.parameters import Draft
+from onnx_asr.networks.draft import Draft
 from onnx_asr.numerics.gains import BatchNormParameters, ChannelAffine
 from tests.graphs import LAYERS, bn, constant, first_output, images, index, layer, net, run, set_parameter
 
