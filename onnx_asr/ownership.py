@@ -16,18 +16,16 @@ _FILE = re.compile(rf"^{PACKAGE}/", re.MULTILINE)
 def check_owner() -> None:
     """Refuse to run where another distribution has put files into the import package.
 
-    Same result as ``importlib.metadata.packages_distributions()``, without parsing every distribution's list of files.
+    Same result as ``importlib.metadata.packages_distributions()``, without parsing all metadata and lists of files.
 
     Raises:
         OnnxAsrError: Naming the other distribution, and how to install both apart.
     """
     others = set()
     for distribution in distributions():
-        name = distribution.metadata["Name"] or ""
-        if re.sub(r"[-_.]+", "-", name).lower() != DISTRIBUTION and _FILE.search(
-            distribution.read_text("RECORD") or ""
-        ):
-            others.add(name)
+        if _FILE.search(distribution.read_text("RECORD") or ""):
+            others.add(distribution.metadata["Name"] or "")
+    others = {name for name in others if re.sub(r"[-_.]+", "-", name).lower() != DISTRIBUTION}
     if others:
         names = ", ".join(sorted(others))
         raise OnnxAsrError(
