@@ -58,7 +58,6 @@ PROGRAM = App(
     help_format="plaintext",  # which needs no parser of Markdown
     help="Give a pruned ONNX vision network its accuracy back: no retraining, no labels, no PyTorch.",
     help_epilogue=EXIT_CODES,
-    help_format="plaintext",
     version=f"{DISTRIBUTION} {__version__}",
     config=_refuse_fractions,
     print_error=False,
