@@ -16,12 +16,10 @@ from typing import Annotated, Any, NoReturn
 from cyclopts import App, ArgumentCollection, CoercionError, CycloptsError, Parameter
 
 from onnx_asr.blas import BLAS_THREADS
-from onnx_asr.cli.command import BAD_INPUT, DONE, INTERRUPTED
-from onnx_asr.cli.making import compress, demo, prune, repair, shrink
-from onnx_asr.cli.measuring import evaluate, inspect, sensitivity, view
+from onnx_asr.cli import commands
+from onnx_asr.cli.outcome import BAD_INPUT, DONE, INTERRUPTED
 from onnx_asr.cli.parameters import PANELS
 from onnx_asr.cli.supervision import announce, supervised
-from onnx_asr.cli.sweeping import sweep
 from onnx_asr.cli.terminal import Terminal, drop_stdout, leave_progress, say, say_traceback
 from onnx_asr.errors import OnnxAsrError, OptionError, is_interrupt
 from onnx_asr.ownership import DISTRIBUTION, check_owner
@@ -67,10 +65,9 @@ PROGRAM = App(
     **_FORM,
 )
 
-COMMANDS: dict[str, Callable[..., int]] = {
-    function.__name__: function
-    for function in (demo, prune, repair, compress, shrink, sensitivity, evaluate, inspect, view, sweep)
-}
+_MAKING = (commands.demo, commands.prune, commands.repair, commands.compress, commands.shrink)
+_MEASURING = (commands.sensitivity, commands.evaluate, commands.inspect, commands.view, commands.sweep)
+COMMANDS: dict[str, Callable[..., int]] = {function.__name__: function for function in (*_MAKING, *_MEASURING)}
 for _place, _function in enumerate(COMMANDS.values()):
     PROGRAM.command(_function, sort_key=_place, help_epilogue="", help_format="markdown", **_FORM)
 for _flag in ("--help", "--version"):

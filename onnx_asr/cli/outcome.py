@@ -1,4 +1,4 @@
-"""What commands have in common: the report of one, what it writes, how it ends."""
+"""What comes out of a command: its report, the model it writes, its exit code."""
 
 from __future__ import annotations
 
