@@ -144,7 +144,7 @@ def _code_of(work: Callable[[], int], debug: bool) -> int:
     """The exit code of some work; if it fails, that of the error, which is printed."""
     try:
         return work()
-    except BrokenPipeError:  # the reader of a help text has left
+    except (BrokenPipeError, SystemExit):  # the reader of a help text has left; SystemExit is rich's word for it
         drop_stdout()
         return DONE
     except (Exception, KeyboardInterrupt) as error:

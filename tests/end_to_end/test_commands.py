@@ -391,6 +391,14 @@ def test_a_reader_that_leaves_changes_nothing(tmp_path):
     assert target.exists()
 
 
+def test_a_reader_of_the_help_may_leave():
+    process = subprocess.Popen([*command(), "repair", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+
 @pytest.mark.skipif(not (ASSETS / "cifar10").is_dir(), reason="../shared/assets is not there")
 def test_resnet20_at_90_percent(tmp_path):
     dense = ASSETS / "cifar10/resnet20_bn.onnx"
