@@ -197,9 +197,7 @@ class Tracer:
             entries = [before[number] for number in chosen]
         if entries is None:
             for name in node.input:
-                for entry in self.sizes.get(name, ()):
-                    if isinstance(entry, np.ndarray):
-                        self.freeze(entry, f"{self.name(position)} computes with their number")
+                self._freeze_tensor(name, f"{self.name(position)} computes with their number")
             return True
         if any(isinstance(entry, np.ndarray) for entry in entries):
             self.sizes[node.output[0]] = entries

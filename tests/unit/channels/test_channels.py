@@ -378,6 +378,11 @@ FROZEN: dict[str, tuple[str, dict[str, Any], str]] = {
         {"wy": (6, 6, 1, 1)},
         "computes with their number",
     ),
+    "expanded": (
+        "a = Conv (x, wa) g = GlobalAveragePool (a) b = Conv (x, wc) s = Shape (b) e = Expand (g, s) y = Conv (e, wy)",
+        {"wc": (6, 4, 1, 1), "wy": (5, 6, 1, 1)},
+        "computes with their number",
+    ),
     "spread": ("a = Conv (x, w1) b = Conv (x, wa) y = Mul (a, b)", {"w1": (1, 4, 1, 1)}, "broadcasts one channel"),
 }
 
