@@ -22,8 +22,7 @@ def _layer(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
     layer = Layer.of(tracer.index, position)
     if isinstance(layer, Reason):
         raise Obstacle(layer.text)
-    layout, slot = layer.layout, layer.weight_slot
-    bias_name = layer.bias_name(node)
+    layout, slot, bias_name = layer.layout, layer.weight_slot, layer.bias_name(node)
     bias = tracer.constant(bias_name, "bias") if bias_name else None
     labels, out_axis = _source(tracer, node, layer)
     ids = tracer.new(layout.channels)
@@ -56,7 +55,8 @@ def _layer(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
         constant = np.where(np.isnan(constant), through + added, constant)
     if layer.bias_slot is not None and (bias is None or (bias.ndim and bias.shape[-1] > 1)):
         tracer.slices.append(Sliced(position, layer.bias_slot, 0 if bias is None else bias.ndim - 1, ids))
-    tracer.make(node.output[0], out_axis, ids, constant)
+    tracer.labels[node.output[0]] = ChannelLabels(out_axis, ids, constant)
+    tracer.made.append(node.output[0])
 
 
 def _source(tracer: Tracer, node: onnx.NodeProto, layer: Layer) -> tuple[ChannelLabels | None, int]:
@@ -81,7 +81,7 @@ def pads(node: onnx.NodeProto) -> bool:
 def _normalization(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLabels) -> ChannelLabels:
     slots = PER_CHANNEL_SLOTS[node.op_type]
     values = [tracer.constant(node.input[slot], "parameters") for slot in slots]
-    if any(value.shape != labels.ids.shape for value in values) or len([name for name in node.output if name]) > 1:
+    if any(value.shape != labels.ids.shape for value in values) or any(node.output[1:]):
         raise Obstacle("it does not normalize channel by channel")
     tracer.slices.extend(Sliced(position, slot, 0, labels.ids) for slot in slots)
     constant = varying(len(labels.ids))
@@ -94,7 +94,8 @@ def _normalization(tracer: Tracer, position: int, node: onnx.NodeProto, labels: 
 def _elementwise(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
     """Join the units of operands, any number of them, that are broadcast against each other."""
     names = list(dict.fromkeys(name for name in node.input if name))
-    if not any(name in tracer.labels for name in names):
+    labelled = [name for name in names if name in tracer.labels]
+    if not labelled:
         return
     if attribute(node, "broadcast", 0):
         raise Obstacle("it uses the broadcasting of operator sets below 7")
@@ -102,23 +103,20 @@ def _elementwise(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
     rank = len(shape)
     found: list[ChannelLabels] = []
     constant = True
-    for name in names:
-        if name in tracer.labels:
-            labels = tracer.labels[name]
-            axis = labels.axis + rank - len(tracer.shape(name))
-            if len(labels.ids) == shape[axis]:
-                found.append(replace(labels, axis=axis))
-            else:
-                tracer.freeze(labels.ids, f"{tracer.name(position)} broadcasts one channel to several")
-                constant = False
+    for name in labelled:
+        labels = tracer.labels[name]
+        axis = labels.axis + rank - len(tracer.shape(name))
+        if len(labels.ids) == shape[axis]:
+            found.append(replace(labels, axis=axis))
+        else:
+            tracer.freeze(labels.ids, f"{tracer.name(position)} broadcasts one channel to several")
+            constant = False
     if len({labels.axis for labels in found}) != 1:
         raise Obstacle("its operands have their channels along different axes")
     first = found[0]
-    for name in names:
+    for name in [name for name in names if name not in labelled]:
         own = tracer.shape(name)
         axis = first.axis - rank + len(own)
-        if name in tracer.labels:
-            continue
         wide = axis >= 0 and own[axis] > 1
         if tracer.index.is_constant(name):
             if wide:
@@ -144,7 +142,7 @@ def _evaluated(
     known = ~np.isnan(np.stack(operands)).any(axis=0)
     if not known.any():
         return varying(len(labels.ids))
-    types = [tracer.index.value(name).dtype for name in node.input if name and tracer.index.is_constant(name)]
+    types = [tracer.index.value(name).dtype for name in node.input if tracer.index.is_constant(name)]
     dtype = next((item for item in types if item.kind == "f"), np.dtype(np.float32))
     feeds = {}
     for name in node.input:
@@ -158,7 +156,7 @@ def _evaluated(
 
 
 def _pool(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLabels) -> ChannelLabels:
-    if len([name for name in node.output if name]) > 1:
+    if any(node.output[1:]):
         raise Obstacle("it also returns Indices")
     counts_padding = node.op_type == "AveragePool" and pads(node) and attribute(node, "count_include_pad", 0)
     keeps_constants = not counts_padding and node.op_type not in ("LpPool", "GlobalLpPool")
@@ -166,9 +164,8 @@ def _pool(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLa
 
 
 def _reduce(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLabels) -> ChannelLabels:
-    rank = len(tracer.shape(node.input[0]))
     axes, _ = tracer.integers(position, 1, "axes")
-    reduced = set(from_the_front(axes or None, rank))
+    reduced = set(from_the_front(axes or None, len(tracer.shape(node.input[0]))))
     if labels.axis in reduced:
         raise Obstacle("it sums over channels")
     axis = labels.axis

@@ -20,8 +20,7 @@ def _concat(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
     known = [labels for labels in found if labels is not None]
     if not known:
         return
-    rank = len(tracer.shape(node.input[0]))
-    axis = int(attribute(node, "axis", 1)) % rank
+    axis = int(attribute(node, "axis", 1)) % len(tracer.shape(node.input[0]))
     if len({labels.axis for labels in known}) != 1:
         raise Obstacle("its operands have their channels along different axes")
     if known[0].axis != axis:
@@ -32,49 +31,42 @@ def _concat(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
         same = np.all([labels.constant == known[0].constant for labels in known], axis=0)
         tracer.labels[node.output[0]] = known[0].constant_where(same)
         return
-    parts = []
+    ids, constant = [], []
     for name, own in zip(node.input, found, strict=True):
         if own is None:
             count = tracer.shape(name)[axis]
-            ids = tracer.new(count)
-            tracer.freeze(ids, f"{tracer.name(position)} takes them from '{name}', where they cannot be removed")
-            own = ChannelLabels(axis, ids, varying(count))
-        parts.append(own)
-    tracer.labels[node.output[0]] = ChannelLabels(
-        axis, np.concatenate([part.ids for part in parts]), np.concatenate([part.constant for part in parts])
-    )
+            own = ChannelLabels(axis, tracer.new(count), varying(count))
+            tracer.freeze(own.ids, f"{tracer.name(position)} takes them from '{name}', where they cannot be removed")
+        ids.append(own.ids)
+        constant.append(own.constant)
+    tracer.labels[node.output[0]] = ChannelLabels(axis, np.concatenate(ids), np.concatenate(constant))
 
 
 def _split(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
     labels = tracer.source(node)
     if labels is None:
         return
-    rank = len(tracer.shape(node.input[0]))
-    if int(attribute(node, "axis", 0)) % rank != labels.axis:
-        for name in node.output:
-            tracer.labels[name] = labels
+    if int(attribute(node, "axis", 0)) % len(tracer.shape(node.input[0])) != labels.axis:
+        tracer.labels |= dict.fromkeys(node.output, labels)
         return
     sizes, where = tracer.integers(position, 1, "split")
+    counted = sizes is not None
     if sizes is None:
         if len(labels.ids) % len(node.output):
             raise Obstacle("its parts differ in size")
         sizes = [len(labels.ids) // len(node.output)] * len(node.output)
         tracer.join_groups(labels.ids, len(node.output))
-    else:
-        bounds = np.cumsum([0, *sizes])
-        for entry, (start, stop) in enumerate(itertools.pairwise(bounds)):
-            tracer.counts.append(Counted(position, where, entry, labels.ids[start:stop]))
-    start = 0
-    for name, size in zip(node.output, sizes, strict=True):
-        part = slice(start, start + size)
-        tracer.labels[name] = labels.along(lambda values, part=part: values[part])  # type: ignore[misc]
-        start += size
+    bounds = itertools.pairwise(np.cumsum([0, *sizes]))
+    for entry, (name, (start, stop)) in enumerate(zip(node.output, bounds, strict=True)):
+        part = ChannelLabels(labels.axis, labels.ids[start:stop], labels.constant[start:stop])
+        tracer.labels[name] = part
+        if counted:
+            tracer.counts.append(Counted(position, where, entry, part.ids))
 
 
 def _slice(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLabels) -> ChannelLabels:
-    rank = len(tracer.shape(node.input[0]))
     axes, _ = tracer.integers(position, 3, "axes")
-    order = from_the_front(axes, rank)
+    order = from_the_front(axes, len(tracer.shape(node.input[0])))
     if labels.axis not in order:
         return labels
     starts, start_where = tracer.integers(position, 1, "starts")
@@ -85,8 +77,7 @@ def _slice(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelL
     entry = order.index(labels.axis)
     if steps is not None and steps[entry] != 1:
         raise Obstacle("its step is not 1")
-    count = len(labels.ids)
-    start, stop, _ = slice(starts[entry], ends[entry]).indices(count)
+    start, stop, _ = slice(starts[entry], ends[entry]).indices(len(labels.ids))
     if stop <= start:
         raise Obstacle("its result has no channels")
     tracer.counts.append(Counted(position, start_where, entry, labels.ids[:start]))
@@ -95,12 +86,11 @@ def _slice(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelL
 
 
 def _pad(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLabels) -> ChannelLabels:
-    rank = len(tracer.shape(node.input[0]))
     amounts, where = tracer.integers(position, 1, "pads")
     axes, _ = tracer.integers(position, 3, "axes")
     mode = attribute(node, "mode", b"constant")
     assert amounts is not None
-    order = from_the_front(axes, rank)
+    order = from_the_front(axes, len(tracer.shape(node.input[0])))
     spatial = any(amounts[i] for i in range(len(amounts)) if order[i % len(order)] != labels.axis)
     value, source = attribute(node, "value", 0.0), input_name(node, 2)
     if source:
@@ -116,10 +106,9 @@ def _pad(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLab
     if mode != b"constant" or before < 0 or after < 0:
         raise Obstacle("it adds channels that are not constant, or removes some")
     first, last = tracer.new(before), tracer.new(after)
-    if before:
-        tracer.counts.append(Counted(position, where, entry, first))
-    if after:
-        tracer.counts.append(Counted(position, where, entry + len(order), last))
+    for place, added in ((entry, first), (entry + len(order), last)):
+        if len(added):
+            tracer.counts.append(Counted(position, where, place, added))
     ids = np.concatenate([first, labels.ids, last])
     constant = np.concatenate([np.full(before, value), labels.constant, np.full(after, value)])
     tracer.made.append(node.output[0])
@@ -133,13 +122,11 @@ def _resize(tracer: Tracer, position: int, node: onnx.NodeProto, labels: Channel
         order = from_the_front(attribute(node, "axes", None), len(tracer.shape(node.input[0])))
         if labels.axis in order:
             tracer.count_entry(position, 3, order.index(labels.axis), labels.ids)
-    exact = attribute(node, "coordinate_transformation_mode", b"half_pixel") != b"tf_crop_and_resize"
-    return labels.constant_where(exact)
+    return labels.constant_where(attribute(node, "coordinate_transformation_mode", b"") != b"tf_crop_and_resize")
 
 
 def _transpose(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLabels) -> ChannelLabels:
-    rank = len(tracer.shape(node.input[0]))
-    order = list(attribute(node, "perm", range(rank)[::-1]))
+    order = list(attribute(node, "perm", range(len(tracer.shape(node.input[0])))[::-1]))
     return replace(labels, axis=order.index(labels.axis))
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnx_asr.arrays import Floats
 from onnx_asr.channels.units import ChannelLabels, Channels, Counted, Ids, Read, Sliced
 from onnx_asr.graph.index import GraphIndex, attribute, input_name, is_standard, node_label, node_reads, subgraphs
 from onnx_asr.graph.shapes import Shape, typical_shapes
@@ -47,8 +46,7 @@ class Tracer:
     """Passes units from node to node, in file order."""
 
     def __init__(self, index: GraphIndex, rules: Mapping[str, OperatorRule]) -> None:
-        self.index = index
-        self._rules = rules
+        self.index, self._rules = index, rules
         self.shapes = typical_shapes(index)
         self.labels: dict[str, ChannelLabels] = {}
         self.made: list[str] = []
@@ -83,18 +81,14 @@ class Tracer:
             self._freeze_tensor(name, f"'{name}' is an output of the model")
         roots = np.array([self._find(unit) for unit in range(len(self._parent))], np.int64)
         kept, number = np.unique(roots, return_inverse=True)
-        frozen: dict[int, str] = {}
-        for unit, reason in self._frozen.items():
-            frozen.setdefault(int(number[unit]), reason)
-        tensors = {name: replace(item, ids=number[item.ids]) for name, item in self.labels.items()}
         return Channels(
             len(kept),
-            tensors,
+            {name: replace(item, ids=number[item.ids]) for name, item in self.labels.items()},
             tuple(self.made),
             tuple(replace(item, ids=number[item.ids]) for item in self.slices),
             tuple(replace(item, ids=number[item.ids]) for item in self.counts),
             tuple(Read(item.node, replace(item.labels, ids=number[item.labels.ids])) for item in self.reads),
-            frozen,
+            {int(number[unit]): reason for unit, reason in reversed(self._frozen.items())},  # the first reason stays
         )
 
     # Units
@@ -172,11 +166,6 @@ class Tracer:
             return [int(item) for item in self.constant(source, name).reshape(-1)], slot
         found = attribute(node, name, None)
         return (None if found is None else [int(item) for item in found]), name
-
-    def make(self, name: str, axis: int, ids: Ids, constant: Floats) -> None:
-        """Label a tensor in which units start."""
-        self.labels[name] = ChannelLabels(axis, ids, constant)
-        self.made.append(name)
 
     # Vectors of sizes
 

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from onnx_asr.arrays import Floats, Mask
 from onnx_asr.errors import ModelError, StructureError
-from onnx_asr.graph.edit import EditPlan, apply, set_metadata, stored, stored_bias
-from onnx_asr.graph.index import GraphIndex, attribute, input_name
+from onnx_asr.graph.edit import EditPlan, apply, set_metadata, stored
+from onnx_asr.graph.index import GraphIndex, Slot, attribute, input_name
 from onnx_asr.graph.match import KEPT_CHANNELS
 
 Ids: TypeAlias = NDArray[np.int64]
@@ -98,9 +98,6 @@ class Channels:
         units: Number of units.
         tensors: Channels by tensor, where they can be followed.
         made: Tensors in which units start, in file order.
-        slices: Constants with one entry per channel.
-        counts: Integers that count channels.
-        reads: Nodes that sum over channels.
         frozen: Reasons by unit, for units that cannot be removed.
     """
 
@@ -140,15 +137,10 @@ class Channels:
 
 
 def remove(index: GraphIndex, channels: Channels, drop: Mask, plan: EditPlan | None = None) -> onnx.ModelProto:
-    """A copy without some units; everything that does not carry them stays as it was.
+    """A copy without the units in ``drop`` [units]; everything that does not carry them stays as it was.
 
-    The copy's metadata record which channels of the original model are left, see :func:`read_kept`.
-
-    Args:
-        index: The graph.
-        channels: Its channels.
-        drop: [units] True where a unit is removed.
-        plan: Other edits to apply, with values of the original size.
+    The copy's metadata record which channels of the original model are left, see :func:`read_kept`. ``plan`` holds
+    other edits to apply, with values of the original size.
 
     Raises:
         ModelError: When a unit is frozen, or a tensor would be left without channels.
@@ -164,31 +156,30 @@ def remove(index: GraphIndex, channels: Channels, drop: Mask, plan: EditPlan | N
     _recount(index, channels, drop, edits)
     for node, bias in edits.added_bias.items():
         made = channels.tensors[index.nodes[node].output[0]]
-        edits.added_bias[node] = stored_bias(index, node, bias).compress(~drop[made.ids], 0)
+        edits.added_bias[node] = stored(index, node, None, bias).compress(~drop[made.ids], 0)
     model = apply(index, edits)
     for value in [*model.graph.value_info, *model.graph.output]:
-        labels_of = channels.tensors.get(value.name)
-        if labels_of is not None and value.type.tensor_type.HasField("shape"):
-            dim = value.type.tensor_type.shape.dim[labels_of.axis]
+        labels = channels.tensors.get(value.name)
+        if labels is not None and value.type.tensor_type.HasField("shape"):
+            dim = value.type.tensor_type.shape.dim[labels.axis]
             if dim.HasField("dim_value"):
-                dim.dim_value = int((~drop[labels_of.ids]).sum())
+                dim.dim_value = int((~drop[labels.ids]).sum())
     _record_kept(model, channels, drop)
     return model
 
 
 def _slice_constants(index: GraphIndex, channels: Channels, drop: Mask, plan: EditPlan) -> None:
     """Remove rows, columns and entries from constants; readers that need the same result keep sharing it."""
-    sites: dict[tuple[int, int], list[Sliced]] = {}
+    sites: dict[Slot, list[tuple[int, Mask]]] = {}
     for item in channels.slices:
         if drop[item.ids].any():
-            sites.setdefault((item.node, item.slot), []).append(item)
+            sites.setdefault((item.node, item.slot), []).append((item.axis, ~drop[item.ids]))
     shared: dict[tuple[Any, ...], NDArray[Any]] = {}
-    for (node, slot), items in sites.items():
+    for (node, slot), keeps in sites.items():
         planned = plan.values.get((node, slot))
         name = input_name(index.nodes[node], slot)
         if planned is None and not name:
             continue
-        keeps = [(item.axis, ~drop[item.ids]) for item in items]
         key = (name, id(planned), *((axis, keep.tobytes()) for axis, keep in keeps))
         if key not in shared:
             value = index.value(name) if planned is None else stored(index, node, slot, planned)
@@ -205,10 +196,8 @@ def _recount(index: GraphIndex, channels: Channels, drop: Mask, plan: EditPlan) 
         left = int((~drop[item.ids]).sum())
         if isinstance(item.where, str):
             old = plan.attributes.get((item.node, item.where), attribute(index.nodes[item.node], item.where, None))
-            if isinstance(old, int):
-                plan.attributes[item.node, item.where] = left
-            else:
-                plan.attributes[item.node, item.where] = [*old[: item.entry], left, *old[item.entry + 1 :]]
+            new = left if isinstance(old, int) else [*old[: item.entry], left, *old[item.entry + 1 :]]
+            plan.attributes[item.node, item.where] = new
         else:
             value = plan.current(index, item.node, item.where)
             assert value is not None
@@ -245,14 +234,9 @@ def _record_kept(model: onnx.ModelProto, channels: Channels, drop: Mask) -> None
 
 
 def missing_units(index: GraphIndex, channels: Channels, kept: Kept) -> Mask:
-    """[units] of a dense graph that are missing in a model made from it.
+    """[units] of a dense graph that are missing in a model made from it, whose record is ``kept``.
 
     The dense graph may itself have lost channels of a larger one; both records then refer to that one.
-
-    Args:
-        index: The dense graph.
-        channels: Its channels.
-        kept: The record of the other model.
 
     Raises:
         StructureError: When the graph does not have the channels of the record.

@@ -28,10 +28,7 @@ _PARAMETER_INPUTS = {
     **{operator: {"axes": 1} for operator in (*_REDUCTIONS, "Squeeze", "Unsqueeze")},
 }
 _VECTORS = ("pads", "starts", "ends", "axes", "steps")
-_PARAMETER_DEFAULTS = {"Pad": {"value": 0.0}}
 _COMPUTED = "computed"  # at run time, where another tool may have folded a constant: equal to any value
-_SPATIAL = ({2, 3}, {-2, -1})
-_DIGITS = 9
 _LARGEST = 2**31 - 1  # "to the end", whatever integer type an exporter wrote it in
 
 
@@ -42,7 +39,6 @@ class Form:
     Attributes:
         operator: Domain and operator.
         parameters: Attributes, and constant inputs that act like attributes.
-        defaults: Default values of parameters.
         inputs: Tensors to compare, in order, without shapes and optional biases.
         node: Position of the node that holds the weight.
         bias: Position of the node that holds the bias.
@@ -78,11 +74,10 @@ def form_of(index: GraphIndex, position: int) -> Form:
     if linear is not None:
         return linear
     plain = _plain(index, position)
-    data = plain.inputs[:1]
-    if _is_flattening(index, node, plain.parameters.get("axes")):
+    data, axes = plain.inputs[:1], plain.parameters.get("axes")
+    if _is_flattening(index, node, axes):
         return replace(plain, operator=("", "Flatten"), parameters={}, inputs=data)
-    averages = is_standard(node, "ReduceMean") and attribute(node, "keepdims", 1)
-    if averages and _are_spatial(plain.parameters.get("axes")):
+    if is_standard(node, "ReduceMean") and attribute(node, "keepdims", 1) and _are_spatial(axes):
         return replace(plain, operator=("", "GlobalAveragePool"), parameters={}, inputs=data)
     if is_standard(node, *_SHAPED):
         return replace(plain, inputs=data)
@@ -148,25 +143,15 @@ def _linear_form(index: GraphIndex, position: int, bias: int) -> Form | None:
     layer = Layer.of(index, position)
     if not isinstance(layer, Layer) or layer.weight_slot != 1 or layer.input_axis == 0:
         return None
-    layout = layer.layout
-    return Form(
-        operator=("", "Gemm"),
-        parameters={"alpha": layer.alpha, "beta": layer.beta},
-        defaults={},
-        inputs=[index.nodes[position].input[layer.data_slot]],
-        node=position,
-        bias=bias,
-        weight_shape=(layout.outputs, layout.inputs),
-    )
+    factors, data = {"alpha": layer.alpha, "beta": layer.beta}, index.nodes[position].input[layer.data_slot]
+    shape = layer.layout.outputs, layer.layout.inputs
+    return Form(("", "Gemm"), factors, {}, [data], position, bias, weight_shape=shape)
 
 
 def _sliced(index: GraphIndex, last: Form) -> Form:
     """A chain of Slices along different axes as one Slice."""
     cuts, form = _cuts(last), last
-    while cuts is not None:
-        inner = index.made_by(form.inputs[0], "Slice")
-        if inner is None:
-            break
+    while cuts is not None and (inner := index.made_by(form.inputs[0], "Slice")) is not None:
         previous = _plain(index, inner)
         more = _cuts(previous)
         if more is None or not cuts.keys().isdisjoint(more):
@@ -188,7 +173,7 @@ def _cuts(form: Form) -> dict[int, tuple[int, int, int]] | None:
 
 
 def _are_spatial(axes: Any) -> bool:
-    return isinstance(axes, list) and set(axes) in _SPATIAL
+    return isinstance(axes, list) and set(axes) in ({2, 3}, {-2, -1})
 
 
 def _is_flattening(index: GraphIndex, node: onnx.NodeProto, axes: Any) -> bool:
@@ -209,11 +194,11 @@ def _is_flattening(index: GraphIndex, node: onnx.NodeProto, axes: Any) -> bool:
 def _defaults(index: GraphIndex, node: onnx.NodeProto) -> dict[str, Any]:
     """Default values of attributes in the model's opset."""
     domain = _domain(node)
-    versions = {_domain(item): item.version for item in index.model.opset_import}
-    if domain not in versions or not onnx.defs.has(node.op_type, versions[domain], domain):
+    version = {_domain(item): item.version for item in index.model.opset_import}.get(domain)
+    if version is None or not onnx.defs.has(node.op_type, version, domain):
         return {}
-    schema = onnx.defs.get_schema(node.op_type, versions[domain], domain)
-    return (_PARAMETER_DEFAULTS.get(node.op_type, {}) if domain == "" else {}) | {
+    schema = onnx.defs.get_schema(node.op_type, version, domain)
+    return ({"value": 0.0} if (domain, node.op_type) == ("", "Pad") else {}) | {
         name: _plain_value(name, onnx.helper.get_attribute_value(item.default_value))
         for name, item in schema.attributes.items()
         if item.default_value.type and name not in _REDUNDANT
@@ -223,7 +208,7 @@ def _defaults(index: GraphIndex, node: onnx.NodeProto) -> dict[str, Any]:
 def _plain_value(name: str, value: Any) -> Any:
     """A value that compares equal to others of the same meaning; None where it has no effect."""
     if isinstance(value, float):
-        return round(value, _DIGITS)
+        return round(value, 9)
     if isinstance(value, int):
         return min(value, _LARGEST)
     if isinstance(value, bytes):

@@ -56,25 +56,16 @@ def steps(index: GraphIndex, items: Sequence[Context]) -> list[list[Context]]:
         pending = [item for item in items if item.point.level == level]
         while pending:
             nodes = {item.point.node for item in pending}
-            ready = [item for item in pending if nodes.isdisjoint(_shortcut_nodes(index, item))]
+            ready = [item for item in pending if nodes.isdisjoint(ancestors(index, filter(None, [item.shortcut])))]
             result.append(ready)
             pending = [item for item in pending if item not in ready]
     return result
 
 
-def _shortcut_nodes(index: GraphIndex, item: Context) -> set[int]:
-    return set() if item.shortcut is None else ancestors(index, [item.shortcut])
-
-
 def _context(index: GraphIndex, point: LayerPoint, rank: dict[int, int]) -> Context:
     source = index.nodes[point.node].input[point.layer.data_slot]
     output = point.tensor if point.batchnorm is None else index.nodes[point.batchnorm].output[0]
-    shortcut = _shortcut(index, point, output, rank)
-    result = output
-    if shortcut is not None:
-        consumer = index.sole_consumer(output)
-        assert consumer is not None
-        result = index.nodes[consumer].output[0]
+    shortcut, result = _shortcut(index, point, output, rank)
     batchnorm = None
     if point.channel_axis == 1:  # the axis of BatchNormalization; that of a MatMul counts from the end
         batchnorm = following_batchnorm(index, result)
@@ -95,24 +86,25 @@ def _becomes_classes(index: GraphIndex, name: str) -> bool:
     return name not in index.consumers and (not declared.HasField("shape") or len(declared.shape.dim) == 2)
 
 
-def _shortcut(index: GraphIndex, point: Point, output: str, rank: dict[int, int]) -> str | None:
+def _shortcut(index: GraphIndex, point: Point, output: str, rank: dict[int, int]) -> tuple[str | None, str]:
+    """The shortcut that is added to an output, and the sum; None and the output where this point corrects no sum."""
     consumer = index.sole_consumer(output, "Add")
-    others = [] if consumer is None else [name for name in index.nodes[consumer].input if name != output]
+    if consumer is None:
+        return None, output
+    others = [name for name in index.nodes[consumer].input if name != output]
     if len(others) != 1 or index.is_constant(others[0]):
-        return None
+        return None, output
     behind = ancestors(index, others)
     if point.node in behind or any(rank.get(node, -1) > rank[point.node] for node in behind):
-        return None
-    return str(others[0])
+        return None, output
+    return str(others[0]), index.nodes[consumer].output[0]
 
 
 def _is_relu(index: GraphIndex, position: int) -> bool:
     """Relu, or Clip from 0 (ReLU6)."""
     node = index.nodes[position]
-    if is_standard(node, "Relu"):
-        return True
     if not is_standard(node, "Clip"):
-        return False
+        return is_standard(node, "Relu")
     minimum, source = attribute(node, "min", None), input_name(node, 1)
     if source and index.is_constant(source):
         minimum = float(index.value(source))

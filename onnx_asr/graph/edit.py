@@ -47,42 +47,30 @@ class EditPlan:
 
     def values_of(self, node: int) -> list[tuple[Slot, NDArray[Any]]]:
         """The planned values of one node's inputs, by slot."""
-        return sorted(((key, value) for key, value in self.values.items() if key[0] == node), key=lambda item: item[0])
+        return [(key, self.values[key]) for key in sorted(self.values) if key[0] == node]
 
 
-def stored(index: GraphIndex, node: int, slot: int, value: NDArray[Any]) -> NDArray[Any]:
+def stored(index: GraphIndex, node: int, slot: int | None, value: NDArray[Any]) -> NDArray[Any]:
     """A new value in the type (and, where the size allows, the shape) in which the model stores that input.
+
+    An absent bias, and that of a MatMul (``slot`` None), gets the type of the weight.
 
     Raises:
         ModelError: When a value is not finite in the stored type (NaN, or too large for float16).
     """
-    name = input_name(index.nodes[node], slot)
-    reference = name or next(other for other in index.nodes[node].input[1:] if other and index.is_constant(other))
-    result = _cast(index, node, f"input {slot}", reference, value)
-    shape = index.shape(name) if name else result.shape
-    return result.reshape(shape) if math.prod(shape) == result.size else result
-
-
-def stored_bias(index: GraphIndex, node: int, value: NDArray[Any]) -> NDArray[Any]:
-    """The bias to put behind a MatMul, in the type of its weight.
-
-    Raises:
-        ModelError: When a value is not finite in that type.
-    """
-    weight = next(name for name in index.nodes[node].input if index.is_constant(name))
-    return _cast(index, node, "the bias", weight, value)
-
-
-def _cast(index: GraphIndex, node: int, what: str, reference: str, value: NDArray[Any]) -> NDArray[Any]:
+    name = "" if slot is None else input_name(index.nodes[node], slot)
+    reference = name or next(other for other in index.nodes[node].input if index.is_constant(other))
     dtype = onnx.helper.tensor_dtype_to_np_dtype(index.element_type(reference))
     with np.errstate(over="ignore", invalid="ignore"):
         result = np.asarray(value).astype(dtype, copy=False)
     if not np.isfinite(result.astype(np.float64)).all():
+        what = "the bias" if slot is None else f"input {slot}"
         raise ModelError(
             f"the new value of {what} of node {index.label(node)} is not finite as {np.dtype(dtype).name}: "
             "check the calibration data, or repair a float32 version of the model"
         )
-    return result
+    shape = index.shape(name) if name else result.shape
+    return result.reshape(shape) if math.prod(shape) == result.size else result
 
 
 def apply(index: GraphIndex, plan: EditPlan, metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
@@ -92,14 +80,15 @@ def apply(index: GraphIndex, plan: EditPlan, metadata: Mapping[str, str] | None 
         ModelError: When a new value does not fit the stored type.
     """
     values = {key: stored(index, *key, value) for key, value in plan.values.items()}
-    biases = {node: stored_bias(index, node, value) for node, value in plan.added_bias.items()}
+    biases = {node: stored(index, node, None, value) for node, value in plan.added_bias.items()}
     tied = _tied(index, plan)
     model = copied(index.model, without=tied)
     writer = _Writer(model, index, tied)
-    for (node, slot), value in sorted(values.items(), key=lambda item: item[0]):
-        writer.write(node, slot, value, id(plan.values[node, slot]))
+    for node, slot in sorted(values):
+        writer.write(node, slot, values[node, slot], id(plan.values[node, slot]))
     for (node, name), setting in plan.attributes.items():
-        writer.set_attribute(node, name, setting)
+        old = next(item for item in writer.nodes[node].attribute if item.name == name)
+        old.CopyFrom(onnx.helper.make_attribute(name, setting))
     writer.remove_orphans()
     for node, note in plan.notes.items():
         target = writer.nodes[node]
@@ -144,9 +133,7 @@ class _Writer:
     """Writes values into a copy of an indexed model."""
 
     def __init__(self, model: onnx.ModelProto, index: GraphIndex, tied: set[str]) -> None:
-        self.model = model
-        self.tied = tied
-        self.index = index
+        self.model, self.index, self.tied = model, index, tied
         self.nodes = list(model.graph.node)
         self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
         self.sparse = {tensor.values.name: tensor for tensor in model.graph.sparse_initializer}
@@ -178,8 +165,7 @@ class _Writer:
             private = unique_name(self.taken, f"{name}_repaired" if name else f"{target.output[0]}_input{slot}")
             self._add_initializer(private, value)
             self.written[name, origin] = private
-        while len(target.input) <= slot:
-            target.input.append("")
+        target.input.extend([""] * (slot + 1 - len(target.input)))
         target.input[slot] = private
         if name:
             self.replaced.add(name)
@@ -188,20 +174,13 @@ class _Writer:
         tensor = numpy_helper.from_array(value, name)
         self.model.graph.initializer.append(tensor)
         if self.model.ir_version < 4:  # where every initializer has to be a graph input, too
-            declared = onnx.helper.make_tensor_value_info(name, tensor.data_type, list(value.shape))
-            self.model.graph.input.append(declared)
+            self.model.graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, value.shape))
 
     def _declare(self, name: str, shape: tuple[int, ...]) -> None:
         """Correct the shape of a constant where the graph declares it."""
         for value in (*self.model.graph.input, *self.model.graph.value_info):
             if value.name == name:
-                declared = onnx.helper.make_tensor_value_info(name, value.type.tensor_type.elem_type, shape)
-                value.type.CopyFrom(declared.type)
-
-    def set_attribute(self, node: int, name: str, setting: int | list[int]) -> None:
-        """Give an attribute of a node another value."""
-        item = next(item for item in self.nodes[node].attribute if item.name == name)
-        item.CopyFrom(onnx.helper.make_attribute(name, setting))
+                value.type.CopyFrom(onnx.helper.make_tensor_type_proto(value.type.tensor_type.elem_type, shape))
 
     def remove_orphans(self) -> None:
         """Remove constants whose last reader got a private copy, and nodes that only fed them."""

@@ -24,7 +24,7 @@ def exported(source: ForeignModel) -> onnx.ModelProto:
     """Export a model with its own library, and leave it as it was.
 
     Raises:
-        ModelError: The object is no model of these libraries, or its library cannot export it.
+        ModelError: The object is not a model of these libraries, or its library cannot export it.
     """
     gs: Any = sys.modules.get("onnx_graphsurgeon")
     ir: Any = sys.modules.get("onnx_ir")

@@ -21,9 +21,10 @@ from onnx_asr.graph.tensors import sparse_value, value_of
 
 FLOAT_TYPES = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
 # how exporters wrap weights, and build pads and shapes
-_FOLDABLE = (
-    "Identity Cast Transpose Reshape Squeeze Unsqueeze Flatten Shape Gather Slice Concat ConstantOfShape Add Sub Mul"
-)
+_FOLDABLE = frozenset({
+    "Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Shape", "Gather", "Slice", "Concat",
+    "ConstantOfShape", "Add", "Sub", "Mul",
+})  # fmt: skip
 STANDARD_DOMAINS = {"", "ai.onnx"}
 
 Slot = tuple[int, int]
@@ -36,11 +37,9 @@ class GraphIndex:
 
     Attributes:
         model: The model, which must not change while the index is in use.
-        nodes: Its nodes in file order.
         producer: Tensor name to the position of the node that makes it.
         consumers: Tensor name to the positions of the nodes that read it, subgraphs included.
         initializers: Initializer name to its TensorProto (constant even when also listed as a graph input).
-        sparse: Name to the sparse initializer of that name.
         inputs: Graph inputs that are not initializers, in file order.
         outputs: Graph output names, in file order.
     """
@@ -108,11 +107,9 @@ class GraphIndex:
         if position is None:
             return False
         node = self.nodes[position]
-        if node.domain not in STANDARD_DOMAINS:
-            return False
-        if node.op_type == "Constant":
+        if is_standard(node, "Constant"):
             return True
-        return node.op_type in _FOLDABLE.split() and all(self.is_constant(read) for read in filter(None, node.input))
+        return is_standard(node, *_FOLDABLE) and all(map(self.is_constant, filter(None, node.input)))
 
     def value(self, name: str) -> NDArray[Any]:
         """The value of a constant: an initializer, sparse or not, a ``Constant`` node, or simple operations on them.
@@ -145,9 +142,10 @@ class GraphIndex:
             return sparse_value(self.sparse[name])
         position = self.producer[name]
         node = self.nodes[position]
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
+        kind = node.attribute[0].name if node.op_type == "Constant" else ""
+        if kind == "value":
             return numpy_helper.to_array(node.attribute[0].t)
-        if node.op_type == "Constant" and node.attribute[0].name == "sparse_value":
+        if kind == "sparse_value":
             return sparse_value(node.attribute[0].sparse_tensor)
         return self.evaluate(position, name, {})
 
@@ -155,12 +153,8 @@ class GraphIndex:
         """One output of a node, computed by onnx's reference implementation from ``feeds`` and constants."""
         node = self.nodes[position]
         reads = list(dict.fromkeys(read for read in node.input if read))
-        scope = onnx.helper.make_graph(
-            [node],
-            "constant",
-            [onnx.ValueInfoProto(name=read) for read in reads],
-            [onnx.ValueInfoProto(name=output)],
-        )
+        inputs, outputs = ([onnx.ValueInfoProto(name=name) for name in names] for names in (reads, [output]))
+        scope = onnx.helper.make_graph([node], "constant", inputs, outputs)
         model = onnx.helper.make_model(scope, opset_imports=self.model.opset_import)
         values = {read: feeds[read] if read in feeds else self.value(read) for read in reads}
         (result,) = ReferenceEvaluator(model).run([output], values)

@@ -146,8 +146,6 @@ class Layer:
     """A node that multiplies what it reads with a constant weight.
 
     Attributes:
-        kind: Its operator.
-        layout: Of its weight.
         weight_slot: Input slot of the weight; the data are in the other one of 0 and 1.
         bias_slot: Input slot of the bias, which may be empty or missing; None for a MatMul.
         input_axis: Axis of the channels in what it reads; negative counts from the end.
@@ -186,12 +184,7 @@ class Layer:
 
     @classmethod
     def of(cls, index: GraphIndex, position: int) -> Layer | Reason:
-        """The layer of a node, or why it has none that can be read.
-
-        Args:
-            index: The graph.
-            position: A node whose operator is one of :data:`LAYERS`.
-        """
+        """The layer of a node whose operator is one of :data:`LAYERS`, or why it has none that can be read."""
         node = index.nodes[position]
         slot = 1
         if not index.is_constant(node.input[1]):
@@ -202,30 +195,22 @@ class Layer:
             slot = 0
         shape = index.shape(node.input[slot])
         if is_standard(node, *CONVOLUTIONS):
-            return cls._convolution(node, shape)
+            if len(shape) < 3:
+                return NO_KERNEL.format(rank=len(shape))
+            groups = int(attribute(node, GROUP, 1))
+            if groups < 1 or shape[0] % groups:
+                return UNEVEN_GROUPS.format(shape=shape, groups=groups)
+            kind: LayerKind = "ConvTranspose" if node.op_type == "ConvTranspose" else "Conv"
+            return cls(kind, WeightLayout(shape, groups, inputs_first=kind == "ConvTranspose"))
         if len(shape) != 2:
             return NOT_2D.format(kind=node.op_type, rank=len(shape))
         if node.op_type == "Gemm":
-            return cls(
-                "Gemm",
-                WeightLayout(shape, inputs_first=not attribute(node, "transB", 0)),
-                input_axis=0 if attribute(node, "transA", 0) else 1,
-                alpha=float(attribute(node, "alpha", 1.0)),
-                beta=float(attribute(node, "beta", 1.0)),
-            )
+            layout = WeightLayout(shape, inputs_first=not attribute(node, "transB", 0))
+            alpha, beta = (float(attribute(node, name, 1.0)) for name in ("alpha", "beta"))
+            return cls("Gemm", layout, input_axis=0 if attribute(node, "transA", 0) else 1, alpha=alpha, beta=beta)
         axis = -1 if slot == 1 else -2
         layout = WeightLayout(shape, inputs_first=slot == 1)
         return cls("MatMul", layout, weight_slot=slot, bias_slot=None, input_axis=axis, output_axis=axis)
-
-    @classmethod
-    def _convolution(cls, node: onnx.NodeProto, shape: tuple[int, ...]) -> Layer | Reason:
-        if len(shape) < 3:
-            return NO_KERNEL.format(rank=len(shape))
-        groups = int(attribute(node, GROUP, 1))
-        if groups < 1 or shape[0] % groups:
-            return UNEVEN_GROUPS.format(shape=shape, groups=groups)
-        kind: LayerKind = "ConvTranspose" if node.op_type == "ConvTranspose" else "Conv"
-        return cls(kind, WeightLayout(shape, groups, inputs_first=kind == "ConvTranspose"))
 
 
 def batchnorm_epsilon(node: onnx.NodeProto) -> float:

@@ -16,13 +16,12 @@ import onnx
 from onnx_asr.errors import StructureError
 from onnx_asr.graph.canonical import Form, form_of
 from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex, attribute, captured, is_standard
+from onnx_asr.graph.layers import NORMALIZATION
 from onnx_asr.graph.tensors import dtype_of
 
 KEPT_CHANNELS = "onnx_asr.kept_channels"
 """Key of the metadata entry in which a model with removed channels records those that it kept."""
 
-_BATCHNORM = "BatchNormalization"
-_TRANSPARENT = ("Identity", "Dropout")
 _OTHER_FILE = "give the dense file that the pruned one was made from, exported the same way"
 _FOLDED = (
     "a tool seems to have folded BatchNormalization in only one of them: fold it in both or in neither, or give the "
@@ -50,8 +49,7 @@ def match(pruned: GraphIndex, dense: GraphIndex) -> Pairing:
         StructureError: Naming the first difference, walking backward from the outputs.
     """
     _compare_interfaces(pruned, dense)
-    pruned_inputs = {value.name: position for position, value in enumerate(pruned.inputs)}
-    dense_inputs = {value.name: position for position, value in enumerate(dense.inputs)}
+    pruned_inputs, dense_inputs = ({value.name: i for i, value in enumerate(side.inputs)} for side in (pruned, dense))
     shapes: dict[tuple[object, ...], int] = {}
     pruned_side, dense_side = _Side(pruned, shapes), _Side(dense, shapes)
     visited: dict[int, int] = {}
@@ -107,12 +105,7 @@ def _compare_interfaces(pruned: GraphIndex, dense: GraphIndex) -> None:
 
 @dataclass(frozen=True)
 class _Side:
-    """One of the two graphs.
-
-    Attributes:
-        index: The graph.
-        shapes: A number for each structure met so far, in both graphs.
-    """
+    """One of the two graphs; ``shapes`` numbers the structures met so far in both."""
 
     index: GraphIndex
     shapes: dict[tuple[object, ...], int]
@@ -168,7 +161,7 @@ def _through(index: GraphIndex, name: str) -> str:
     while name in index.producer:
         node = index.nodes[index.producer[name]]
         casts = is_standard(node, "Cast") and attribute(node, "to", None) in FLOAT_TYPES
-        if node.output[0] != name or not (casts or is_standard(node, *_TRANSPARENT)):
+        if node.output[0] != name or not (casts or is_standard(node, "Identity", "Dropout")):
             break
         name = node.input[0]
     return name
@@ -179,8 +172,8 @@ def _compare(pruned: _Side, position: int, dense: _Side, counterpart: int) -> No
     here = f"{pruned.index.label(position)} ({pruned.index.nodes[position].op_type})"
     there = f"{dense.index.label(counterpart)} ({dense.index.nodes[counterpart].op_type})"
     if form.operator != dense_form.operator:
-        counts = [sum(is_standard(node, _BATCHNORM) for node in side.index.nodes) for side in (pruned, dense)]
-        folded = _BATCHNORM in form.operator + dense_form.operator and counts[0] != counts[1]
+        counts = [sum(is_standard(node, NORMALIZATION) for node in side.index.nodes) for side in (pruned, dense)]
+        folded = NORMALIZATION in form.operator + dense_form.operator and counts[0] != counts[1]
         raise _differ(
             f"the pruned model has node {here} where the dense model has {there}", _FOLDED if folded else _OTHER_FILE
         )

@@ -51,10 +51,8 @@ def load(source: ModelSource) -> onnx.ModelProto:
     """Load a model, external data included, nodes in order; a ModelProto that is so already is returned as it is.
 
     Of a model over protobuf's 2 GB the large weights are left in their file (see ``graph/tensors.py``). Model-local
-    functions are inlined, with a metadata entry that names them: only then do their nodes have weights.
-
-    Args:
-        source: A path, or a model of onnx, onnx-graphsurgeon or onnx-ir; it is not modified.
+    functions are inlined, with a metadata entry that names them: only then do their nodes have weights. ``source`` is
+    not modified.
 
     Raises:
         ModelError: There is no such file, it is not an ONNX model, or the object cannot be exported to one.
@@ -169,12 +167,8 @@ def check_finite(index: GraphIndex, what: str) -> None:
 
 def digest(model: onnx.ModelProto) -> str:
     """SHA-256 of a serialized model; of one over 2 GB, of the graph followed by its large weights."""
-    sha = hashlib.sha256()
-    if is_self_contained(model):
-        sha.update(model.SerializeToString(deterministic=True))
-        return sha.hexdigest()
-    light, large = detached(model)
-    sha.update(light.SerializeToString(deterministic=True))
+    light, large = (model, {}) if is_self_contained(model) else detached(model)
+    sha = hashlib.sha256(light.SerializeToString(deterministic=True))
     for tensor in large.values():
         sha.update(content_of(tensor))
     return sha.hexdigest()

@@ -19,11 +19,13 @@ from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex, Slot, ancestors, attri
 from onnx_asr.graph.layers import LAYERS, NORMALIZATION, PER_CHANNEL_SLOTS, Layer, LayerKind, is_channel_bias
 from onnx_asr.graph.skips import Reason, Skip
 
-_QUANTIZED = (
-    "QuantizeLinear DequantizeLinear DynamicQuantizeLinear QLinearConv QLinearMatMul ConvInteger MatMulInteger "
-    "QLinearAdd QGemm QAttention"
-)
-_OTHER_LAYERS = "DeformConv Einsum GRU LSTM RNN FusedConv FusedGemm FusedMatMul NhwcConv NhwcFusedConv"
+_QUANTIZED = frozenset({
+    "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger",
+    "MatMulInteger", "QLinearAdd", "QGemm", "QAttention",
+})  # fmt: skip
+_OTHER_LAYERS = frozenset({
+    "DeformConv", "Einsum", "GRU", "LSTM", "RNN", "FusedConv", "FusedGemm", "FusedMatMul", "NhwcConv", "NhwcFusedConv",
+})  # fmt: skip
 
 READS_NO_DATA = Reason("reads-only-constants", "reads only constants, no data")
 NOT_READ = Reason("no-output-depends-on-it", "no output of the model depends on it")
@@ -141,27 +143,18 @@ class Survey:
         return any(point.batchnorm is not None for point in self.points)
 
 
-def refuse_quantized(index: GraphIndex) -> None:
-    """Raise where the graph is already quantized.
-
-    Raises:
-        ModelError: On QuantizeLinear, QLinearConv and their relatives.
-    """
-    for position, node in enumerate(index.nodes):
-        if node.op_type in _QUANTIZED.split():
-            raise ModelError(
-                f"the model is already quantized (node {index.label(position)} is a {node.op_type}): its weights "
-                "are integers that cannot be repaired; repair the float model first, then quantize the result"
-            )
-
-
 def survey(index: GraphIndex) -> Survey:
     """Find the correction points of a graph and number their levels.
 
     Raises:
         ModelError: When the graph is already quantized.
     """
-    refuse_quantized(index)
+    for position, node in enumerate(index.nodes):
+        if node.op_type in _QUANTIZED:
+            raise ModelError(
+                f"the model is already quantized (node {index.label(position)} is a {node.op_type}): its weights "
+                "are integers that cannot be repaired; repair the float model first, then quantize the result"
+            )
     points: list[Point] = []
     skips: list[Skip] = []
     level: dict[str, int] = {}
@@ -213,10 +206,9 @@ def _examine(index: GraphIndex, position: int, level: int) -> Point | Reason | N
         reason = _batchnorm_obstacle(index, position)
         if reason is not None:
             return reason
-        channels = int(index.value(node.input[1]).size)
-        name = index.label(position)
+        channels, name = int(index.value(node.input[1]).size), index.label(position)
         return NormPoint(node=position, tensor=node.input[0], channels=channels, level=level, name=name)
-    if node.op_type in _OTHER_LAYERS.split() and any(index.is_constant(name) for name in node.input if name):
+    if node.op_type in _OTHER_LAYERS and any(index.is_constant(name) for name in node.input if name):
         return OTHER_OPERATOR.format(operator=node.op_type)
     inner = next((item for item in _inner_nodes(node) if is_standard(item, *LAYERS, NORMALIZATION)), None)
     return None if inner is None else IN_SUBGRAPH.format(operator=node.op_type, inner=inner.op_type)
@@ -238,17 +230,15 @@ def _layer_point(index: GraphIndex, position: int, level: int) -> LayerPoint | R
     if obstacle is not None:
         return obstacle
     tensor, bias, batchnorm = node.output[0], None, None
+    following = index.sole_consumer(tensor, "Add")
     if layer.bias_slot is not None:
         bias, batchnorm = (position, layer.bias_slot), following_batchnorm(index, tensor)
-    else:
-        following = index.sole_consumer(tensor, "Add")
-        if following is not None:
-            add = index.nodes[following]
-            other = 1 if add.input[0] == tensor else 0
-            if index.is_constant(add.input[other]) and is_channel_bias(
-                index.value(add.input[other]), layer.layout.channels, layer.output_axis
-            ):
-                tensor, bias = add.output[0], (following, other)
+    elif following is not None:
+        add = index.nodes[following]
+        slot = 1 if add.input[0] == tensor else 0
+        added = add.input[slot]
+        if index.is_constant(added) and is_channel_bias(index.value(added), layer.layout.channels, layer.output_axis):
+            tensor, bias = add.output[0], (following, slot)
     name = index.label(position)
     return LayerPoint(layer=layer, node=position, tensor=tensor, bias=bias, batchnorm=batchnorm, level=level, name=name)
 
@@ -284,16 +274,14 @@ def _batchnorm_obstacle(index: GraphIndex, position: int) -> Reason | None:
     node = index.nodes[position]
     if index.is_constant(node.input[0]):
         return READS_NO_DATA
-    if attribute(node, "training_mode", 0) or len([name for name in node.output if name]) > 1:
+    if attribute(node, "training_mode", 0) or any(node.output[1:]):
         return TRAINING_MODE
     if attribute(node, "spatial", 1) != 1:
         return NOT_SPATIAL
     parameters = [node.input[slot] for slot in PER_CHANNEL_SLOTS[NORMALIZATION]]
-    if not all(index.is_constant(name) for name in parameters):
+    if not all(map(index.is_constant, parameters)):
         return STATISTICS_COMPUTED
-    if len({index.value(name).size for name in parameters}) > 1:
-        return SIZES_DIFFER
-    return None
+    return SIZES_DIFFER if len({index.value(name).size for name in parameters}) > 1 else None
 
 
 def following_batchnorm(index: GraphIndex, tensor: str) -> int | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx
 from onnx import numpy_helper
 
-from onnx_asr.graph.edit import EditPlan, stored, stored_bias
+from onnx_asr.graph.edit import EditPlan, stored
 from onnx_asr.graph.index import GraphIndex, node_reads
 
 MIN_IR_VERSION = 4  # below it initializers count as overridable inputs, which switches fusions off
@@ -18,9 +18,7 @@ MIN_IR_VERSION = 4  # below it initializers count as overridable inputs, which s
 class Boundary:
     """A tensor handed from one segment to the next.
 
-    Attributes:
-        element_type: ONNX element type.
-        shape: Dimensions, None where they may vary from run to run; None where the rank may vary.
+    A dimension of ``shape`` is None where it may vary from run to run; all of it is None where the rank may vary.
     """
 
     element_type: int
@@ -28,17 +26,12 @@ class Boundary:
 
 
 def extract(
-    index: GraphIndex,
-    positions: Iterable[int],
-    inputs: Mapping[str, Boundary],
-    outputs: Iterable[str],
-    plan: EditPlan | None = None,
+    index: GraphIndex, positions: Iterable[int], inputs: Mapping[str, Boundary], outputs: Iterable[str], plan: EditPlan
 ) -> onnx.ModelProto:
     """A model of the nodes at ``positions`` that computes ``outputs`` from ``inputs``.
 
     It carries only the constants that these nodes read, with planned values in place of the stored ones.
     """
-    plan = plan or EditPlan()
     nodes: list[onnx.NodeProto] = []
     tensors: dict[str, onnx.TensorProto] = {}
     for position in sorted(positions):
@@ -47,13 +40,12 @@ def extract(
         for (_, slot), value in plan.values_of(position):
             private = f"asr::{position}:{slot}"
             tensors[private] = numpy_helper.from_array(stored(index, position, slot, value), private)
-            while len(node.input) <= slot:
-                node.input.append("")
+            node.input.extend([""] * (slot + 1 - len(node.input)))
             node.input[slot] = private
         nodes.append(node)
         if position in plan.added_bias:
             bias = f"asr::{position}:bias"
-            tensors[bias] = numpy_helper.from_array(stored_bias(index, position, plan.added_bias[position]), bias)
+            tensors[bias] = numpy_helper.from_array(stored(index, position, None, plan.added_bias[position]), bias)
             total, node.output[0] = node.output[0], f"{node.output[0]}::unbiased"
             nodes.append(onnx.helper.make_node("Add", [node.output[0], bias], [total]))
     sparse: dict[str, onnx.SparseTensorProto] = {}
@@ -63,17 +55,19 @@ def extract(
                 tensors.setdefault(name, index.initializers[name])
             elif name in index.sparse:
                 sparse[name] = index.sparse[name]
-    graph = onnx.GraphProto(name="segment")
-    graph.node.extend(nodes)
-    graph.initializer.extend(tensors.values())
-    graph.sparse_initializer.extend(sparse.values())
+    graph = onnx.GraphProto(
+        name="segment", node=nodes, initializer=tensors.values(), sparse_initializer=sparse.values()
+    )
     for name, boundary in inputs.items():
         shape = None
         if boundary.shape is not None:
             shape = ["N" if axis == 0 and size is None else size for axis, size in enumerate(boundary.shape)]
         graph.input.append(onnx.helper.make_tensor_value_info(name, boundary.element_type, shape))
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
-    model = onnx.ModelProto(ir_version=max(index.model.ir_version, MIN_IR_VERSION))
-    model.graph.CopyFrom(graph)
-    model.opset_import.extend(index.model.opset_import)
-    return model
+    return as_model(index, graph)
+
+
+def as_model(index: GraphIndex, graph: onnx.GraphProto) -> onnx.ModelProto:
+    """A graph as a model with the operator sets of an indexed one."""
+    version = max(index.model.ir_version, MIN_IR_VERSION)
+    return onnx.ModelProto(ir_version=version, graph=graph, opset_import=index.model.opset_import)

@@ -9,7 +9,7 @@ from onnx import numpy_helper
 
 from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.graph.index import GraphIndex
-from onnx_asr.graph.segments import MIN_IR_VERSION
+from onnx_asr.graph.segments import as_model
 
 Shape = tuple[int, ...]
 InputShapes = Mapping[str, Sequence[int]]
@@ -57,19 +57,16 @@ def typical_shapes(index: GraphIndex, given: InputShapes | None = None) -> dict[
     graph.node.extend(node for node in index.nodes if not all(index.is_constant(name) for name in node.output if name))
     for name in dict.fromkeys(name for node in graph.node for name in node.input if name and index.is_constant(name)):
         value = index.value(name)
-        element_type = index.element_type(name)
         if value.size > _SMALL:
-            graph.input.append(onnx.helper.make_tensor_value_info(name, element_type, value.shape))
+            graph.input.append(onnx.helper.make_tensor_value_info(name, index.element_type(name), value.shape))
         else:
             graph.initializer.append(numpy_helper.from_array(value, name))
     for item in index.inputs:
         element_type = item.type.tensor_type.elem_type
         graph.input.append(onnx.helper.make_tensor_value_info(item.name, element_type, fed[item.name]))
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in index.outputs)
-    model = onnx.ModelProto(ir_version=max(index.model.ir_version, MIN_IR_VERSION), graph=graph)
-    model.opset_import.extend(index.model.opset_import)
     try:
-        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+        inferred = onnx.shape_inference.infer_shapes(as_model(index, graph), data_prop=True).graph
     except onnx.shape_inference.InferenceError as error:
         raise ModelError(
             f"onnx cannot infer the model's shapes: {error}; the file is damaged, export the model again"

@@ -7,12 +7,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a node is skipped.
-
-    Attributes:
-        code: Stable name in kebab case.
-        text: The sentence, with ``{fields}`` for :meth:`format` where it depends on the node.
-    """
+    """Why a node is skipped: a stable code in kebab case, and a sentence that may have ``{fields}`` to fill in."""
 
     code: str
     text: str
@@ -27,9 +22,8 @@ class Skip:
     """A node that has parameters but is not changed, and why.
 
     Attributes:
-        node: Position of the node.
-        name: The node's name in reports.
-        op_type: Its operator.
+        node: Its position.
+        name: Its name in reports.
         reason: A sentence for people, which may change between versions.
         code: A name for programs, which does not.
     """

@@ -172,26 +172,16 @@ def copied(model: onnx.ModelProto, without: Collection[str]) -> onnx.ModelProto:
 
 def _copied(model: onnx.ModelProto, bare: Container[int]) -> onnx.ModelProto:
     """A copy whose initializers at some positions have no more than a name and a doc string."""
-    result = onnx.ModelProto()
-    _copy_fields(model, result, "graph")
-    _copy_fields(model.graph, result.graph, "initializer")
+    result = onnx.ModelProto(**_fields(model, "graph"))
+    result.graph.MergeFrom(onnx.GraphProto(**_fields(model.graph, "initializer")))
     for position, tensor in enumerate(model.graph.initializer):
-        if position not in bare:
-            result.graph.initializer.append(tensor)
-        elif tensor.HasField("doc_string"):
-            result.graph.initializer.add(name=tensor.name, doc_string=tensor.doc_string)
+        if position in bare:
+            doc = {"doc_string": tensor.doc_string} if tensor.HasField("doc_string") else {}
+            result.graph.initializer.add(name=tensor.name, **doc)
         else:
-            result.graph.initializer.add(name=tensor.name)
+            result.graph.initializer.append(tensor)
     return result
 
 
-def _copy_fields(source: Any, target: Any, without: str) -> None:
-    for field, value in source.ListFields():
-        if field.name == without:
-            continue
-        if hasattr(value, "CopyFrom"):
-            getattr(target, field.name).CopyFrom(value)
-        elif hasattr(value, "MergeFrom"):
-            getattr(target, field.name).MergeFrom(value)
-        else:
-            setattr(target, field.name, value)
+def _fields(message: Any, without: str) -> dict[str, Any]:
+    return {field.name: value for field, value in message.ListFields() if field.name != without}

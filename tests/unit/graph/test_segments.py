@@ -21,7 +21,9 @@ from tests.graphs import (
 def test_a_segment_holds_its_nodes_and_their_initializers_only() -> None:
     model = residual_net()
     at = {node.output[0]: p for p, node in enumerate(model.graph.node)}
-    segment = extract(index(model), [at["a"], at["stem_r"]], {"stem_n": Boundary(1, (None, 8, 8, 8))}, ["a"])
+    segment = extract(
+        index(model), [at["a"], at["stem_r"]], {"stem_n": Boundary(1, (None, 8, 8, 8))}, ["a"], EditPlan()
+    )
     assert [node.output[0] for node in segment.graph.node] == ["stem_r", "a"]
     assert [tensor.name for tensor in segment.graph.initializer] == ["a_w"]
     dims = segment.graph.input[0].type.tensor_type.shape.dim
