@@ -9,7 +9,7 @@ the weights and bias of the producing node, or into the BatchNormalization that 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -67,13 +67,7 @@ def paired(dense: Moments, pruned: Moments, correlation: Floats | None = None, p
         gain = s_d / s_p * max(rho, 0)^power,  shift = m_d - gain m_p
 
     A dead channel (``s_p`` is zero, or rounding noise compared with ``s_d`` or ``m_p``) keeps gain 1; only its mean is
-    corrected.
-
-    Args:
-        dense: Moments of the dense channels.
-        pruned: Moments of the pruned channels on the same samples.
-        correlation: Correlation ``rho`` of the two; needed where ``power`` is not 0.
-        power: Exponent of the reliability ``rho``; 0 trusts every gain fully.
+    corrected. The correlation ``rho`` is needed where ``power`` is not 0, which trusts every gain fully.
     """
     gain = raw_gain(dense, pruned)
     if power and correlation is not None:
@@ -99,9 +93,8 @@ def raw_gain(dense: Moments, pruned: Moments) -> Floats:
 
 def layerwise_gain(dense: Moments, pruned: Moments) -> Floats:
     """One factor per layer, ``sqrt(mean v_d / mean v_p)`` (ASR paper, baseline LW); 1 where the layer is dead."""
-    total = float(pruned.var.mean())
-    factor = np.sqrt(float(dense.var.mean()) / total) if is_live(dense, pruned).any() else 1.0
-    return np.full_like(pruned.mean, factor)
+    live = is_live(dense, pruned).any()
+    return np.full_like(pruned.mean, np.sqrt(dense.var.mean() / pruned.var.mean()) if live else 1.0)
 
 
 def asr_gain(dense: Moments, pruned: Moments, prior: Literal["median", "mean"] | float = "median") -> Floats:
@@ -109,11 +102,8 @@ def asr_gain(dense: Moments, pruned: Moments, prior: Literal["median", "mean"] |
 
         s = v_p / (v_p + lam),  gain = s sqrt(v_d / v_p) + (1 - s)
 
-    Args:
-        dense: Moments of the dense channels.
-        pruned: Moments of the pruned channels.
-        prior: ``lam``: the layer's median or mean of ``v_p``, or a fixed value. A ``lam`` of zero (half of the
-            channels dead) becomes a small floor, so that live channels keep their raw gain and dead ones get 1.
+    ``prior`` says what ``lam`` is: the layer's median or mean of ``v_p``, or a fixed value. A ``lam`` of zero (half of
+    the channels dead) becomes a small floor, so that live channels keep their raw gain and dead ones get 1.
     """
     reliability = asr_reliability(pruned, prior)
     return reliability * raw_gain(dense, pruned) + (1.0 - reliability)
@@ -128,7 +118,7 @@ def asr_reliability(pruned: Moments, prior: Literal["median", "mean"] | float = 
 
 def recalibrate(bn: BatchNormParameters, mean: Floats, var: Floats) -> BatchNormParameters:
     """Replace the running statistics with measured ones; a channel without variance keeps its stored variance."""
-    return BatchNormParameters(bn.scale, bn.bias, mean, np.where(var > 0, var, bn.var), bn.epsilon)
+    return replace(bn, mean=mean, var=np.where(var > 0, var, bn.var))
 
 
 def absorb(bn: BatchNormParameters, affine: ChannelAffine) -> BatchNormParameters:
@@ -138,12 +128,11 @@ def absorb(bn: BatchNormParameters, affine: ChannelAffine) -> BatchNormParameter
     ``(var + eps) / gain^2 - eps`` would be negative or tiny compared with eps, or a value would exceed float16.
     """
     gain, shift = affine.gain, affine.shift
-    total = bn.var + bn.epsilon
     positive = gain > 0
     safe = np.where(positive, gain, 1.0)
     with np.errstate(over="ignore", divide="ignore"):
         mean = (bn.mean - shift) / safe
-        var = total / np.square(safe) - bn.epsilon
+        var = (bn.var + bn.epsilon) / np.square(safe) - bn.epsilon
     in_range = (var < _MAX_STATISTIC) & (np.abs(mean) < _MAX_STATISTIC)
     in_statistics = positive & (var > _MIN_VAR_OVER_EPS * bn.epsilon) & in_range
     folded_bias = bn.bias + bn.scale * (shift + (gain - 1.0) * bn.mean) / bn.deviation

@@ -12,25 +12,18 @@ from onnx_asr.arrays import Floats, Mask
 
 
 def keep_largest(scores: Sequence[NDArray[Any]], keep: int) -> list[Mask]:
-    """Masks that keep the ``keep`` entries with the largest scores over all arrays.
+    """Masks that keep the ``keep`` entries with the largest scores over all arrays, which may have any shape.
 
     Ties are broken by position: earlier arrays first, then earlier entries in C order.
-
-    Args:
-        scores: Arrays of any shape.
-        keep: Number of entries to keep, 0 to the total size.
     """
     if not scores:
         return []
     flat = np.concatenate([np.asarray(score).ravel() for score in scores])
-    mask = np.zeros(flat.size, bool)
-    if keep >= flat.size:
-        mask[:] = True
-    elif keep > 0:
+    mask = np.full(flat.size, keep >= flat.size)
+    if 0 < keep < flat.size:
         threshold = np.partition(flat, flat.size - keep)[flat.size - keep]
-        mask[:] = flat > threshold
-        ties = np.flatnonzero(flat == threshold)
-        mask[ties[: keep - int(mask.sum())]] = True
+        mask = flat > threshold
+        mask[np.flatnonzero(flat == threshold)[: keep - int(mask.sum())]] = True
     ends = np.cumsum([score.size for score in scores])
     return [part.reshape(score.shape) for part, score in zip(np.split(mask, ends[:-1]), scores, strict=True)]
 
@@ -41,18 +34,13 @@ def keep_count(size: int, sparsity: float) -> int:
 
 
 def keep_n_of_m(scores: NDArray[Any], n: int, m: int) -> Mask:
-    """A mask that keeps the ``n`` largest of every ``m`` consecutive input channels (N:M sparsity).
+    """A mask that keeps the ``n`` largest scores [C_out, C_in, taps] of every ``m`` consecutive C_in (N:M sparsity).
 
     A last group of fewer than ``m`` channels counts as padded with zeros, which are pruned first. Ties are broken by
     position.
 
-    >>> keep_n_of_m(np.array([[[3.0], [1.0], [2.0], [9.0]]]), 2, 4)[0, :, 0].tolist()  # [C_out, C_in, taps]
+    >>> keep_n_of_m(np.array([[[3.0], [1.0], [2.0], [9.0]]]), 2, 4)[0, :, 0].tolist()
     [True, False, False, True]
-
-    Args:
-        scores: [C_out, C_in, taps]; groups run along C_in, separately for every output channel and tap.
-        n: Entries kept per group.
-        m: Size of a group.
     """
     outputs, inputs, taps = scores.shape
     padded = np.full((outputs, -(-inputs // m) * m, taps), -np.inf)
@@ -65,16 +53,9 @@ def keep_n_of_m(scores: NDArray[Any], n: int, m: int) -> Mask:
 
 
 def block_scores(scores: NDArray[Any], height: int) -> Floats:
-    """The mean score of every block of ``height`` consecutive output channels.
+    """Mean scores [G, ceil(O / height), I, taps] of every ``height`` consecutive output channels of [G, O, I, taps].
 
     The mean and not the sum, so that a last block with fewer channels compares with the others.
-
-    Args:
-        scores: [G, O, I, taps]; blocks run along O, within a group.
-        height: Output channels per block.
-
-    Returns:
-        [G, ceil(O / height), I, taps].
     """
     starts = np.arange(0, scores.shape[1], height)
     sizes = np.minimum(height, scores.shape[1] - starts)
@@ -87,27 +68,20 @@ def spread_blocks(mask: Mask, height: int, outputs: int) -> Mask:
     return np.asarray(np.repeat(mask, height, axis=1)[:, :outputs])
 
 
-PATTERN_WIDTHS = (2, 4, 8, 16)
-_FULL_GROUPS = 0.9
-
-
 def find_n_of_m(mask: Mask) -> tuple[int, int] | None:
-    """The N:M pattern that a mask follows along the input channels, or None.
+    """The N:M pattern that a mask [C_out, C_in, taps] follows along C_in for M of 2, 4, 8 or 16, or None.
 
     No group of ``m`` has more than ``n`` entries left, and nine in ten whole groups have exactly ``n``; the first
     condition alone also holds for any very sparse mask. Of several patterns, the one with the smallest ``m``.
-
-    Args:
-        mask: [C_out, C_in, taps]; groups run along C_in, the last one may be short.
     """
     outputs, inputs, taps = mask.shape
-    for m in PATTERN_WIDTHS:
+    for m in (2, 4, 8, 16):
         whole = inputs - inputs % m
         if whole == 0:
             break
         left = mask[:, :whole].reshape(outputs, whole // m, m, taps).sum(axis=2)
         n = int(left.max())
         rest = mask[:, whole:].sum(axis=1).max(initial=0)
-        if 0 < n < m and rest <= n and (left == n).mean() >= _FULL_GROUPS:
+        if 0 < n < m and rest <= n and (left == n).mean() >= 0.9:
             return n, m
     return None

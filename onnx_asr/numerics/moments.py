@@ -42,7 +42,7 @@ class Moments:
     @property
     def is_finite(self) -> bool:
         """Whether every value was finite, and small enough to be squared in float32."""
-        return bool(np.isfinite(self.mean).all() and np.isfinite(self.m2).all())
+        return bool(np.isfinite([self.mean, self.m2]).all())
 
     @property
     def std(self) -> Floats:
@@ -70,7 +70,7 @@ class Moments:
             mean, centred = _centre(block)
             means.append(mean)
             inner.append(np.vecdot(centred, centred))
-        return cls(*_between(np.concatenate(means), np.concatenate(inner), samples.shape[2]))
+        return _between(np.concatenate(means), np.concatenate(inner), samples.shape[2])
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,8 @@ class PairMoments:
         count = self.dense.count + other.dense.count
         product = (other.dense.mean - self.dense.mean) * (other.pruned.mean - self.pruned.mean)
         weight = self.dense.count * other.dense.count / count if count else 0.0
-        return PairMoments(
-            self.dense.merge(other.dense),
-            self.pruned.merge(other.pruned),
-            self.cross + other.cross + product * weight,
-        )
+        cross = self.cross + other.cross + product * weight
+        return PairMoments(self.dense.merge(other.dense), self.pruned.merge(other.pruned), cross)
 
     @classmethod
     @np.errstate(over="ignore", invalid="ignore")
@@ -111,19 +108,15 @@ class PairMoments:
         if dense.shape != pruned.shape:
             raise ValueError(f"dense tensor of shape {dense.shape}, pruned of shape {pruned.shape}")
         x, y = _by_sample(dense, axis), _by_sample(pruned, axis)
-        sums: list[list[NDArray[Any]]] = [[], [], [], [], []]
+        parts = []
         for x_block, y_block in zip(_blocks(x), _blocks(y), strict=True):
             x_mean, x_centred = _centre(x_block)
             y_mean, y_centred = _centre(y_block)
-            inner = (
-                np.vecdot(p, q) for p, q in ((x_centred, x_centred), (y_centred, y_centred), (x_centred, y_centred))
-            )
-            for total, part in zip(sums, (x_mean, y_mean, *inner), strict=True):
-                total.append(part)
-        x_means, y_means, x_inner, y_inner, inner_cross = map(np.concatenate, sums)
+            pairs = ((x_centred, x_centred), (y_centred, y_centred), (x_centred, y_centred))
+            parts.append((x_mean, y_mean, *(np.vecdot(*pair) for pair in pairs)))
+        x_means, y_means, x_inner, y_inner, inner_cross = map(np.concatenate, zip(*parts, strict=True))
         positions = x.shape[2]
-        first = Moments(*_between(x_means, x_inner, positions))
-        second = Moments(*_between(y_means, y_inner, positions))
+        first, second = _between(x_means, x_inner, positions), _between(y_means, y_inner, positions)
         offsets = (x_means - first.mean) * (y_means - second.mean)  # float64: the means of all samples are
         cross = inner_cross.sum(axis=0, dtype=np.float64) + positions * offsets.sum(axis=0)
         return cls(first, second, cross)
@@ -147,8 +140,7 @@ def _by_sample(tensor: NDArray[Any], axis: int) -> NDArray[Any]:
     shape = tensor.shape
     if tensor.dtype not in (np.float32, np.float64):
         tensor = tensor.astype(np.float32)
-    before = math.prod(shape[:axis])
-    after = math.prod(shape[axis + 1 :])
+    before, after = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
     if after == 1:  # no positions behind the channels: the rows of the chunk count as one sample
         return np.ascontiguousarray(tensor.reshape(before, shape[axis]).T)[None]
     return tensor.reshape(before, shape[axis], after)
@@ -167,8 +159,8 @@ def _centre(block: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     return mean.astype(np.float64), block - mean[:, :, None]
 
 
-def _between(means: Floats, inner: NDArray[Any], positions: int) -> tuple[float, Floats, Floats]:
-    """Join samples of equal size: count, mean and M2 of every channel."""
+def _between(means: Floats, inner: NDArray[Any], positions: int) -> Moments:
+    """Join samples of equal size, from their means and centred second moments [samples, C]."""
     mean = means.mean(axis=0)
     m2 = inner.sum(axis=0, dtype=np.float64) + positions * np.square(means - mean).sum(axis=0)
-    return float(len(means) * positions), mean, m2
+    return Moments(float(len(means) * positions), mean, m2)

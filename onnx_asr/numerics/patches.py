@@ -32,8 +32,6 @@ class ConvGeometry:
         strides: Input positions per output position; the inverse where transposed.
         dilations: Distance between taps.
         pads: Padding before the first element of each axis.
-        groups: Number of channel groups.
-        transposed: Whether it is a transposed convolution.
     """
 
     kernel: tuple[int, ...]
@@ -67,12 +65,10 @@ def input_positions(
         out = np.arange(extent)[:, None]
         tap = np.arange(geometry.kernel[axis])[None, :]
         stride, dilation, pad = geometry.strides[axis], geometry.dilations[axis], geometry.pads[axis]
+        index, rest = stride * out - pad + dilation * tap, np.zeros(1)
         if geometry.transposed:
-            numerator = out + pad - dilation * tap
-            index, inside = numerator // stride, numerator % stride == 0
-        else:
-            index, inside = stride * out - pad + dilation * tap, np.ones((extent, tap.size), bool)
-        inside = inside & (index >= 0) & (index < size)
+            index, rest = np.divmod(out + pad - dilation * tap, stride)
+        inside = (rest == 0) & (index >= 0) & (index < size)
         outputs, taps = flat.shape[0] * extent, flat.shape[1] * tap.size
         flat = (flat[:, None, :, None] * size + index[None, :, None, :]).reshape(outputs, taps)
         valid = (valid[:, None, :, None] & inside[None, :, None, :]).reshape(outputs, taps)
@@ -80,28 +76,21 @@ def input_positions(
 
 
 def gather_patches(tensor: NDArray[Any], table: NDArray[np.int64], positions: Positions, groups: int) -> Singles:
-    """Patches of a chunk at each image's positions.
+    """Patches [N * P, groups, taps * C / groups] of a chunk [N, C, *spatial] at each image's positions [N, P].
 
-    Args:
-        tensor: [N, C, *spatial] input of the convolution.
-        table: [outputs, taps] from :func:`input_positions`.
-        positions: [N, P] flat output positions.
-        groups: Channel groups.
-
-    Returns:
-        [N * P, groups, taps * C / groups], float32: the channels of a tap together, as in
-        ``WeightLayout.to_patches``.
+    ``table`` [outputs, taps] is that of :func:`input_positions`. The channels of a tap lie together, as in
+    ``WeightLayout.to_patches``.
     """
     images, channels = tensor.shape[:2]
     size = math.prod(tensor.shape[2:])
     taps = table.shape[1]
     wanted = table[positions].reshape(images, -1)  # [N, P * taps]
-    maps = tensor.reshape(images, channels, size)
     if 2 * wanted.shape[1] < size:
-        patches = maps[np.arange(images)[:, None], :, wanted].astype(np.float32, copy=False).reshape(-1, channels)
+        patches = gather_outputs(tensor, wanted)
     else:  # to channels last, so that each patch is copied from whole cache lines
-        by_position = np.ascontiguousarray(maps.transpose(0, 2, 1), dtype=np.float32).reshape(-1, channels)
+        by_position = tensor.reshape(images, channels, size).transpose(0, 2, 1)
         rows = wanted + (np.arange(images) * size)[:, None]
+        by_position = np.ascontiguousarray(by_position, dtype=np.float32).reshape(-1, channels)
         patches = np.take(by_position, rows.ravel(), axis=0, mode="clip")
     padding = wanted.ravel() < 0
     if padding.any():
@@ -113,8 +102,7 @@ def gather_patches(tensor: NDArray[Any], table: NDArray[np.int64], positions: Po
 
 
 def gather_outputs(tensor: NDArray[Any], positions: Positions) -> Singles:
-    """Values of a chunk [N, C, *spatial] at each image's positions, [N * P, C]."""
+    """Values of a chunk [N, C, *spatial] at each image's positions [N, P], [N * P, C]."""
     images, channels = tensor.shape[:2]
-    flat = tensor.reshape(images, channels, -1)
-    values = flat[np.arange(images)[:, None], :, positions]  # [N, P, C]
-    return values.astype(np.float32, copy=False).reshape(-1, channels)
+    maps = tensor.reshape(images, channels, -1)
+    return maps[np.arange(images)[:, None], :, positions].astype(np.float32, copy=False).reshape(-1, channels)

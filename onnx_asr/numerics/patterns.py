@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 
@@ -15,7 +14,6 @@ class Pattern:
 
     Attributes:
         n: Weights left of every ``m`` consecutive input channels; None where any weight may survive.
-        m: See ``n``.
         height: Number of consecutive output channels of a group that share their zeros.
     """
 
@@ -95,8 +93,7 @@ def check_share(sparsity: float | None, what: str) -> float:
     Raises:
         OptionError: Otherwise.
     """
-    if sparsity is None:
-        raise OptionError(f"sparsity is missing: give the share of {what}, 0 <= sparsity < 1")
-    if not (math.isfinite(sparsity) and 0 <= sparsity < 1):
-        raise OptionError(f"sparsity {sparsity} is out of range: give the share of {what}, 0 <= sparsity < 1")
+    if sparsity is None or not 0 <= sparsity < 1:
+        found = "is missing" if sparsity is None else f"{sparsity} is out of range"
+        raise OptionError(f"sparsity {found}: give the share of {what}, 0 <= sparsity < 1")
     return sparsity

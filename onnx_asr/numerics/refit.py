@@ -148,7 +148,7 @@ class LayerRefit:
         _check_shapes(x, w0, mask, target=target, relu_floor=relu_floor, dense_negative=dense_negative)
         self._inputs = Inputs(x, store, limits)
         _check_finite(x=self._inputs.mean, relu_floor=relu_floor)
-        self._system = _System.of(self._inputs, options.ridge, limits)
+        self._system = _system(self._inputs, options.ridge, limits)
         self._w0, self._mask, self._options, self._classes, self._limits = w0, mask, options, classes, limits
         groups, outputs, size = w0.shape
         self._targets = Targets(
@@ -178,11 +178,11 @@ class LayerRefit:
         starts = [self._start(block) for block in self._blocks]
         del self._w0
         parts = [self._solve(number, starts.pop(0)) for number in range(len(self._blocks))]  # nobody else holds them
-        self._system.matrix.release()
+        self._system.release()
         if self._classes and self._options.class_steps:
-            self._system = _System.of(self._inputs, self._options.class_ridge, self._limits)
+            self._system = _system(self._inputs, self._options.class_ridge, self._limits)
             parts = [self._toward_classes(parts.pop())]
-            self._system.matrix.release()
+            self._system.release()
         spread = sum(part.spread for part in parts) or 1.0
         return RefitSolution(
             weight=np.concatenate([part.weight for part in parts], axis=1),
@@ -266,31 +266,18 @@ class LayerRefit:
         )
 
 
-def covariance(x: Singles) -> Floats:
-    """`H = cov(X)` [G, K, K] of input patches [n, G, K], which are centred in place."""
-    return Inputs(x).gram()
-
-
-@dataclass(frozen=True)
-class _System:
-    """`A` of a layer, with the roots `D^1/2` and the pulls `R D^-1` [G, 1, K]."""
-
-    matrix: GramSystem | RowSystem
-    root: Floats
-    pull: Floats
-
-    @classmethod
-    def of(cls, inputs: Inputs, ridge_share: float, limits: SolverLimits) -> _System:
-        with np.errstate(over="ignore", invalid="ignore"):
-            gram = inputs.gram() if len(inputs) > limits.few_rows * inputs.mean.shape[1] else None  # [G, K, K]
-            diagonal = inputs.variance() if gram is None else np.diagonal(gram, axis1=1, axis2=2).copy()  # [G, K]
-        _check_squares(diagonal)
-        ridge = ridge_share * diagonal.mean(axis=1, keepdims=True) + 1e-12  # [G, 1]
-        root = np.sqrt(diagonal + ridge)[:, None, :]
-        pull = ridge[:, None, :] / root**2
-        if gram is None:
-            return cls(RowSystem(inputs.centred, root, pull), root, pull)
-        return cls(GramSystem(gram, root, inputs.store, limits), root, pull)
+def _system(inputs: Inputs, ridge_share: float, limits: SolverLimits) -> GramSystem | RowSystem:
+    """`A` of a layer."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        gram = inputs.gram() if len(inputs) > limits.few_rows * inputs.mean.shape[1] else None  # [G, K, K]
+        diagonal = inputs.variance() if gram is None else np.diagonal(gram, axis1=1, axis2=2).copy()  # [G, K]
+    _check_squares(diagonal)
+    ridge = ridge_share * diagonal.mean(axis=1, keepdims=True) + 1e-12  # [G, 1]
+    root = np.sqrt(diagonal + ridge)[:, None, :]
+    pull = ridge[:, None, :] / root**2
+    if gram is None:
+        return RowSystem(inputs.centred, root, pull)
+    return GramSystem(gram, root, pull, inputs.store, limits)
 
 
 @dataclass(frozen=True)
@@ -311,16 +298,18 @@ class _Part:
 class _Pulled:
     """Ridge least squares of the weights that a mask keeps, toward `start` [G, M, K], which is 0 outside it."""
 
-    def __init__(self, system: _System, start: Floats, mask: Mask, limits: SolverLimits, steps: int) -> None:
+    def __init__(
+        self, system: GramSystem | RowSystem, start: Floats, mask: Mask, limits: SolverLimits, steps: int
+    ) -> None:
         self._system, self._mask = system, mask
         self._start = start * system.root
         self._constant = system.pull * self._start
-        self._constant -= system.matrix.product(self._start)
+        self._constant -= system.product(self._start)
         self.solver: Inverse | ConjugateGradients
-        if isinstance(system.matrix, GramSystem) and inverse_is_cheaper(mask, steps):
-            self.solver = system.matrix.inverse(mask)
+        if isinstance(system, GramSystem) and inverse_is_cheaper(mask, steps):
+            self.solver = system.inverse(mask)
         else:
-            self.solver = ConjugateGradients(system.matrix, mask, limits)
+            self.solver = ConjugateGradients(system, mask, limits)
 
     def scaled(self, load: Floats, tolerance: float) -> Floats:
         """`v = D^1/2 w` [G, M, K] for `D^-1/2 cov(T, X)` [G, M, K], which is overwritten."""
@@ -367,13 +356,13 @@ def _check_finite(**arrays: npt.NDArray[np.floating] | None) -> None:
             raise NotFiniteError(f"{name} holds NaN or infinity; refit needs finite samples and weights")
 
 
-def _gain(system: _System, fit: Fit, cross: Floats, scaled: Floats, options: RefitOptions) -> Floats:
+def _gain(system: GramSystem | RowSystem, fit: Fit, cross: Floats, scaled: Floats, options: RefitOptions) -> Floats:
     """`(var(T) / var(w.X))^(gain_power / 2)`; 1 where either is 0 or the correlation is below `min_correlation`.
 
     With `v = D^1/2 w` and the cross moments scaled by `D^-1/2`: `var(w.X) = w'Hw = v'(A - R D^-1)v` and
     `cov(T, w.X) = w.G`; a variance below rounding counts as 0.
     """
-    variance = np.vecdot(scaled, system.matrix.product(scaled) - system.pull * scaled)
+    variance = np.vecdot(scaled, system.product(scaled) - system.pull * scaled)
     variance[variance <= NOISE * np.vecdot(scaled, scaled - system.pull * scaled)] = 0.0
     usable = (fit.variance > 0) & (variance > 0)
     ratio = np.divide(fit.variance, variance, out=np.ones_like(variance), where=usable)

@@ -76,9 +76,7 @@ class Inputs:
 
     def __init__(self, x: Singles, store: BufferStore = MEMORY, limits: SolverLimits = LIMITS) -> None:
         groups, inputs = x.shape[1:]
-        self.centred = x
-        self.store = store
-        self._limits = limits
+        self.centred, self.store, self._limits = x, store, limits
         with np.errstate(over="ignore", invalid="ignore"):
             self.mean: Floats = x.mean(axis=0, dtype=np.float64)
             x -= self.mean.astype(np.float32)
@@ -138,7 +136,6 @@ class Targets:
     """Wanted outputs of M channels of every group, with their inputs.
 
     Attributes:
-        inputs: The inputs.
         target: `T` [n, G, M].
         floor: `theta` [n, G, M]; 0 if None.
         negative: [n, G, M], where the dense pre-activation is <= 0; None if no ReLU follows.
@@ -170,17 +167,14 @@ class Targets:
 
     def class_fit(self, weight: Floats, level: Floats) -> Fit:
         """The fit of `z - 2 (softmax(z) - softmax(T))`, with the logits `z = weight . (X - mean(X)) + level`."""
-        return self._sum_up(self._toward_classes(weight, level), level)
-
-    def _toward_classes(self, weight: Floats, level: Floats) -> Iterator[tuple[Singles, Singles]]:
-        assert self.probabilities is not None
-        for rows, logits, chunk in self._predicted(weight, level):
-            yield logits - 2 * (softmax(logits) - self.probabilities[rows]), chunk
+        wanted = self.probabilities
+        assert wanted is not None
+        predicted = self._predicted(weight, level)
+        return self._sum_up(((z - 2 * (softmax(z) - wanted[rows]), chunk) for rows, z, chunk in predicted), level)
 
     def error(self, weight: Floats, level: Floats) -> float:
         """`sum mean(e^2)` over all channels and some chunks, `e` the error that the ReLU lets through."""
-        total = 0.0
-        count = 0
+        total, count = 0.0, 0
         for target, prediction, _ in self._visible(weight, level, _RESIDUAL_EVERY):
             total += float(np.square(target - prediction).sum(dtype=np.float64))
             count += len(target)

@@ -44,17 +44,12 @@ def saliency(rows: NDArray[Any], gram: Floats, ridge: float) -> Floats:
         rows: Weights [C_out, K], the output channels of a group side by side.
         gram: ``H = cov(X)`` [G, K, K] of each group's inputs.
         ridge: ``R`` as a share of the mean input variance.
-
-    Returns:
-        [C_out, K].
     """
     diagonal = np.diagonal(gram, axis1=1, axis2=2)
     damping = ridge * diagonal.mean(axis=1) + 1e-12
-    cost = np.empty_like(diagonal)
-    for group, matrix in enumerate(gram):
-        if len(matrix) > _MAX_INVERSE:
-            cost[group] = diagonal[group] + damping[group]
-        else:
+    cost = diagonal + damping[:, None]
+    if gram.shape[2] <= _MAX_INVERSE:
+        for group, matrix in enumerate(gram):
             cost[group] = 1.0 / np.diagonal(np.linalg.inv(matrix + damping[group] * np.eye(len(matrix))))
     square = np.square(rows.astype(np.float64)).reshape(len(gram), -1, gram.shape[2])
     return np.asarray(square * np.maximum(cost, 0.0)[:, None, :]).reshape(rows.shape)
@@ -63,12 +58,8 @@ def saliency(rows: NDArray[Any], gram: Floats, ridge: float) -> Floats:
 def erk_keep(shapes: Sequence[tuple[int, ...]], sizes: Sequence[int], keep: int) -> list[int]:
     """Entries that each layer keeps at Erdos-Renyi-kernel densities (arXiv 1911.11134), ``keep`` in total.
 
-    The density of a layer is proportional to ``sum(shape) / prod(shape)``; layers that would exceed 1 stay dense.
-
-    Args:
-        shapes: [C_out, C_in / group, *kernel] of each layer.
-        sizes: Number of entries of each layer.
-        keep: Total number of entries to keep.
+    The density of a layer of shape [C_out, C_in / group, *kernel] and ``size`` entries is proportional to
+    ``sum(shape) / prod(shape)``; layers that would exceed 1 stay dense.
     """
     raw = np.array([sum(shape) / np.prod(shape) for shape in shapes])
     size = np.asarray(sizes, np.float64)
@@ -81,8 +72,7 @@ def erk_keep(shapes: Sequence[tuple[int, ...]], sizes: Sequence[int], keep: int)
         full |= beyond
     wanted = np.where(full, size, np.maximum(factor, 0.0) * raw * size)
     counts = np.floor(wanted).astype(int)
-    for layer in np.argsort(counts - wanted, kind="stable")[: keep - int(counts.sum())]:
-        counts[layer] += 1
+    counts[np.argsort(counts - wanted, kind="stable")[: keep - int(counts.sum())]] += 1
     return [int(count) for count in counts]
 
 
@@ -114,8 +104,7 @@ def cheapest_keep(
     segments: list[tuple[float, int, int]] = []  # slope by price, layer, zeros
     for layer, size in enumerate(sizes):
         hull = _lower_hull(zeros[layer], costs[layer])
-        for left, right in itertools.pairwise(hull):
-            segments.append((_slope(left, right) / price[layer], layer, right[0] - left[0]))
+        segments += [(_slope(a, b) / price[layer], layer, b[0] - a[0]) for a, b in itertools.pairwise(hull)]
         segments.append((math.inf, layer, size - hull[-1][0]))
     counts, rest = list(sizes), sum(size * each for size, each in zip(sizes, price, strict=True)) - keep
     for _, layer, width in sorted(segments, key=lambda item: item[0]):

@@ -26,17 +26,21 @@ _BATCH_RATIO = 0.85  # smallest support of a batch, as a share of its largest
 
 
 class GramSystem:
-    """`A` as one matrix per group, [G, K, K]; the Gram matrix, held by the store, is scaled in place."""
+    """`A` as one matrix per group, [G, K, K]; the Gram matrix, held by the store, is scaled in place.
 
-    def __init__(self, gram: Floats, root: Floats, store: BufferStore, limits: SolverLimits) -> None:
+    Attributes:
+        root: `D^1/2` [G, 1, K].
+        pull: `R D^-1` [G, 1, K].
+    """
+
+    def __init__(self, gram: Floats, root: Floats, pull: Floats, store: BufferStore, limits: SolverLimits) -> None:
         for rows in pieces(gram, store, limits):  # in place: a copy would be 170 MB at K = 4608
             part = gram[:, rows]
             part /= root
             part /= root.transpose(0, 2, 1)[:, rows]
             np.einsum("gkk->gk", gram[:, rows, rows])[...] = 1.0
-        self._matrix = gram
-        self._store = store
-        self._limits = limits
+        self.root, self.pull = root, pull
+        self._matrix, self._store, self._limits = gram, store, limits
 
     def product(self, vectors: Floats) -> Floats:
         """`P A` for [G, M, K]."""
@@ -63,23 +67,23 @@ class GramSystem:
 
 
 class RowSystem:
-    """`P A = ((P D^-1/2) X' X / n) D^-1/2 + R P D^-1`, from the centred rows [n, G, K]."""
+    """`P A = ((P D^-1/2) X' X / n) D^-1/2 + R P D^-1`, from the centred rows [n, G, K]; attributes as above."""
 
     def __init__(self, x: Singles, root: Floats, pull: Floats) -> None:
+        self.root, self.pull = root, pull
         self._x = x
         self._scale: Singles = (1.0 / root).astype(np.float32)
-        self._pull = pull
 
     def product(self, vectors: Floats) -> Floats:
         """`P A` for [G, M, K]."""
-        result = self._pull * vectors
+        result = self.pull * vectors
         for group, part in enumerate(vectors):
             result[group] += self._covered(group, part.astype(np.float32))
         return result
 
     def single(self, group: int) -> Callable[[Singles], Singles]:
         """`P A` of one group, for [M, K] in float32."""
-        pull: Singles = self._pull[group].astype(np.float32)
+        pull: Singles = self.pull[group].astype(np.float32)
         return lambda vectors: self._covered(group, vectors) + pull * vectors
 
     def release(self) -> None:
@@ -175,11 +179,8 @@ class ConjugateGradients:
     name: Literal["cg"] = "cg"
 
     def __init__(self, system: GramSystem | RowSystem, mask: Mask, limits: SolverLimits) -> None:
-        self.steps = 0
-        self.converged = True
-        self._system = system
-        self._mask = mask
-        self._limit = limits.cg_steps
+        self.steps, self.converged = 0, True
+        self._system, self._mask, self._limit = system, mask, limits.cg_steps
         self._last: Floats = np.zeros(mask.shape)
 
     def solve(self, load: Floats, tolerance: float) -> Floats:

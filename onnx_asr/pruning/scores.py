@@ -15,7 +15,7 @@ from onnx_asr.networks.pair import Network, overflow
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.walk import Walk
 from onnx_asr.numerics.moments import Accumulator, Moments
-from onnx_asr.numerics.refit import covariance
+from onnx_asr.numerics.rows import Inputs
 from onnx_asr.numerics.scores import lamp, row_normalised, saliency
 from onnx_asr.pruning.options import DATA_AWARE, Score
 from onnx_asr.repairing.options import RefitRecipe
@@ -122,7 +122,7 @@ def _saliencies(dense: Network, points: Sequence[LayerPoint], calibration: Calib
 def _saliency(index: GraphIndex, sampler: RowSampler, ridge: float) -> Floats:
     point, layout = sampler.point, sampler.point.layer.layout
     patches = layout.to_patches(weight_of(index, point))  # [G, O, k I]
-    score = saliency(patches.reshape(layout.channels, -1), covariance(sampler.inputs), ridge)
+    score = saliency(patches.reshape(layout.channels, -1), Inputs(sampler.inputs).gram(), ridge)
     if not np.isfinite(score).all():
         raise overflow(point)
     return layout.from_patches(score)

@@ -198,7 +198,7 @@ def test_one_block_at_its_limit_is_enough_to_be_reported(monkeypatch):
 def test_a_solution_at_the_limit_is_not_forgotten_by_the_next():
     root, gram = np.ones((1, 1, 6)), np.cov(np.random.default_rng(0).standard_normal((6, 40)))[None]
     root[0, 0] = np.sqrt(np.diagonal(gram[0]))
-    system = systems.GramSystem(gram, root, Memory(), SolverLimits())
+    system = systems.GramSystem(gram, root, np.zeros_like(root), Memory(), SolverLimits())
     solver = systems.ConjugateGradients(system, np.ones((1, 1, 6), bool), SolverLimits(cg_steps=2))
     for tolerance, steps in ((1e-6, 2), (1.0, 2)):
         solver.solve(np.arange(1.0, 7.0).reshape(1, 1, 6), tolerance)
