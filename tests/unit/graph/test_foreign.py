@@ -98,7 +98,7 @@ def test_workers_are_sent_the_exported_model(imported: Callable[[Path], Source],
     workers = pytest.importorskip("onnx_asr.sweeping.workers")
     setup = Setup(imported(paths[0]), DATA, None, None, None, SweepSettings(repair=OPTIONS))
     workspace = Workspace.of(setup, Execution())
-    assert workers._sendable(setup, workspace).dense is workspace.dense
+    assert workers._sendable(workspace).dense is workspace.dense
     assert isinstance(workspace.dense, onnx.ModelProto)
 
 
