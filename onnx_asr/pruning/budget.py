@@ -16,13 +16,7 @@ STEPS = 1000
 def smallest_share(budget: Budget, dense: float, cost: Callable[[float], float], progress: Progress = silent) -> float:
     """The smallest share to prune, in steps of a thousandth, that keeps within a budget.
 
-    By bisection: the cost is assumed to fall as more is pruned.
-
-    Args:
-        budget: The budget.
-        dense: Cost of the dense model.
-        cost: Cost of the model with a share of it pruned.
-        progress: Called with how far the search is.
+    By bisection: ``cost``, that of the model with a share of it pruned, is assumed to fall as more is pruned.
 
     Raises:
         OptionError: When the dense model already keeps within the budget, or not even the largest share does.

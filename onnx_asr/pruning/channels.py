@@ -38,7 +38,7 @@ from onnx_asr.networks.latency import Latency, Stopwatch
 from onnx_asr.numerics.masks import keep_count, keep_largest
 from onnx_asr.pruning.budget import smallest_share, unreachable
 from onnx_asr.pruning.masks import prunable_weights
-from onnx_asr.pruning.options import Budget, ChannelPruneOptions, ChannelScope
+from onnx_asr.pruning.options import Budget, ChannelPruneOptions
 from onnx_asr.version import __version__
 
 _TRIAL_SECONDS = 0.7  # that a model is timed during the search
@@ -135,8 +135,15 @@ def prune_channels(
     if budget is not None and budget.measure == "latency":
         stopwatch = Stopwatch(index, execution.runtime, input_shapes)
         share, latency = _within_latency(budget, cutter, stopwatch, execution.progress)
+    elif budget is not None and budget.measure == "size":
+        share = smallest_share(budget, before.size, lambda tried: cutter.cut(tried).ByteSize(), execution.progress)
     elif budget is not None:
-        share = _within_cost(budget, cutter, before, input_shapes, execution.progress)
+        share = smallest_share(
+            budget,
+            before.flops,
+            lambda tried: flops(GraphIndex.of(cutter.cut(tried)), input_shapes)[0],
+            execution.progress,
+        )
     assert share is not None
     pruned = cutter.cut(share)
     execution.progress("done", 1.0)
@@ -151,20 +158,18 @@ class _Cutter:
     Attributes:
         index: The graph.
         channels: Its channels.
+        options: Where scores are compared, and what the number of units left in a group is a multiple of.
         groups: Units that take part, by group.
         makers: Layers that make them.
-        scores: Their scores.
-        scope: Where scores are compared.
-        multiple: The number of units left in a group is rounded to multiples of this.
+        scores: Their scores divided by the mean of the group, the best one infinite.
     """
 
     index: GraphIndex
     channels: Channels
+    options: ChannelPruneOptions
     groups: Sequence[Ids]
     makers: Sequence[Sequence[LayerPoint]]
     scores: Sequence[Floats]
-    scope: ChannelScope
-    multiple: int
 
     @classmethod
     def of(cls, index: GraphIndex, options: ChannelPruneOptions) -> tuple[_Cutter, list[Skip]]:
@@ -175,8 +180,7 @@ class _Cutter:
             ModelError: When no channel of the chosen layers can be removed.
         """
         weights, skips = prunable_weights(index, options.include, options.exclude)
-        channels = trace(index)
-        points = survey(index).layers
+        channels, points = trace(index), survey(index).layers
         chosen = {point.node for weight in weights for point in weight.points}
         groups, makers = _prunable_groups(channels, points, chosen)
         skips += _uncut(channels, [point for point in points if point.node in chosen], groups)
@@ -187,13 +191,21 @@ class _Cutter:
                 "prune single weights (--pattern unstructured)"
             )
         units = channel_scores(index, channels, points)
-        scores = [units[group] for group in groups]
-        return cls(index, channels, groups, makers, scores, options.scope, options.multiple), skips
+        scores = [units[group] / (units[group].mean() or 1.0) for group in groups]
+        for score in scores:
+            score[score.argmax()] = np.inf
+        return cls(index, channels, options, groups, makers, scores), skips
 
     def drop(self, sparsity: float) -> Mask:
-        """[units] True where a unit goes."""
-        drop = np.zeros(self.channels.units, bool)
-        for group, keep in zip(self.groups, _keep(self.scores, sparsity, self.scope, self.multiple), strict=True):
+        """[units] True where a unit goes; the best of every group stays."""
+        if self.options.scope == "layer":
+            counts = [keep_count(score.size, sparsity) for score in self.scores]
+        else:
+            total = keep_count(sum(score.size for score in self.scores), sparsity)
+            counts = [int(mask.sum()) for mask in keep_largest(self.scores, max(len(self.scores), total))]
+        drop, multiple = np.zeros(self.channels.units, bool), self.options.multiple
+        for group, score, count in zip(self.groups, self.scores, counts, strict=True):
+            (keep,) = keep_largest([score], min(score.size, max(1, round(count / multiple)) * multiple))
             drop[group[~keep]] = True
         return drop
 
@@ -212,19 +224,6 @@ class _Cutter:
         )
 
 
-def _within_cost(
-    budget: Budget, cutter: _Cutter, dense: Cost, input_shapes: InputShapes | None, progress: Progress
-) -> float:
-    """The smallest sparsity that keeps within a budget of bytes or of operations."""
-    if budget.measure == "size":
-        return smallest_share(budget, dense.size, lambda share: cutter.cut(share).ByteSize(), progress)
-
-    def flops_at(share: float) -> int:
-        return flops(GraphIndex.of(cutter.cut(share)), input_shapes)[0]
-
-    return smallest_share(budget, dense.flops, flops_at, progress)
-
-
 def _within_latency(budget: Budget, cutter: _Cutter, stopwatch: Stopwatch, progress: Progress) -> tuple[float, Latency]:
     """About the smallest sparsity that keeps within a budget of latency, and the latency measured at it.
 
@@ -237,16 +236,11 @@ def _within_latency(budget: Budget, cutter: _Cutter, stopwatch: Stopwatch, progr
         latency = stopwatch.time(cutter.cut(share))
         if latency.ratio <= budget.limit:
             return share, latency
-        share = _more(cutter, share)
+        here = cutter.drop(share)
+        further = np.arange(share + _STEP, 1, _STEP).tolist()
+        share = next((higher for higher in further if not np.array_equal(cutter.drop(higher), here)), 1.0)
         if share >= 1:
             raise unreachable(budget, latency.ratio)
-
-
-def _more(cutter: _Cutter, share: float) -> float:
-    """The next sparsity, in steps of a hundredth, at which more channels go; 1 where there is none."""
-    here = cutter.drop(share)
-    further = np.arange(share + _STEP, 1, _STEP).tolist()
-    return next((higher for higher in further if not np.array_equal(cutter.drop(higher), here)), 1.0)
 
 
 def channel_scores(index: GraphIndex, channels: Channels, points: Sequence[LayerPoint]) -> Floats:
@@ -274,17 +268,15 @@ def _prunable_groups(
     channels: Channels, points: Sequence[LayerPoint], chosen: set[int]
 ) -> tuple[list[Ids], list[list[LayerPoint]]]:
     """Groups whose channels can be removed and whose layers were all chosen; and those layers, by group."""
-    makers: dict[int, list[LayerPoint]] = {}
-    for point in points:
-        if point.tensor in channels.tensors:
-            for unit in np.unique(channels.tensors[point.tensor].ids).tolist():
-                makers.setdefault(unit, []).append(point)
-    groups = []
+    made = [(point, channels.tensors[point.tensor].ids) for point in points if point.tensor in channels.tensors]
+    groups, makers = [], []
     for group in channels.groups():
-        made = makers.get(int(group[0]), [])
-        if made and channels.removable[group].all() and all(point.node in chosen for point in made):
-            groups.append(group)
-    return groups, [makers[int(group[0])] for group in groups]
+        if channels.removable[group].all():
+            layers = [point for point, units in made if group[0] in units]
+            if layers and chosen.issuperset(point.node for point in layers):
+                groups.append(group)
+                makers.append(layers)
+    return groups, makers
 
 
 def _uncut(channels: Channels, points: Sequence[LayerPoint], groups: Sequence[Ids]) -> list[Skip]:
@@ -303,19 +295,3 @@ def _uncut(channels: Channels, points: Sequence[LayerPoint], groups: Sequence[Id
             reason = CHANNELS_TIED if frozen is None else CHANNELS_FROZEN.format(why=frozen)
         skips.append(skip(point, reason))
     return skips
-
-
-def _keep(scores: Sequence[Floats], share: float, scope: ChannelScope, multiple: int) -> list[Mask]:
-    """Masks of the channels that stay, the best of every group among them."""
-    relative = []
-    for score in scores:
-        value = score / (score.mean() or 1.0)
-        value[score.argmax()] = np.inf
-        relative.append(value)
-    if scope == "layer":
-        counts = [max(1, keep_count(value.size, share)) for value in relative]
-    else:
-        total = keep_count(sum(value.size for value in relative), share)
-        counts = [int(mask.sum()) for mask in keep_largest(relative, max(len(relative), total))]
-    rounded = [max(1, round(count / multiple)) * multiple for count in counts]
-    return [keep_largest([value], min(value.size, count))[0] for value, count in zip(relative, rounded, strict=True)]

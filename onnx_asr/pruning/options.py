@@ -68,24 +68,30 @@ class Budget:
         return limit
 
 
-def _budget(sparsity: float | None, **limits: float | None) -> Budget | None:
-    """The one target among those that were given, or None.
+class _Goal:
+    """A sparsity, or one of the targets in its place."""
 
-    Raises:
-        OptionError: When there are several, one beside a sparsity, or one out of range.
-    """
-    measures: tuple[Measure, ...] = get_args(Measure)
-    given = [Budget(measure, limit) for measure in measures if (limit := limits.get(measure)) is not None]
-    if len(given) > 1:
-        names = " and ".join(f"target-{budget.measure}" for budget in given)
-        raise OptionError(f"{names} each say how much to prune: give one of them")
-    if given and sparsity is not None:
-        raise OptionError(f"sparsity and target-{given[0].measure} both say how much to prune: give one of them")
-    return given[0] if given else None
+    sparsity: float | None
+
+    @property
+    def budget(self) -> Budget | None:
+        """The target, where there is one in place of a sparsity.
+
+        Raises:
+            OptionError: When there are several, one beside a sparsity, or one out of range.
+        """
+        limits = {measure: getattr(self, f"target_{measure}", None) for measure in get_args(Measure)}
+        given = [Budget(measure, limit) for measure, limit in limits.items() if limit is not None]
+        if len(given) > 1:
+            names = " and ".join(f"target-{budget.measure}" for budget in given)
+            raise OptionError(f"{names} each say how much to prune: give one of them")
+        if given and self.sparsity is not None:
+            raise OptionError(f"sparsity and target-{given[0].measure} both say how much to prune: give one of them")
+        return given[0] if given else None
 
 
 @dataclass(frozen=True)
-class PruneOptions:
+class PruneOptions(_Goal):
     """Which weights to zero, and how many.
 
     Attributes:
@@ -132,11 +138,6 @@ class PruneOptions:
         check_at_least("seed", self.seed, 0)
 
     @property
-    def budget(self) -> Budget | None:
-        """The target, where there is one in place of a sparsity."""
-        return _budget(self.sparsity, size=self.target_size, flops=self.target_flops)
-
-    @property
     def needs_data(self) -> str | None:
         """The option that needs calibration samples, if any does."""
         if self.score in DATA_AWARE:
@@ -145,7 +146,7 @@ class PruneOptions:
 
 
 @dataclass(frozen=True)
-class ChannelPruneOptions:
+class ChannelPruneOptions(_Goal):
     """Which channels to remove, and how many.
 
     Attributes:
@@ -176,11 +177,6 @@ class ChannelPruneOptions:
             check_share(self.sparsity, "channels to remove")
         check_choice("scope", self.scope, get_args(ChannelScope))
         check_at_least("multiple", self.multiple, 1)
-
-    @property
-    def budget(self) -> Budget | None:
-        """The target, where there is one in place of a sparsity."""
-        return _budget(self.sparsity, latency=self.target_latency, size=self.target_size, flops=self.target_flops)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ transposed one as well. Rows can become zero when what they read is removed, so 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from onnx_asr.arrays import Mask
 from onnx_asr.channels.computing import pads
 from onnx_asr.channels.rules import trace
-from onnx_asr.channels.units import Channels, Read, remove
+from onnx_asr.channels.units import Channels, remove
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.edit import set_metadata
@@ -91,28 +92,19 @@ def shrink(
         OptionError: When a shape does not fit the model.
     """
     execution = execution or Execution()
-    original = load(model)
-    index = GraphIndex.of(original)
-    check_finite(index, "given")
-    widths = {point.name: (point.tensor, point.channels) for point in survey(index).layers}
-    before = cost(index, input_shapes)
+    given = GraphIndex.of(load(model))
+    check_finite(given, "given")
+    before = cost(given, input_shapes)
     execution.progress("removing channels", 0.0)
-    index, channels, held = _without_idle(index)
-    smaller = index.model
+    index, channels, held = _without_idle(given)
     layers = []
-    for name, (tensor, width) in widths.items():
-        kept = len(channels.tensors[tensor].ids) if tensor in channels.tensors else width
-        if kept < width:
-            layers.append(ChannelGroup((name,), width, kept))
-    notes = []
-    if held:
-        notes.append(
-            f"{held} channels carry a constant other than 0 into a padded or transposed convolution, where it is not "
-            "constant at the borders: they stay"
-        )
+    for point in survey(given).layers:
+        kept = len(channels.tensors[point.tensor].ids) if point.tensor in channels.tensors else point.channels
+        if kept < point.channels:
+            layers.append(ChannelGroup((point.name,), point.channels, kept))
     execution.progress("comparing", 0.5)
-    error = _difference(original, smaller, random_feeds(GraphIndex.of(original), input_shapes), execution.runtime)
-    half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in original.graph.initializer)
+    error = _difference(given.model, index.model, random_feeds(given, input_shapes), execution.runtime)
+    half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in given.model.graph.initializer)
     limit = MAX_HALF_ERROR if half else MAX_ERROR
     if not error <= limit:
         raise ModelError(
@@ -121,34 +113,39 @@ def shrink(
             "with the output of 'inspect --json'"
         )
     if layers:
-        set_metadata(smaller, "onnx_asr.version", __version__)
+        set_metadata(index.model, "onnx_asr.version", __version__)
     execution.progress("done", 1.0)
-    return ShrinkResult(smaller, tuple(layers), tuple(notes), error, before, cost(index, input_shapes))
+    note = (
+        f"{held} channels carry a constant other than 0 into a padded or transposed convolution, where it is not "
+        "constant at the borders: they stay"
+    )
+    return ShrinkResult(index.model, tuple(layers), (note,) if held else (), error, before, cost(index, input_shapes))
 
 
 def _without_idle(index: GraphIndex) -> tuple[GraphIndex, Channels, int]:
     """The graph once no channel is idle any more, its channels, and the number of those held as :func:`_idle` says."""
     while True:
-        channels = trace(index)
-        drop, held = _idle(index, channels)
+        channels, draft = trace(index), Draft(index)
+        points = {point.node: point for point in survey(index).layers}
+        drop, held = _idle(draft, points, channels)
         if not drop.any():
             return index, channels, held
-        draft = Draft(index)
-        _fold_constants(draft, channels, drop)
+        _fold_constants(draft, points, channels, drop)
         index = GraphIndex.of(remove(index, channels, drop, draft.plan))
 
 
-def _idle(index: GraphIndex, channels: Channels) -> tuple[Mask, int]:
+def _idle(draft: Draft, points: Mapping[int, LayerPoint], channels: Channels) -> tuple[Mask, int]:
     """[units] that can be removed, and the number of those that only a padded or transposed reader holds."""
     free, dead = channels.removable, channels.removable
-    points = {point.node: point for point in survey(index).layers}
     for read in channels.reads:
-        used = _used(index, points.get(read.node), read)
-        constant = read.labels.constant
+        point, ids, constant = points.get(read.node), read.labels.ids, read.labels.constant
+        used = np.ones(len(ids), bool)
+        if point is not None:
+            used = (draft.blocks(point) != 0).any(axis=(1, 3)).reshape(-1)
         known = ~used | ~np.isnan(constant)
-        exact = ~used | (constant == 0) | (known & _folds(index, points.get(read.node)))
-        dead[read.labels.ids[~known]] = False
-        free[read.labels.ids[~exact]] = False
+        exact = ~used | (constant == 0) | (known & _folds(draft, point))
+        dead[ids[~known]] = False
+        free[ids[~exact]] = False
     for group in channels.groups():
         if free[group].all():
             free[group[0]] = False
@@ -156,26 +153,18 @@ def _idle(index: GraphIndex, channels: Channels) -> tuple[Mask, int]:
     return free, int((dead & ~free).sum())
 
 
-def _used(index: GraphIndex, point: LayerPoint | None, read: Read) -> Mask:
-    """[C] whether a weight other than zero reads the channel."""
-    if point is None:
-        return np.ones(len(read.labels.ids), bool)
-    return np.asarray((Draft(index).blocks(point) != 0).any(axis=(1, 3)).reshape(-1))
-
-
-def _folds(index: GraphIndex, point: LayerPoint | None) -> bool:
+def _folds(draft: Draft, point: LayerPoint | None) -> bool:
     """Whether a constant channel that the point reads is the same as a bias."""
     if point is None or point.layer.is_transposed:
         return False
-    if point.layer.is_convolution and pads(index.nodes[point.node]):
+    if point.layer.is_convolution and pads(draft.index.nodes[point.node]):
         return False
-    bias = None if point.bias is None else Draft(index).plan.current(index, *point.bias)
+    bias = None if point.bias is None else draft.plan.current(draft.index, *point.bias)
     return bias is None or bias.size == point.channels
 
 
-def _fold_constants(draft: Draft, channels: Channels, drop: Mask) -> None:
+def _fold_constants(draft: Draft, points: Mapping[int, LayerPoint], channels: Channels, drop: Mask) -> None:
     """Add the constants of the dropped channels to the biases of their readers."""
-    points = {point.node: point for point in survey(draft.index).layers}
     for read in channels.reads:
         gone = drop[read.labels.ids] & ~np.isnan(read.labels.constant)
         carried = np.where(gone, read.labels.constant, 0.0)

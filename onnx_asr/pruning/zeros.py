@@ -21,12 +21,12 @@ from onnx_asr.networks.execution import Execution, Progress
 from onnx_asr.networks.pair import Network
 from onnx_asr.networks.sparsity import LayerSparsity, collapse_note, share_of_zeros
 from onnx_asr.numerics.patterns import Pattern
-from onnx_asr.pruning.allocation import Allocation, layer_costs, unit_flops
+from onnx_asr.pruning.allocation import Allocation, LayerCosts, layer_costs, unit_flops
 from onnx_asr.pruning.budget import smallest_share
 from onnx_asr.pruning.masked_fidelity import fidelity_under_masks, layer_masks
 from onnx_asr.pruning.masks import PrunableWeight, prunable_weights, split_narrow
 from onnx_asr.pruning.options import SENSITIVITY_SPARSITIES, Budget, PruneOptions
-from onnx_asr.pruning.scores import data_free_scores, weight_scores
+from onnx_asr.pruning.scores import Values, data_free_scores, weight_scores
 from onnx_asr.repairing.options import RepairOptions
 from onnx_asr.repairing.verification import Samples, Verifier
 
@@ -111,7 +111,13 @@ def prune(
         DataError: Missing, broken or unfitting data.
     """
     options, execution = options or PruneOptions(), execution or Execution()
-    _check_data(options, given=data is not None)
+    if options.needs_data and data is None:
+        raise OptionError(f"{options.needs_data} needs calibration samples: give them (--data)")
+    if data is not None and not options.needs_data:
+        raise OptionError(
+            f"score '{options.score}' does not use calibration data: drop --data, or choose activation, variance or "
+            "gram"
+        )
     dense = load(model)
     index = GraphIndex.of(dense)
     check_finite(index, "dense")
@@ -120,17 +126,16 @@ def prune(
     weights, skips = prunable_weights(index, options.include, options.exclude)
     weights, narrow = split_narrow(weights, pattern)
     if data is None:
-        scores = data_free_scores(index, [weight.points[0] for weight in weights], options.score)
-        allocation = Allocation(index, weights, scores, pattern, options.scope)
+        scores, costs = data_free_scores(index, [weight.points[0] for weight in weights], options.score), None
     else:
         held_out = RepairOptions.verify_samples if options.scope == "sensitivity" else 0
         settings = RepairOptions("refit", samples=options.samples, verify_samples=held_out, seed=options.seed)
         network = Network.of(dense, "dense", compared=True)
         drawn = Samples.of(data, network.inputs, settings, preprocessing, verify=True)
-        allocation = _measured(network, drawn, weights, options, before, input_shapes, execution)
-    budget, share = options.budget, options.sparsity
-    if budget is not None:
-        share = _within(budget, allocation, before, input_shapes, execution.progress)
+        scores, costs = _measured(network, drawn, weights, options, before, input_shapes, execution)
+    allocation, share = Allocation(index, weights, scores, pattern, options.scope, costs), options.sparsity
+    if options.budget is not None:
+        share = _within(options.budget, allocation, before, input_shapes, execution.progress)
     pruned, layers = allocation.pruned(share)
     return PruneResult(
         model=pruned,
@@ -143,18 +148,6 @@ def prune(
     )
 
 
-def _check_data(options: PruneOptions, given: bool) -> None:
-    """Refuse missing samples, and samples that nothing uses."""
-    reader = options.needs_data
-    if reader is not None and not given:
-        raise OptionError(f"{reader} needs calibration samples: give them (--data)")
-    if reader is None and given:
-        raise OptionError(
-            f"score '{options.score}' does not use calibration data: drop --data, or choose activation, variance or "
-            "gram"
-        )
-
-
 def _measured(
     dense: Network,
     samples: Samples,
@@ -163,35 +156,26 @@ def _measured(
     before: Cost,
     input_shapes: InputShapes | None,
     execution: Execution,
-) -> Allocation:
-    """The allocation by scores, and for scope "sensitivity" by costs, that are measured on samples."""
-    index, pattern = dense.index, Pattern.parse(options.pattern)
-    calibration = samples.load()
-    points = [weight.points[0] for weight in weights]
-    scores = weight_scores(dense, points, options.score, calibration, execution)
+) -> tuple[Values, LayerCosts | None]:
+    """Scores, and for scope "sensitivity" costs of zeros, measured on samples.
+
+    The highest sparsity that is tried leaves a quarter of the requested density: no weight ends up with less than that,
+    or 0.05. For a target, the density is taken to be about the share that it allows.
+    """
+    calibration, budget, sparsity = samples.load(), options.budget, options.sparsity
+    scores = weight_scores(dense, [weight.points[0] for weight in weights], options.score, calibration, execution)
     if options.scope != "sensitivity":
-        return Allocation(index, weights, scores, pattern, options.scope)
-    tried, budget = _tried(options, before), options.budget
-    masks, verifier = layer_masks(weights, scores, pattern, tried), Verifier(index.model, samples, execution)
+        return scores, None
+    if budget is not None:
+        sparsity = 1 - budget.of(_cost(budget, before)) / _cost(budget, before)
+    assert sparsity is not None
+    pattern, tried = Pattern.parse(options.pattern), sorted({*SENSITIVITY_SPARSITIES, 1 - (1 - sparsity) / 4})
+    masks, verifier = layer_masks(weights, scores, pattern, tried), Verifier(dense.index.model, samples, execution)
     found = fidelity_under_masks(dense, weights, masks, verifier, calibration, execution)
     costs = layer_costs(weights, scores, pattern, tried, found)
     if budget is not None and budget.measure == "flops":
-        costs = replace(costs, prices=unit_flops(index, weights, costs.sizes, input_shapes))
-    return Allocation(index, weights, scores, pattern, options.scope, costs)
-
-
-def _tried(options: PruneOptions, dense: Cost) -> list[float]:
-    """Sparsities to try every weight at.
-
-    The last one leaves a quarter of the requested density: no weight ends up with less than that, or 0.05. For a
-    target, the density is taken to be about the share that it allows.
-    """
-    budget, sparsity = options.budget, options.sparsity
-    if budget is not None:
-        whole = _cost(budget, dense)
-        sparsity = 1 - budget.of(whole) / whole
-    assert sparsity is not None
-    return sorted({*SENSITIVITY_SPARSITIES, 1 - (1 - sparsity) / 4})
+        costs = replace(costs, prices=unit_flops(dense.index, weights, costs.sizes, input_shapes))
+    return scores, costs
 
 
 def _cost(budget: Budget, cost: Cost) -> int:
