@@ -9,36 +9,28 @@ import hashlib
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageMode
 
 from onnx_asr.data.preprocessing import InputSpec, Preprocessing
 from onnx_asr.errors import DataError, OptionError
 
+T = TypeVar("T")
+R = TypeVar("R")
 Sample = dict[str, NDArray[Any]]
 Indices = Sequence[int] | NDArray[np.integer[Any]]
 
 _DIGEST_CHUNK = 64  # samples held at once while hashing
 _MAX_DECODERS = 8
-_FORMATS = (
-    "BMP",
-    "GIF",
-    "JPEG",
-    "PNG",
-    "PPM",
-    "TIFF",
-    "WEBP",
-)  # whatever the suffix: other decoders may start programs (EPS)
-_EIGHT_BIT_MODES = frozenset(
-    {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
-)
+# Whatever the suffix: other decoders may start programs (EPS).
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_EIGHT_BITS = ("|b1", "|u1")  # types of pixels; those of mode "1" become 0 and 255
 
 
 def sample_indices(count: int, n: int, seed: int) -> NDArray[np.int64]:
@@ -123,21 +115,19 @@ class _ImageDataset(Dataset):
     def __init__(
         self, names: Sequence[str], labels: NDArray[np.int64] | None, spec: InputSpec, preprocessing: Preprocessing
     ) -> None:
-        resolved, channels = preprocessing.resolve(spec)
-        super().__init__(names, labels, resolved)
+        self._steps, self._channels = preprocessing.resolve(spec)
+        super().__init__(names, labels, self._steps)
         self._spec = spec
-        self._steps = resolved
-        self._channels = channels
-        self._table = _table(resolved, channels, spec.dtype)
+        self._mode = "L" if self._channels == 1 else "RGB"
+        self._table = _table(self._steps, self._channels, spec.dtype)
 
     @abstractmethod
     def _image(self, index: int) -> Image.Image:
-        """Read an image, in mode L for one channel and RGB for three."""
+        """Read an image in the mode that the model takes."""
 
     def thumbnail(self, index: int) -> Image.Image:
         """The resized and cropped image of a sample, as the model sees it."""
-        with _bombs_are_errors():
-            return self._frame(index)
+        return _decoded(self._frame, [index])[0]
 
     def _frame(self, index: int) -> Image.Image:
         return _framed(self._image(index), self._steps, self.names[index])
@@ -148,8 +138,7 @@ class _ImageDataset(Dataset):
             # (H, W) or (H, W, C) -> (1, H, W, C)
             return self._normalised(pixels.reshape(1, *pixels.shape[:2], self._channels), [index])[0]
 
-        with _decoders(len(indices)) as pool:
-            return list(pool.map(prepare, map(int, indices)))
+        return _decoded(prepare, [int(index) for index in indices])
 
     def _normalised(self, pixels: NDArray[np.uint8], indices: Indices) -> list[Sample]:
         """Turn framed pixels (N, H, W, C) into values in the model's layout, channel order and type."""
@@ -162,10 +151,10 @@ class _ImageDataset(Dataset):
                 f"{self._spec.name!r} expects {self._spec.sample_shape()}: {self._size_advice()}"
             )
         values = np.empty((count, *shape), self._spec.dtype)
-        order = range(channels - 1, -1, -1) if self._steps.channel_order == "BGR" else range(channels)
-        for position, channel in enumerate(order):
-            plane = np.s_[:, position] if first else np.s_[..., position]
-            values[plane] = self._table[channel][pixels[..., channel]]
+        planes = values if first else np.moveaxis(values, -1, 1)
+        for channel, table in enumerate(self._table):
+            position = channels - 1 - channel if self._steps.channel_order == "BGR" else channel
+            planes[:, position] = table[pixels[..., channel]]
         return [{self._spec.name: value} for value in values]
 
     def _size_advice(self) -> str:
@@ -214,17 +203,12 @@ def _framed(image: Image.Image, steps: Preprocessing, name: str) -> Image.Image:
 
 
 class FolderDataset(_ImageDataset):
-    """Image files, read on demand.
+    """Image files of a folder, named by their paths in it and read on demand.
 
     As in training pipelines, only the first frame is used, transparency is dropped and orientation tags are ignored.
 
-    Args:
-        root: The folder.
-        names: The files' paths in it.
-        labels: Class indices, if known.
-        spec: The model's input.
-        preprocessing: How to prepare each image.
-        unreadable: Files of the folder that are not among the names because they cannot be read.
+    Raises:
+        DataError: The first image does not fit the model.
     """
 
     def __init__(
@@ -239,10 +223,10 @@ class FolderDataset(_ImageDataset):
         super().__init__(names, labels, spec, preprocessing)
         self.unreadable = tuple(unreadable)
         self._root = root
-        self._samples([0])  # a wrong size shows at once
+        self._samples([0])
 
     def _image(self, index: int) -> Image.Image:
-        return _read_image(self._root / self.names[index], "L" if self._channels == 1 else "RGB")
+        return _read_image(self._root / self.names[index], self._mode)
 
 
 def unreadable_images(root: Path, names: Sequence[str]) -> dict[str, DataError]:
@@ -255,8 +239,7 @@ def unreadable_images(root: Path, names: Sequence[str]) -> dict[str, DataError]:
             return error
         return None
 
-    with _decoders(len(names)) as pool:
-        return {name: error for name, error in zip(names, pool.map(attempt, names), strict=True) if error is not None}
+    return {name: error for name, error in zip(names, _decoded(attempt, names), strict=True) if error is not None}
 
 
 def _read_image(path: Path, wanted: str) -> Image.Image:
@@ -270,19 +253,16 @@ def _read_image(path: Path, wanted: str) -> Image.Image:
         raise DataError(f"{path} is too large to open safely: {error} Scale it down or remove it") from error
     except Exception as error:  # Pillow's decoders raise many kinds on broken files
         raise DataError(f"{path} cannot be read as an image: {error}. Replace or remove it") from error
-    if mode not in _EIGHT_BIT_MODES:  # Pillow clips 16-bit values to 255
+    if ImageMode.getmode(mode).typestr not in _EIGHT_BITS:  # Pillow clips 16-bit values to 255
         raise DataError(f"{path} has pixels of mode {mode}: convert it to 8 bits per channel")
     return converted
 
 
 class PixelDataset(_ImageDataset):
-    """Images from one array of pixels.
+    """Images from one array of pixels: uint8, (N, H, W, C) with C 1 or 3.
 
-    Args:
-        pixels: uint8, (N, H, W, C) with C 1 or 3.
-        labels: Class indices, if known.
-        spec: The model's input.
-        preprocessing: How to prepare each image.
+    Raises:
+        DataError: The images do not fit the model.
     """
 
     def __init__(
@@ -296,12 +276,11 @@ class PixelDataset(_ImageDataset):
         self._pixels = pixels
         first = self._image(0)
         self._as_is = pixels.shape[3] == self._channels and _framed(first, self._steps, self.names[0]) is first
-        self._samples([0])  # a wrong size shows at once
+        self._samples([0])
 
     def _image(self, index: int) -> Image.Image:
         pixels = self._pixels[index]
-        image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-        return image.convert("L" if self._channels == 1 else "RGB")
+        return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).convert(self._mode)
 
     def _samples(self, indices: Indices) -> list[Sample]:
         if self._as_is:  # neither resized, cropped nor converted
@@ -310,13 +289,9 @@ class PixelDataset(_ImageDataset):
 
 
 class TensorDataset(Dataset):
-    """Ready tensors: feeds of one or more samples each, addressed sample by sample.
+    """Ready tensors: feeds (arrays by input name, with a leading batch axis), addressed sample by sample.
 
-    Args:
-        feeds: Arrays by input name, each with a leading batch axis.
-        where: Name of the data in messages.
-        specs: The model's inputs.
-        labels: Class indices, if known.
+    Messages call the data ``where``.
 
     Raises:
         DataError: A feed does not fit the inputs, or labels and samples differ in number.
@@ -329,21 +304,20 @@ class TensorDataset(Dataset):
         specs: Sequence[InputSpec],
         labels: NDArray[np.int64] | None = None,
     ) -> None:
-        self._rows: list[tuple[int, int]] = []
+        self._rows: list[tuple[Mapping[str, NDArray[Any]], int]] = []
         for number, feed in enumerate(feeds):
             length = _check_feed(feed, where if len(feeds) == 1 else f"feed {number} of {where}", specs)
-            self._rows.extend((number, row) for row in range(length))
+            self._rows += [(feed, row) for row in range(length)]
         super().__init__([f"#{index}" for index in range(len(self._rows))], labels, None)
-        self._feeds = feeds
         self._specs = specs
 
     def _samples(self, indices: Indices) -> list[Sample]:
-        return [self._sample(index) for index in indices]
-
-    def _sample(self, index: int) -> Sample:
-        feed, row = self._rows[index]
-        name = f"sample {self.names[index]}"
-        return {spec.name: _cast(self._feeds[feed][spec.name][row], spec, name) for spec in self._specs}
+        samples = []
+        for index in indices:
+            feed, row = self._rows[index]
+            name = f"sample {self.names[index]}"
+            samples.append({spec.name: _cast(feed[spec.name][row], spec, name) for spec in self._specs})
+        return samples
 
 
 def _check_feed(feed: Mapping[str, NDArray[Any]], where: str, specs: Sequence[InputSpec]) -> int:
@@ -394,17 +368,9 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in sorted(names)) or "nothing"
 
 
-@contextmanager
-def _decoders(images: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool of threads: Pillow decodes images outside the interpreter lock."""
-    workers = min(images, os.cpu_count() or 1, _MAX_DECODERS)
-    with _bombs_are_errors(), ThreadPoolExecutor(workers) as pool:
-        yield pool
-
-
-@contextmanager
-def _bombs_are_errors() -> Iterator[None]:
-    """Turn Pillow's warning about a decompression bomb into an exception; to be entered outside any worker thread."""
-    with warnings.catch_warnings():
+def _decoded(decode: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """Apply a function in threads, as Pillow decodes outside the interpreter lock; a decompression bomb is an error."""
+    workers = min(len(items), os.cpu_count() or 1, _MAX_DECODERS)
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
+        return list(pool.map(decode, items))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -30,33 +30,32 @@ def read_labels(path: Path, names: Sequence[str]) -> NDArray[np.int64]:
             images, and columns that are neither name nor class, are ignored.
         names: The images' paths in their folder, with forward slashes.
 
-    Returns:
-        A class index per image, in the order of `names`.
-
     Raises:
         DataError: The file cannot be read, does not cover every image, or is ambiguous.
     """
     rows = _read_rows(path)
-    header = _header(rows)
+    # A row of data holds a class index, so a whole number.
+    header = [] if any(map(_is_index, rows[0])) else [cell.lower() for cell in rows.pop(0)]
     columns = list(zip(*rows, strict=True))
     class_columns = _class_columns(columns, header, path)
-    readings: dict[tuple[int, int], NDArray[np.int64]] = {}
+    readings: dict[tuple[int, int], list[int]] = {}
     problem, most_found = "it needs two columns", -1
-    for form in _FORMS:
+    for form in (_path, _file_name, _stem):
         keys = [form(name) for name in names]
         if len(set(keys)) < len(keys):
             continue  # images of one file name in different sub-folders: only their paths differ
         wanted = set(keys)
-        for name_column, class_column in itertools.product(range(len(columns)), class_columns):
-            if name_column == class_column:
+        for pair in itertools.product(range(len(columns)), class_columns):
+            if pair[0] == pair[1]:
                 continue
-            table = _classes(map(form, columns[name_column]), columns[class_column], wanted)
+            table: dict[str, set[int]] = {}
+            for cell, index in zip(*(columns[number] for number in pair), strict=True):
+                if (key := form(cell)) in wanted:
+                    table.setdefault(key, set()).add(int(index))
             missing = next((name for name, key in zip(names, keys, strict=True) if key not in table), None)
             repeated = next((key for key, indices in table.items() if len(indices) > 1), None)
             if missing is None and repeated is None:
-                readings[name_column, class_column] = np.array(
-                    [index for key in keys for index in table[key]], np.int64
-                )
+                readings[pair] = [index for key in keys for index in table[key]]
             elif len(table) > most_found:
                 most_found = len(table)
                 problem = f"{missing!r} is missing ({len(table)} of {len(keys)} images are listed): add the rest"
@@ -69,12 +68,12 @@ def read_labels(path: Path, names: Sequence[str]) -> NDArray[np.int64]:
         raise DataError(f"{path} does not give every image one class index: {problem}")
     (first, labels), *others = readings.items()
     for other, different in others:
-        if not np.array_equal(labels, different):
+        if different != labels:
             raise DataError(
                 f"{path} can be read in two ways: name and class in columns {first[0] + 1} and {first[1] + 1}, or "
                 f"{other[0] + 1} and {other[1] + 1}: add a header row that calls the class column 'label'"
             )
-    return labels
+    return np.array(labels, np.int64)
 
 
 def _read_rows(path: Path) -> list[list[str]]:
@@ -96,11 +95,6 @@ def _read_rows(path: Path) -> list[list[str]]:
     return rows
 
 
-def _header(rows: list[list[str]]) -> list[str]:
-    """Remove and return the header, if any: a row of data holds a class index, so a whole number."""
-    return [] if any(map(_is_index, rows[0])) else [cell.lower() for cell in rows.pop(0)]
-
-
 def _class_columns(columns: Sequence[Sequence[str]], header: Sequence[str], path: Path) -> list[int]:
     """Columns that can hold the class: those of whole numbers, narrowed down by the header where it names one."""
     found = [number for number, cells in enumerate(columns) if all(map(_is_index, cells))]
@@ -109,15 +103,6 @@ def _class_columns(columns: Sequence[Sequence[str]], header: Sequence[str], path
             f"{path} has no column of class indices: give one that holds a whole number from 0 up in every row"
         )
     return [number for number in found if header and header[number] in _CLASS_HEADERS] or found
-
-
-def _classes(keys: Iterable[str], cells: Iterable[str], wanted: set[str]) -> dict[str, set[int]]:
-    """The classes that a reading gives to each wanted image."""
-    table: dict[str, set[int]] = {}
-    for key, cell in zip(keys, cells, strict=True):
-        if key in wanted:
-            table.setdefault(key, set()).add(int(cell))
-    return table
 
 
 def _is_index(cell: str) -> bool:
@@ -135,6 +120,3 @@ def _file_name(text: str) -> str:
 def _stem(text: str) -> str:
     file = PurePosixPath(_file_name(text))
     return file.stem if file.suffix.lower() in IMAGE_SUFFIXES else file.name
-
-
-_FORMS: tuple[Callable[[str], str], ...] = (_path, _file_name, _stem)

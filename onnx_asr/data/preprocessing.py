@@ -29,13 +29,7 @@ ChannelOrder = Literal["RGB", "BGR"]
 
 @dataclass(frozen=True)
 class InputSpec:
-    """Name, type and shape of one model input.
-
-    Attributes:
-        name: The input's name in the graph.
-        dtype: The element type.
-        shape: Size of each axis, None if it is open; axis 0 is the batch.
-    """
+    """Name, element type and shape of one model input; axis 0 is the batch, an axis of None is open."""
 
     name: str
     dtype: np.dtype[Any]
@@ -100,40 +94,32 @@ class Preprocessing:
     def from_options(
         cls, *, preset: str | None = None, file: str | os.PathLike[str] | None = None, **changes: Any
     ) -> Preprocessing | None:
-        """Build a preprocessing from a preset or a TOML file, with single attributes replaced.
+        """Build a preprocessing from a preset or a TOML file, with single attributes replaced; None if none are given.
 
         Args:
             preset: A name from `PRESETS` to start from.
             file: A TOML file to start from instead; its keys are the attributes of this class.
             **changes: Attributes to replace, unless None; for `mean` and `std`, a number stands for all channels.
 
-        Returns:
-            The preprocessing, or None if nothing was given.
-
         Raises:
             OptionError: A name, a value or a file is invalid.
         """
         if preset is not None and file is not None:
             raise OptionError(f"both a preset ({preset}) and a preprocessing file ({file}) were given: give only one")
-        if preset is not None and preset not in PRESETS:
-            raise OptionError(f"there is no preset {preset!r}: choose one of {', '.join(PRESETS)}")
         given = {key: value for key, value in changes.items() if value is not None}
-        if preset is None and file is None and not given:
-            return None
+        base = cls()
         if preset is not None:
+            if preset not in PRESETS:
+                raise OptionError(f"there is no preset {preset!r}: choose one of {', '.join(PRESETS)}")
             base = PRESETS[preset]
-        else:
-            base = cls() if file is None else cls(**_with_tuples(_read_toml(Path(file))))
+        elif file is not None:
+            base = cls(**_with_tuples(_read_toml(Path(file))))
+        elif not given:
+            return None
         return dataclasses.replace(base, **_with_tuples(given))
 
     def resolve(self, spec: InputSpec) -> tuple[Preprocessing, int]:
-        """Resolve what depends on the model's input: layout, number of channels, whether values are scaled.
-
-        Args:
-            spec: The input the images are for.
-
-        Returns:
-            This preprocessing with its layout set (and no scaling, for an integer input), and the number of channels.
+        """This preprocessing with its layout set (and no scaling, for an integer input), and the number of channels.
 
         Raises:
             DataError: The input does not take images, or not with this preprocessing.
@@ -141,15 +127,12 @@ class Preprocessing:
         what = f"model input {spec.name!r} ({spec.dtype}, {spec.sample_shape()} per sample)"
         if len(spec.shape) != 4:
             raise DataError(f"the data are images, but {what} has no height, width and channels: pass ready tensors")
-        fixed: list[Layout] = []  # layouts that the sizes of the model's axes allow
-        if spec.shape[1] in (1, 3):
-            fixed.append("NCHW")
-        if spec.shape[3] in (1, 3):
-            fixed.append("NHWC")
+        axes: dict[Layout, int] = {"NCHW": 1, "NHWC": 3}
+        fixed = [layout for layout, axis in axes.items() if spec.shape[axis] in (1, 3)]
         if self.layout is not None and len(fixed) == 1 and fixed[0] != self.layout:
             raise DataError(f"layout {self.layout} was given, but {what} is {fixed[0]}: pass --layout {fixed[0]}")
         layout = self.layout or (fixed[0] if len(fixed) == 1 else "NCHW")
-        channels = spec.shape[1 if layout == "NCHW" else 3]
+        channels = spec.shape[axes[layout]]
         if channels is None:
             channels = 3
         if channels not in (1, 3):
@@ -180,13 +163,14 @@ def _is_number(value: object) -> bool:
 
 def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     """Turn `mean` and `std`, each a number or a sequence, into tuples; anything else stays, to be refused later."""
-
-    def as_tuple(value: object) -> object:
-        if isinstance(value, Sequence) and not isinstance(value, str):
-            return tuple(value)
-        return (value,) if _is_number(value) else value
-
-    return {key: as_tuple(value) if key in ("mean", "std") else value for key, value in values.items()}
+    found = dict(values)
+    for key in {"mean", "std"} & found.keys():
+        value = found[key]
+        if _is_number(value):
+            found[key] = (value,)
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            found[key] = tuple(value)
+    return found
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

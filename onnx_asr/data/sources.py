@@ -86,13 +86,29 @@ def open_data(
 
     if isinstance(value, np.ndarray):
         spec = _only_input(inputs, f"{where} is one array")
-        if _are_images(value, spec, preprocessing):
-            return _open_pixels(value, None, where, inputs, preprocessing)
-        return _open_tensors([{spec.name: value}], where, inputs, preprocessing)
+        value = {"images" if _are_images(value, spec, preprocessing) else spec.name: value}
+    classes = None
     if isinstance(value, Mapping):
-        return _open_mapping(_arrays(value, where), where, inputs, preprocessing)
-    feeds = _read_feeds(value)
-    return _open_tensors(feeds, where, inputs, preprocessing)
+        arrays = _arrays(value, where)
+        by_name = {spec.name: spec for spec in inputs}
+        if "labels" in arrays and "labels" not in by_name:
+            classes = _class_indices(arrays.pop("labels"), where)
+        images = arrays.get("images")
+        if images is not None and ("images" not in by_name or _are_images(images, by_name["images"], preprocessing)):
+            spec = _only_input(inputs, f"{where} holds images")
+            return PixelDataset(_pixels(images, spec, where), classes, spec, preprocessing or Preprocessing())
+        feeds = [arrays]
+    else:
+        feeds = _read_feeds(value)
+    if preprocessing is not None:
+        raise OptionError(
+            f"{where} holds ready tensors, to which the given preprocessing does not apply: drop it, or give images "
+            "(uint8, named 'images')"
+        )
+    dataset = TensorDataset(feeds, where, inputs, classes)
+    if len(dataset) == 0:
+        raise DataError(f"{where} holds no samples: give at least one (and rewind a reader that was used before)")
+    return dataset
 
 
 def _open_folder(
@@ -169,7 +185,7 @@ def _load_numpy(path: Path) -> NDArray[Any] | dict[str, NDArray[Any]]:
             return np.lib.format.open_memmap(path, mode="r")  # never unpickles
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             _check_expansion(archive, path)
-            arrays = {key: archive[key] for key in archive.files}
+            return dict(archive)
     except DataError:
         raise
     except Exception as error:  # zipfile, zlib and numpy raise many kinds on broken files
@@ -177,7 +193,6 @@ def _load_numpy(path: Path) -> NDArray[Any] | dict[str, NDArray[Any]]:
             f"cannot read arrays from {path}: {error}. Give plain arrays written by numpy.save or numpy.savez; "
             "pickled Python objects are refused, since loading them can run code"
         ) from error
-    return _arrays(arrays, str(path))
 
 
 def _check_expansion(archive: Any, path: Path) -> None:
@@ -190,61 +205,21 @@ def _check_expansion(archive: Any, path: Path) -> None:
         )
 
 
-def _open_mapping(
-    arrays: dict[str, NDArray[Any]], where: str, inputs: Sequence[InputSpec], preprocessing: Preprocessing | None
-) -> Dataset:
-    by_name = {spec.name: spec for spec in inputs}
-    labels = None
-    if "labels" in arrays and "labels" not in by_name:
-        labels = _class_indices(arrays.pop("labels"), where)
-    if "images" in arrays and (
-        "images" not in by_name or _are_images(arrays["images"], by_name["images"], preprocessing)
-    ):
-        return _open_pixels(arrays["images"], labels, where, inputs, preprocessing)
-    return _open_tensors([arrays], where, inputs, preprocessing, labels)
-
-
 def _are_images(array: NDArray[Any], spec: InputSpec, preprocessing: Preprocessing | None) -> bool:
     """Whether an array that could be a ready tensor holds pixels."""
     return array.dtype == np.uint8 and len(spec.shape) == 4 and (preprocessing is not None or spec.dtype != np.uint8)
 
 
-def _open_pixels(
-    pixels: NDArray[Any],
-    labels: NDArray[np.int64] | None,
-    where: str,
-    inputs: Sequence[InputSpec],
-    preprocessing: Preprocessing | None,
-) -> Dataset:
-    spec = _only_input(inputs, f"{where} holds images")
-    if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or (pixels.ndim == 4 and pixels.shape[3] not in (1, 3)):
+def _pixels(images: NDArray[Any], spec: InputSpec, where: str) -> NDArray[np.uint8]:
+    """Check an array of images; return it as (N, H, W, C)."""
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
         raise DataError(
-            f"{where} has images of {pixels.dtype} in shape {pixels.shape}: give uint8 in (N, H, W), (N, H, W, 1) "
+            f"{where} has images of {images.dtype} in shape {images.shape}: give uint8 in (N, H, W), (N, H, W, 1) "
             f"or (N, H, W, 3), or ready tensors under the name of the model's input, {spec.name!r}"
         )
-    if 0 in pixels.shape:
-        raise DataError(f"{where} has images in shape {pixels.shape}, which is empty: give at least one image")
-    if pixels.ndim == 3:
-        pixels = pixels[..., None]  # (N, H, W) -> (N, H, W, 1)
-    return PixelDataset(pixels, labels, spec, preprocessing or Preprocessing())
-
-
-def _open_tensors(
-    feeds: Sequence[Mapping[str, NDArray[Any]]],
-    where: str,
-    inputs: Sequence[InputSpec],
-    preprocessing: Preprocessing | None,
-    labels: NDArray[np.int64] | None = None,
-) -> Dataset:
-    if preprocessing is not None:
-        raise OptionError(
-            f"{where} holds ready tensors, to which the given preprocessing does not apply: drop it, or give images "
-            "(uint8, named 'images')"
-        )
-    dataset = TensorDataset(feeds, where, inputs, labels)
-    if len(dataset) == 0:
-        raise DataError(f"{where} holds no samples: give at least one (and rewind a reader that was used before)")
-    return dataset
+    if 0 in images.shape:
+        raise DataError(f"{where} has images in shape {images.shape}, which is empty: give at least one image")
+    return images[..., None] if images.ndim == 3 else images
 
 
 def _read_feeds(source: object) -> list[dict[str, NDArray[Any]]]:
