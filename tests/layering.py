@@ -17,7 +17,7 @@ PACKAGE = ROOT / "onnx_asr"
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- layers: written by `python -m tests.layering` -->", "<!-- end of layers -->"
 
-STANDARD = frozenset(sys.stdlib_module_names)
+STANDARD = frozenset(sys.stdlib_module_names) | {"tomllib"}  # which Python 3.10 does not have
 
 
 @dataclass(frozen=True)
