@@ -39,7 +39,7 @@ from onnx_asr.pruning.zeros import prune as prune
 from onnx_asr.repairing.options import RefitRecipe as RefitRecipe
 from onnx_asr.repairing.options import RepairOptions as RepairOptions
 from onnx_asr.repairing.pipeline import repair as repair
-from onnx_asr.repairing.point_report import PointReport as PointReport
+from onnx_asr.repairing.result import PointReport as PointReport
 from onnx_asr.repairing.result import RepairResult as RepairResult
 from onnx_asr.repairing.result import Verification as Verification
 from onnx_asr.sweeping.grid import SweepGrid as SweepGrid

@@ -1,8 +1,8 @@
-"""The networks of a command: one, or a pruned one beside the dense one that it was made from."""
+"""A network, and the pair of a pruned network and the dense one that it was made from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,7 +21,8 @@ from onnx_asr.graph.index import GraphIndex, ancestors
 from onnx_asr.graph.layers import Layer
 from onnx_asr.graph.match import Pairing, match
 from onnx_asr.graph.model_io import check_finite, inlined_functions
-from onnx_asr.graph.points import LayerPoint, Point, Survey, survey, without_selected
+from onnx_asr.graph.points import LayerPoint, Point, Survey, skip, survey, without_selected
+from onnx_asr.graph.skips import Reason, Skip
 from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.samples import input_specs
 from onnx_asr.numerics.gains import BatchNormParameters
@@ -45,7 +46,7 @@ class Network:
 
         Args:
             model: The model.
-            role: What to call it in messages: "pruned" or "dense".
+            role: Its name in messages: "pruned" or "dense".
             compared: Whether it is compared with another version of itself, place by place: points behind a
                 NonMaxSuppression, which keeps other boxes in another version, are skipped then.
 
@@ -67,7 +68,7 @@ class Network:
     def notes(self) -> tuple[str, ...]:
         """Notes for the user about the model."""
         functions = inlined_functions(self.index.model)
-        return () if functions is None else (f"model-local functions were written out in place: {functions}",)
+        return () if functions is None else (f"model-local functions were inlined: {functions}",)
 
     @cached_property
     def inputs(self) -> list[InputSpec]:
@@ -81,6 +82,12 @@ class Network:
             point.node: self.index.nodes[point.node].input[point.layer.data_slot] for point in self.survey.layers
         }
         return {node for node, source in sources.items() if sources.keys().isdisjoint(ancestors(self.index, [source]))}
+
+    def split(self, obstacle: Callable[[Point], Reason | None]) -> tuple[list[Point], list[Skip]]:
+        """The points that a method corrects, and those that it skips for a reason."""
+        reasons = [(point, obstacle(point)) for point in self.survey.points]
+        skips = [skip(point, reason) for point, reason in reasons if reason is not None]
+        return [point for point, reason in reasons if reason is None], skips
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,7 @@ class Pair:
         return cls(pruned, dense, Draft(left), match(pruned.index, left), channels.kept(drop))
 
     @classmethod
-    def with_drafts(cls, dense: Network) -> Pair:
+    def with_itself(cls, dense: Network) -> Pair:
         """A dense network beside drafts of itself, which have its graph and other parameters."""
         index = dense.index
         names = [value.name for value in index.inputs] + [name for node in index.nodes for name in node.output]

@@ -239,7 +239,7 @@ class _Rounds:
         *,
         cache: bool,
     ) -> None:
-        self._pair = Pair.with_drafts(dense)
+        self._pair = Pair.with_itself(dense)
         self._weights = weights
         self._factors = factors
         self._recipe = recipe

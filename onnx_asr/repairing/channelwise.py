@@ -1,4 +1,4 @@
-"""Channel-wise repair: walk, measure each point with everything upstream repaired, let a rule set its channels.
+"""Channel-wise repair: walk, measure each point with everything upstream repaired, correct its channels by a rule.
 
 Methods: ``paired`` (one walk); ``asr``, ``raw``, ``layerwise`` (gains in one walk, then BatchNormalization re-estimated
 in a second one, as in the ASR paper's Algorithm 1); ``bn`` (the second walk alone). Several methods can share a walk:
@@ -9,38 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
 from onnx_asr.arrays import Floats
-from onnx_asr.engine.lane import Chunk, Lane
-from onnx_asr.graph.points import LayerPoint, Point, skip
+from onnx_asr.engine.lane import Lane
+from onnx_asr.graph.points import LayerPoint, Point
 from onnx_asr.graph.skips import Reason, Skip
 from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Network, Pair, by_level, overflow, unequal
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.walk import Walk
-from onnx_asr.numerics.gains import (
-    BatchNormParameters,
-    ChannelAffine,
-    absorb,
-    asr_gain,
-    asr_reliability,
-    is_live,
-    layerwise_gain,
-    paired,
-    paired_shrinkage,
-    raw_gain,
-    recalibrate,
-)
+from onnx_asr.numerics import gains
 from onnx_asr.numerics.moments import Accumulator, Moments, PairMoments
-from onnx_asr.repairing.options import Prior
-from onnx_asr.repairing.point_report import PointReport, Reports
+from onnx_asr.repairing.options import RepairOptions
+from onnx_asr.repairing.result import PointReport, Reports
 
 _LEVELS_AT_ONCE = 4
-GainMethod = Literal["asr", "raw", "layerwise"]
 
 ONLY_BATCHNORM = Reason(
     "no-batchnorm", "no BatchNormalization belongs to it; method 'bn' changes only BatchNormalizations"
@@ -53,23 +39,8 @@ CONVOLUTIONS_ONLY = Reason("convolutions-only", "method '{method}' scales only c
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Moments of a point's channels.
-
-    Attributes:
-        pruned: In the pruned network, with everything upstream repaired.
-        dense: In the dense network, or the stored running statistics in its place; None where the rule needs none.
-        correlation: Of the two networks; None where the rule needs none.
-    """
-
-    pruned: Moments
-    dense: Moments | None = None
-    correlation: Floats | None = None
-
-
-@dataclass(frozen=True)
 class Correction:
-    """The correction of a point's channels by a rule.
+    """The correction of a point's channels.
 
     Attributes:
         new: A map for the point's weights and bias, or new parameters for its BatchNormalization.
@@ -77,23 +48,27 @@ class Correction:
         shrinkage: Factors [C] on the raw gains to report; None where they are trusted fully.
     """
 
-    new: ChannelAffine | BatchNormParameters
+    new: gains.ChannelAffine | gains.BatchNormParameters
     gain: Floats | None = None
     shrinkage: Floats | None = None
 
 
-Rule = Callable[[Point, Measured], Correction]
+Measured = tuple[Moments, Moments, Floats | None]
+"""Moments of a point's channels in the pruned network, with everything upstream repaired, and in the dense one (or the
+stored running statistics in its place; the first again where the rule needs none); the correlation [C] of the two."""
+
+Rule = Callable[[Point, Moments, Moments, Floats | None], Correction]
 
 
 @dataclass(frozen=True)
 class Track:
-    """One method's way through the pruned network.
+    """One method on its walk through the pruned network.
 
     Attributes:
         points: The points that it corrects.
         skips: The points that it does not, and why.
         draft: Where its corrections go.
-        rule: Its correction at a point.
+        rule: Its correction at a point, from what is :data:`Measured` there.
         paired: Whether the rule needs the dense network's moments.
         correlated: Whether it needs the correlation with the dense network.
     """
@@ -111,10 +86,11 @@ class Track:
         Raises:
             ModelError: When the point's activations are not finite.
         """
-        if not (measured.pruned.is_finite and (measured.dense is None or measured.dense.is_finite)):
+        pruned, dense, _ = measured
+        if not (pruned.is_finite and dense.is_finite):
             raise overflow(point)
-        correction = self.rule(point, measured)
-        if isinstance(correction.new, ChannelAffine):
+        correction = self.rule(point, *measured)
+        if isinstance(correction.new, gains.ChannelAffine):
             assert isinstance(point, LayerPoint)
             self.draft.apply_affine(point, correction.new)
             gain, shift = correction.new.gain, correction.new.shift
@@ -126,59 +102,50 @@ class Track:
             assert point.batchnorm is not None
             self.draft.set_batchnorm(point.batchnorm, correction.new)
             written = "batchnorm"
-        dead = int((~is_live(measured.dense, measured.pruned)).sum())
+        dead = int((~gains.is_live(dense, pruned)).sum())
         return PointReport.of(point, written, dead, correction.gain, shrinkage=correction.shrinkage)
 
 
-def paired_track(pruned: Network, pair: Pair | None, power: float = 0.0) -> Track:
+def paired_track(pruned: Network, pair: Pair | None, draft: Draft, power: float) -> Track:
     """Match every channel's mean and standard deviation to the dense network's on the same samples.
 
     At a BatchNormalization the map goes into its parameters, elsewhere into weights and bias. Without a dense network
     the stored running statistics take its place, at the points that have them.
     """
-    draft, correlated = Draft(pruned.index), power > 0 and pair is not None
 
-    def rule(point: Point, measured: Measured) -> Correction:
-        assert measured.dense is not None
-        affine = paired(measured.dense, measured.pruned, measured.correlation, power)
-        shrinkage = None
-        if correlated:
-            assert measured.correlation is not None
-            shrinkage = paired_shrinkage(measured.correlation, power)
+    def rule(point: Point, own: Moments, dense: Moments, correlation: Floats | None) -> Correction:
+        affine = gains.paired(dense, own, correlation, power)
+        shrinkage = None if correlation is None else gains.paired_shrinkage(correlation, power)
         if point.batchnorm is None:
             return Correction(affine, affine.gain, shrinkage)
         target = draft.batchnorm(point.batchnorm)
         if pair is not None:  # the pruned file's own may be adapted to the pruned tensor, by a repair or fine-tuning
-            dense = pair.dense_batchnorm(point.batchnorm)
-            target = replace(dense, var=dense.var + dense.epsilon - target.epsilon, epsilon=target.epsilon)
-        return Correction(absorb(target, affine), affine.gain, shrinkage)
+            given = pair.dense_batchnorm(point.batchnorm)
+            target = replace(given, var=given.var + given.epsilon - target.epsilon, epsilon=target.epsilon)
+        return Correction(gains.absorb(target, affine), affine.gain, shrinkage)
 
-    def obstacle(point: Point) -> Reason | None:
-        return NO_DENSE if pair is None and point.batchnorm is None else None
-
-    return Track(*_split(pruned, obstacle), draft, rule, correlated=correlated)
+    split = pruned.split(lambda point: NO_DENSE if pair is None and point.batchnorm is None else None)
+    return Track(*split, draft, rule, correlated=power > 0 and pair is not None)
 
 
-def gain_track(
-    pruned: Network, draft: Draft, method: GainMethod, prior: Prior, bias_correction: bool, *, dense: bool
-) -> Track:
+def gain_track(pruned: Network, pair: Pair | None, draft: Draft, options: RepairOptions) -> Track:
     """Scale the filters of every convolution but the first (ASR paper, Algorithm 1, before its last step)."""
+    method = options.method
 
-    def rule(point: Point, measured: Measured) -> Correction:
-        own, reference = measured.pruned, measured.dense
-        assert reference is not None
+    def rule(point: Point, own: Moments, dense: Moments, _: Floats | None) -> Correction:
         assert isinstance(point, LayerPoint)
         shrinkage = None
         if method == "asr":
-            gain, shrinkage = asr_gain(reference, own, prior), asr_reliability(own, prior)
+            gain = gains.asr_gain(dense, own, options.prior)
+            shrinkage = gains.asr_reliability(own, options.prior)
         else:
-            gain = raw_gain(reference, own) if method == "raw" else layerwise_gain(reference, own)
+            gain = gains.raw_gain(dense, own) if method == "raw" else gains.layerwise_gain(dense, own)
         # without bias correction W x + b -> gain W x + b
-        shift = reference.mean - gain * own.mean if bias_correction else (1.0 - gain) * draft.bias(point)
-        return Correction(ChannelAffine(gain, shift), gain, shrinkage)
+        shift = dense.mean - gain * own.mean if options.bias_correction else (1.0 - gain) * draft.bias(point)
+        return Correction(gains.ChannelAffine(gain, shift), gain, shrinkage)
 
     def obstacle(point: Point) -> Reason | None:
-        if not dense and point.batchnorm is None:
+        if pair is None and point.batchnorm is None:
             return NO_DENSE
         if point.node in pruned.first_layers:
             return FIRST_LAYER.format(method=method)
@@ -186,47 +153,26 @@ def gain_track(
             return CONVOLUTIONS_ONLY.format(method=method)
         return None
 
-    return Track(*_split(pruned, obstacle), draft, rule)
+    return Track(*pruned.split(obstacle), draft, rule)
 
 
 def batchnorm_track(pruned: Network, draft: Draft) -> Track:
     """Re-estimate every BatchNormalization on the whole calibration set, each with all upstream ones re-estimated."""
 
-    def rule(point: Point, measured: Measured) -> Correction:
+    def rule(point: Point, own: Moments, *_: Moments | Floats | None) -> Correction:
         assert point.batchnorm is not None
-        own = measured.pruned
-        return Correction(recalibrate(draft.batchnorm(point.batchnorm), own.mean, own.var))
+        return Correction(gains.recalibrate(draft.batchnorm(point.batchnorm), own.mean, own.var))
 
-    points, skips = _split(pruned, lambda point: ONLY_BATCHNORM if point.batchnorm is None else None)
-    return Track(points, skips, draft, rule, paired=False)
-
-
-def _split(pruned: Network, obstacle: Callable[[Point], Reason | None]) -> tuple[list[Point], list[Skip]]:
-    """The points of a network that a method corrects, and the others."""
-    points, skips = [], []
-    for point in pruned.survey.points:
-        reason = obstacle(point)
-        if reason is None:
-            points.append(point)
-        else:
-            skips.append(skip(point, reason))
-    return points, skips
+    split = pruned.split(lambda point: ONLY_BATCHNORM if point.batchnorm is None else None)
+    return Track(*split, draft, rule, paired=False)
 
 
-def walk(
+def run_tracks(
     pruned: Network, pair: Pair | None, tracks: Sequence[Track], calibration: Calibration, execution: Execution
 ) -> list[Reports]:
-    """Take every track through the pruned network, level by level.
+    """Take every track through the pruned network, level by level, and fill its draft: reports of each track.
 
-    Args:
-        pruned: The pruned network.
-        pair: It beside its dense one; None where stored running statistics take the dense one's place.
-        tracks: The methods; their drafts are filled.
-        calibration: The samples.
-        execution: How to run.
-
-    Returns:
-        The reports of each track at its points.
+    Without a pair, stored running statistics take the dense network's place.
 
     Raises:
         ModelError: When activations are not finite, or the two networks cannot be compared place by place.
@@ -235,21 +181,21 @@ def walk(
     compared = [p for p in every if any(track.paired and p in track.points for track in tracks)]
     reports: list[Reports] = [{} for _ in tracks]
     done = 0
-    with Walk(calibration, execution) as steps:
+    with Walk(calibration, execution) as walk:
         known: Mapping[Point, Moments] = {}
         beside = None
         if pair is None:
             stored = Draft(pruned.index)
             known = {p: stored.batchnorm(p.batchnorm).moments for p in compared if p.batchnorm is not None}
         elif any(track.correlated for track in tracks):
-            beside = pair, steps.lane(Draft(pair.dense), pair.dense_tensors(compared))
+            beside = pair, walk.lane(Draft(pair.dense), pair.dense_tensors(compared))
         elif compared:
             execution.progress("measuring the dense network", 0.0)
-            known = _dense_moments(pair, compared, steps)
-        lanes = {steps.lane(track.draft, [point.tensor for point in track.points]): track for track in tracks}
+            known = _dense_moments(pair, compared, walk)
+        lanes = {walk.lane(track.draft, [point.tensor for point in track.points]): track for track in tracks}
         for group in by_level(every):
             execution.progress("measuring and correcting", done / len(every))
-            found = _measure(steps, lanes, group, known, beside)
+            found = _measure(walk, lanes, group, known, beside)
             for (lane, track), corrected in zip(lanes.items(), reports, strict=True):
                 for point in group:
                     if point in track.points:
@@ -259,7 +205,7 @@ def walk(
 
 
 def _measure(
-    steps: Walk,
+    walk: Walk,
     tracks: Mapping[Lane, Track],
     group: Sequence[Point],
     known: Mapping[Point, Moments],
@@ -267,12 +213,7 @@ def _measure(
 ) -> dict[tuple[Lane, Point], Measured]:
     """Run every lane through one level, and measure the points that its track corrects.
 
-    Args:
-        steps: The walk.
-        tracks: The lanes, and what each is for.
-        group: The points of the level.
-        known: The dense network's moments, where they are known beforehand.
-        beside: The pair and the dense network's lane, where it walks along, because a track needs correlations.
+    The dense network's moments are known beforehand, or its lane walks beside, because a track needs correlations.
     """
     own = {lane: [point for point in group if point in track.points] for lane, track in tracks.items()}
     targets = {lane: [point.tensor for point in points] for lane, points in own.items()}
@@ -281,35 +222,35 @@ def _measure(
         targets[beside[1]] = beside[0].dense_tensors(compared)
     alone: Accumulator[tuple[Lane, Point], Moments] = Accumulator()
     pairs: Accumulator[tuple[Lane, Point], PairMoments] = Accumulator()
-    for chunks in steps.step(targets):
+    for chunks in walk.step(targets):
         for (lane, points), chunk in zip(own.items(), chunks, strict=False):  # the dense network's chunk is the last
             for point in points:
-                if beside is not None and tracks[lane].paired:
-                    pairs.add((lane, point), _pair_moments(beside[0], point, chunks[-1], chunk))
-                else:
-                    alone.add((lane, point), Moments.of(chunk[point.tensor], point.channel_axis))
-    together = {key: Measured(found.pruned, found.dense, found.correlation) for key, found in pairs.items()}
-    return together | {
-        (lane, point): Measured(found, known[point] if tracks[lane].paired else None)
+                value = chunk[point.tensor]
+                if beside is None or not tracks[lane].paired:
+                    alone.add((lane, point), Moments.of(value, point.channel_axis))
+                    continue
+                reference = beside[0].dense_value(chunks[-1], point.tensor)
+                if reference.shape != value.shape:
+                    raise unequal(point)
+                pairs.add((lane, point), PairMoments.of(reference, value, point.channel_axis))
+    measured: dict[tuple[Lane, Point], Measured] = {
+        (lane, point): (found, known[point] if tracks[lane].paired else found, None)
         for (lane, point), found in alone.items()
     }
+    for (lane, point), both in pairs.items():
+        correlation = both.correlation if tracks[lane].correlated else None
+        measured[lane, point] = both.pruned, both.dense, correlation
+    return measured
 
 
-def _pair_moments(pair: Pair, point: Point, dense: Chunk, pruned: Chunk) -> PairMoments:
-    reference, value = pair.dense_value(dense, point.tensor), pruned[point.tensor]
-    if reference.shape != value.shape:
-        raise unequal(point)
-    return PairMoments.of(reference, value, point.channel_axis)
-
-
-def _dense_moments(pair: Pair, points: Sequence[Point], steps: Walk) -> dict[Point, Moments]:
+def _dense_moments(pair: Pair, points: Sequence[Point], walk: Walk) -> dict[Point, Moments]:
     """Moments of the dense network: a few levels at a time, as all outputs of a session are in memory together."""
     result: Accumulator[Point, Moments] = Accumulator()
-    lane = steps.lane(Draft(pair.dense), pair.dense_tensors(points))
+    lane = walk.lane(Draft(pair.dense), pair.dense_tensors(points))
     levels = by_level(points)
     for start in range(0, len(levels), _LEVELS_AT_ONCE):
         group = [point for level in levels[start : start + _LEVELS_AT_ONCE] for point in level]
-        for (chunk,) in steps.step({lane: pair.dense_tensors(group)}):
+        for (chunk,) in walk.step({lane: pair.dense_tensors(group)}):
             for point in group:
                 result.add(point, Moments.of(pair.dense_value(chunk, point.tensor), point.channel_axis))
     return result

@@ -1,9 +1,9 @@
-"""Everything that one repair works on, checked, and how its result is written."""
+"""Everything that one repair works on, checked, and the writing of its result."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -20,7 +20,7 @@ from onnx_asr.networks.pair import Network, Pair
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.sparsity import LayerSparsity, collapse_note, share_of_zeros
 from onnx_asr.repairing.options import Method, RepairOptions
-from onnx_asr.repairing.point_report import PointReport
+from onnx_asr.repairing.result import PointReport
 from onnx_asr.repairing.verification import Samples, Verifier
 from onnx_asr.version import __version__
 
@@ -57,23 +57,13 @@ def check_method(method: Method, *, dense: bool, batchnorm: bool) -> None:
         )
 
 
-def _without_effect(options: RepairOptions) -> list[str]:
-    """A note on gains that the re-estimation after them takes back."""
-    if options.method not in ("asr", "raw", "layerwise") or options.bn != "exact":
-        return []
-    return [
-        f"before an exactly re-estimated BatchNormalization the gains of '{options.method}' cancel: what remains is "
-        "'bn' (use --bn ema for the paper's protocol)"
-    ]
-
-
 @dataclass(frozen=True)
 class RepairJob:
     """Everything that one repair works on.
 
     Attributes:
         pruned: The network to repair.
-        pair: It beside the dense network, if that is given.
+        pair: The pair with the dense network, if that is given.
         samples: Calibration and held-out samples.
         verifier: Measures models against the dense one; None without a dense model or held-out samples.
         options: Method and settings.
@@ -124,21 +114,22 @@ class RepairJob:
             after = weight_of(pruned.index, point)
             before = np.ones_like(after) if pair is None else pair.dense_weight(point)
             sparsities.append(LayerSparsity.of(point, before, after))
-        notes = (*pruned.notes, *([] if pair else [_NO_DENSE]), *samples.notes, *_without_effect(options))
-        return cls(pruned, pair, samples, Verifier.of(pair, samples, execution), options, tuple(sparsities), notes)
-
-    def chosen(self, options: RepairOptions, *notes: str) -> RepairJob:
-        """The job with the method that "auto" chose, and notes on the choice."""
-        return replace(self, options=options, notes=(*self.notes, *notes))
+        notes = [*pruned.notes, *([] if pair else [_NO_DENSE]), *samples.notes]
+        if options.method in ("asr", "raw", "layerwise") and options.bn == "exact":
+            notes.append(
+                f"before an exactly re-estimated BatchNormalization the gains of '{options.method}' cancel, so the "
+                "result equals that of 'bn' (use --bn ema for the paper's protocol)"
+            )
+        verifier = None
+        if pair is not None and len(samples.held_out):
+            verifier = Verifier(pair.dense.model, samples, execution)
+        return cls(pruned, pair, samples, verifier, options, tuple(sparsities), tuple(notes))
 
     def written(self, draft: Draft, reports: Sequence[PointReport], calibration: Calibration) -> onnx.ModelProto:
         """The repaired model, with a note at every node that was corrected, and metadata."""
         for report in reports:
             draft.plan.notes[report.node] = report.note(self.options.method)
-        return draft.model(self._provenance(calibration))
-
-    def _provenance(self, calibration: Calibration) -> Mapping[str, str]:
-        entries = {
+        metadata = {
             "onnx_asr.version": __version__,
             "onnx_asr.method": self.options.method,
             "onnx_asr.options": json.dumps(asdict(self.options), sort_keys=True),
@@ -146,5 +137,5 @@ class RepairJob:
             "onnx_asr.sparsity": f"{share_of_zeros(self.sparsities):.6f}",
         }
         if self.pair is not None:
-            entries["onnx_asr.dense_sha256"] = digest(self.pair.dense.model)
-        return entries
+            metadata["onnx_asr.dense_sha256"] = digest(self.pair.dense.model)
+        return draft.model(metadata)

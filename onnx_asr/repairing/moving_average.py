@@ -8,27 +8,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_asr.engine.lane import Lane
+from onnx_asr.errors import DataError
 from onnx_asr.graph.points import Point
 from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution
-from onnx_asr.networks.pair import Network, by_level, overflow
-from onnx_asr.networks.samples import Calibration
+from onnx_asr.networks.pair import by_level, overflow
+from onnx_asr.networks.samples import Calibration, load_calibration
 from onnx_asr.networks.walk import Walk
 from onnx_asr.numerics.gains import BatchNormParameters, is_live, recalibrate
 from onnx_asr.numerics.moments import Accumulator, Moments
-from onnx_asr.repairing.point_report import PointReport, Reports
+from onnx_asr.repairing.job import RepairJob
+from onnx_asr.repairing.result import PointReport, Reports
 
 
-def recalibrate_ema(
-    pruned: Network,
-    draft: Draft,
-    calibration: Calibration,
-    execution: Execution,
-    *,
-    momentum: float,
-    batch_samples: int,
-) -> Reports:
+def recalibrate_ema(job: RepairJob, draft: Draft, chunk_size: int, execution: Execution) -> Reports:
     """Re-estimate every BatchNormalization as a framework in training mode does (the ASR paper's protocol).
 
     The running statistics are reset to mean 0 and variance 1; then, batch by batch,
@@ -36,25 +29,29 @@ def recalibrate_ema(
     network itself normalises with the batch's mean and biased variance.
 
     Args:
-        pruned: The network.
-        draft: Its parameters so far; the new ones are added.
-        calibration: Samples in the order of the batches; ``batch_samples`` is a multiple of its chunk size.
+        job: The network, the samples; batches and momentum.
+        draft: The parameters so far; the new ones are added.
+        chunk_size: Samples per run, a divisor of those per batch.
         execution: How to run.
-        momentum: Weight of a new batch; frameworks' default is 0.1.
-        batch_samples: Samples per batch.
 
     Raises:
         ModelError: When activations are not finite.
+        DataError: When the samples do not fill a batch.
     """
-    points = [point for point in pruned.survey.points if point.batchnorm is not None]
-    per_batch = batch_samples // calibration.batch_size
+    points = [point for point in job.pruned.survey.points if point.batchnorm is not None]
+    momentum, per_batch = job.options.momentum, job.options.ema_batch_size // chunk_size
     reports: Reports = {}
     done = 0
-    with Walk(calibration, execution) as walk:
+    with Walk(_batches(job, chunk_size), execution) as walk:
         lane = walk.lane(draft, [point.tensor for point in points])
         for group in by_level(points):
-            for point, batches in _measure_batches(walk, lane, group, per_batch).items():
+            found: Accumulator[tuple[Point, int], Moments] = Accumulator()
+            for number, (chunk,) in enumerate(walk.step({lane: [point.tensor for point in group]})):
+                for point in group:
+                    found.add((point, number // per_batch), Moments.of(chunk[point.tensor], point.channel_axis))
+            for point in group:
                 assert point.batchnorm is not None
+                batches = [moments for (measured, _), moments in found.items() if measured == point]
                 old = draft.batchnorm(point.batchnorm)
                 mean, var = np.zeros(point.channels), np.ones(point.channels)
                 for batch in batches:
@@ -72,13 +69,20 @@ def recalibrate_ema(
     return reports
 
 
-def _measure_batches(walk: Walk, lane: Lane, group: Sequence[Point], per_batch: int) -> dict[Point, list[Moments]]:
-    """Moments of every batch, in order, of which ``per_batch`` chunks make one."""
-    found: Accumulator[tuple[Point, int], Moments] = Accumulator()
-    for number, (chunk,) in enumerate(walk.step({lane: [point.tensor for point in group]})):
-        for point in group:
-            found.add((point, number // per_batch), Moments.of(chunk[point.tensor], point.channel_axis))
-    return {point: [moments for (measured, _), moments in found.items() if measured == point] for point in group}
+def _batches(job: RepairJob, chunk_size: int) -> Calibration:
+    """``ema_batches`` batches drawn in a seeded order, round after round where the samples do not suffice."""
+    chosen, options, size = job.samples.chosen, job.options, job.options.ema_batch_size
+    if len(chosen) < size:
+        raise DataError(
+            f"--bn ema needs {size} samples per batch, and there are only {len(chosen)}: give more images, or a "
+            "smaller --ema-batch-size"
+        )
+    generator = np.random.default_rng(options.seed)
+    rounds = []
+    for _ in range(-(-options.ema_batches // (len(chosen) // size))):
+        order = generator.permutation(chosen)
+        rounds.append(order[: len(order) - len(order) % size])
+    return load_calibration(job.samples.dataset, np.concatenate(rounds)[: options.ema_batches * size], chunk_size)
 
 
 def _training_mode(

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from onnx_asr.data import Dataset, Preprocessing
 from onnx_asr.data.sources import DataSource
 from onnx_asr.graph.model_io import ModelSource, load
+from onnx_asr.graph.skips import Skip
 from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution, timed
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.sparsity import share_of_zeros
-from onnx_asr.repairing.channelwise import batchnorm_track, paired_track, walk
+from onnx_asr.repairing.channelwise import Track, batchnorm_track, gain_track, paired_track, run_tracks
 from onnx_asr.repairing.job import RepairJob
-from onnx_asr.repairing.methods import correct
+from onnx_asr.repairing.moving_average import recalibrate_ema
 from onnx_asr.repairing.options import Method, RepairOptions
-from onnx_asr.repairing.point_report import unconverged
-from onnx_asr.repairing.result import Candidate, RepairResult, Verification
+from onnx_asr.repairing.refit import repair_refit
+from onnx_asr.repairing.result import Candidate, RepairResult, Reports, Verification, unconverged
 from onnx_asr.repairing.verification import Verifier
 
 CANDIDATE_SAMPLES = 256
@@ -35,7 +37,7 @@ def repair(
     preprocessing: Preprocessing | None = None,
     execution: Execution | None = None,
 ) -> RepairResult:
-    """Give a pruned model its accuracy back.
+    """Restore a pruned model's accuracy.
 
     Args:
         model: The pruned model: a path, or an object of onnx, onnx-graphsurgeon or onnx-ir, which is not changed.
@@ -44,7 +46,7 @@ def repair(
             where nothing it tried came closer to the dense one.
         dense: The model that the pruned one was made from. Without it the running statistics stored in the pruned
             model's BatchNormalization take its place, and nothing can be verified.
-        preprocessing: What to do to images; see :class:`onnx_asr.data.Preprocessing`.
+        preprocessing: How to prepare images; see :class:`onnx_asr.data.Preprocessing`.
         execution: Execution providers, memory limit, progress.
 
     Raises:
@@ -71,7 +73,10 @@ def repair(
         result = verified(job, result, execution)
     result = replace(result, candidates=tuple(candidates), seconds=seconds)
     execution.progress("done", 1.0)
-    return result if result.improved or not candidates else _unchanged(result, job)
+    if result.improved or not candidates:
+        return result
+    note = "auto: nothing tried came closer to the dense model than the pruned model, which is returned unchanged"
+    return replace(result, model=Draft(job.pruned.index).model(), points=(), notes=(*result.notes, note))
 
 
 def run_method(job: RepairJob, calibration: Calibration, execution: Execution) -> RepairResult:
@@ -81,20 +86,54 @@ def run_method(job: RepairJob, calibration: Calibration, execution: Execution) -
         ModelError: When the activations of a network are not finite.
         DataError: When the samples do not fill a batch of ``--bn ema``.
     """
-    found = correct(job, calibration, execution)
-    points = tuple(found.reports[position] for position in sorted(found.reports))
+    draft = Draft(job.pruned.index)
+    reports, skips = _correct(job, draft, calibration, execution)
+    points = tuple(reports[position] for position in sorted(reports))
     return RepairResult(
-        model=job.written(found.draft, points, calibration),
+        model=job.written(draft, points, calibration),
         options=job.options,
         candidates=(),
         points=points,
-        skips=(*job.pruned.survey.skips, *found.skips),
+        skips=(*job.pruned.survey.skips, *skips),
         notes=(*job.notes, *unconverged(points)),
         verification=None,
         calibration_samples=calibration.count,
         calibration_digest=calibration.digest,
         sparsity=share_of_zeros(job.sparsities),
     )
+
+
+def _correct(
+    job: RepairJob, draft: Draft, calibration: Calibration, execution: Execution
+) -> tuple[Reports, Sequence[Skip]]:
+    """Fill a draft by the job's method: reports by node, and the points that it does not change."""
+    options, pruned, pair = job.options, job.pruned, job.pair
+
+    def walked(track: Track, samples: Calibration) -> tuple[Reports, Sequence[Skip]]:
+        (reports,) = run_tracks(pruned, pair, [track], samples, execution)
+        return reports, track.skips
+
+    if options.method == "refit":
+        assert pair is not None
+        return repair_refit(pair, draft, calibration, execution, options.refit)
+    if options.method == "paired":
+        return walked(paired_track(pruned, pair, draft, options.reliability_power), calibration)
+    gains: Reports = {}
+    skips: Sequence[Skip] = ()
+    if options.method != "bn":
+        part = calibration if options.gain_samples is None else calibration.head(options.gain_samples)
+        gains, skips = walked(gain_track(pruned, pair, draft, options), part)
+        if not pruned.survey.has_batchnorm:
+            return gains, skips
+    track = batchnorm_track(pruned, draft)
+    if options.bn == "exact":
+        statistics, _ = walked(track, calibration)
+    else:
+        statistics = recalibrate_ema(job, draft, calibration.batch_size, execution)
+    if options.method == "bn":
+        return statistics, track.skips
+    both = {node: replace(gains[node], written="weights+batchnorm") for node in gains.keys() & statistics.keys()}
+    return gains | statistics | both, [skip for skip in skips if skip.node not in statistics]
 
 
 def verified(job: RepairJob, result: RepairResult, execution: Execution) -> RepairResult:
@@ -106,57 +145,48 @@ def verified(job: RepairJob, result: RepairResult, execution: Execution) -> Repa
     return replace(result, verification=Verification(before, after, job.samples.is_held_out))
 
 
-def _unchanged(result: RepairResult, job: RepairJob) -> RepairResult:
-    """The pruned model as it was, in place of a result that is no closer to the dense one."""
-    note = "auto: nothing tried came closer to the dense model than the pruned model, which is returned unchanged"
-    return replace(result, model=Draft(job.pruned.index).model(), points=(), notes=(*result.notes, note))
-
-
 def _choose(job: RepairJob, calibration: Calibration, execution: Execution) -> tuple[RepairJob, list[Candidate]]:
-    """Try the candidate methods on part of the calibration samples: the job with the best on the held-out ones."""
+    """Try the candidate methods on part of the calibration samples: the job with the best on the held-out samples."""
     if job.verifier is None:
         method: Method = "bn" if job.pair is None else "refit"
         why = "no dense model to choose by" if job.pair is None else "no held-out samples to choose by"
-        return job.chosen(replace(job.options, method=method), f"auto: {why}, so '{method}' was used"), []
+        note = f"auto: {why}, so '{method}' was used"
+        return replace(job, options=replace(job.options, method=method), notes=(*job.notes, note)), []
     part = calibration.head(CANDIDATE_SAMPLES)
     begun = time.perf_counter()
     execution.progress("trying the channel rules", 0.0)
     candidates = _channel_candidates(job, job.verifier, part, execution.quiet)
     cost = REFIT_COST * sum(candidate.seconds for candidate in candidates)
-    notes = []
+    notes = job.notes
     if job.options.time_budget is not None and time.perf_counter() - begun + cost > job.options.time_budget:
-        notes.append("auto: 'refit' was not tried, it would have exceeded the time budget")
+        notes = (*notes, "auto: 'refit' was not tried, it would have exceeded the time budget")
     else:
         execution.progress("trying refit", 0.0)
-        candidates.append(_refit_candidate(job, job.verifier, part, execution.quiet))
+        begun, options = time.perf_counter(), replace(job.options, method="refit")
+        model = run_method(replace(job, options=options), part, execution.quiet).model
+        seconds = time.perf_counter() - begun
+        candidates.append(Candidate(options, job.verifier.fidelity(model), seconds))
     best = min(candidates, key=lambda candidate: candidate.fidelity.distance)
-    return job.chosen(best.options, *notes), candidates
+    return replace(job, options=best.options, notes=notes), candidates
 
 
 def _channel_candidates(
     job: RepairJob, verifier: Verifier, calibration: Calibration, execution: Execution
 ) -> list[Candidate]:
     """The channel rules worth trying, in one walk."""
-    tracks = [
-        (replace(job.options, method="paired", reliability_power=power), paired_track(job.pruned, job.pair, power))
-        for power in (0.0, RELIABILITY_POWER)
-    ]
-    if job.pruned.survey.has_batchnorm:
-        track = batchnorm_track(job.pruned, Draft(job.pruned.index))
-        tracks.append((replace(job.options, method="bn", bn="exact"), track))
-    seconds: dict[str, float] = {}
-    with timed(seconds, "walk"):
-        reports = walk(job.pruned, job.pair, [track for _, track in tracks], calibration, execution)
+    pruned = job.pruned
+    tracks: dict[RepairOptions, Track] = {}
+    for power in (0.0, RELIABILITY_POWER):
+        options = replace(job.options, method="paired", reliability_power=power)
+        tracks[options] = paired_track(pruned, job.pair, Draft(pruned.index), power)
+    if pruned.survey.has_batchnorm:
+        options = replace(job.options, method="bn", bn="exact")
+        tracks[options] = batchnorm_track(pruned, Draft(pruned.index))
+    begun = time.perf_counter()
+    reports = run_tracks(pruned, job.pair, list(tracks.values()), calibration, execution)
+    seconds = (time.perf_counter() - begun) / len(tracks)
     candidates = []
-    for (options, track), corrected in zip(tracks, reports, strict=True):
+    for (options, track), corrected in zip(tracks.items(), reports, strict=True):
         model = replace(job, options=options).written(track.draft, list(corrected.values()), calibration)
-        candidates.append(Candidate(options, verifier.fidelity(model), seconds["walk"] / len(tracks)))
+        candidates.append(Candidate(options, verifier.fidelity(model), seconds))
     return candidates
-
-
-def _refit_candidate(job: RepairJob, verifier: Verifier, calibration: Calibration, execution: Execution) -> Candidate:
-    job = replace(job, options=replace(job.options, method="refit"))
-    seconds: dict[str, float] = {}
-    with timed(seconds, "refit"):
-        model = run_method(job, calibration, execution).model
-    return Candidate(job.options, verifier.fidelity(model), seconds["refit"])

@@ -9,30 +9,27 @@ A BatchNormalization that follows no convolution is not changed: its input is ma
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
 
 from onnx_asr.arrays import Floats, Mask
-from onnx_asr.graph.context import contexts, steps
-from onnx_asr.graph.points import LayerPoint, Point, skip
+from onnx_asr.graph.points import LayerPoint, Point
 from onnx_asr.graph.skips import Reason, Skip
 from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Pair, overflow
 from onnx_asr.networks.samples import Calibration
-from onnx_asr.networks.walk import Walk
-from onnx_asr.numerics.gains import BatchNormParameters
 from onnx_asr.numerics.refit import NotFiniteError
 from onnx_asr.repairing.options import RefitRecipe
-from onnx_asr.repairing.point_report import PointReport, Reports
-from onnx_asr.repairing.rows import DenseRows, RowSampler, sample
+from onnx_asr.repairing.result import PointReport, Reports
+from onnx_asr.repairing.rows import DenseRows, RowSampler, sampled
 
 MATCHED_BEFORE = Reason("matched-upstream", "its input is already matched by the refit of the layers before it")
 CLASSIFIER_OFF = Reason("classifier-off", "the refit of Gemm and MatMul nodes is switched off")
 
-Choice: TypeAlias = Callable[[Floats], Mask]
+Narrowing: TypeAlias = Callable[[Floats], Mask]
 """From a weight as refitted so far, in its stored shape and as it would be written, to the entries that stay."""
 
 _MAX_GROWTH = 10.0
@@ -47,8 +44,8 @@ def repair_refit(
     *,
     precise: bool = False,
     kept: dict[int, list[DenseRows]] | None = None,
-    narrow: Mapping[int, Sequence[Choice]] = MappingProxyType({}),
-) -> Reports:
+    narrow: Mapping[int, Sequence[Narrowing]] | None = None,
+) -> tuple[Reports, list[Skip]]:
     """Refit every point's surviving weights, upstream first; zeros stay zeros.
 
     Args:
@@ -61,51 +58,33 @@ def repair_refit(
             which is all that is written and takes half the memory.
         kept: Cache of the dense network's sampled outputs by node: empty = fill it; filled = use it instead of running
             the dense network, for further refits with the same recipe and samples; None = no cache.
-        narrow: By node, choices that take more weights out, applied in order.
+        narrow: By node, callbacks that remove more weights, applied in order.
+
+    Returns:
+        Reports by node, and the points that a refit does not change.
 
     Raises:
         ModelError: When activations are not finite, or the two networks cannot be compared place by place.
     """
-    index = pair.pruned.index
-    items = contexts(index, [point for point in pair.pruned.survey.points if _obstacle(point, recipe) is None])
-    known = bool(kept)
+
+    def obstacle(point: Point) -> Reason | None:
+        if not isinstance(point, LayerPoint):
+            return MATCHED_BEFORE
+        return None if recipe.classifier or point.layer.is_convolution else CLASSIFIER_OFF
+
+    points, skips = pair.pruned.split(obstacle)
     reports: Reports = {}
-    with Walk(calibration, execution) as walk:
-        samplers = {}
-        for number, item in enumerate(items):
-            rows = None if kept is None else kept.setdefault(item.point.node, [])
-            samplers[item] = RowSampler(pair, item, recipe, calibration, number, walk.store, rows)
-        schedule = [[samplers.pop(item) for item in group] for group in steps(index, items)]
-        pruned = walk.lane(draft, [name for group in schedule for one in group for name in one.pruned_targets])
-        dense = None
-        if not known:
-            names = [name for group in schedule for one in group for name in one.dense_targets]
-            dense = walk.lane(Draft(pair.dense), names)
-        for number, group in enumerate(schedule):
-            execution.progress("refitting", number / len(schedule))
-            sample(walk, group, pruned, dense)
-            while group:  # nothing but the call holds a point's rows while it is fitted
-                report = write_refit(draft, group.pop(0), narrow)
-                reports[report.node] = report
-                if not precise:
-                    draft.round(report.node)
-    return reports
-
-
-def refit_skips(points: Sequence[Point], recipe: RefitRecipe) -> list[Skip]:
-    """The points that a refit does not change, and why."""
-    reasons = [(point, _obstacle(point, recipe)) for point in points]
-    return [skip(point, reason) for point, reason in reasons if reason is not None]
-
-
-def _obstacle(point: Point, recipe: RefitRecipe) -> Reason | None:
-    if not isinstance(point, LayerPoint):
-        return MATCHED_BEFORE
-    return None if recipe.classifier or point.layer.is_convolution else CLASSIFIER_OFF
+    for group in sampled(pair, points, draft, recipe, calibration, execution, kept):
+        while group:  # nothing but the call holds a point's rows while it is fitted
+            report = write_refit(draft, group.pop(0), narrow)
+            reports[report.node] = report
+            if not precise:
+                draft.round(report.node)
+    return reports, skips
 
 
 def write_refit(
-    draft: Draft, sampler: RowSampler, narrow: Mapping[int, Sequence[Choice]] = MappingProxyType({})
+    draft: Draft, sampler: RowSampler, narrow: Mapping[int, Sequence[Narrowing]] | None = None
 ) -> PointReport:
     """Fit the weights of one point that are not zero in the draft, and set them there.
 
@@ -121,7 +100,7 @@ def write_refit(
 
     try:
         fit = sampler.refit(draft)
-        for choose in narrow.get(point.node, ()):
+        for choose in (narrow or {}).get(point.node, ()):
             weight, *_ = _unfolded(draft, point, rows_of(fit.draft()))
             fit.narrow(layout.to_patches(choose(layout.from_rows(weight))))
         solution = fit.solve()
@@ -129,16 +108,20 @@ def write_refit(
         raise overflow(point) from error
     sampler.release()
     del sampler, fit  # and the rows, where the caller has let go of them
-    rows = rows_of(solution.weight)
+    folded = rows_of(solution.weight)
+    rows, slope, unchanged = _unfolded(draft, point, folded)
+    draft.set_rows(point, rows)
     if point.batchnorm is None:
-        draft.set_rows(point, rows)
         draft.set_bias(point, solution.bias)
     else:
-        _unfold(draft, point, rows, solution.bias)
+        old = draft.batchnorm(point.batchnorm)
+        scale = np.where(unchanged, old.scale, slope * old.deviation)
+        bias = solution.bias - slope * (draft.bias(point) - old.mean)
+        draft.set_batchnorm(point.batchnorm, replace(old, scale=scale, bias=bias))
     return PointReport.of(
         point,
         "weights" if point.batchnorm is None else "weights+batchnorm",
-        dead=int((~rows.any(axis=1)).sum()),
+        dead=int((~folded.any(axis=1)).sum()),
         gain=solution.gain,
         residual=(solution.residual_before, solution.residual_after),
         converged=solution.converged,
@@ -146,7 +129,7 @@ def write_refit(
 
 
 def _unfolded(draft: Draft, point: LayerPoint, folded: Floats) -> tuple[Floats, Floats, Mask]:
-    """``V`` as rows ``W`` [C_out, K] of a convolution, the slopes ``a`` [C_out] for it, and which are as they were.
+    """``V`` as rows ``W`` [C_out, K] of a layer, the slopes ``a`` [C_out] for it, and which slopes are unchanged.
 
     ``W = V / a`` where that stays within ten times the row's largest weight; else the BatchNormalization's scale takes
     the difference (channels whose scale is all but zero).
@@ -160,15 +143,3 @@ def _unfolded(draft: Draft, point: LayerPoint, folded: Floats) -> tuple[Floats, 
     wider = np.divide(peak, largest, out=np.ones_like(peak), where=largest > 0)
     slope = np.where(fits, slope, wider)
     return folded / np.where(slope == 0, 1.0, slope)[:, None], slope, fits
-
-
-def _unfold(draft: Draft, point: LayerPoint, folded: Floats, bias: Floats) -> None:
-    """Write ``y = V x + b`` as a convolution and its BatchNormalization."""
-    assert point.batchnorm is not None
-    old = draft.batchnorm(point.batchnorm)
-    rows, slope, fits = _unfolded(draft, point, folded)
-    scale = slope * old.deviation
-    draft.set_rows(point, rows)
-    offset = draft.bias(point) - old.mean
-    new = BatchNormParameters(np.where(fits, old.scale, scale), bias - slope * offset, old.mean, old.var, old.epsilon)
-    draft.set_batchnorm(point.batchnorm, new)

@@ -15,19 +15,13 @@ from onnx_asr.arrays import Mask, Singles
 from onnx_asr.engine.lane import Chunk, Lane
 from onnx_asr.graph.context import Context, contexts, steps
 from onnx_asr.graph.index import GraphIndex, attribute
-from onnx_asr.graph.points import LayerPoint
+from onnx_asr.graph.points import LayerPoint, Point
 from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Network, Pair, unequal
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.walk import Walk
-from onnx_asr.numerics.patches import (
-    ConvGeometry,
-    gather_outputs,
-    gather_patches,
-    input_positions,
-    sample_positions,
-)
+from onnx_asr.numerics import patches
 from onnx_asr.numerics.refit import LayerRefit, RefitOptions
 from onnx_asr.numerics.rows import MEMORY, BufferStore
 from onnx_asr.repairing.options import FEW_ROWS, FEW_ROWS_RIDGE, RefitRecipe
@@ -42,7 +36,7 @@ class DenseRows:
     Attributes:
         shape: Of the whole output.
         values: [rows, C], with the shortcut where one is added to the whole map.
-        summed: Whether one is.
+        summed: Whether a shortcut was added.
     """
 
     shape: tuple[int, ...]
@@ -76,8 +70,8 @@ class RowSampler:
         recipe: RefitRecipe,
         calibration: Calibration,
         number: int,
-        store: BufferStore = MEMORY,
-        kept: list[DenseRows] | None = None,
+        store: BufferStore,
+        kept: list[DenseRows] | None,
     ) -> None:
         self.point = context.point
         shortcut = [context.shortcut] if context.shortcut is not None and recipe.block_targets else []
@@ -88,16 +82,15 @@ class RowSampler:
         self._context = context
         self._recipe = recipe
         self._calibration = calibration
-        self._number = number
+        self._seed = recipe.seed, number
         self._seen = 0
-        self._spatial: _SpatialSampling | None = None
+        self._shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None  # of the maps that the next two are for
+        self._positions = self._table = np.empty((0, 0), np.int64)
         self._store = store
         self._kept = kept
         self._x = _Rows(len(calibration.chunks), store)
-        self._target = _Rows(len(calibration.chunks), MEMORY)
-        self._floor = _Rows(len(calibration.chunks), MEMORY)
-        self._negative = _Rows(len(calibration.chunks), MEMORY)
-        self._threshold: _Threshold | None = None
+        self._target, self._floor, self._negative = (_Rows(len(calibration.chunks), MEMORY) for _ in range(3))
+        self._threshold: tuple[Singles, Mask] | None = None
 
     def add(self, dense: Chunk | None, pruned: Chunk) -> None:
         """Take rows from the next chunk; without the dense network's, those that were kept."""
@@ -109,7 +102,7 @@ class RowSampler:
         else:
             output, *added = (self._pair.dense_value(dense, name) for name in self._outputs)
             x, pick = self._sample(source, output.shape)
-            summed = bool(added) and _spreads(added[0].shape, output.shape)
+            summed = bool(added) and _broadcasts_to(added[0].shape, output.shape)
             values = pick(output) + pick(np.broadcast_to(added[0], output.shape)) if summed else pick(output)
             rows = DenseRows(output.shape, values, summed)
             if self._kept is not None:
@@ -119,18 +112,20 @@ class RowSampler:
         self._x.add(x)
         below = pick(np.broadcast_to(shortcut[0], rows.shape)) if rows.summed else None
         if self._threshold is not None:
-            self._negative.add((rows.values <= self._threshold.value) & self._threshold.usable)
+            level, usable = self._threshold
+            self._negative.add((rows.values <= level) & usable)
             if below is not None:
-                self._floor.add(self._threshold.value - below)
+                self._floor.add(level - below)
         self._target.add(rows.values if below is None else rows.values - below)
         self._seen += self._calibration.batch_size
 
     def _sample(
         self, source: NDArray[Any], shape: tuple[int, ...]
     ) -> tuple[Singles, Callable[[NDArray[Any]], Singles]]:
-        samples = min(self._calibration.batch_size, self._calibration.count - self._seen)
-        if not self.point.layer.is_convolution:
-            if self.point.layer.input_axis == 0:
+        """The chunk's input patches [rows, groups, K], and what takes the same rows [rows, C] of an output."""
+        samples, layer = min(self._calibration.batch_size, self._calibration.count - self._seen), self.point.layer
+        if not layer.is_convolution:
+            if layer.input_axis == 0:
                 source = source.T
             height = math.prod(shape) // self.point.channels
             if source.size // source.shape[self.point.channel_axis] != height:
@@ -141,31 +136,24 @@ class RowSampler:
             raise unequal(self.point)
         images = len(source) // samples  # more than 1 where the model has cut its input into windows
         shapes = source.shape[2:], shape[2:]
-        if self._spatial is None or self._spatial.shapes != shapes:
-            self._spatial = self._start(source.shape[1], *shapes, images)
-        geometry, table = self._spatial.geometry, self._spatial.table
-        positions = self._spatial.positions[self._seen * images : self._seen * images + len(source)]
-        x = gather_patches(source, table, positions, geometry.groups)
-        return x, lambda tensor: gather_outputs(tensor, positions)
-
-    def _start(
-        self, channels: int, input_shape: tuple[int, ...], output_shape: tuple[int, ...], images: int
-    ) -> _SpatialSampling:
-        geometry = conv_geometry(self._pair.pruned.index, self.point, input_shape, output_shape)
-        width = channels * math.prod(geometry.kernel)
-        rows = min(self._recipe.rows, max(1, MAX_ROW_BYTES // (4 * width)))
-        seed = (self._recipe.seed, self._number)
-        positions = sample_positions(self._calibration.count * images, math.prod(output_shape), rows, seed)
-        table = input_positions(geometry, input_shape, output_shape)
-        return _SpatialSampling((input_shape, output_shape), geometry, table, positions)
+        if self._shapes != shapes:
+            geometry = conv_geometry(self._pair.pruned.index, self.point, *shapes)
+            width = source.shape[1] * math.prod(geometry.kernel)
+            count = min(self._recipe.rows, max(1, MAX_ROW_BYTES // (4 * width)))
+            total = self._calibration.count * images
+            self._positions = patches.sample_positions(total, math.prod(shape[2:]), count, self._seed)
+            self._table = patches.input_positions(geometry, *shapes)
+            self._shapes = shapes
+        positions = self._positions[self._seen * images : self._seen * images + len(source)]
+        x = patches.gather_patches(source, self._table, positions, layer.layout.groups)
+        return x, lambda tensor: patches.gather_outputs(tensor, positions)
 
     def _matrix_positions(self, height: int, samples: int) -> NDArray[np.int64]:
         """Which of a chunk's ``height`` rows to take: equally many per sample, where all samples have equally many."""
         size, rest = divmod(height, samples)
         if rest:
             return np.arange(height)
-        seed = (self._recipe.seed, self._number)
-        table = sample_positions(self._calibration.count, size, self._recipe.rows, seed)
+        table = patches.sample_positions(self._calibration.count, size, self._recipe.rows, self._seed)
         positions = table[self._seen : self._seen + samples] + size * np.arange(samples)[:, None]
         return positions.ravel()
 
@@ -197,13 +185,16 @@ class RowSampler:
             NotFiniteError: Here or in the refit, when activations are not finite.
         """
         layout, recipe = self.point.layer.layout, self._recipe
-        x, target = self._x.array, self._target.array
-        floor, negative = self._hidden_by_relu()
+        x, floor, negative = self._x.array, None, None
+        if self._threshold is not None:
+            negative = self._negative.array
+            level, _ = self._threshold
+            floor = np.broadcast_to(level, negative.shape) if self._floor.is_empty else self._floor.array
         ridge = max(recipe.ridge, FEW_ROWS_RIDGE) if len(x) < FEW_ROWS else recipe.ridge
         one_each = layout.groups == 1 and len(x) == self._calibration.count
         return LayerRefit(
             x,
-            target,
+            self._target.array,
             layout.to_patches(layout.from_rows(self._pair.dense_rows(self.point))),  # held by nobody else
             layout.to_patches(draft.weight(self.point) != 0),
             RefitOptions(ridge, recipe.relu_steps, recipe.gain_power, class_steps=recipe.class_steps),
@@ -217,21 +208,12 @@ class RowSampler:
         """Give the input patches back to the store."""
         self._x.release()
 
-    def _hidden_by_relu(self) -> tuple[Singles | None, Mask | None]:
-        """``theta``, and where the dense pre-activation is at or below the ReLU's threshold."""
-        if self._threshold is None:
-            return None, None
-        negative = self._negative.array
-        if self._floor.is_empty:
-            return np.broadcast_to(self._threshold.value, negative.shape), negative
-        return self._floor.array, negative
+    def _find_threshold(self, summed: bool) -> tuple[Singles, Mask] | None:
+        """Values [C] up to which the ReLU hides the dense pre-activation, and the channels [C] that have one.
 
-    def _find_threshold(self, summed: bool) -> _Threshold | None:
-        """Below what the ReLU hides the point's output; None where none does.
-
-        Args:
-            summed: Whether the shortcut is added to the output place by place, as the first chunk shows. If the output
-                is one value per channel, added to a whole map, then what follows the sum has no position for a row.
+        None where no ReLU hides anything. ``summed`` says whether the shortcut is added to the output place by place,
+        as the first chunk shows. If the output is one value per channel, added to a whole map, then what follows the
+        sum has no position for a row.
         """
         context = self._context
         if not (context.relu and self._recipe.relu_steps) or (len(self.pruned_targets) > 1 and not summed):
@@ -243,7 +225,7 @@ class RowSampler:
             usable = between.slope > 0
             crossing = between.mean - between.bias / np.where(usable, between.slope, 1.0)
             threshold = np.where(usable, crossing, 0.0)
-        return _Threshold(threshold.astype(np.float32), usable)
+        return threshold.astype(np.float32), usable
 
 
 class _Rows:
@@ -297,7 +279,7 @@ class _Rows:
             self._all = None
 
 
-def _spreads(shape: tuple[int, ...], over: tuple[int, ...]) -> bool:
+def _broadcasts_to(shape: tuple[int, ...], over: tuple[int, ...]) -> bool:
     """Whether broadcasting makes one shape the other; where the two cannot be added, onnxruntime says so at the sum."""
     try:
         return np.broadcast_shapes(shape, over) == over
@@ -305,94 +287,84 @@ def _spreads(shape: tuple[int, ...], over: tuple[int, ...]) -> bool:
         return False
 
 
-def dense_rows(
-    dense: Network, points: Sequence[LayerPoint], recipe: RefitRecipe, calibration: Calibration, execution: Execution
-) -> Iterator[RowSampler]:
-    """Every point's sampler with the rows that the dense network gives it, upstream first, in one walk.
+def sampled(
+    pair: Pair,
+    points: Sequence[Point],
+    draft: Draft | None,
+    recipe: RefitRecipe,
+    calibration: Calibration,
+    execution: Execution,
+    kept: dict[int, list[DenseRows]] | None = None,
+) -> Iterator[list[RowSampler]]:
+    """Every point's sampler with its rows, upstream first, in groups of points that do not depend on each other.
 
     Args:
-        dense: The network.
-        points: Points with weights.
+        pair: The networks.
+        points: Points; those without weights are ignored.
+        draft: The pruned network's parameters: what is set in them counts from the next group on. None to sample the
+            dense network alone, as it is.
         recipe: Number of rows, and whether shortcuts that are added to an output are sampled.
         calibration: The samples.
-        execution: Execution providers and memory limit.
+        execution: Execution providers, memory limit, progress.
+        kept: The samplers' caches by node: empty = fill them; filled = use them and do not run the dense network.
     """
-    pair, items = Pair.with_drafts(dense), contexts(dense.index, points)
-    samplers = {item: RowSampler(pair, item, recipe, calibration, number) for number, item in enumerate(items)}
-    schedule = [[samplers.pop(item) for item in group] for group in steps(dense.index, items)]
+    items = contexts(pair.pruned.index, points)
+    known = bool(kept)
     with Walk(calibration, execution) as walk:
-        names = [name for group in schedule for one in group for name in (*one.pruned_targets, *one.dense_targets)]
-        lane = walk.lane(Draft(dense.index), names)
+        samplers = {}
+        for number, item in enumerate(items):
+            rows = None if kept is None else kept.setdefault(item.point.node, [])
+            store = MEMORY if draft is None else walk.store
+            samplers[item] = RowSampler(pair, item, recipe, calibration, number, store, rows)
+        schedule = [[samplers.pop(item) for item in group] for group in steps(pair.pruned.index, items)]
+        own = [name for group in schedule for one in group for name in one.pruned_targets]
+        reference = [name for group in schedule for one in group for name in one.dense_targets]
+        dense = None if known else walk.lane(Draft(pair.dense), reference if draft is not None else own + reference)
+        pruned = dense if draft is None else walk.lane(draft, own)
+        assert pruned is not None
         for number in range(len(schedule)):
+            execution.progress("refitting", number / len(schedule))
             group, schedule[number] = schedule[number], []  # its rows are free once they were used
-            sample(walk, group, lane, lane)
-            yield from group
+            _take_rows(walk, group, pruned, dense)
+            yield group
 
 
-def sample(walk: Walk, group: Sequence[RowSampler], pruned: Lane, dense: Lane | None) -> None:
-    """Run the networks up to the targets of samplers, which take their rows.
-
-    Args:
-        walk: The walk.
-        group: Samplers whose points do not depend on each other.
-        pruned: The pruned network.
-        dense: The dense one, which may share the lane of the pruned one; None where samplers have its outputs cached.
-    """
+def _take_rows(walk: Walk, group: Sequence[RowSampler], pruned: Lane, dense: Lane | None) -> None:
     targets: dict[Lane, list[str]] = {pruned: [name for sampler in group for name in sampler.pruned_targets]}
-    if dense is not None:
+    if dense is not None:  # it may be the same lane
         targets.setdefault(dense, []).extend(name for sampler in group for name in sampler.dense_targets)
     for chunks in walk.step(targets):
         for sampler in group:
             sampler.add(None if dense is None else chunks[-1], chunks[0])
 
 
-@dataclass(frozen=True)
-class _Threshold:
-    """The value [C] up to which the dense pre-activation is hidden by the ReLU, for the channels [C] where one is."""
-
-    value: Singles
-    usable: Mask
-
-
-@dataclass(frozen=True)
-class _SpatialSampling:
-    """Where the rows of a convolution come from, for inputs and outputs of one size."""
-
-    shapes: tuple[tuple[int, ...], tuple[int, ...]]
-    geometry: ConvGeometry
-    table: NDArray[np.int64]
-    positions: NDArray[np.int64]
+def dense_rows(
+    dense: Network, points: Sequence[LayerPoint], recipe: RefitRecipe, calibration: Calibration, execution: Execution
+) -> Iterator[RowSampler]:
+    """Every point's sampler with the rows that the dense network gives it, upstream first, in one walk."""
+    for group in sampled(Pair.with_itself(dense), points, None, recipe, calibration, execution.quiet):
+        yield from group
 
 
 def conv_geometry(
     index: GraphIndex, point: LayerPoint, input_shape: tuple[int, ...], output_shape: tuple[int, ...]
-) -> ConvGeometry:
+) -> patches.ConvGeometry:
     """Kernel, strides, dilations, groups and leading pads of a Conv or ConvTranspose (ONNX defaults filled in)."""
-    node = index.nodes[point.node]
-    layout = point.layer.layout
+    node, layout, transposed = index.nodes[point.node], point.layer.layout, point.layer.is_transposed
     kernel = layout.shape[2:]
     axes = len(kernel)
     strides = tuple(attribute(node, "strides", [1] * axes))
     dilations = tuple(attribute(node, "dilations", [1] * axes))
     pads = tuple(attribute(node, "pads", [0] * (2 * axes)))[:axes]
     mode = attribute(node, "auto_pad", b"NOTSET").decode()
-    transposed = point.layer.is_transposed
     if mode == "VALID":
         pads = (0,) * axes
     elif mode != "NOTSET" or (transposed and attribute(node, "output_shape", None)):
-        extra = tuple(attribute(node, "output_padding", [0] * axes))
-        pads = tuple(
-            _leading_pad(
-                (input_shape[a] - 1) * strides[a] + extra[a] + (kernel[a] - 1) * dilations[a] + 1 - output_shape[a]
-                if transposed
-                else (output_shape[a] - 1) * strides[a] + (kernel[a] - 1) * dilations[a] + 1 - input_shape[a],
-                larger_first=(mode != "SAME_UPPER") if transposed else mode == "SAME_LOWER",
-            )
-            for a in range(axes)
-        )
-    return ConvGeometry(kernel, strides, dilations, pads, layout.groups, transposed)
-
-
-def _leading_pad(total: int, larger_first: bool) -> int:
-    total = max(total, 0)
-    return total - total // 2 if larger_first else total // 2
+        small, large, extra, larger_first = output_shape, input_shape, [0] * axes, mode == "SAME_LOWER"
+        if transposed:
+            small, large, larger_first = input_shape, output_shape, mode != "SAME_UPPER"
+            extra = attribute(node, "output_padding", extra)
+        spans = [(small[a] - 1) * strides[a] + extra[a] + (kernel[a] - 1) * dilations[a] + 1 for a in range(axes)]
+        totals = [max(span - size, 0) for span, size in zip(spans, large, strict=True)]
+        pads = tuple(total - total // 2 if larger_first else total // 2 for total in totals)
+    return patches.ConvGeometry(kernel, strides, dilations, pads, layout.groups, transposed)

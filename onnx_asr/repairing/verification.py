@@ -1,4 +1,4 @@
-"""The samples of a run: some to calibrate on, some held out to measure fidelity."""
+"""The samples of a run: some to calibrate on, some held out to verify on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from onnx_asr.data import Dataset, InputSpec, Preprocessing, open_data, sample_i
 from onnx_asr.data.sources import DataSource
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Fidelity, Outputs, collect_outputs, compare
-from onnx_asr.networks.pair import Pair
 from onnx_asr.networks.samples import Calibration, batch_size_for, load_calibration, whole_batches
 from onnx_asr.repairing.options import RepairOptions
 
@@ -56,13 +55,9 @@ class Samples:
             DataError: Missing, broken or unfitting data.
             OptionError: Preprocessing that does not fit the data.
         """
-        if isinstance(data, Dataset):
-            dataset = data
-        else:
-            skip = options.skip_bad_images
-            dataset = open_data(data, inputs, preprocessing=preprocessing, skip_bad_images=skip)
-        chosen, held_out = split_samples(len(dataset), options, verify)
-        return cls(dataset, inputs, options, chosen, held_out)
+        if not isinstance(data, Dataset):
+            data = open_data(data, inputs, preprocessing=preprocessing, skip_bad_images=options.skip_bad_images)
+        return cls(data, inputs, options, *split_samples(len(data), options, verify))
 
     @property
     def is_held_out(self) -> bool:
@@ -98,27 +93,13 @@ class Samples:
         return load_calibration(self.dataset, whole_batches(self.chosen, self.inputs), batch_size)
 
 
+@dataclass(frozen=True)
 class Verifier:
-    """Measures models against the dense one on the held-out samples; the dense one runs once, when first needed.
+    """Measures models against the dense one on the held-out samples; the dense one runs once, when first needed."""
 
-    Args:
-        dense: The dense model.
-        samples: The samples.
-        execution: How to run.
-
-    Attributes:
-        samples: The samples.
-    """
-
-    def __init__(self, dense: onnx.ModelProto, samples: Samples, execution: Execution) -> None:
-        self._dense = dense
-        self.samples = samples
-        self._execution = execution
-
-    @classmethod
-    def of(cls, pair: Pair | None, samples: Samples, execution: Execution) -> Verifier | None:
-        """The verifier of a pair; None where there is no dense model, or no sample to verify on."""
-        return None if pair is None or not len(samples.held_out) else cls(pair.dense.model, samples, execution)
+    dense: onnx.ModelProto
+    samples: Samples
+    execution: Execution
 
     def fidelity(self, model: onnx.ModelProto) -> Fidelity:
         """Fidelity of a model to the dense one.
@@ -131,13 +112,11 @@ class Verifier:
 
     @cached_property
     def _reference(self) -> Outputs:
-        return self._outputs(self._dense)
+        return self._outputs(self.dense)
 
     def _outputs(self, model: onnx.ModelProto) -> Outputs:
-        samples = self.samples
-        return collect_outputs(
-            model, samples.dataset, samples.held_out, self._execution.sessions, samples.options.batch_size
-        )
+        samples, runtime = self.samples, self.execution.sessions
+        return collect_outputs(model, samples.dataset, samples.held_out, runtime, samples.options.batch_size)
 
 
 def split_samples(count: int, options: RepairOptions, verify: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -26,8 +26,7 @@ from onnx_asr.pruning.compression import CompressResult
 from onnx_asr.pruning.zeros import PruneResult
 from onnx_asr.repairing.job import RepairJob
 from onnx_asr.repairing.options import flattened
-from onnx_asr.repairing.point_report import PointReport
-from onnx_asr.repairing.result import RepairResult, Verification
+from onnx_asr.repairing.result import PointReport, RepairResult, Verification
 from onnx_asr.version import __version__
 
 ReportValues = dict[str, Any]

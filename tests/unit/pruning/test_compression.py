@@ -100,7 +100,7 @@ def test_one_round_is_pruning_then_refit() -> None:
 
 def test_the_last_round_samples_twice_as_many_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[RefitRecipe] = []
-    for place in (module, importlib.import_module("onnx_asr.repairing.methods")):
+    for place in (module, importlib.import_module("onnx_asr.repairing.pipeline")):
         original = place.repair_refit
 
         def spy(*args: Any, original: Any = original, **kwargs: Any) -> Any:
@@ -192,7 +192,7 @@ def test_the_dense_network_is_run_once_for_all_rounds_that_rank(
             walks.append(self)
             return super().lane(draft, targets)
 
-    monkeypatch.setattr(importlib.import_module("onnx_asr.repairing.refit"), "Walk", Counting)
+    monkeypatch.setattr(importlib.import_module("onnx_asr.repairing.rows"), "Walk", Counting)
     options = RepairOptions(samples=50, verify_samples=0, refit=recipe, batch_size=9)
     models = [
         compress(
