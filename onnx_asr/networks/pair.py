@@ -35,10 +35,12 @@ class Network:
     Attributes:
         index: Its graph.
         survey: Its correction points.
+        everything: The same with the points that cannot be compared with another version of the network.
     """
 
     index: GraphIndex
     survey: Survey
+    everything: Survey
 
     @classmethod
     def of(cls, model: onnx.ModelProto, role: str, *, compared: bool) -> Network:
@@ -54,7 +56,8 @@ class Network:
             ModelError: When it is quantized, not finite, or has nothing to repair.
         """
         index = GraphIndex.of(model)
-        found = without_selected(index, survey(index)) if compared else survey(index)
+        everything = survey(index)
+        found = without_selected(index, everything) if compared else everything
         if not found.points:
             reasons = "; ".join(f"{skip.name}: {skip.reason}" for skip in found.skips[:3])
             raise ModelError(
@@ -62,7 +65,7 @@ class Network:
                 + (f" ({reasons})" if reasons else "; give a network with constant weights")
             )
         check_finite(index, role)
-        return cls(index, found)
+        return cls(index, found, everything)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -179,8 +179,9 @@ class _Cutter:
             OptionError: When no layer is chosen.
             ModelError: When no channel of the chosen layers can be removed.
         """
-        weights, skips = prunable_weights(index, options.include, options.exclude)
-        channels, points = trace(index), survey(index).layers
+        found = survey(index)
+        weights, skips = prunable_weights(index, found, options.include, options.exclude)
+        channels, points = trace(index), found.layers
         chosen = {point.node for weight in weights for point in weight.points}
         groups, makers = _prunable_groups(channels, points, chosen)
         skips += _uncut(channels, [point for point in points if point.node in chosen], groups)

@@ -51,7 +51,7 @@ from onnx_asr.pruning.scores import input_factors
 from onnx_asr.repairing.job import RepairJob
 from onnx_asr.repairing.options import RefitRecipe
 from onnx_asr.repairing.pipeline import run_method, verified
-from onnx_asr.repairing.refit import repair_refit
+from onnx_asr.repairing.refit import Narrowing, repair_refit
 from onnx_asr.repairing.result import RepairResult
 from onnx_asr.repairing.rows import DenseRows
 from onnx_asr.repairing.verification import Samples
@@ -178,19 +178,13 @@ def _last_masks(
 ) -> tuple[list[PrunableWeight], list[Mask]]:
     """Run all rounds but the last: the weights that take part, and the masks of the last round.
 
-    Args:
-        dense: The dense network.
-        options: Sparsity or pattern, rounds.
-        calibration: The samples.
-        execution: How to run.
-        seconds: Wall times, to which those of the rounds are added.
+    The wall time of every round is added to ``seconds``.
     """
     pattern, recipe = Pattern.parse(options.pattern), options.repair.refit
-    weights, _ = prunable_weights(dense.index, options.include, options.exclude)
+    weights, _ = prunable_weights(dense.index, dense.everything, options.include, options.exclude)
     weights, _ = split_narrow(weights, pattern)
-    ranking = replace(recipe, relu_steps=min(recipe.relu_steps, 1))
     factors = _factors(dense, weights, calibration, execution)
-    rounds = _Rounds(dense, weights, factors, ranking, cache=execution.memory_limit is None)
+    rounds = _Rounds(dense, weights, factors, recipe, cache=execution.memory_limit is None)
     part = calibration.head(round(options.round_samples * calibration.count))
     *steps, last = _schedule(options, pattern)
     for number, step in enumerate(steps):
@@ -208,15 +202,11 @@ def _factors(
     1 where BatchNormalization is kept. Where it was folded, ``|W|`` carries each channel's arbitrary scale; there the
     factors of the score "variance".
     """
-    if any(weight.points[0].batchnorm is not None for weight in weights):
-        return [np.ones(()) for _ in weights]
+    points = [weight.points[0] for weight in weights]
+    if any(point.batchnorm is not None for point in points):
+        return [np.ones(()) for _ in points]
     execution.progress("measuring the dense network", 0.0)
-    return input_factors(dense, [weight.points[0] for weight in weights], "variance", calibration, execution)
-
-
-def _score(value: NDArray[Any], factor: Floats, mask: Mask) -> Floats:
-    """Scores of a weight's entries, below all others where already pruned."""
-    return np.where(mask, np.abs(value.astype(np.float64)) * factor, -1.0)
+    return input_factors(dense, points, "variance", calibration, execution)
 
 
 class _Rounds:
@@ -226,7 +216,7 @@ class _Rounds:
         dense: The dense network.
         weights: The weights.
         factors: Of their magnitudes.
-        recipe: How to fit.
+        recipe: How to fit the last round.
         cache: Whether to keep the dense network's outputs, so that it runs once for all rounds.
     """
 
@@ -240,74 +230,57 @@ class _Rounds:
         cache: bool,
     ) -> None:
         self._pair = Pair.with_itself(dense)
-        self._weights = weights
-        self._factors = factors
-        self._recipe = recipe
+        self._weights, self._factors = weights, factors
+        self._recipe = replace(recipe, relu_steps=min(recipe.relu_steps, 1))
         self._kept: dict[int, list[DenseRows]] | None = {} if cache else None
         self._dense_values = [dense.index.value(weight.tensor) for weight in weights]
         self._values: list[NDArray[Any]] = self._dense_values
         self._masks: list[Mask] = [np.ones(value.shape, bool) for value in self._values]
 
+    def _score(self, number: int, value: NDArray[Any]) -> Floats:
+        """Scores of a weight's entries, below all others where already pruned."""
+        return np.where(self._masks[number], np.abs(value.astype(np.float64)) * self._factors[number], -1.0)
+
     def goal(self, step: Step) -> list[Mask]:
         """Masks of the weights that are worth most so far, over all layers."""
-        parts = zip(self._values, self._factors, self._masks, strict=True)
-        return make_masks(self._weights, [_score(*part) for part in parts], *step, "global")
+        scores = [self._score(number, value) for number, value in enumerate(self._values)]
+        return make_masks(self._weights, scores, *step, "global")
 
     def run(self, step: Step, calibration: Calibration, execution: Execution, *, narrowed: bool) -> None:
         """Refit from the dense weights under the masks of a goal.
 
-        Args:
-            step: The goal.
-            calibration: The samples.
-            execution: How to run.
-            narrowed: Whether the goal only says how many weights each layer keeps; each layer then begins with its
-                mask so far, and its refit says which of them.
+        With ``narrowed`` the goal only says how many weights each layer keeps; each layer then begins with its mask so
+        far, and its refit says which of them.
         """
         goal = self.goal(step)
+        narrow: dict[int, list[Narrowing]] = {}
+        if narrowed:
+            for number, weight in enumerate(self._weights):
+                narrow[weight.points[0].node] = self._narrow(number, goal[number], step[0])
+        else:
+            self._masks = goal
         draft = Draft(self._pair.dense)
-        parts = zip(self._weights, self._dense_values, self._masks if narrowed else goal, strict=True)
-        for weight, value, mask in parts:
+        for weight, value, mask in zip(self._weights, self._dense_values, self._masks, strict=True):
             masked = np.where(mask, value, np.zeros((), value.dtype))
             for point in weight.points:
                 draft.set_weight(point, masked)
-        layers = {}
-        if narrowed:
-            items = zip(self._weights, self._factors, self._masks, goal, strict=True)
-            layers = {item[0].points[0].node: _Narrowing(*item, step[0]) for item in items}
-        choices = {node: layer.choices for node, layer in layers.items()}
         recipe, kept = self._recipe, self._kept
-        repair_refit(self._pair, draft, calibration, execution, recipe, precise=True, kept=kept, narrow=choices)
+        reports, _ = repair_refit(
+            self._pair, draft, calibration, execution, recipe, precise=True, kept=kept, narrow=narrow
+        )
         self._values = [draft.weight(weight.points[0]) for weight in self._weights]
-        self._masks = [layer.mask for layer in layers.values()] if narrowed else goal
+        for number, weight in enumerate(self._weights):
+            if weight.points[0].node not in reports:
+                self._masks[number] = goal[number]
 
+    def _narrow(self, number: int, goal: Mask, pattern: Pattern) -> list[Narrowing]:
+        """Steps from a layer's mask so far to one with as many units as its goal, which its refit chooses."""
+        weight, masks = self._weights[number], (self._masks[number], goal)
+        first, last = (np.count_nonzero(units_of(weight, mask.astype(np.float64), pattern)) for mask in masks)
 
-class _Narrowing:
-    """One layer on the way from its mask to one with fewer units.
+        def keep(count: int, values: Floats) -> Mask:
+            self._masks[number] = keep_units(weight, self._score(number, values), pattern, count)
+            return self._masks[number]
 
-    Args:
-        weight: The weight.
-        factor: Of its magnitudes.
-        begin: Its mask so far.
-        goal: A mask with as many units as are to be left.
-        pattern: Which weights are kept or dropped together.
-
-    Attributes:
-        mask: The mask that was chosen; the goal where the layer is not refitted.
-        choices: The steps.
-    """
-
-    def __init__(self, weight: PrunableWeight, factor: Floats, begin: Mask, goal: Mask, pattern: Pattern) -> None:
-        self._weight = weight
-        self._factor = factor
-        self._pattern = pattern
-        self._current = begin
-        self.mask = goal
-        first, last = (np.count_nonzero(units_of(weight, mask.astype(np.float64), pattern)) for mask in (begin, goal))
         shares = [step / NARROWING for step in range(1, NARROWING + 1)]
-        self.choices = [partial(self._keep, round(first ** (1 - share) * last**share)) for share in shares]
-
-    def _keep(self, count: int, values: Floats) -> Mask:
-        """Keep the ``count`` largest units of the refitted weight."""
-        scores = _score(values, self._factor, self._current)
-        self.mask = self._current = keep_units(self._weight, scores, self._pattern, count)
-        return self.mask
+        return [partial(keep, round(first ** (1 - share) * last**share)) for share in shares]

@@ -16,7 +16,7 @@ from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.graph.edit import EditPlan, apply, set_metadata
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.layers import WeightLayout
-from onnx_asr.graph.points import LayerPoint, skip, survey
+from onnx_asr.graph.points import LayerPoint, Survey, skip
 from onnx_asr.graph.skips import Reason, Skip
 from onnx_asr.networks.sparsity import LayerSparsity, share_of_zeros
 from onnx_asr.numerics.masks import block_scores, keep_count, keep_largest, keep_n_of_m, spread_blocks
@@ -52,12 +52,13 @@ class PrunableWeight:
 
 
 def prunable_weights(
-    index: GraphIndex, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    index: GraphIndex, found: Survey, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> tuple[list[PrunableWeight], list[Skip]]:
     """Weights of Conv, ConvTranspose, Gemm and MatMul nodes whose names match.
 
     Args:
         index: The graph.
+        found: Its points.
         include: Regular expressions; a node takes part when one matches within its name or its weight's; empty for all.
         exclude: Regular expressions; a node that one matches is skipped.
 
@@ -65,7 +66,6 @@ def prunable_weights(
         OptionError: When a pattern is not a regular expression, or none is left.
         ModelError: When the graph has no weights.
     """
-    found = survey(index)
     readers: dict[str, list[LayerPoint]] = {}
     for point in found.layers:
         readers.setdefault(index.nodes[point.node].input[point.layer.weight_slot], []).append(point)

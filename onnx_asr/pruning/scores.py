@@ -19,10 +19,7 @@ from onnx_asr.numerics.rows import Inputs
 from onnx_asr.numerics.scores import lamp, row_normalised, saliency
 from onnx_asr.pruning.options import DATA_AWARE, Score
 from onnx_asr.repairing.options import RefitRecipe
-from onnx_asr.repairing.rows import RowSampler, dense_rows
-
-_Channels = tuple[str, int]
-"""A tensor and the axis of its channels."""
+from onnx_asr.repairing.rows import dense_rows
 
 Values = list[Floats]
 
@@ -39,13 +36,6 @@ def weight_scores(
       through the weight
     * gram: ``w^2 / [(H + R I)^-1]_jj``, ``H`` the covariance of the layer's inputs (optimal brain surgeon)
 
-    Args:
-        dense: The network.
-        points: Points with weights.
-        score: Any of them.
-        calibration: The samples, for those in ``DATA_AWARE``.
-        execution: Execution providers, memory limit, progress.
-
     Raises:
         ModelError: When activations are not finite.
     """
@@ -54,8 +44,9 @@ def weight_scores(
     execution.progress("measuring the dense network", 0.0)
     if score == "gram":
         return _saliencies(dense, points, calibration, execution)
+    magnitudes = data_free_scores(dense.index, points, "magnitude")
     factors = input_factors(dense, points, score, calibration, execution)
-    return [value * factor for value, factor in zip(_magnitudes(dense.index, points), factors, strict=True)]
+    return [value * factor for value, factor in zip(magnitudes, factors, strict=True)]
 
 
 def data_free_scores(index: GraphIndex, points: Sequence[LayerPoint], score: Score) -> Values:
@@ -69,16 +60,9 @@ def data_free_scores(index: GraphIndex, points: Sequence[LayerPoint], score: Sco
     if score == "lamp":
         return [lamp(value) for value in values]
     if score == "row":
-        layouts = [point.layer.layout for point in points]
-        return [
-            layout.from_rows(row_normalised(layout.to_rows(value)))
-            for layout, value in zip(layouts, values, strict=True)
-        ]
-    return _magnitudes(index, points)
-
-
-def _magnitudes(index: GraphIndex, points: Sequence[LayerPoint]) -> Values:
-    return [np.abs(weight_of(index, point).astype(np.float64)) for point in points]
+        pairs = zip([point.layer.layout for point in points], values, strict=True)
+        return [layout.from_rows(row_normalised(layout.to_rows(value))) for layout, value in pairs]
+    return [np.abs(value.astype(np.float64)) for value in values]
 
 
 def input_factors(
@@ -89,51 +73,39 @@ def input_factors(
     Raises:
         ModelError: When activations are not finite.
     """
-    index = dense.index
-    wanted = {tensor for point in points for tensor in (_inputs_of(index, point), (point.tensor, point.channel_axis))}
+    nodes = dense.index.nodes
+    sources = [(nodes[point.node].input[point.layer.data_slot], point.layer.input_axis) for point in points]
+    wanted = {*sources, *((point.tensor, point.channel_axis) for point in points)}
     names = sorted({name for name, _ in wanted})
-    moments: Accumulator[_Channels, Moments] = Accumulator()
+    moments: Accumulator[tuple[str, int], Moments] = Accumulator()
     with Walk(calibration, execution) as walk:
-        for (chunk,) in walk.step({walk.lane(Draft(index), names): names}):
+        for (chunk,) in walk.step({walk.lane(Draft(dense.index), names): names}):
             for name, axis in wanted:
                 moments.add((name, axis), Moments.of(chunk[name], axis))
     factors = []
-    for point in points:
-        source, target = moments[_inputs_of(index, point)], moments[point.tensor, point.channel_axis]
+    for point, read in zip(points, sources, strict=True):
+        source, target = moments[read], moments[point.tensor, point.channel_axis]
         if not (source.is_finite and target.is_finite):
             raise overflow(point)
         if score == "variance":
-            output = float(np.sqrt(target.var.mean())) or 1.0
-            factors.append(_by_input(point, source.std / output))
+            inputs = source.std / (float(np.sqrt(target.var.mean())) or 1.0)
         else:
-            factors.append(_by_input(point, np.sqrt(source.var + np.square(source.mean))))
+            inputs = np.sqrt(source.var + np.square(source.mean))
+        layout = point.layer.layout
+        blocks = inputs.reshape(layout.groups, 1, layout.inputs, 1)
+        shape = layout.groups, layout.outputs, layout.inputs, layout.taps
+        factors.append(layout.from_blocks(np.broadcast_to(blocks, shape)))
     return factors
 
 
 def _saliencies(dense: Network, points: Sequence[LayerPoint], calibration: Calibration, execution: Execution) -> Values:
     recipe = RefitRecipe(block_targets=False)
-    scores = {
-        sampler.point.node: _saliency(dense.index, sampler, recipe.ridge)
-        for sampler in dense_rows(dense, points, recipe, calibration, execution)
-    }
+    scores = {}
+    for sampler in dense_rows(dense, points, recipe, calibration, execution):
+        point, layout = sampler.point, sampler.point.layer.layout
+        rows = layout.to_patches(weight_of(dense.index, point)).reshape(layout.channels, -1)  # [C_out, k I]
+        score = saliency(rows, Inputs(sampler.inputs).gram(), recipe.ridge)
+        if not np.isfinite(score).all():
+            raise overflow(point)
+        scores[point.node] = layout.from_patches(score)
     return [scores[point.node] for point in points]
-
-
-def _saliency(index: GraphIndex, sampler: RowSampler, ridge: float) -> Floats:
-    point, layout = sampler.point, sampler.point.layer.layout
-    patches = layout.to_patches(weight_of(index, point))  # [G, O, k I]
-    score = saliency(patches.reshape(layout.channels, -1), Inputs(sampler.inputs).gram(), ridge)
-    if not np.isfinite(score).all():
-        raise overflow(point)
-    return layout.from_patches(score)
-
-
-def _by_input(point: LayerPoint, inputs: Floats) -> Floats:
-    """One value for each input channel, spread over a weight's stored shape."""
-    layout = point.layer.layout
-    blocks = inputs.reshape(layout.groups, 1, layout.inputs, 1)
-    return layout.from_blocks(np.broadcast_to(blocks, (layout.groups, layout.outputs, layout.inputs, layout.taps)))
-
-
-def _inputs_of(index: GraphIndex, point: LayerPoint) -> _Channels:
-    return index.nodes[point.node].input[point.layer.data_slot], point.layer.input_axis

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import numpy as np
+
+from onnx_asr.arrays import Floats
 from onnx_asr.data import Dataset, Preprocessing
 from onnx_asr.data.sources import DataSource
 from onnx_asr.graph.model_io import ModelSource, load
+from onnx_asr.graph.points import weight_of
 from onnx_asr.graph.skips import Skip
 from onnx_asr.json_values import MERGED, key
+from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Fidelity
 from onnx_asr.networks.pair import Network
+from onnx_asr.networks.samples import Calibration
 from onnx_asr.numerics.patterns import Pattern
-from onnx_asr.pruning.masked_fidelity import fidelity_under_masks, layer_masks
-from onnx_asr.pruning.masks import prunable_weights
+from onnx_asr.pruning.masks import PrunableWeight, make_masks, prunable_weights
 from onnx_asr.pruning.options import Score, SensitivityOptions
 from onnx_asr.pruning.scores import weight_scores
+from onnx_asr.repairing.refit import write_refit
+from onnx_asr.repairing.rows import RowSampler, dense_rows
 from onnx_asr.repairing.verification import Samples, Verifier
 
 
@@ -127,13 +135,12 @@ def sensitivity(
     options, execution = options or SensitivityOptions(), execution or Execution()
     shares = tuple(sorted(set(options.sparsities)))
     dense = Network.of(load(model), "dense", compared=True)
-    weights, skips = prunable_weights(dense.index, options.include, options.exclude)
+    weights, skips = prunable_weights(dense.index, dense.everything, options.include, options.exclude)
     samples = Samples.of(data, dense.inputs, options.repair, preprocessing, verify=True)
     calibration = samples.load()
     points = [weight.points[0] for weight in weights]
     scores = weight_scores(dense, points, options.score, calibration, execution)
-    masks, verifier = layer_masks(weights, scores, Pattern(), shares), Verifier(dense.index.model, samples, execution)
-    found = fidelity_under_masks(dense, weights, masks, verifier, calibration, execution)
+    found = fidelity_by_weight(dense, weights, scores, Pattern(), shares, samples, calibration, execution)
     execution.progress("done", 1.0)
     layers = [
         LayerSensitivity(
@@ -151,3 +158,46 @@ def sensitivity(
         notes=(*dense.notes, *samples.notes),
         seconds=time.perf_counter() - started,
     )
+
+
+def fidelity_by_weight(
+    dense: Network,
+    weights: Sequence[PrunableWeight],
+    scores: Sequence[Floats],
+    pattern: Pattern,
+    sparsities: Sequence[float],
+    samples: Samples,
+    calibration: Calibration,
+    execution: Execution,
+) -> list[list[Fidelity]]:
+    """Fidelity on the held-out samples with one weight pruned and refitted, and everything else dense.
+
+    One walk of the dense network over the calibration samples gives every weight its rows, from which it is refitted
+    for each sparsity; each of these networks then runs over the held-out samples.
+
+    Returns:
+        One fidelity for each sparsity of each weight.
+    """
+    verifier = Verifier(dense.index.model, samples, execution)
+    results: list[list[Fidelity]] = [[] for _ in weights]
+    weight_number = {point.node: number for number, weight in enumerate(weights) for point in weight.points}
+    waiting: list[list[RowSampler]] = [[] for _ in weights]
+    execution.progress("trying layers", 0.0)
+    points = [point for weight in weights for point in weight.points]
+    for sampler in dense_rows(dense, points, samples.options.refit, calibration, execution):
+        number = weight_number[sampler.point.node]
+        weight, readers = weights[number], waiting[number]
+        readers.append(sampler)
+        if len(readers) < len(weight.points):
+            continue
+        value = weight_of(dense.index, sampler.point)
+        for share in sparsities:
+            (mask,) = make_masks([weight], [scores[number]], pattern, share, "layer")
+            draft = Draft(dense.index)
+            for reader in readers:
+                draft.set_weight(reader.point, np.where(mask, value, np.zeros((), value.dtype)))
+                write_refit(draft, reader.again())
+            results[number].append(verifier.fidelity(draft.model()))
+        readers.clear()
+        execution.progress("trying layers", sum(bool(found) for found in results) / len(weights))
+    return results

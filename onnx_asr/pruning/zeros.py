@@ -13,6 +13,7 @@ from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, check_finite, load
+from onnx_asr.graph.points import survey
 from onnx_asr.graph.shapes import InputShapes
 from onnx_asr.graph.skips import Skip
 from onnx_asr.json_values import key
@@ -23,12 +24,12 @@ from onnx_asr.networks.sparsity import LayerSparsity, collapse_note, share_of_ze
 from onnx_asr.numerics.patterns import Pattern
 from onnx_asr.pruning.allocation import Allocation, LayerCosts, layer_costs, unit_flops
 from onnx_asr.pruning.budget import smallest_share
-from onnx_asr.pruning.masked_fidelity import fidelity_under_masks, layer_masks
 from onnx_asr.pruning.masks import PrunableWeight, prunable_weights, split_narrow
 from onnx_asr.pruning.options import SENSITIVITY_SPARSITIES, Budget, PruneOptions
 from onnx_asr.pruning.scores import Values, data_free_scores, weight_scores
+from onnx_asr.pruning.sensitivity import fidelity_by_weight
 from onnx_asr.repairing.options import RepairOptions
-from onnx_asr.repairing.verification import Samples, Verifier
+from onnx_asr.repairing.verification import Samples
 
 _FOLDED = (
     "no BatchNormalization follows these layers; where it was folded into them, the magnitudes of different channels "
@@ -123,7 +124,7 @@ def prune(
     check_finite(index, "dense")
     before = cost(index, input_shapes)
     pattern = Pattern.parse(options.pattern)
-    weights, skips = prunable_weights(index, options.include, options.exclude)
+    weights, skips = prunable_weights(index, survey(index), options.include, options.exclude)
     weights, narrow = split_narrow(weights, pattern)
     if data is None:
         scores, costs = data_free_scores(index, [weight.points[0] for weight in weights], options.score), None
@@ -170,8 +171,7 @@ def _measured(
         sparsity = 1 - budget.of(_cost(budget, before)) / _cost(budget, before)
     assert sparsity is not None
     pattern, tried = Pattern.parse(options.pattern), sorted({*SENSITIVITY_SPARSITIES, 1 - (1 - sparsity) / 4})
-    masks, verifier = layer_masks(weights, scores, pattern, tried), Verifier(dense.index.model, samples, execution)
-    found = fidelity_under_masks(dense, weights, masks, verifier, calibration, execution)
+    found = fidelity_by_weight(dense, weights, scores, pattern, tried, samples, calibration, execution)
     costs = layer_costs(weights, scores, pattern, tried, found)
     if budget is not None and budget.measure == "flops":
         costs = replace(costs, prices=unit_flops(dense.index, weights, costs.sizes, input_shapes))
