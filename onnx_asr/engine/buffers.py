@@ -72,9 +72,7 @@ class BufferPool:
             self.trim()
         if self._in_memory + size <= self._limit:
             self._in_memory += size
-            return np.frombuffer(
-                mmap.mmap(-1, size), np.uint8
-            )  # leaves memory when it is let go, which the heap may not
+            return np.frombuffer(mmap.mmap(-1, size), np.uint8)  # to the system when freed, unlike heap memory
         try:
             with tempfile.TemporaryFile(prefix="onnx-resuscitate-") as file:  # has no name; gone with its mapping
                 file.truncate(size)

@@ -2,7 +2,7 @@
 
 A lane is one network part-way through its forward pass on every calibration chunk at once: it holds only the tensors
 that some later node still reads. ``advance`` cuts out the nodes between what is held and the tensors asked for, runs
-that segment over all chunks, and lets go of what nobody needs any more. Parameters changed in the lane's plan take
+that segment over all chunks, and releases tensors that are no longer needed. Parameters changed in the lane's plan take
 effect in the next segment that holds their node, so every node runs once, with everything upstream already repaired.
 """
 
@@ -32,8 +32,8 @@ class Lane:
 
     Args:
         index: The network.
-        targets: Every tensor that will be asked for, as often as it will be, in any order.
-        chunks: The graph inputs, one mapping per chunk; the arrays are only read.
+        targets: Every tensor to be requested, repeated once per request, in any order.
+        chunks: The graph inputs per chunk; the arrays are only read.
         pool: Where boundary tensors live.
         runtime: How to run.
         plan: Edits that the segments see; the caller adds to it between advances.
@@ -54,9 +54,7 @@ class Lane:
         self._runtime = runtime
         self._wanted = Counter(targets)
         self._remaining = {p for p in ancestors(index, self._wanted) if not self._is_constant(p)}
-        self._held: dict[str, list[NDArray[Any]]] = {
-            name: [chunk[name] for chunk in chunks] for name in (value.name for value in index.inputs)
-        }
+        self._held = {value.name: [chunk[value.name] for chunk in chunks] for value in index.inputs}
         self._count = len(chunks)
 
     def _is_constant(self, position: int) -> bool:
@@ -98,7 +96,7 @@ class Lane:
                 self._held.pop(name, None)
 
     def _edges(self, positions: set[int], asked: Sequence[str]) -> tuple[list[str], list[str]]:
-        """Held tensors that the nodes read, and outputs that are needed later or asked for."""
+        """Held tensors that the nodes read, and outputs that are requested or needed later."""
         reads = {name for position in positions for name in node_reads(self.index.nodes[position])}
         produced = {name for position in positions for name in self.index.nodes[position].output if name}
         needed = {name for name in produced if self._is_needed(name)}
@@ -137,15 +135,12 @@ class Lane:
             del self._held[source]
 
     def _is_needed(self, name: str) -> bool:
-        """Whether a node still to run reads the tensor, or a later advance asks for it."""
-        if self.index.is_constant(name):
-            return False
-        if name in self._wanted:
-            return True
-        return any(position in self._remaining for position in self.index.consumers.get(name, ()))
+        """Whether a node still to run reads the tensor, or a later advance requests it."""
+        readers = self.index.consumers.get(name, ())
+        return not self.index.is_constant(name) and (name in self._wanted or not self._remaining.isdisjoint(readers))
 
     def _put_away(self, name: str, arrays: list[NDArray[Any]], number: int) -> None:
-        """Set one chunk of a tensor aside, or release it where the tensor is not needed any more."""
+        """Set a chunk's array aside, or release it."""
         if self._is_needed(name):
             self._pool.set_aside(arrays[number])
         else:
@@ -166,8 +161,5 @@ def _boundary(arrays: Sequence[NDArray[Any]]) -> Boundary:
     element_type = int(onnx.helper.np_dtype_to_tensor_dtype(first.dtype))
     if any(array.ndim != first.ndim for array in arrays):
         return Boundary(element_type, None)
-    shape: list[int | None] = list(first.shape)
-    for axis in range(first.ndim):
-        if axis == 0 or any(array.shape[axis] != first.shape[axis] for array in arrays):
-            shape[axis] = None
-    return Boundary(element_type, tuple(shape))
+    sizes = [{array.shape[axis] for array in arrays} for axis in range(first.ndim)]
+    return Boundary(element_type, tuple(min(own) if axis and len(own) == 1 else None for axis, own in enumerate(sizes)))

@@ -32,8 +32,8 @@ class Runtime:
         threads: Threads within an operator; 0 lets onnxruntime use every core.
         verbose: Let onnxruntime print its warnings.
         lean: Return freed memory to the system before a session is made, and let sessions take no more than they use;
-            taking it again costs time, a fifth of a compression's.
-        guard: Entered around every load and run, so that another process can detect one that hangs.
+            that takes about a fifth of the run time of ``compress``.
+        guard: Entered around every load and run, so that a supervisor can detect a call that hangs.
     """
 
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
@@ -47,8 +47,8 @@ class Runtime:
         for provider in self.providers:
             if provider not in available:
                 raise OptionError(
-                    f"execution provider '{provider}' is not in this onnxruntime: give one that is "
-                    f"({', '.join(available)}), or install a build that has it"
+                    f"execution provider '{provider}' is not available in this onnxruntime: give one of "
+                    f"{', '.join(available)}, or install a build that has it"
                 )
 
     def options(self) -> onnxruntime.SessionOptions:
@@ -68,7 +68,7 @@ class Session:
     Args:
         model: The model, or its path.
         runtime: How to run.
-        name: What to call it in messages; None for the name of its graph or its path.
+        name: Its name in messages; None for the name of its graph or its path.
 
     Raises:
         ModelError: When onnxruntime cannot load or run the model.
@@ -77,7 +77,7 @@ class Session:
     def __init__(self, model: onnx.ModelProto | str, runtime: Runtime, name: str | None = None) -> None:
         self._name = name or f"the model '{model if isinstance(model, str) else model.graph.name}'"
         if runtime.lean:
-            _give_memory_back()
+            _release_free_memory()
         options = runtime.options()
         self._runtime = runtime
         try:
@@ -102,7 +102,14 @@ class Session:
         signature = tuple((name, value.shape) for name, value in feeds.items())
         known = self._shapes.get(signature)
         if known is None:
-            values = self._attempt(lambda: self._session.run(names, dict(feeds)))
+            try:
+                with self._runtime.guard():
+                    values = self._session.run(names, dict(feeds))
+            except Exception as error:
+                raise ModelError(
+                    f"onnxruntime cannot run {self._name}: {_first_line(error)}; run the whole model in onnxruntime by "
+                    "itself: if that fails too, check the shapes of its inputs, or export it again"
+                ) from error
             results = {name: owned(np.asarray(value), allocate) for name, value in zip(names, values, strict=True)}
             if not self._data_dependent:
                 self._shapes[signature] = {name: (array.shape, array.dtype) for name, array in results.items()}
@@ -126,24 +133,13 @@ class Session:
         with self._runtime.guard():
             self._session.run_with_iobinding(binding)
 
-    def _attempt(self, call: Callable[[], Any]) -> Any:
-        try:
-            with self._runtime.guard():
-                return call()
-        except Exception as error:
-            raise ModelError(
-                f"onnxruntime cannot run {self._name}: {_first_line(error)}; run the whole model in onnxruntime by "
-                "itself: if that fails too, check the shapes of its inputs, or export it again"
-            ) from error
-
 
 def _serialized(
     model: onnx.ModelProto, options: onnxruntime.SessionOptions, lean: bool
 ) -> tuple[bytes, dict[str, onnxruntime.OrtValue]]:
-    """A model as bytes; weights still in their file are handed over separately, and large ones where that saves a copy.
+    """A model as bytes, and the weights handed over separately, which have to be held until the session is made.
 
-    Returns:
-        The bytes, and the weights handed over, which have to be held until the session is made.
+    These are weights still in their file, and large ones where that saves a copy.
     """
     if is_self_contained(model) and not lean:
         return bytes(model.SerializeToString()), {}
@@ -165,7 +161,7 @@ def _serialized(
     return bytes(light.SerializeToString()), values
 
 
-def _give_memory_back() -> None:
+def _release_free_memory() -> None:
     """Have glibc give back to the system what is free, and from now on large blocks when they become so."""
     with suppress(OSError, TypeError, AttributeError):  # another C library
         library = ctypes.CDLL(None)

@@ -27,7 +27,7 @@ class Cost:
             shapes are not known. Multiplications by zero count.
         nonzero_flops: Those with a weight other than zero: what a sparse kernel would do.
         size: Bytes of the model with its weights.
-        compressed: Bytes of it after deflate, as in gzip.
+        compressed: Compressed bytes (deflate, as in gzip).
     """
 
     parameters: int
@@ -39,7 +39,7 @@ class Cost:
 
 
 def cost(index: GraphIndex, given: InputShapes | None = None) -> Cost:
-    """Parameters, operations and bytes of a network; operations for :func:`fed_shapes`."""
+    """Parameters, operations and bytes of a network; operations for :func:`onnx_asr.graph.shapes.fed_shapes`."""
     names = {name for node in index.nodes for name in node.input if name and index.is_constant(name)}
     parameters = nonzeros = 0
     for name in names:
@@ -62,7 +62,7 @@ def compressed_size(model: onnx.ModelProto) -> int:
 
 
 def flops_by_node(index: GraphIndex, given: InputShapes | None = None) -> dict[int, int]:
-    """Operations of every node that multiplies with a constant weight, for :func:`fed_shapes`."""
+    """Operations of every node that multiplies with a constant weight, for the shapes of :func:`cost`."""
     shapes = typical_shapes(index, given)
     found = {position: 2 * _multiplications(index, position, shapes) for position in range(len(index.nodes))}
     return {position: count for position, count in found.items() if count}
@@ -71,13 +71,11 @@ def flops_by_node(index: GraphIndex, given: InputShapes | None = None) -> dict[i
 def flops(index: GraphIndex, given: InputShapes | None = None) -> tuple[int, int]:
     """All operations of a network, and those with a weight other than zero."""
     counts = flops_by_node(index, given)
-    return sum(counts.values()), sum(round(count * _nonzero_share(index, node)) for node, count in counts.items())
-
-
-def _nonzero_share(index: GraphIndex, position: int) -> float:
-    """Of a node's weight; each entry takes part in as many multiplications as any other."""
-    weight = index.value(next(name for name in index.nodes[position].input[:2] if index.is_constant(name)))
-    return float(np.count_nonzero(weight) / weight.size)
+    nonzero = 0
+    for node, count in counts.items():  # every entry of a weight is used in equally many multiplications
+        weight = index.value(next(name for name in index.nodes[node].input[:2] if index.is_constant(name)))
+        nonzero += round(count * float(np.count_nonzero(weight) / weight.size))
+    return sum(counts.values()), nonzero
 
 
 def _multiplications(index: GraphIndex, position: int, shapes: dict[str, Shape]) -> int:

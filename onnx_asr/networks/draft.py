@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from onnx_asr.graph.index import GraphIndex, Slot
 from onnx_asr.graph.layers import BN_BIAS, BN_MEAN, BN_SCALE, BN_VAR, batchnorm_epsilon
 from onnx_asr.graph.points import LayerPoint
 from onnx_asr.numerics.gains import BatchNormParameters, ChannelAffine
+
+_BATCHNORM_SLOTS = {"scale": BN_SCALE, "bias": BN_BIAS, "mean": BN_MEAN, "var": BN_VAR}
 
 
 class Draft:
@@ -65,7 +68,7 @@ class Draft:
         return rows if point.batchnorm is None else rows * self.batchnorm(point.batchnorm).slope[:, None]
 
     def bias(self, point: LayerPoint) -> Floats:
-        """The bias of a point as added to every channel, [C]; zeros where it has none."""
+        """The bias added to each channel of a point, [C]; zeros where it has none."""
         if point.bias is None:
             added = self.plan.added_bias.get(point.node)
             return np.zeros(point.channels) if added is None else added.reshape(-1).astype(np.float64)
@@ -76,7 +79,7 @@ class Draft:
         return bias * point.layer.beta
 
     def set_bias(self, point: LayerPoint, bias: Floats) -> None:
-        """Set the bias of a point, [C]; the slot, or the Add behind a MatMul, is made where it is missing."""
+        """Set the bias of a point, [C]; creates the slot, or an Add behind a MatMul, if there is none."""
         if point.layer.bias_slot is not None:
             self.plan.values[point.node, point.layer.bias_slot] = bias / point.layer.beta
             return
@@ -90,20 +93,15 @@ class Draft:
 
     def batchnorm(self, position: int) -> BatchNormParameters:
         """Parameters of the BatchNormalization at a position."""
-        scale, bias, mean, var = (self._read((position, slot)) for slot in (BN_SCALE, BN_BIAS, BN_MEAN, BN_VAR))
-        return BatchNormParameters(scale, bias, mean, var, batchnorm_epsilon(self.index.nodes[position]))
+        values = {name: self._read((position, slot)) for name, slot in _BATCHNORM_SLOTS.items()}
+        return BatchNormParameters(**values, epsilon=batchnorm_epsilon(self.index.nodes[position]))
 
     def set_batchnorm(self, position: int, new: BatchNormParameters) -> None:
         """Set parameters of the BatchNormalization at a position; those that do not change are not touched."""
         old = self.batchnorm(position)
-        for slot, before, after in (
-            (BN_SCALE, old.scale, new.scale),
-            (BN_BIAS, old.bias, new.bias),
-            (BN_MEAN, old.mean, new.mean),
-            (BN_VAR, old.var, new.var),
-        ):
-            if not np.array_equal(before, after):
-                self.plan.values[position, slot] = after
+        for name, slot in _BATCHNORM_SLOTS.items():
+            if not np.array_equal(getattr(old, name), getattr(new, name)):
+                self.plan.values[position, slot] = getattr(new, name)
 
     def apply_affine(self, point: LayerPoint, affine: ChannelAffine) -> None:
         """Set ``z -> gain z + shift`` at the output of a point's layer.
@@ -119,8 +117,7 @@ class Draft:
         if bias.any():
             self.set_bias(point, affine.gain * bias)
         old = self.batchnorm(point.batchnorm)
-        shifted = BatchNormParameters(old.scale, old.bias, old.mean - affine.shift, old.var, old.epsilon)
-        self.set_batchnorm(point.batchnorm, shifted)
+        self.set_batchnorm(point.batchnorm, replace(old, mean=old.mean - affine.shift))
 
     def round(self, node: int) -> None:
         """Bring the new values of a node's inputs into the types in which the model stores them.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from onnx_asr.engine.session import Runtime
 
 Progress = Callable[[str, float], None]
-"""Called with what is being done and the fraction of it that is done, 0 to 1."""
+"""Called with the stage and the fraction of it that is done, 0 to 1."""
 
 
 def silent(stage: str, fraction: float) -> None:

@@ -1,4 +1,4 @@
-"""How close a model is to another one on data, and how accurate it is where labels are known."""
+"""How close a model is to another one on data, and how accurate it is if labels are known."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TINY = 1e-12
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How well a model does on some samples; None where it does not apply.
+    """Quality of a model's outputs on some samples; None where a measure does not apply.
 
     Attributes:
         samples: Number of samples.
@@ -77,18 +77,15 @@ def collect_outputs(
     """
     index = GraphIndex.of(model)
     specs = input_specs(index)
-    session = Session(_with_outputs(model, _judged(index)), runtime)
+    session = Session(_with_outputs(model, _compared_outputs(index)), runtime)
     step = batch_size_for(specs, batch_size)
-    parts: list[list[NDArray[Any]]] = [[] for _ in session.output_names]
     used = whole_batches(indices, specs)
-    for start in range(0, len(used), step):
-        batch = feeds(specs, data.batch(used[start : start + step]))
-        for part, value in zip(parts, session.run(batch).values(), strict=True):
-            part.append(value)
-    return [_joined(part) for part in parts]
+    batches = (data.batch(used[start : start + step]) for start in range(0, len(used), step))
+    parts = [session.run(feeds(specs, batch)).values() for batch in batches]
+    return [_joined(part) for part in zip(*parts, strict=True)]
 
 
-def _judged(index: GraphIndex) -> list[str]:
+def _compared_outputs(index: GraphIndex) -> list[str]:
     names: list[str] = []
     for output in index.outputs:
         behind = sorted(ancestors(index, [output]))
@@ -109,7 +106,7 @@ def _with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelPro
     return result
 
 
-def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
+def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
     if any(part.ndim == 0 or part.shape[1:] != parts[0].shape[1:] for part in parts):
         return np.concatenate([part.ravel() for part in parts])
     return np.concatenate(parts)
@@ -139,7 +136,8 @@ def compare(dense: Outputs, other: Outputs) -> Fidelity:
     agreement = kl = None
     if is_classifier(dense):
         agreement = float(np.mean(dense[0].argmax(axis=1) == other[0].argmax(axis=1)))
-        kl = _kl(dense[0], other[0])
+        reference, value = log_probabilities(dense[0]), log_probabilities(other[0])
+        kl = float(np.mean((np.exp(reference) * (reference - value)).sum(axis=1)))
     elif snr is None and dense:
         agreement = float(np.mean(dense[0] == other[0]))
     return Fidelity(len(dense[0]), agreement=agreement, kl=kl, snr_db=snr)
@@ -178,11 +176,6 @@ def log_probabilities(scores: NDArray[Any]) -> Floats:
         return np.asarray(np.log(np.maximum(values, _TINY)))
     shifted = values - values.max(axis=1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
-
-
-def _kl(dense: NDArray[Any], other: NDArray[Any]) -> float:
-    reference, value = log_probabilities(dense), log_probabilities(other)
-    return float(np.mean((np.exp(reference) * (reference - value)).sum(axis=1)))
 
 
 def _snr(signal: float, noise: float) -> float:

@@ -11,16 +11,16 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from onnx_asr.engine.lane import Chunk
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, load
 from onnx_asr.graph.shapes import InputShapes, fed_shapes
 from onnx_asr.networks.execution import Execution
-from onnx_asr.networks.samples import Chunk, input_specs
+from onnx_asr.networks.samples import input_specs
 
-SECONDS = 3.0
-"""About what a measurement takes."""
+SECONDS = 3.0  # about what a measurement takes
 _WARM_UP = 2  # pairs: the first runs allocate
 _LEAST_PAIRS, _MOST_PAIRS = 9, 400
 
@@ -49,16 +49,16 @@ class Latency:
 
 
 def time_in_turns(first: Session, second: Session, feeds: Mapping[str, NDArray[Any]], seconds: float) -> Latency:
-    """Run two models A B A B for about the given seconds: at least 9 pairs and at most 400."""
+    """Run two models alternately for about ``seconds`` seconds: at least 9 pairs and at most 400."""
     times: list[tuple[float, float]] = []
     end = time.perf_counter() + seconds
     while len(times) < _WARM_UP + _LEAST_PAIRS or (len(times) < _MOST_PAIRS and time.perf_counter() < end):
         times.append((_timed(first, feeds), _timed(second, feeds)))
     pairs = np.array(times[_WARM_UP:])
-    before, after = np.median(pairs, axis=0)
-    low, ratio, high = np.quantile(pairs[:, 1] / pairs[:, 0], (0.25, 0.5, 0.75))
+    before, after = np.median(pairs, axis=0).tolist()
+    low, ratio, high = np.quantile(pairs[:, 1] / pairs[:, 0], (0.25, 0.5, 0.75)).tolist()
     shapes = {name: value.shape for name, value in feeds.items()}
-    return Latency(float(before), float(after), float(ratio), float(low), float(high), len(pairs), shapes)
+    return Latency(before, after, ratio, low, high, len(pairs), shapes)
 
 
 def _timed(session: Session, feeds: Mapping[str, NDArray[Any]]) -> float:
@@ -119,7 +119,7 @@ def measure_latency(
         dense: A path, or an object of onnx, onnx-graphsurgeon or onnx-ir.
         pruned: Another one with the same inputs.
         input_shapes: Shapes of inputs with open sizes; by default their batch is 1 and their other open sizes are 224.
-        seconds: About what it takes; at least 9 pairs are run.
+        seconds: Approximate duration; at least 9 pairs are run.
         execution: Execution providers and threads, as the models are to be run with.
 
     Raises:

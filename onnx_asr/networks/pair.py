@@ -49,8 +49,8 @@ class Network:
         Args:
             model: The model.
             role: Its name in messages: "pruned" or "dense".
-            compared: Whether it is compared with another version of itself, place by place: points behind a
-                NonMaxSuppression, which keeps other boxes in another version, are skipped then.
+            compared: Whether it is compared with another version of itself, place by place: then points behind a
+                NonMaxSuppression are skipped, which keeps other boxes in another version.
 
         Raises:
             ModelError: When it is quantized, not finite, or has nothing to repair.
@@ -75,7 +75,7 @@ class Network:
 
     @cached_property
     def inputs(self) -> list[InputSpec]:
-        """Name, dtype and shape of the model's inputs."""
+        """The model's inputs."""
         return input_specs(self.index)
 
     @cached_property
@@ -185,7 +185,7 @@ class Pair:
 
 
 def overflow(point: Point) -> ModelError:
-    """The error for activations around a point that are not finite."""
+    """The error for activations that are not finite."""
     return ModelError(
         f"activations at {point.name} are infinite, NaN or beyond 1e19 on the calibration samples: check the samples, "
         "or repair a float32 version of the model (float16 ends at 65504)"

@@ -1,4 +1,4 @@
-"""A model's inputs, and calibration data cut into chunks that fit them."""
+"""Model inputs, and calibration data in chunks that fit them."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnx_asr.data import Dataset, InputSpec
+from onnx_asr.engine.lane import Chunk
 from onnx_asr.errors import DataError, ModelError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.tensors import dtype_of
-
-Chunk = dict[str, NDArray[Any]]
 
 _MIN_BATCH, _MAX_BATCH = 8, 64
 _BATCH_ELEMENTS = 8 * 3 * 224 * 224
@@ -50,25 +48,19 @@ def fixed_batch(specs: Sequence[InputSpec]) -> int | None:
 
 
 def batch_size_for(specs: Sequence[InputSpec], asked: int | None = None) -> int:
-    """Samples per run: the model's fixed batch, else the requested one, else 8 (large inputs) to 64 (small ones).
+    """Samples per run: the fixed batch size, else the given one, else 8 to 64 by input size.
 
     The choice depends on the model alone, so that results do not depend on the machine.
     """
-    fixed = fixed_batch(specs)
-    if fixed is not None:
-        return fixed
-    if asked is not None:
-        return asked
+    given = fixed_batch(specs) or asked
+    if given is not None:
+        return given
     elements = max(1, math.prod(size or 32 for size in specs[0].shape[1:]))
     return int(min(_MAX_BATCH, max(_MIN_BATCH, 2 ** int(math.log2(max(1, _BATCH_ELEMENTS // elements))))))
 
 
 def whole_batches(indices: NDArray[np.int64], *inputs: Sequence[InputSpec]) -> NDArray[np.int64]:
-    """Drop the last samples that do not fill a batch of every model that fixes its batch size.
-
-    Args:
-        indices: The samples.
-        inputs: The inputs of each model.
+    """Drop the last samples so that whole batches remain for every model with a fixed batch size.
 
     Raises:
         DataError: When not even one batch is left.
@@ -84,7 +76,7 @@ def whole_batches(indices: NDArray[np.int64], *inputs: Sequence[InputSpec]) -> N
 
 
 def feeds(specs: Sequence[InputSpec], batch: Chunk) -> Chunk:
-    """A batch for a model: arrays assigned to its inputs by order, under their names and in their types.
+    """A batch under the names and in the types of a model's inputs, assigned to them by order.
 
     Raises:
         DataError: When there are more or fewer arrays than inputs.
@@ -100,7 +92,7 @@ class Calibration:
     """Calibration samples in chunks, ready to run.
 
     Attributes:
-        chunks: One mapping of input name to array per chunk; every chunk but the last has ``batch_size`` samples.
+        chunks: Arrays by input name, per chunk; every chunk but the last has ``batch_size`` samples.
         count: Number of samples.
         batch_size: Samples per chunk.
         digest: SHA-256 over the prepared samples in order, whatever the chunks.

@@ -1,4 +1,4 @@
-"""Zeros in the weights of a network, and layers that collapsed under them."""
+"""Zeros in the weights of a network, and layers with almost no weights left."""
 
 from __future__ import annotations
 

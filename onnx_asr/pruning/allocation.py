@@ -28,7 +28,7 @@ class LayerCosts:
 
     Attributes:
         sizes: Units (weights, or blocks) of every weight.
-        zeros: Numbers of zeros that were tried in it, rising.
+        zeros: Numbers of zeros that were tried in it, ascending.
         costs: Distance of the outputs from the dense model's at each.
         prices: Price of one of its units; None where all are equal.
     """
@@ -68,10 +68,7 @@ class Allocation:
 
     def pruned(self, sparsity: float | None) -> tuple[onnx.ModelProto, tuple[LayerSparsity, ...]]:
         """A copy of the model with its zeros; the sparsity is None where the pattern sets it."""
-        counts = None
-        if self.costs is not None:
-            assert sparsity is not None
-            counts = self.costs.keep(sparsity)
+        counts = None if self.costs is None or sparsity is None else self.costs.keep(sparsity)
         masks = make_masks(self.weights, self.scores, self.pattern, sparsity, self.scope, counts)
         return apply_masks(self.index, self.weights, masks)
 
@@ -92,7 +89,7 @@ def layer_costs(
 def unit_flops(
     index: GraphIndex, weights: Sequence[PrunableWeight], sizes: Sequence[int], input_shapes: InputShapes | None
 ) -> list[float]:
-    """Operations that a unit of every weight takes part in.
+    """Operations per unit of every weight.
 
     Raises:
         ModelError: When they are not known.

@@ -49,7 +49,6 @@ from onnx_asr.pruning.masks import (
 from onnx_asr.pruning.options import CompressOptions
 from onnx_asr.pruning.scores import input_factors
 from onnx_asr.repairing.job import RepairJob
-from onnx_asr.repairing.options import RefitRecipe
 from onnx_asr.repairing.pipeline import run_method, verified
 from onnx_asr.repairing.refit import Narrowing, repair_refit
 from onnx_asr.repairing.result import RepairResult
@@ -70,11 +69,11 @@ class CompressResult:
     Attributes:
         repair: The last round's repair, with the model and its verification (before: the last mask without repair).
         layers: Zeros in every weight that took part.
-        before: Size of the model that was given.
+        before: Size of the given model.
         after: Size of the compressed one.
         options: As given.
         round_seconds: Wall time of every round.
-        masked: The dense weights under the last mask, without repair.
+        masked: The dense model under the last mask, without repair.
     """
 
     derived: ClassVar = ("helps",)
@@ -113,7 +112,7 @@ def compress(
         model: The dense model: a path, or an object of onnx, onnx-graphsurgeon or onnx-ir, which is not changed.
         data: Calibration samples, as for :func:`onnx_asr.repair`.
         options: What to zero, rounds, samples, seed and refit recipe; at least a sparsity or an N:M pattern.
-        preprocessing: What to do to images.
+        preprocessing: How to prepare images.
         input_shapes: Shapes of inputs with open sizes, for FLOPs; by default their batch is 1 and their other open
             sizes are 224.
         execution: Execution providers, memory limit, progress.
@@ -134,7 +133,7 @@ def compress(
         calibration = samples.load()
     before = cost(dense.index, input_shapes)
     with timed(seconds, "rounds"):
-        weights, masks = _last_masks(dense, options, calibration, execution, round_seconds)
+        weights, masks = _Rounds(dense, options, calibration, execution).last_masks(round_seconds)
     with timed(round_seconds, "last"):
         masked, layers = apply_masks(dense.index, weights, masks)
         pruned = Network.of(masked, "pruned", compared=True)
@@ -169,90 +168,57 @@ def _schedule(options: CompressOptions, pattern: Pattern) -> list[Step]:
     return [(replace(pattern, n=round(float(n))), None) for n in kept]
 
 
-def _last_masks(
-    dense: Network,
-    options: CompressOptions,
-    calibration: Calibration,
-    execution: Execution,
-    seconds: dict[str, float],
-) -> tuple[list[PrunableWeight], list[Mask]]:
-    """Run all rounds but the last: the weights that take part, and the masks of the last round.
-
-    The wall time of every round is added to ``seconds``.
-    """
-    pattern, recipe = Pattern.parse(options.pattern), options.repair.refit
-    weights, _ = prunable_weights(dense.index, dense.everything, options.include, options.exclude)
-    weights, _ = split_narrow(weights, pattern)
-    factors = _factors(dense, weights, calibration, execution)
-    rounds = _Rounds(dense, weights, factors, recipe, cache=execution.memory_limit is None)
-    part = calibration.head(round(options.round_samples * calibration.count))
-    *steps, last = _schedule(options, pattern)
-    for number, step in enumerate(steps):
-        execution.progress(f"mask round {number + 1} of {len(steps) + 1}", number / (len(steps) + 1))
-        with timed(seconds, f"round {number + 1}"):
-            rounds.run(step, part, execution.quiet, narrowed=pattern.n is None and number > 0)
-    return weights, rounds.goal(last)
-
-
-def _factors(
-    dense: Network, weights: Sequence[PrunableWeight], calibration: Calibration, execution: Execution
-) -> list[Floats]:
-    """Factors that make magnitudes of different layers comparable.
-
-    1 where BatchNormalization is kept. Where it was folded, ``|W|`` carries each channel's arbitrary scale; there the
-    factors of the score "variance".
-    """
-    points = [weight.points[0] for weight in weights]
-    if any(point.batchnorm is not None for point in points):
-        return [np.ones(()) for _ in points]
-    execution.progress("measuring the dense network", 0.0)
-    return input_factors(dense, points, "variance", calibration, execution)
-
-
 class _Rounds:
     """The rounds that rank weights, each by what the refit of the one before made of them.
 
-    Args:
-        dense: The dense network.
-        weights: The weights.
-        factors: Of their magnitudes.
-        recipe: How to fit the last round.
-        cache: Whether to keep the dense network's outputs, so that it runs once for all rounds.
+    Without a memory limit the dense network's outputs are kept, so that it runs once for all rounds.
     """
 
     def __init__(
-        self,
-        dense: Network,
-        weights: Sequence[PrunableWeight],
-        factors: Sequence[Floats],
-        recipe: RefitRecipe,
-        *,
-        cache: bool,
+        self, dense: Network, options: CompressOptions, calibration: Calibration, execution: Execution
     ) -> None:
-        self._pair = Pair.with_itself(dense)
-        self._weights, self._factors = weights, factors
+        pattern, recipe = Pattern.parse(options.pattern), options.repair.refit
+        weights, _ = prunable_weights(dense.index, dense.everything, options.include, options.exclude)
+        self._weights, _ = split_narrow(weights, pattern)
+        self._factors = _factors(dense, self._weights, calibration, execution)
+        self._steps = _schedule(options, pattern)
         self._recipe = replace(recipe, relu_steps=min(recipe.relu_steps, 1))
-        self._kept: dict[int, list[DenseRows]] | None = {} if cache else None
-        self._dense_values = [dense.index.value(weight.tensor) for weight in weights]
+        self._calibration = calibration.head(round(options.round_samples * calibration.count))
+        self._execution = execution
+        self._pair = Pair.with_itself(dense)
+        self._kept: dict[int, list[DenseRows]] | None = {} if execution.memory_limit is None else None
+        self._dense_values = [dense.index.value(weight.tensor) for weight in self._weights]
         self._values: list[NDArray[Any]] = self._dense_values
         self._masks: list[Mask] = [np.ones(value.shape, bool) for value in self._values]
+
+    def last_masks(self, seconds: dict[str, float]) -> tuple[list[PrunableWeight], list[Mask]]:
+        """Run all rounds but the last: the weights that take part, and the masks of the last round.
+
+        The wall time of every round is added to ``seconds``.
+        """
+        *steps, last = self._steps
+        for number, step in enumerate(steps):
+            self._execution.progress(f"mask round {number + 1} of {len(steps) + 1}", number / (len(steps) + 1))
+            with timed(seconds, f"round {number + 1}"):
+                self._run(step, narrowed=step[0].n is None and number > 0)
+        return self._weights, self._goal(last)
 
     def _score(self, number: int, value: NDArray[Any]) -> Floats:
         """Scores of a weight's entries, below all others where already pruned."""
         return np.where(self._masks[number], np.abs(value.astype(np.float64)) * self._factors[number], -1.0)
 
-    def goal(self, step: Step) -> list[Mask]:
+    def _goal(self, step: Step) -> list[Mask]:
         """Masks of the weights that are worth most so far, over all layers."""
         scores = [self._score(number, value) for number, value in enumerate(self._values)]
         return make_masks(self._weights, scores, *step, "global")
 
-    def run(self, step: Step, calibration: Calibration, execution: Execution, *, narrowed: bool) -> None:
+    def _run(self, step: Step, *, narrowed: bool) -> None:
         """Refit from the dense weights under the masks of a goal.
 
         With ``narrowed`` the goal only says how many weights each layer keeps; each layer then begins with its mask so
         far, and its refit says which of them.
         """
-        goal = self.goal(step)
+        goal = self._goal(step)
         narrow: dict[int, list[Narrowing]] = {}
         if narrowed:
             for number, weight in enumerate(self._weights):
@@ -264,9 +230,9 @@ class _Rounds:
             masked = np.where(mask, value, np.zeros((), value.dtype))
             for point in weight.points:
                 draft.set_weight(point, masked)
-        recipe, kept = self._recipe, self._kept
+        calibration, execution, recipe = self._calibration, self._execution.quiet, self._recipe
         reports, _ = repair_refit(
-            self._pair, draft, calibration, execution, recipe, precise=True, kept=kept, narrow=narrow
+            self._pair, draft, calibration, execution, recipe, precise=True, kept=self._kept, narrow=narrow
         )
         self._values = [draft.weight(weight.points[0]) for weight in self._weights]
         for number, weight in enumerate(self._weights):
@@ -284,3 +250,18 @@ class _Rounds:
 
         shares = [step / NARROWING for step in range(1, NARROWING + 1)]
         return [partial(keep, round(first ** (1 - share) * last**share)) for share in shares]
+
+
+def _factors(
+    dense: Network, weights: Sequence[PrunableWeight], calibration: Calibration, execution: Execution
+) -> list[Floats]:
+    """Factors that make magnitudes of different layers comparable.
+
+    1 where BatchNormalization is kept. Where it was folded, ``|W|`` carries each channel's arbitrary scale; there the
+    factors of the score "variance".
+    """
+    points = [weight.points[0] for weight in weights]
+    if any(point.batchnorm is not None for point in points):
+        return [np.ones(()) for _ in points]
+    execution.progress("measuring the dense network", 0.0)
+    return input_factors(dense, points, "variance", calibration, execution)

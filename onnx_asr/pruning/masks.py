@@ -74,7 +74,7 @@ def prunable_weights(
             "nothing to prune: the model has no Conv, ConvTranspose, Gemm or MatMul with constant weights; give a "
             "float model that holds its weights"
         )
-    wanted, unwanted = _compile(include), _compile(exclude)
+    wanted, unwanted = [_compile(pattern) for pattern in include], [_compile(pattern) for pattern in exclude]
     weights, skips = [], list(found.skips)
     for tensor, points in readers.items():
         texts = [tensor, *(point.name for point in points)]
@@ -92,16 +92,13 @@ def prunable_weights(
     return weights, skips
 
 
-def _compile(patterns: Sequence[str]) -> list[re.Pattern[str]]:
-    compiled = []
-    for pattern in patterns:
-        try:
-            compiled.append(re.compile(pattern))
-        except re.error as error:
-            raise OptionError(
-                f"'{pattern}' is not a regular expression: {error}; give one in the syntax of Python's re"
-            ) from error
-    return compiled
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise OptionError(
+            f"'{pattern}' is not a regular expression: {error}; give one in the syntax of Python's re"
+        ) from error
 
 
 def split_narrow(weights: Sequence[PrunableWeight], pattern: Pattern) -> tuple[list[PrunableWeight], list[Skip]]:
@@ -133,19 +130,18 @@ def make_masks(
     scope: Scope,
     counts: Sequence[int] | None = None,
 ) -> list[Mask]:
-    """Masks of the largest scores, in the weights' stored shapes.
+    """Masks of the largest scores; scores and masks have the weights' stored shapes.
 
     Args:
         weights: The weights.
-        scores: Of every weight's entries, in its stored shape.
+        scores: Scores of every weight's entries.
         pattern: Which sets of weights may survive.
         sparsity: Share of units (weights, or blocks) to drop; None for N:M.
         scope: Where scores are compared; ignored for N:M.
         counts: Units that every weight keeps, for scope "sensitivity".
     """
     if pattern.n is not None:
-        n, m = pattern.n, pattern.m
-        return [_pattern_mask(weight, values, n, m) for weight, values in zip(weights, scores, strict=True)]
+        return [_pattern_mask(*each, pattern.n, pattern.m) for each in zip(weights, scores, strict=True)]
     assert sparsity is not None
     units = [units_of(weight, values, pattern) for weight, values in zip(weights, scores, strict=True)]
     sizes = [unit.size for unit in units]
@@ -163,7 +159,7 @@ def make_masks(
 
 
 def keep_units(weight: PrunableWeight, scores: NDArray[Any], pattern: Pattern, count: int) -> Mask:
-    """The mask of one weight, in its stored shape, that keeps the ``count`` units of largest score."""
+    """The mask of one weight that keeps the ``count`` units of largest score."""
     (mask,) = keep_largest([units_of(weight, scores, pattern)], count)
     return _spread(weight, mask, pattern)
 

@@ -54,7 +54,7 @@ class LayerSensitivity:
         op_type: That node's operator.
         shape: Of the weight as stored.
         size: Number of weights.
-        tried: The effect of each sparsity, rising.
+        tried: The effect of each sparsity, ascending.
     """
 
     name: str
@@ -71,7 +71,7 @@ class SensitivityResult:
     Attributes:
         layers: Weights that took part, in file order.
         skips: Nodes with weights that took no part, and why.
-        sparsities: Sparsities that were tried, rising.
+        sparsities: Sparsities that were tried, ascending.
         score: The score that ranked the weights of a layer.
         samples: Held-out samples measured on.
         calibration_samples: Samples refitted on.
@@ -123,7 +123,7 @@ def sensitivity(
         model: The dense model: a path, or an object of onnx, onnx-graphsurgeon or onnx-ir, which is not changed.
         data: Samples, no labels needed, as for :func:`onnx_asr.repair`.
         options: What to try; numbers of samples, seed and refit recipe.
-        preprocessing: What to do to images.
+        preprocessing: How to prepare images.
         execution: Execution providers, memory limit, progress.
 
     Raises:

@@ -24,6 +24,7 @@ from onnx_asr.arrays import Mask
 from onnx_asr.channels.computing import pads
 from onnx_asr.channels.rules import trace
 from onnx_asr.channels.units import Channels, remove
+from onnx_asr.engine.lane import Chunk
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.edit import set_metadata
@@ -35,7 +36,6 @@ from onnx_asr.networks.cost import Cost, cost
 from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.latency import random_feeds
-from onnx_asr.networks.samples import Chunk
 from onnx_asr.numerics.gains import ChannelAffine
 from onnx_asr.pruning.channels import ChannelGroup, ChannelPruneResult
 from onnx_asr.version import __version__

@@ -31,12 +31,7 @@ _NO_DENSE = (
 
 
 def check_method(method: Method, *, dense: bool, batchnorm: bool) -> None:
-    """Refuse a method that cannot change a pruned network.
-
-    Args:
-        method: The method.
-        dense: Whether the dense network is given.
-        batchnorm: Whether the pruned one has a BatchNormalization that can be corrected.
+    """Refuse a method that cannot change a pruned network, with or without a dense one and BatchNormalization.
 
     Raises:
         OptionError: Naming a method that can.

@@ -20,6 +20,8 @@ METHODS: tuple[Method, ...] = get_args(Method)
 BatchNormMode = Literal["exact", "ema"]
 Prior = Literal["median", "mean"] | float
 
+_LEAST = {"samples": 1, "gain_samples": 1, "verify_samples": 0, "batch_size": 1, "ema_batches": 1, "ema_batch_size": 2}
+
 
 def check_choice(what: str, value: str, known: Sequence[str]) -> None:
     """Refuse a name that is not among the known ones.
@@ -141,14 +143,7 @@ class RepairOptions:
             raise OptionError(f"time-budget {self.time_budget} is out of range: give seconds from 0 up")
         if not (math.isfinite(self.reliability_power) and self.reliability_power >= 0):
             raise OptionError(f"reliability-power {self.reliability_power} is out of range: give a number from 0 up")
-        for name, least in (
-            ("samples", 1),
-            ("gain_samples", 1),
-            ("verify_samples", 0),
-            ("batch_size", 1),
-            ("ema_batches", 1),
-            ("ema_batch_size", 2),
-        ):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None:
                 check_at_least(name, value, least)

@@ -27,7 +27,7 @@ class Samples:
 
     Attributes:
         dataset: All samples.
-        inputs: Of the network that they are prepared for.
+        inputs: Inputs of the network.
         options: Numbers of samples, seed, batch size.
         chosen: Indices of the calibration samples.
         held_out: Indices of the samples to verify on.
@@ -73,8 +73,7 @@ class Samples:
                 f"{len(self.chosen)} calibration samples instead of {self.options.samples}: "
                 f"the data have {len(self.dataset)}"
             )
-        skipped = self.dataset.unreadable
-        if skipped:
+        if skipped := self.dataset.unreadable:
             few = ", ".join(skipped[:_FEW_NAMES]) + (", ..." if len(skipped) > _FEW_NAMES else "")
             notes.append(f"{len(skipped)} images cannot be read and were skipped: {few}")
         if not self.is_held_out:
