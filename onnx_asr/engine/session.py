@@ -177,5 +177,4 @@ def owned(value: NDArray[Any], allocate: Allocate) -> NDArray[Any]:
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

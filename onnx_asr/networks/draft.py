@@ -21,13 +21,9 @@ _BATCHNORM_SLOTS = {"scale": BN_SCALE, "bias": BN_BIAS, "mean": BN_MEAN, "var": 
 
 
 class Draft:
-    """A model with new values for some of its parameters; the model itself is not changed.
+    """A model with new values, in its plan, for some of its parameters; the model itself is not changed.
 
     Values are float64 unless stated otherwise, and always the newest: the draft's, else the model's.
-
-    Attributes:
-        index: The model.
-        plan: The new values.
     """
 
     def __init__(self, index: GraphIndex) -> None:

@@ -1,4 +1,4 @@
-"""A walk over the calibration samples: the lanes of one or more networks, and the buffers that they share."""
+"""A walk over the calibration samples: the lanes of one or more networks, and their common buffers."""
 
 from __future__ import annotations
 
@@ -33,12 +33,10 @@ class Walk:
         self._pool.__exit__(*exc)
 
     def lane(self, draft: Draft, targets: Iterable[str]) -> Lane:
-        """A network before its first step.
+        """A network before its first step, fed with the samples in its own input types.
 
-        Args:
-            draft: The network; it is fed with the samples in its own input types. What is set in the draft between two
-                steps counts from the next one on.
-            targets: Every tensor that the steps will ask for, as often as they will.
+        What is set in the draft between two steps counts from the next one on. ``targets`` are all tensors that the
+        steps will request, repeated once per request.
         """
         specs = input_specs(draft.index)
         chunks = [feeds(specs, chunk) for chunk in self.calibration.chunks]
@@ -47,8 +45,7 @@ class Walk:
     def step(self, targets: Mapping[Lane, Sequence[str]]) -> Iterator[list[Chunk]]:
         """Run every lane up to its targets, all of them on one chunk before any is run on the next.
 
-        Yields:
-            For each chunk of samples, the targets of every lane; see :meth:`Lane.advance` for how long they are valid.
+        Yields the targets of every lane, chunk by chunk; see :meth:`Lane.advance` for how long they are valid.
         """
         for chunks in zip(*(lane.advance(names) for lane, names in targets.items()), strict=True):
             yield list(chunks)

@@ -53,7 +53,7 @@ class Allocation:
     Attributes:
         index: The model.
         weights: Weights that take part.
-        scores: Of their entries, in the weights' stored shapes.
+        scores: Scores of their entries, in the weights' stored shapes.
         pattern: Which sets of weights may survive.
         scope: Where scores are compared.
         costs: Costs of zeros, for scope "sensitivity".

@@ -103,7 +103,7 @@ class Track:
             self.draft.set_batchnorm(point.batchnorm, correction.new)
             written = "batchnorm"
         dead = int((~gains.is_live(dense, pruned)).sum())
-        return PointReport.of(point, written, dead, correction.gain, shrinkage=correction.shrinkage)
+        return PointReport.of(point, written, dead, correction.gain, correction.shrinkage)
 
 
 def paired_track(pruned: Network, pair: Pair | None, draft: Draft, power: float) -> Track:

@@ -26,13 +26,8 @@ def recalibrate_ema(job: RepairJob, draft: Draft, chunk_size: int, execution: Ex
 
     The running statistics are reset to mean 0 and variance 1; then, batch by batch,
     ``running <- (1 - momentum) running + momentum batch`` with the batch's mean and unbiased variance, while the
-    network itself normalises with the batch's mean and biased variance.
-
-    Args:
-        job: The network, the samples; batches and momentum.
-        draft: The parameters so far; the new ones are added.
-        chunk_size: Samples per run, a divisor of those per batch.
-        execution: How to run.
+    network itself normalises with the batch's mean and biased variance. The new parameters are added to the draft.
+    ``chunk_size`` samples are run at once, a divisor of the samples per batch.
 
     Raises:
         ModelError: When activations are not finite.

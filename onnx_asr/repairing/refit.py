@@ -86,12 +86,9 @@ def repair_refit(
 def write_refit(
     draft: Draft, sampler: RowSampler, narrow: Mapping[int, Sequence[Narrowing]] | None = None
 ) -> PointReport:
-    """Fit the weights of one point that are not zero in the draft, and set them there.
+    """Fit the weights of one point that are not zero in the draft, and set them there; its rows are used up.
 
-    Args:
-        draft: The network's parameters so far.
-        sampler: The point's rows, which are used up.
-        narrow: As for :func:`repair_refit`.
+    For ``narrow`` see :func:`repair_refit`.
     """
     point, layout = sampler.point, sampler.point.layer.layout
 
@@ -118,14 +115,10 @@ def write_refit(
         scale = np.where(unchanged, old.scale, slope * old.deviation)
         bias = solution.bias - slope * (draft.bias(point) - old.mean)
         draft.set_batchnorm(point.batchnorm, replace(old, scale=scale, bias=bias))
-    return PointReport.of(
-        point,
-        "weights" if point.batchnorm is None else "weights+batchnorm",
-        dead=int((~folded.any(axis=1)).sum()),
-        gain=solution.gain,
-        residual=(solution.residual_before, solution.residual_after),
-        converged=solution.converged,
-    )
+    written = "weights" if point.batchnorm is None else "weights+batchnorm"
+    report = PointReport.of(point, written, int((~folded.any(axis=1)).sum()), solution.gain)
+    residual = solution.residual_before, solution.residual_after
+    return replace(report, residual=residual, converged=solution.converged)
 
 
 def _unfolded(draft: Draft, point: LayerPoint, folded: Floats) -> tuple[Floats, Floats, Mask]:

@@ -50,20 +50,11 @@ class PointReport:
 
     @classmethod
     def of(
-        cls,
-        point: Point,
-        written: str,
-        dead: int,
-        gain: Floats | None = None,
-        residual: tuple[float, float] | None = None,
-        shrinkage: Floats | None = None,
-        converged: bool = True,
+        cls, point: Point, written: str, dead: int, gain: Floats | None = None, shrinkage: Floats | None = None
     ) -> PointReport:
         """Summarise the gains [C] and shrinkage [C] of a point."""
         place = point.node, point.name, point.kind
-        return cls(
-            *place, written, point.channels, dead, _spread(gain), residual, _spread(shrinkage), converged=converged
-        )
+        return cls(*place, written, point.channels, dead, _spread(gain), shrinkage=_spread(shrinkage))
 
     def note(self, method: str) -> str:
         """One sentence for the node's doc string."""

@@ -305,7 +305,7 @@ def sampled(
             dense network alone, as it is.
         recipe: Number of rows, and whether shortcuts that are added to an output are sampled.
         calibration: The samples.
-        execution: Execution providers, memory limit, progress.
+        execution: How to run.
         kept: The samplers' caches by node: empty = fill them; filled = use them and do not run the dense network.
     """
     items = contexts(pair.pruned.index, points)
