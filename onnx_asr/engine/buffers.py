@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_asr.arrays import Array
 from onnx_asr.errors import OutputError
 
 
@@ -34,7 +35,7 @@ class BufferPool:
         self._owned.clear()
         self.trim()
 
-    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """A buffer of that shape, contents undefined."""
         size = int(np.prod(shape)) * dtype.itemsize
         if size == 0:
@@ -45,14 +46,14 @@ class BufferPool:
         self._owned[array.ctypes.data] = raw
         return array
 
-    def release(self, array: NDArray[Any]) -> None:
+    def release(self, array: Array) -> None:
         """Give a buffer back; arrays that did not come from the pool are ignored."""
         self.set_aside(array)
         raw = self._owned.pop(array.ctypes.data, None)
         if raw is not None:
             self._free.setdefault(raw.nbytes, []).append(raw)
 
-    def set_aside(self, array: NDArray[Any]) -> None:
+    def set_aside(self, array: Array) -> None:
         """Have a buffer that is in a file leave memory until it is next used; its content stays."""
         raw = self._owned.get(array.ctypes.data)
         if isinstance(raw, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):

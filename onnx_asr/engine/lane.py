@@ -10,20 +10,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
-from onnx_asr.arrays import Floats
+from onnx_asr.arrays import Array, Floats
 from onnx_asr.engine.buffers import BufferPool
 from onnx_asr.engine.session import Runtime, Session, owned
 from onnx_asr.graph.edit import EditPlan
 from onnx_asr.graph.index import GraphIndex, ancestors, node_reads
 from onnx_asr.graph.segments import Boundary, extract
 
-Chunk = dict[str, NDArray[Any]]
+Chunk = dict[str, Array]
 """Tensors of some samples, by name."""
 
 
@@ -73,9 +71,9 @@ class Lane:
         self._wanted -= counts
         inputs, outputs = self._edges(positions, asked)
         session = self._session(positions, inputs, outputs) if outputs else None
-        fresh: dict[str, list[NDArray[Any]]] = {name: [] for name in outputs}
+        fresh: dict[str, list[Array]] = {name: [] for name in outputs}
 
-        def chunks_of(name: str) -> list[NDArray[Any]]:
+        def chunks_of(name: str) -> list[Array]:
             return (fresh if name in fresh else self._held)[name]
 
         for number in range(self._count):
@@ -112,7 +110,7 @@ class Lane:
                 array[...] = array * gain.reshape(shape).astype(kind) + shift.reshape(shape).astype(kind)
             self._pool.set_aside(array)
 
-    def replace(self, position: int, function: Callable[[int, NDArray[Any]], NDArray[Any]]) -> None:
+    def replace(self, position: int, function: Callable[[int, Array], Array]) -> None:
         """Compute a node here instead of in the next segment, from chunk number and input chunk.
 
         The node has one output, and one input that is not a constant: its first.
@@ -139,7 +137,7 @@ class Lane:
         readers = self.index.consumers.get(name, ())
         return not self.index.is_constant(name) and (name in self._wanted or not self._remaining.isdisjoint(readers))
 
-    def _put_away(self, name: str, arrays: list[NDArray[Any]], number: int) -> None:
+    def _put_away(self, name: str, arrays: list[Array], number: int) -> None:
         """Set a chunk's array aside, or release it."""
         if self._is_needed(name):
             self._pool.set_aside(arrays[number])
@@ -155,7 +153,7 @@ class Lane:
         return Session(model, self._runtime, name)
 
 
-def _boundary(arrays: Sequence[NDArray[Any]]) -> Boundary:
+def _boundary(arrays: Sequence[Array]) -> Boundary:
     """Element type, and the dimensions that all chunks share (the first one left open: the last chunk may be short)."""
     first = arrays[0]
     element_type = int(onnx.helper.np_dtype_to_tensor_dtype(first.dtype))

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from numpy.typing import NDArray
 
+from onnx_asr.arrays import Array
 from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.graph.tensors import detached, is_left, is_self_contained, location_of, point_to, value_of
 
-Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
+Allocate = Callable[[tuple[int, ...], np.dtype[Any]], Array]
 Guard = Callable[[], AbstractContextManager[None]]
 _FATAL_ONLY, _WARNINGS = 4, 2
 _NUMPY_TYPES = {onnx.helper.np_dtype_to_tensor_dtype(np.dtype(code)) for code in "?bBhHiIqQefd"}  # others it refuses
@@ -95,8 +95,8 @@ class Session:
         self._data_dependent = False
 
     def run(
-        self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None, allocate: Allocate = np.empty
-    ) -> dict[str, NDArray[Any]]:
+        self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None, allocate: Allocate = np.empty
+    ) -> dict[str, Array]:
         """Run once; outputs are written straight into what ``allocate`` gives once their shapes are known."""
         names = list(outputs or self.output_names)
         signature = tuple((name, value.shape) for name, value in feeds.items())
@@ -124,7 +124,7 @@ class Session:
             return self.run(feeds, names, allocate)
         return results
 
-    def _bound(self, feeds: Mapping[str, NDArray[Any]], results: Mapping[str, NDArray[Any]]) -> None:
+    def _bound(self, feeds: Mapping[str, Array], results: Mapping[str, Array]) -> None:
         binding = self._session.io_binding()
         for name, value in feeds.items():
             binding.bind_input(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
@@ -169,7 +169,7 @@ def _release_free_memory() -> None:
         library.malloc_trim(0)
 
 
-def owned(value: NDArray[Any], allocate: Allocate) -> NDArray[Any]:
+def owned(value: Array, allocate: Allocate) -> Array:
     """A copy that does not pin the session's memory."""
     result = allocate(value.shape, value.dtype)
     np.copyto(result, value)

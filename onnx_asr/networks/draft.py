@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
-from onnx_asr.arrays import Floats
+from onnx_asr.arrays import Array, Floats
 from onnx_asr.graph.edit import EditPlan, apply, stored
 from onnx_asr.graph.index import GraphIndex, Slot
 from onnx_asr.graph.layers import BN_BIAS, BN_MEAN, BN_SCALE, BN_VAR, batchnorm_epsilon
@@ -38,11 +36,11 @@ class Draft:
         """
         return apply(self.index, self.plan, metadata)
 
-    def weight(self, point: LayerPoint) -> NDArray[Any]:
+    def weight(self, point: LayerPoint) -> Array:
         """The weight of a point in its stored shape, in whatever type it was set."""
         return self._current(point.weight)
 
-    def set_weight(self, point: LayerPoint, value: NDArray[Any]) -> None:
+    def set_weight(self, point: LayerPoint, value: Array) -> None:
         """Set the weight of a point in its stored shape."""
         self.plan.values[point.weight] = value
 
@@ -127,7 +125,7 @@ class Draft:
     def _read(self, slot: Slot) -> Floats:
         return self._current(slot).astype(np.float64)
 
-    def _current(self, slot: Slot) -> NDArray[Any]:
+    def _current(self, slot: Slot) -> Array:
         value = self.plan.current(self.index, *slot)
         assert value is not None, f"input {slot[1]} of node {self.index.label(slot[0])} is absent"
         return value

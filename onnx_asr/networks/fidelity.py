@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
-from onnx_asr.arrays import Floats
+from onnx_asr.arrays import Array, Floats, Indices
 from onnx_asr.data import Dataset
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError
@@ -57,13 +55,13 @@ class Fidelity:
         return 1.0 - self.agreement
 
 
-Outputs = list[NDArray[Any]]
+Outputs = list[Array]
 
 
 def collect_outputs(
     model: onnx.ModelProto,
     data: Dataset,
-    indices: NDArray[np.int64],
+    indices: Indices,
     runtime: Runtime,
     batch_size: int | None = None,
 ) -> Outputs:
@@ -106,7 +104,7 @@ def _with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelPro
     return result
 
 
-def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+def _joined(parts: Sequence[Array]) -> Array:
     if any(part.ndim == 0 or part.shape[1:] != parts[0].shape[1:] for part in parts):
         return np.concatenate([part.ravel() for part in parts])
     return np.concatenate(parts)
@@ -143,7 +141,7 @@ def compare(dense: Outputs, other: Outputs) -> Fidelity:
     return Fidelity(len(dense[0]), agreement=agreement, kl=kl, snr_db=snr)
 
 
-def accuracy(outputs: Outputs, labels: NDArray[np.int64], label_offset: int = 0) -> tuple[float, float | None]:
+def accuracy(outputs: Outputs, labels: Indices, label_offset: int = 0) -> tuple[float, float | None]:
     """Top-1 and (from six classes up) top-5 of a classifier's first output; class = argmax - ``label_offset``.
 
     Raises:
@@ -169,7 +167,7 @@ def is_classifier(outputs: Outputs) -> bool:
     return first.ndim == 2 and first.shape[1] > 1 and bool(np.issubdtype(first.dtype, np.floating))
 
 
-def log_probabilities(scores: NDArray[Any]) -> Floats:
+def log_probabilities(scores: Array) -> Floats:
     """Log-probabilities of logits; scores that already are a distribution are taken as they are."""
     values = scores.astype(np.float64)
     if (values >= 0).all() and np.allclose(values.sum(axis=1), 1.0, atol=1e-3):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
+from onnx_asr.arrays import Array
 from onnx_asr.engine.lane import Chunk
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError
@@ -48,7 +47,7 @@ class Latency:
     shapes: dict[str, tuple[int, ...]]
 
 
-def time_in_turns(first: Session, second: Session, feeds: Mapping[str, NDArray[Any]], seconds: float) -> Latency:
+def time_in_turns(first: Session, second: Session, feeds: Mapping[str, Array], seconds: float) -> Latency:
     """Run two models alternately for about ``seconds`` seconds: at least 9 pairs and at most 400."""
     times: list[tuple[float, float]] = []
     end = time.perf_counter() + seconds
@@ -61,7 +60,7 @@ def time_in_turns(first: Session, second: Session, feeds: Mapping[str, NDArray[A
     return Latency(before, after, ratio, low, high, len(pairs), shapes)
 
 
-def _timed(session: Session, feeds: Mapping[str, NDArray[Any]]) -> float:
+def _timed(session: Session, feeds: Mapping[str, Array]) -> float:
     started = time.perf_counter()
     session.run(feeds)
     return time.perf_counter() - started

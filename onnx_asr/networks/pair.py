@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
 
-from onnx_asr.arrays import Floats
+from onnx_asr.arrays import Array, Floats, Indices
 from onnx_asr.channels.rules import trace
 from onnx_asr.channels.units import missing_units, read_kept, remove
 from onnx_asr.data import InputSpec
@@ -109,7 +106,7 @@ class Pair:
     dense: GraphIndex
     parameters: Draft
     pairing: Pairing
-    kept: dict[str, tuple[int, NDArray[np.int64]]]
+    kept: dict[str, tuple[int, Indices]]
 
     @classmethod
     def of(cls, pruned: onnx.ModelProto, dense: onnx.ModelProto) -> Pair:
@@ -154,7 +151,7 @@ class Pair:
         """The dense network's counterparts of the tensors that are measured at points."""
         return [self.dense_tensor(point.tensor) for point in points]
 
-    def dense_value(self, chunk: Chunk, name: str) -> NDArray[Any]:
+    def dense_value(self, chunk: Chunk, name: str) -> Array:
         """The dense network's counterpart of a tensor, with the channels that are left in the pruned one."""
         name = self.dense_tensor(name)
         if name not in self.kept:
@@ -166,7 +163,7 @@ class Pair:
         """Parameters of the dense network's counterpart of a BatchNormalization."""
         return self.parameters.batchnorm(self.pairing.nodes[position])
 
-    def dense_weight(self, point: LayerPoint) -> NDArray[Any]:
+    def dense_weight(self, point: LayerPoint) -> Array:
         """The dense network's weight at a point, as stored."""
         return self.parameters.weight(self._dense_point(point))
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from onnx_asr.arrays import Array
 from onnx_asr.graph.points import LayerPoint
 
 _NAMED_LAYERS = 3
@@ -29,7 +29,7 @@ class LayerSparsity:
     zeros: int
 
     @classmethod
-    def of(cls, point: LayerPoint, before: NDArray[Any], after: NDArray[Any]) -> LayerSparsity:
+    def of(cls, point: LayerPoint, before: Array, after: Array) -> LayerSparsity:
         """Count the zeros of a point's weight."""
         zeros = [value.size - int(np.count_nonzero(value)) for value in (before, after)]
         return cls(point.name, point.kind, point.channels, tuple(after.shape), after.size, *zeros)

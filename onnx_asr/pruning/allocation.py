@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import onnx
-from numpy.typing import NDArray
 
+from onnx_asr.arrays import Array
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.shapes import InputShapes
@@ -61,7 +60,7 @@ class Allocation:
 
     index: GraphIndex
     weights: Sequence[PrunableWeight]
-    scores: Sequence[NDArray[Any]]
+    scores: Sequence[Array]
     pattern: Pattern
     scope: Scope
     costs: LayerCosts | None = None
@@ -75,7 +74,7 @@ class Allocation:
 
 def layer_costs(
     weights: Sequence[PrunableWeight],
-    scores: Sequence[NDArray[Any]],
+    scores: Sequence[Array],
     pattern: Pattern,
     sparsities: Sequence[float],
     found: Sequence[Sequence[Fidelity]],

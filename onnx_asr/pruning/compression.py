@@ -17,13 +17,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
-from onnx_asr.arrays import Floats, Mask
+from onnx_asr.arrays import Array, Floats, Mask
 from onnx_asr.data import Dataset, Preprocessing
 from onnx_asr.data.sources import DataSource
 from onnx_asr.graph.index import GraphIndex
@@ -188,7 +187,7 @@ class _Rounds:
         self._pair = Pair.with_itself(dense)
         self._kept: dict[int, list[DenseRows]] | None = {} if execution.memory_limit is None else None
         self._dense_values = [dense.index.value(weight.tensor) for weight in self._weights]
-        self._values: list[NDArray[Any]] = self._dense_values
+        self._values: list[Array] = self._dense_values
         self._masks: list[Mask] = [np.ones(value.shape, bool) for value in self._values]
 
     def last_masks(self, seconds: dict[str, float]) -> tuple[list[PrunableWeight], list[Mask]]:
@@ -203,7 +202,7 @@ class _Rounds:
                 self._run(step, narrowed=step[0].n is None and number > 0)
         return self._weights, self._goal(last)
 
-    def _score(self, number: int, value: NDArray[Any]) -> Floats:
+    def _score(self, number: int, value: Array) -> Floats:
         """Scores of a weight's entries, below all others where already pruned."""
         return np.where(self._masks[number], np.abs(value.astype(np.float64)) * self._factors[number], -1.0)
 

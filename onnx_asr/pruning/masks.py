@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
-from onnx_asr.arrays import Mask
+from onnx_asr.arrays import Array, Mask
 from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.graph.edit import EditPlan, apply, set_metadata
 from onnx_asr.graph.index import GraphIndex
@@ -124,7 +122,7 @@ def split_narrow(weights: Sequence[PrunableWeight], pattern: Pattern) -> tuple[l
 
 def make_masks(
     weights: Sequence[PrunableWeight],
-    scores: Sequence[NDArray[Any]],
+    scores: Sequence[Array],
     pattern: Pattern,
     sparsity: float | None,
     scope: Scope,
@@ -158,19 +156,19 @@ def make_masks(
     return [keep_units(*each[:2], pattern, each[2]) for each in zip(weights, scores, counts, strict=True)]
 
 
-def keep_units(weight: PrunableWeight, scores: NDArray[Any], pattern: Pattern, count: int) -> Mask:
+def keep_units(weight: PrunableWeight, scores: Array, pattern: Pattern, count: int) -> Mask:
     """The mask of one weight that keeps the ``count`` units of largest score."""
     (mask,) = keep_largest([units_of(weight, scores, pattern)], count)
     return _spread(weight, mask, pattern)
 
 
-def _pattern_mask(weight: PrunableWeight, scores: NDArray[Any], n: int, m: int) -> Mask:
+def _pattern_mask(weight: PrunableWeight, scores: Array, n: int, m: int) -> Mask:
     layout = weight.layout
     channels = layout.to_blocks(scores).reshape(layout.channels, layout.inputs, layout.taps)
     return layout.from_rows(keep_n_of_m(channels, n, m))
 
 
-def units_of(weight: PrunableWeight, scores: NDArray[Any], pattern: Pattern) -> NDArray[Any]:
+def units_of(weight: PrunableWeight, scores: Array, pattern: Pattern) -> Array:
     """Scores of the units that are kept or dropped: entries as stored, or blocks [G, ceil(O / height), I, taps]."""
     return scores if pattern.height == 1 else block_scores(weight.layout.to_blocks(scores), pattern.height)
 

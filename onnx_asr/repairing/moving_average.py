@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from onnx_asr.arrays import Array
 from onnx_asr.errors import DataError
 from onnx_asr.graph.points import Point
 from onnx_asr.networks.draft import Draft
@@ -82,10 +81,10 @@ def _batches(job: RepairJob, chunk_size: int) -> Calibration:
 
 def _training_mode(
     parameters: BatchNormParameters, batches: Sequence[Moments], per_batch: int
-) -> Callable[[int, NDArray[Any]], NDArray[Any]]:
+) -> Callable[[int, Array], Array]:
     """A BatchNormalization in training mode, as a function of chunk number and input."""
 
-    def normalise(number: int, tensor: NDArray[Any]) -> NDArray[Any]:
+    def normalise(number: int, tensor: Array) -> Array:
         batch = batches[number // per_batch]
         factor = parameters.scale / np.sqrt(batch.var + parameters.epsilon)
         offset = parameters.bias - factor * batch.mean

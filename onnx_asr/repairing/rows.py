@@ -6,12 +6,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from onnx_asr.arrays import Mask, Singles
+from onnx_asr.arrays import Array, Indices, Mask, Singles
 from onnx_asr.engine.lane import Chunk, Lane
 from onnx_asr.graph.context import Context, contexts, steps
 from onnx_asr.graph.index import GraphIndex, attribute
@@ -119,9 +117,7 @@ class RowSampler:
         self._target.add(rows.values if below is None else rows.values - below)
         self._seen += self._calibration.batch_size
 
-    def _sample(
-        self, source: NDArray[Any], shape: tuple[int, ...]
-    ) -> tuple[Singles, Callable[[NDArray[Any]], Singles]]:
+    def _sample(self, source: Array, shape: tuple[int, ...]) -> tuple[Singles, Callable[[Array], Singles]]:
         """The chunk's input patches [rows, groups, K], and what takes the same rows [rows, C] of an output."""
         samples, layer = min(self._calibration.batch_size, self._calibration.count - self._seen), self.point.layer
         if not layer.is_convolution:
@@ -148,7 +144,7 @@ class RowSampler:
         x = patches.gather_patches(source, self._table, positions, layer.layout.groups)
         return x, lambda tensor: patches.gather_outputs(tensor, positions)
 
-    def _matrix_positions(self, height: int, samples: int) -> NDArray[np.int64]:
+    def _matrix_positions(self, height: int, samples: int) -> Indices:
         """Which of a chunk's ``height`` rows to take: equally many per sample, where all samples have equally many."""
         size, rest = divmod(height, samples)
         if rest:
@@ -157,7 +153,7 @@ class RowSampler:
         positions = table[self._seen : self._seen + samples] + size * np.arange(samples)[:, None]
         return positions.ravel()
 
-    def _matrix_rows(self, tensor: NDArray[Any], rows: NDArray[np.int64]) -> Singles:
+    def _matrix_rows(self, tensor: Array, rows: Indices) -> Singles:
         if self.point.channel_axis == -2:
             tensor = np.swapaxes(tensor, -1, -2)
         return tensor.reshape(-1, tensor.shape[-1])[rows].astype(np.float32, copy=False)
@@ -234,7 +230,7 @@ class _Rows:
     def __init__(self, chunks: int, store: BufferStore) -> None:
         self._chunks = chunks
         self._store = store
-        self._all: NDArray[Any] | None = None
+        self._all: Array | None = None
         self._filled = 0
 
     @property
@@ -243,12 +239,12 @@ class _Rows:
         return self._all is None
 
     @property
-    def array(self) -> NDArray[Any]:
+    def array(self) -> Array:
         """The rows so far."""
         assert self._all is not None
         return self._all[: self._filled]
 
-    def add(self, part: NDArray[Any]) -> None:
+    def add(self, part: Array) -> None:
         """Take the rows of the next chunk; only where samples differ in size may there be more than in the first."""
         needed = self._filled + len(part)
         if self._all is None:
@@ -262,7 +258,7 @@ class _Rows:
         self._store.set_aside(self._all)
         self._filled = needed
 
-    def _room(self, rows: int, like: NDArray[Any]) -> NDArray[Any]:
+    def _room(self, rows: int, like: Array) -> Array:
         return self._store.allocate((rows, *like.shape[1:]), like.dtype)
 
     def copy(self) -> _Rows:

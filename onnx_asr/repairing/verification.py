@@ -9,8 +9,8 @@ from functools import cached_property
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
+from onnx_asr.arrays import Indices
 from onnx_asr.data import Dataset, InputSpec, Preprocessing, open_data, sample_indices
 from onnx_asr.data.sources import DataSource
 from onnx_asr.networks.execution import Execution
@@ -36,8 +36,8 @@ class Samples:
     dataset: Dataset
     inputs: Sequence[InputSpec]
     options: RepairOptions
-    chosen: NDArray[np.int64]
-    held_out: NDArray[np.int64]
+    chosen: Indices
+    held_out: Indices
 
     @classmethod
     def of(
@@ -118,7 +118,7 @@ class Verifier:
         return collect_outputs(model, samples.dataset, samples.held_out, runtime, samples.options.batch_size)
 
 
-def split_samples(count: int, options: RepairOptions, verify: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def split_samples(count: int, options: RepairOptions, verify: bool) -> tuple[Indices, Indices]:
     """Calibration and held-out sample indices, both seeded, without overlap wherever there are two samples or more.
 
     Where the data have fewer samples than both parts together ask for, a fifth of them is held out.
