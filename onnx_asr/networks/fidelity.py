@@ -59,11 +59,7 @@ Outputs = list[Array]
 
 
 def collect_outputs(
-    model: onnx.ModelProto,
-    data: Dataset,
-    indices: Indices,
-    runtime: Runtime,
-    batch_size: int | None = None,
+    model: onnx.ModelProto, data: Dataset, indices: Indices, runtime: Runtime, batch_size: int | None = None
 ) -> Outputs:
     """Run a model over samples; one array per output, in the model's order, samples along the first axis.
 
