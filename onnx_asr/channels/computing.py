@@ -168,11 +168,9 @@ def _reduce(tracer: Tracer, position: int, node: onnx.NodeProto, labels: Channel
     reduced = set(from_the_front(axes or None, len(tracer.shape(node.input[0]))))
     if labels.axis in reduced:
         raise Obstacle("it sums over channels")
-    axis = labels.axis
-    if not attribute(node, "keepdims", 1):
-        axis -= sum(item < axis for item in reduced)
+    dropped = 0 if attribute(node, "keepdims", 1) else sum(axis < labels.axis for axis in reduced)
     keeps_constants = node.op_type in ("ReduceMean", "ReduceMax", "ReduceMin")
-    return replace(labels.constant_where(keeps_constants | (labels.constant == 0)), axis=axis)
+    return replace(labels.constant_where(keeps_constants | (labels.constant == 0)), axis=labels.axis - dropped)
 
 
 def _softmax(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLabels) -> ChannelLabels:

@@ -156,12 +156,11 @@ def _merged_axis(before: Shape, after: Shape, axis: int) -> tuple[int, int, int]
     """Axes ``start:stop`` around ``axis`` that become one axis, and that axis; None where there are none."""
     if before[axis] == 1:
         return None
-    for start in range(axis, -1, -1):
-        for stop in range(axis + 1, len(before) + 1):
-            for place in range(len(after)):
-                same_prefix = math.prod(before[:start]) == math.prod(after[:place])
-                if same_prefix and math.prod(before[start:stop]) == after[place]:
-                    return start, stop, place
+    ranges = range(axis, -1, -1), range(axis + 1, len(before) + 1), range(len(after))
+    for start, stop, place in itertools.product(*ranges):
+        same_prefix = math.prod(before[:start]) == math.prod(after[:place])
+        if same_prefix and math.prod(before[start:stop]) == after[place]:
+            return start, stop, place
     return None
 
 

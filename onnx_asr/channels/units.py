@@ -112,9 +112,7 @@ class Channels:
     @property
     def removable(self) -> Mask:
         """[units] whether a unit can be removed."""
-        flags = np.ones(self.units, bool)
-        flags[list(self.frozen)] = False
-        return flags
+        return ~np.isin(np.arange(self.units), list(self.frozen))
 
     def groups(self) -> list[Ids]:
         """Units by the tensors they occur in: a tensor keeps a channel if every group keeps a unit."""
@@ -224,11 +222,10 @@ def read_kept(model: onnx.ModelProto) -> Kept:
 def _record_kept(model: onnx.ModelProto, channels: Channels, drop: Mask) -> None:
     record = read_kept(model)
     left = channels.kept(drop)
-    for name in channels.made:
-        if name in left:
-            positions = left[name][1].tolist()
-            before = record.get(name)
-            record[name] = positions if before is None else [before[position] for position in positions]
+    for name in [name for name in channels.made if name in left]:
+        positions = left[name][1].tolist()
+        before = record.get(name)
+        record[name] = positions if before is None else [before[position] for position in positions]
     if record:
         set_metadata(model, KEPT_CHANNELS, json.dumps(record))
 

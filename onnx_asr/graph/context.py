@@ -94,8 +94,7 @@ def _shortcut(index: GraphIndex, point: Point, output: str, rank: dict[int, int]
     others = [name for name in index.nodes[consumer].input if name != output]
     if len(others) != 1 or index.is_constant(others[0]):
         return None, output
-    behind = ancestors(index, others)
-    if point.node in behind or any(rank.get(node, -1) > rank[point.node] for node in behind):
+    if any(rank.get(node, -1) >= rank[point.node] for node in ancestors(index, others)):
         return None, output
     return str(others[0]), index.nodes[consumer].output[0]
 

@@ -26,13 +26,11 @@ def fed_shapes(index: GraphIndex, given: InputShapes | None = None) -> dict[str,
     Raises:
         OptionError: When a shape is given for a name that is not an input, or contradicts the declared one.
     """
-    declared = {
-        value.name: [max(0, item.dim_value) for item in value.type.tensor_type.shape.dim] for value in index.inputs
-    }
-    shapes = {
-        name: tuple(size or (BATCH if axis == 0 else SIDE) for axis, size in enumerate(sizes))
-        for name, sizes in declared.items()
-    }
+    declared, shapes = {}, {}
+    for value in index.inputs:
+        sizes = [max(0, item.dim_value) for item in value.type.tensor_type.shape.dim]
+        declared[value.name] = sizes
+        shapes[value.name] = tuple(size or (BATCH if axis == 0 else SIDE) for axis, size in enumerate(sizes))
     for name, shape in (given or {}).items():
         if name not in declared:
             raise OptionError(f"the model has no input '{name}': give shapes of {', '.join(declared)}")

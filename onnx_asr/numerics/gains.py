@@ -136,10 +136,10 @@ def absorb(bn: BatchNormParameters, affine: ChannelAffine) -> BatchNormParameter
     in_range = (var < _MAX_STATISTIC) & (np.abs(mean) < _MAX_STATISTIC)
     in_statistics = positive & (var > _MIN_VAR_OVER_EPS * bn.epsilon) & in_range
     folded_bias = bn.bias + bn.scale * (shift + (gain - 1.0) * bn.mean) / bn.deviation
-    return BatchNormParameters(
+    return replace(
+        bn,
         scale=np.where(in_statistics, bn.scale, bn.scale * gain),
         bias=np.where(in_statistics, bn.bias, folded_bias),
         mean=np.where(in_statistics, mean, bn.mean),
         var=np.where(in_statistics, var, bn.var),
-        epsilon=bn.epsilon,
     )

@@ -65,12 +65,9 @@ class Moments:
     def of(cls, tensor: NDArray[Any], axis: int = 1) -> Moments:
         """Moments of a tensor's channels over all its other axes."""
         samples = _by_sample(tensor, axis)
-        means, inner = [], []
-        for block in _blocks(samples):
-            mean, centred = _centre(block)
-            means.append(mean)
-            inner.append(np.vecdot(centred, centred))
-        return _between(np.concatenate(means), np.concatenate(inner), samples.shape[2])
+        parts = [(mean, np.vecdot(centred, centred)) for mean, centred in map(_centre, _blocks(samples))]
+        means, inner = map(np.concatenate, zip(*parts, strict=True))
+        return _between(means, inner, samples.shape[2])
 
 
 @dataclass(frozen=True)
@@ -109,9 +106,8 @@ class PairMoments:
             raise ValueError(f"dense tensor of shape {dense.shape}, pruned of shape {pruned.shape}")
         x, y = _by_sample(dense, axis), _by_sample(pruned, axis)
         parts = []
-        for x_block, y_block in zip(_blocks(x), _blocks(y), strict=True):
-            x_mean, x_centred = _centre(x_block)
-            y_mean, y_centred = _centre(y_block)
+        blocks = zip(map(_centre, _blocks(x)), map(_centre, _blocks(y)), strict=True)
+        for (x_mean, x_centred), (y_mean, y_centred) in blocks:
             pairs = ((x_centred, x_centred), (y_centred, y_centred), (x_centred, y_centred))
             parts.append((x_mean, y_mean, *(np.vecdot(*pair) for pair in pairs)))
         x_means, y_means, x_inner, y_inner, inner_cross = map(np.concatenate, zip(*parts, strict=True))

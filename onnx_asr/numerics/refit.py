@@ -119,12 +119,10 @@ class LayerRefit:
         target: [n, G * M] wanted outputs, the channels of a group side by side.
         w0: [G, M, K] dense weights; those outside the mask are not looked at.
         mask: [G, M, K], True where a weight survives.
-        options: Ridge, ReLU-aware steps, gain.
         relu_floor: [n, G * M] `theta`; 0 if None.
         dense_negative: [n, G * M], where the dense pre-activation is <= 0; None if no ReLU follows.
         classes: Whether the outputs of a group are logits of classes.
         store: Where `x` is, and where Gram matrices are kept.
-        limits: How the work is divided, and when the solver stops.
 
     Raises:
         ValueError: Here or in a method, if shapes do not fit together, or a value is not finite or too large to be
