@@ -71,7 +71,6 @@ class WeightLayout:
 
     Attributes:
         shape: As stored: [G O, I, *kernel], or [G I, O, *kernel] where inputs come first.
-        groups: G.
         inputs_first: Whether the first axis is that of the input channels.
     """
 
@@ -150,8 +149,6 @@ class Layer:
         bias_slot: Input slot of the bias, which may be empty or missing; None for a MatMul.
         input_axis: Axis of the channels in what it reads; negative counts from the end.
         output_axis: Axis of the channels in what it makes.
-        alpha: Factor on the product.
-        beta: Factor on the bias.
     """
 
     kind: LayerKind
