@@ -185,7 +185,7 @@ class Tracer:
             chosen = self.index.evaluate(position, node.output[0], feeds).reshape(-1)
             entries = [before[number] for number in chosen]
         if entries is None:
-            for name in node.input:
+            for name in node_reads(node):
                 self._freeze_tensor(name, f"{self.name(position)} computes with their number")
             return True
         if any(isinstance(entry, np.ndarray) for entry in entries):

@@ -383,6 +383,14 @@ FROZEN: dict[str, tuple[str, dict[str, Any], str]] = {
         {"wc": (6, 4, 1, 1), "wy": (5, 6, 1, 1)},
         "computes with their number",
     ),
+    "captured": (
+        """a = Conv (x, wa) s = Shape (a) y = If (c) <
+            then_branch = t () => (float[1,6,8,8] u) { u = Expand (a, s) },
+            else_branch = e () => (float[1,6,8,8] v) { v = Relu (a) }
+        >""",
+        {"c": np.array(True)},
+        "computes with their number",
+    ),
     "spread": ("a = Conv (x, w1) b = Conv (x, wa) y = Mul (a, b)", {"w1": (1, 4, 1, 1)}, "broadcasts one channel"),
 }
 
