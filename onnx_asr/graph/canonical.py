@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx
 
-from onnx_asr.graph.index import STANDARD_DOMAINS, GraphIndex, attribute, is_standard
+from onnx_asr.graph.index import STANDARD_DOMAINS, GraphIndex, attribute, input_name, is_standard
 from onnx_asr.graph.layers import CONVOLUTIONS, Layer, is_channel_bias
 
 _NEUTRAL = {"strides": 1, "dilations": 1, "pads": 0, "output_padding": 0}
@@ -91,8 +91,6 @@ def form_of(index: GraphIndex, position: int) -> Form:
 def _plain(index: GraphIndex, position: int) -> Form:
     node = index.nodes[position]
     inputs = list(node.input)
-    while inputs and not inputs[-1]:
-        inputs.pop()
     defaults = _defaults(index, node)
     parameters = defaults | {
         item.name: _plain_value(item.name, onnx.helper.get_attribute_value(item))
@@ -101,7 +99,7 @@ def _plain(index: GraphIndex, position: int) -> Form:
     }
     if is_standard(node, *_PARAMETER_INPUTS):
         for name, slot in _PARAMETER_INPUTS[node.op_type].items():
-            given = inputs[slot] if slot < len(inputs) else ""
+            given = input_name(node, slot)
             if given:
                 parameters[name], inputs[slot] = _plain_value(name, _constant(index, given, name)), ""
     inputs = [name for name in inputs if name]
