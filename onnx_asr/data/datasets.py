@@ -266,11 +266,7 @@ class PixelDataset(_ImageDataset):
     """
 
     def __init__(
-        self,
-        pixels: NDArray[np.uint8],
-        labels: NDArray[np.int64] | None,
-        spec: InputSpec,
-        preprocessing: Preprocessing,
+        self, pixels: NDArray[np.uint8], labels: NDArray[np.int64] | None, spec: InputSpec, preprocessing: Preprocessing
     ) -> None:
         super().__init__([f"#{index}" for index in range(len(pixels))], labels, spec, preprocessing)
         self._pixels = pixels

@@ -74,10 +74,7 @@ class ShrinkResult:
 
 
 def shrink(
-    model: ModelSource,
-    *,
-    input_shapes: InputShapes | None = None,
-    execution: Execution | None = None,
+    model: ModelSource, *, input_shapes: InputShapes | None = None, execution: Execution | None = None
 ) -> ShrinkResult:
     """Remove channels that are constant or unused.
 
