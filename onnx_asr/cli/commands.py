@@ -80,61 +80,38 @@ def prune(
     terminal: Terminal = Terminal(),
 ) -> int:
     """Zero the weights with the smallest scores, or remove the weakest channels."""
+    from onnx_asr.pruning import channels, zeros
+    from onnx_asr.report.data import prune_data
+
     target = check_writable(output)
+    how: PruneOptions | ChannelPruneOptions
     if options.pattern == ChannelPruneOptions.pattern:
         for name in (name for name, value in {"data": data, "report": report}.items() if value is not None):
             raise OptionError(f"--{name} {_NOT_FOR_CHANNELS}")
-        channels = options.of(ChannelPruneOptions, _NOT_FOR_CHANNELS)
-        return _remove_channels(model, target, channels, timing, machine, terminal)
-    page, zeros = Page.of(terminal, report, target), options.of(PruneOptions, "needs --pattern channel")
-    return _zero_weights(model, target, data, zeros, page, timing, images, machine, terminal)
-
-
-def _zero_weights(
-    model: str,
-    target: Path,
-    data: str | None,
-    options: PruneOptions,
-    page: Page,
-    timing: Timing,
-    images: Images,
-    machine: Walk,
-    terminal: Terminal,
-) -> int:
-    from onnx_asr.pruning.zeros import prune as run
-    from onnx_asr.report.data import prune_data
-
+        how = options.of(ChannelPruneOptions, _NOT_FOR_CHANNELS)
+    else:
+        how = options.of(PruneOptions, "needs --pattern channel")
+    page = Page.of(terminal, report, target)
+    result: zeros.PruneResult | channels.ChannelPruneResult
     with terminal.progress() as progress:
         execution, shapes = machine.execution(terminal.verbose, progress), timing.shapes()
         stopwatch = timing.stopwatch(model, execution)
-        preprocessing = images.preprocessing()
-        result = run(model, data, options, preprocessing=preprocessing, input_shapes=shapes, execution=execution)
-        latency = stopwatch.time(result.model) if stopwatch else None
+        latency = None
+        if isinstance(how, ChannelPruneOptions):
+            result = channels.prune_channels(model, how, input_shapes=shapes, execution=execution)
+            latency = result.latency
+        else:
+            given = images.preprocessing()
+            result = zeros.prune(model, data, how, preprocessing=given, input_shapes=shapes, execution=execution)
+        if stopwatch and latency is None:
+            latency = stopwatch.time(result.model)
         files = {"model": model, "data": data, "output": written(result.model, target, model)}
-        page.write(lambda run: prune_data(run, result, model), files)
+        if isinstance(result, zeros.PruneResult):
+            page.write(lambda run: prune_data(run, result, model), files)
     terminal.result(
         {**files, **plain(result), "latency": latency},
         *show.prune(result, str(target), terminal.verbose, latency),
         report=page.path,
-    )
-    return DONE
-
-
-def _remove_channels(
-    model: str, target: Path, options: ChannelPruneOptions, timing: Timing, machine: Walk, terminal: Terminal
-) -> int:
-    from onnx_asr.pruning.channels import prune_channels as run
-
-    with terminal.progress() as progress:
-        execution = machine.execution(terminal.verbose, progress)
-        stopwatch = timing.stopwatch(model, execution)
-        result = run(model, options, input_shapes=timing.shapes(), execution=execution)
-        latency = result.latency or (stopwatch.time(result.model) if stopwatch else None)
-        path = written(result.model, target, model)
-    terminal.result(
-        {"model": model, "data": None, "output": path, **plain(result), "latency": latency},
-        *show.prune_channels(result, str(target), terminal.verbose, latency),
-        report=None,
     )
     return DONE
 

@@ -35,7 +35,7 @@ class DemoRow:
     """One version of the net.
 
     Attributes:
-        name: What it is called.
+        name: "dense", "pruned", or the method that repaired it.
         fidelity: Its scores.
         seconds: Time to make it; None for the dense net.
         chosen: The method that "auto" chose; None for everything else.
@@ -49,7 +49,7 @@ class DemoRow:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demonstration did.
+    """All versions of the net, and the two files written: the pruned one and the best repaired one.
 
     Attributes:
         model: File name of the embedded net.
@@ -58,9 +58,6 @@ class DemoResult:
         calibration_samples: Number of them that the statistics come from.
         rows: Dense, pruned, and one version per method.
         best: The method with the highest top-1.
-        pruned: The pruned file.
-        repaired: The file repaired by the best method.
-        notes: Remarks on the rows.
     """
 
     model: str
@@ -77,11 +74,8 @@ class DemoResult:
 def run_demo(folder: Path, model: str, sparsity: float, execution: Execution) -> DemoResult:
     """Prune an embedded net, repair it with every method, write the pruned model and the best repaired one.
 
-    Args:
-        folder: Where to write the two files; it is created if missing, and files of these names are replaced.
-        model: Family of the net: see ``models/manifest.json``.
-        sparsity: Share of weights to zero.
-        execution: How to run.
+    The folder is created if missing, and files of these names in it are replaced. The model is the family of a net in
+    ``models/manifest.json``.
 
     Raises:
         OptionError: An unknown net, or a sparsity out of range.
@@ -96,29 +90,28 @@ def run_demo(folder: Path, model: str, sparsity: float, execution: Execution) ->
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot make the folder '{folder}': {error.strerror}; choose another with -o") from error
-    targets = (check_writable(folder / f"{files[model].stem}_{what}.onnx") for what in ("pruned", "repaired"))
-    pruned_path, repaired_path = targets
-
+    stem = folder / files[model].stem
+    pruned_path, repaired_path = check_writable(f"{stem}_pruned.onnx"), check_writable(f"{stem}_repaired.onnx")
     preprocessing = PRESETS[manifest["preprocessing"]["preset"]]
     calibration, validation = (models / manifest["data"][name] for name in ("calibration_folder", "validation_npz"))
     dense, quiet = load(files[model]), replace(execution, progress=silent)
+
+    def row(name: str, version: onnx.ModelProto, seconds: float | None, chosen: str | None = None) -> DemoRow:
+        scores = evaluate(version, validation, dense=dense, preprocessing=preprocessing, execution=quiet)
+        return DemoRow(name, scores, seconds, chosen)
+
     started = time.perf_counter()
     pruned = prune(dense, options=options)
-    rows: list[tuple[str, onnx.ModelProto, float | None, str | None]] = [
-        ("dense", dense, None, None),
-        ("pruned", pruned.model, time.perf_counter() - started, None),
-    ]
+    seconds = time.perf_counter() - started
+    rows = [row("dense", dense, None), row("pruned", pruned.model, seconds)]
     results: dict[Method, RepairResult] = {}
     for number, method in enumerate(METHODS):
         execution.progress(f"repairing: {method}", number / len(METHODS))
         how = RepairOptions(method, samples=_SAMPLES, verify_samples=_VERIFY_SAMPLES)
         result = repair(pruned.model, calibration, how, dense=dense, preprocessing=preprocessing, execution=quiet)
         results[method] = result
-        rows.append((method, result.model, sum(result.seconds.values()), result.chosen))
-    scores = {
-        name: evaluate(version, validation, dense=dense, preprocessing=preprocessing, execution=quiet)
-        for name, version, _, _ in rows
-    }
+        rows.append(row(method, result.model, sum(result.seconds.values()), result.chosen))
+    scores = {made.name: made.fidelity for made in rows}
     best = max(METHODS, key=lambda name: (scores[name].top1 or 0.0, -scores[name].distance, name != "auto"))
     save(pruned.model, pruned_path)
     save(results[best].model, repaired_path)
@@ -128,7 +121,7 @@ def run_demo(folder: Path, model: str, sparsity: float, execution: Execution) ->
         pruned.sparsity,
         calibration,
         results[best].calibration_samples,
-        tuple(DemoRow(name, scores[name], seconds, chosen) for name, _, seconds, chosen in rows),
+        tuple(rows),
         best,
         pruned_path,
         repaired_path,

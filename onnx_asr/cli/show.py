@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.table import Table
@@ -13,7 +12,7 @@ from rich.table import Table
 from onnx_asr.graph.files import size_text
 
 if TYPE_CHECKING:
-    from onnx_asr.cli.demo import DemoResult
+    from onnx_asr.cli.demo import DemoResult, DemoRow
     from onnx_asr.graph.skips import Skip
     from onnx_asr.measuring.inspection import Inspection, Layer
     from onnx_asr.networks.fidelity import Fidelity
@@ -24,14 +23,21 @@ if TYPE_CHECKING:
     from onnx_asr.pruning.sensitivity import SensitivityResult
     from onnx_asr.pruning.shrinking import ShrinkResult
     from onnx_asr.pruning.zeros import PruneResult
+    from onnx_asr.repairing.point_report import PointReport
     from onnx_asr.repairing.result import RepairResult, Verification
     from onnx_asr.sweeping.result import SweepResult
 
 T = TypeVar("T")
+Column = str | Callable[[T], str]
 Shown = Iterator[str | Table]
 
 _FEW = 5  # nodes named per reason without -v
 _WIDE = 0.2  # spread of latency ratios that is worth a remark
+_LAYER: dict[str, Column[Any]] = {
+    "layer": "name",
+    "operator": "op_type",
+    "shape": lambda layer: " x ".join(map(str, layer.shape or ())),
+}
 _SCORES = {
     "top1": ("top-1", "{:.1%}"),
     "top5": ("top-5", "{:.1%}"),
@@ -41,17 +47,12 @@ _SCORES = {
 }
 
 
-def prune(result: PruneResult, path: str, verbose: bool, latency: Latency | None) -> Shown:
-    """Every layer, the sum, what took no part, and the cost before and after."""
-    yield _layers(result.layers)
-    yield from _remarks(result.skips, result.notes, verbose)
-    yield from _ending(result, path, latency)
+def prune(result: PruneResult | ChannelPruneResult, path: str, verbose: bool, latency: Latency | None) -> Shown:
+    """Every layer or group of channels, what took no part, and the cost before and after."""
+    from onnx_asr.pruning.zeros import PruneResult
 
-
-def prune_channels(result: ChannelPruneResult, path: str, verbose: bool, latency: Latency | None) -> Shown:
-    """Every group of channels, what took no part, and the cost before and after."""
-    yield _groups(result.groups, verbose)
-    yield from _remarks(result.skips, (), verbose)
+    yield _layers(result.layers) if isinstance(result, PruneResult) else _groups(result.groups, verbose)
+    yield from _remarks(result.skips, result.notes if isinstance(result, PruneResult) else (), verbose)
     yield from _ending(result, path, latency)
 
 
@@ -59,7 +60,7 @@ def shrink(result: ShrinkResult, path: str, verbose: bool, latency: Latency | No
     """Layers that lost channels, and the cost before and after."""
     yield _groups(result.layers, verbose) if result.layers else "no channel can be removed"
     yield from _remarks((), result.notes, verbose)
-    yield f"outputs differ by {_number(result.error)} of their size on random input"
+    yield f"outputs differ by {result.error:.4g} of their size on random input"
     yield from _ending(result, path, latency)
 
 
@@ -89,7 +90,7 @@ def inspection(result: Inspection, verbose: bool) -> Shown:
     """What is in the model and what a repair could do; the damage, if it was measured."""
     size, deflated = size_text(result.file_bytes), size_text(result.compressed_bytes)
     yield f"opset {result.opset}, {result.nodes} nodes, inputs {', '.join(result.inputs)}; {size}, deflated {deflated}"
-    yield f"BatchNormalization: {result.batchnorm}; weights {_percent(result.sparsity)} sparse"
+    yield f"BatchNormalization: {result.batchnorm}; weights {result.sparsity:.1%} sparse"
     if result.samples:
         yield _damages(result.layers)
         collapsed = [layer.name for layer in result.layers if layer.damage and layer.damage.collapsed_share > 0.5]
@@ -100,15 +101,13 @@ def inspection(result: Inspection, verbose: bool) -> Shown:
             "mean square of log10 of the variance ratios, as it is, with one factor per layer, with one per channel"
         )
     else:
-        columns: dict[str, Callable[[Layer], str]] = {
-            "layer": attrgetter("name"),
-            "operator": attrgetter("op_type"),
-            "shape": lambda layer: " x ".join(map(str, layer.shape or ())),
-            ">channels": lambda layer: str(layer.channels),
-            ">empty": lambda layer: str(layer.empty_channels),
-            ">sparsity": lambda layer: _percent(layer.sparsity),
-            "pattern": lambda layer: layer.pattern or "",
-            "repair writes": attrgetter("writable"),
+        columns: dict[str, Column[Any]] = {
+            **_LAYER,
+            ">channels": "channels",
+            ">empty": "empty_channels",
+            ">sparsity": "sparsity:.1%",
+            "pattern": "pattern",
+            "repair writes": "writable",
         }
         yield _table(result.layers, columns)
     yield from _remarks(result.skips, (), verbose)
@@ -120,18 +119,14 @@ def inspection(result: Inspection, verbose: bool) -> Shown:
 def channels(layer: Layer) -> Shown:
     """One row per channel."""
     yield f"{layer.name} ({layer.op_type}), {layer.channels} channels of {layer.channel_weights} weights"
-    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        ">channel": lambda row: str(row["channel"]),
-        ">zeros": lambda row: str(row["zeros"]),
-        ">norm": lambda row: _number(row["norm"]),
-    }
+    columns: dict[str, Column[Any]] = {">channel": "channel", ">zeros": "zeros", ">norm": "norm:.4g"}
     if layer.damage is not None:
         columns |= {
-            ">dense std": lambda row: _number(row["dense_std"]),
-            ">std": lambda row: _number(row["std"]),
-            ">variance ratio": lambda row: _number(row["ratio"]),
-            ">mean shift": lambda row: _number(row["shift"]),
-            ">correlation": lambda row: _number(row["correlation"]),
+            ">dense std": "dense_std:.4g",
+            ">std": "std:.4g",
+            ">variance ratio": "ratio:.4g",
+            ">mean shift": "shift:.4g",
+            ">correlation": "correlation:.4g",
             "": lambda row: "collapsed" if row["collapsed"] else "",
         }
     yield _table(layer.channel_table(), columns)
@@ -170,7 +165,7 @@ def sweep(result: SweepResult, path: str) -> Shown:
         table.add_row(method, *row)
     yield table
     scored, calibration = (result.conditions[name]["samples"] for name in ("scored", "calibration"))
-    dense = f"dense model: {_percent(result.dense.top1)}; " if result.dense.top1 is not None else ""
+    dense = f"dense model: {result.dense.top1:.1%}; " if result.dense.top1 is not None else ""
     yield f"{dense}scored on {scored} samples, calibrated on {calibration} others"
     yield from _remarks((), result.notes, verbose=True)
     for reason, cells in result.failures.items():
@@ -193,16 +188,17 @@ def evaluation(fidelity: Fidelity, path: str) -> Shown:
 def demo(result: DemoResult) -> Shown:
     """All versions of the net, and where the best one is."""
     yield (
-        f"{result.model}, {_percent(result.sparsity)} of its weights pruned; repaired from "
+        f"{result.model}, {result.sparsity:.1%} of its weights pruned; repaired from "
         f"{result.calibration_samples} unlabelled images, scored on {result.rows[0].fidelity.samples} others"
     )
-    table = _columns("model", ">top-1", ">agreement with dense", ">KL to dense", ">seconds")
-    for row in result.rows:
-        name = row.name if row.chosen is None else f"{row.name} (chose {row.chosen})"
-        seconds = "" if row.seconds is None else f"{row.seconds:.2f}"
-        scores = _percent(row.fidelity.top1), _percent(row.fidelity.agreement), _number(row.fidelity.kl)
-        table.add_row(name, *scores, seconds, style="bold" if row.name == result.best else None)
-    yield table
+    columns: dict[str, Column[DemoRow]] = {
+        "model": lambda row: row.name if row.chosen is None else f"{row.name} (chose {row.chosen})",
+        ">top-1": "fidelity.top1:.1%",
+        ">agreement with dense": "fidelity.agreement:.1%",
+        ">KL to dense": "fidelity.kl:.4g",
+        ">seconds": "seconds:.2f",
+    }
+    yield _table(result.rows, columns, bold=lambda row: row.name == result.best)
     yield from _remarks((), result.notes, verbose=True)
     yield f"pruned:   {result.pruned}"
     yield f"repaired: {result.repaired} ({result.best}: the highest top-1 here)"
@@ -223,11 +219,11 @@ def _fidelities(columns: Mapping[str, Fidelity], title: str) -> Table:
 
 
 def _groups(groups: Sequence[ChannelGroup], verbose: bool) -> Table:
-    columns: dict[str, Callable[[ChannelGroup], str]] = {
+    columns: dict[str, Column[ChannelGroup]] = {
         "layers": lambda group: _named(group.layers, 2, verbose),
-        ">channels": lambda group: str(group.channels),
-        ">kept": lambda group: str(group.kept),
-        ">removed": lambda group: _percent(1 - group.kept / group.channels),
+        ">channels": "channels",
+        ">kept": "kept",
+        ">removed": lambda group: f"{1 - group.kept / group.channels:.1%}",
     }
     return _table(groups, columns)
 
@@ -246,16 +242,16 @@ def _ending(
         ("bytes after gzip", "compressed"),
     ):
         old, new = getattr(result.before, name), getattr(result.after, name)
-        table.add_row(label, f"{old:,}", f"{new:,}", _percent(new / max(1, old)))
+        table.add_row(label, f"{old:,}", f"{new:,}", f"{new / max(1, old):.1%}")
     if latency is not None:
         old_ms, new_ms = (f"{1000 * seconds:.3g}" for seconds in (latency.seconds_before, latency.seconds_after))
-        table.add_row("milliseconds per run", old_ms, new_ms, _percent(latency.ratio))
+        table.add_row("milliseconds per run", old_ms, new_ms, f"{latency.ratio:.1%}")
     yield table
     if latency is not None:
         fed = " ".join(f"{name}:{','.join(map(str, shape))}" for name, shape in latency.shapes.items())
         yield (
             f"timed in onnxruntime on {fed}, {latency.pairs} pairs of alternating runs; the middle half of their "
-            f"ratios lies between {_percent(latency.low)} and {_percent(latency.high)}"
+            f"ratios lies between {latency.low:.1%} and {latency.high:.1%}"
         )
         if latency.high - latency.low > _WIDE:
             yield "note: that is a wide spread, as on a busy machine; measure again when it is idle"
@@ -265,42 +261,27 @@ def _ending(
 
 
 def _layers(layers: Sequence[LayerSparsity]) -> Table:
-    columns: dict[str, Callable[[LayerSparsity], str]] = {
-        "layer": attrgetter("name"),
-        "operator": attrgetter("op_type"),
-        "shape": lambda layer: " x ".join(map(str, layer.shape)),
-        ">weights": lambda layer: f"{layer.size:,}",
-        ">zeros": lambda layer: f"{layer.zeros:,}",
-        ">sparsity": lambda layer: _percent(layer.sparsity),
-    }
-    table = _table(layers, columns)
+    table = _table(layers, _LAYER | {">weights": "size:,", ">zeros": "zeros:,", ">sparsity": "sparsity:.1%"})
     size, zeros = (sum(getattr(layer, name) for layer in layers) for name in ("size", "zeros"))
     table.add_section()
-    table.add_row("all", "", "", f"{size:,}", f"{zeros:,}", _percent(zeros / max(1, size)))
+    table.add_row("all", "", "", f"{size:,}", f"{zeros:,}", f"{zeros / max(1, size):.1%}")
     return table
 
 
 def _damages(layers: Sequence[Layer]) -> Table:
-    table = _columns(
-        *("layer", ">channels", ">sparsity", ">collapsed", ">dead", ">median ratio", ">correlation"),
-        *(">error", ">per layer", ">per channel"),
-    )
-    for layer in layers:
-        damage = layer.damage
-        if damage is None:
-            continue
-        errors = () if damage.errors is None else (damage.errors.none, damage.errors.layer, damage.errors.channel)
-        table.add_row(
-            layer.name,
-            str(layer.channels),
-            _percent(layer.sparsity),
-            _percent(damage.collapsed_share),
-            str(damage.dead),
-            "" if damage.median_ratio is None else f"{damage.median_ratio:.3g}",
-            f"{damage.correlation:.2f}",
-            *(f"{value:.2f}" for value in errors),
-        )
-    return table
+    columns: dict[str, Column[Layer]] = {
+        "layer": "name",
+        ">channels": "channels",
+        ">sparsity": "sparsity:.1%",
+        ">collapsed": "damage.collapsed_share:.1%",
+        ">dead": "damage.dead",
+        ">median ratio": "damage.median_ratio:.3g",
+        ">correlation": "damage.correlation:.2f",
+        ">error": "damage.errors.none:.2f",
+        ">per layer": "damage.errors.layer:.2f",
+        ">per channel": "damage.errors.channel:.2f",
+    }
+    return _table([layer for layer in layers if layer.damage is not None], columns)
 
 
 def _candidates(result: RepairResult) -> Table:
@@ -325,22 +306,24 @@ def _rewritten(result: RepairResult, verbose: bool) -> Shown:
         line += f", gains {min(gain[0] for gain in gains):.3g} to {max(gain[2] for gain in gains):.3g}"
     yield f"{line}, {sum(point.dead for point in points)} dead channels"
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
-    yield f"calibrated on {result.calibration_samples} samples, weights {_percent(result.sparsity)} sparse; {stages}"
+    yield f"calibrated on {result.calibration_samples} samples, weights {result.sparsity:.1%} sparse; {stages}"
     if verbose and points:
-        yield _points(result)
+        yield _points(points)
     yield from _remarks(result.skips, result.notes, verbose)
 
 
-def _points(result: RepairResult) -> Table:
-    table = _columns("point", "operator", "written", ">channels", ">dead", ">gain", ">median", ">output error")
-    for point in result.points:
-        gain = (
-            ("", "") if point.gain is None else (f"{point.gain[0]:.3g} .. {point.gain[2]:.3g}", f"{point.gain[1]:.3g}")
-        )
-        error = "" if point.residual is None else f"{point.residual[0]:.3g} -> {point.residual[1]:.3g}"
-        counts = str(point.channels), str(point.dead)
-        table.add_row(point.name, point.op_type, point.written, *counts, *gain, error)
-    return table
+def _points(points: Sequence[PointReport]) -> Table:
+    columns: dict[str, Column[PointReport]] = {
+        "point": "name",
+        "operator": "op_type",
+        "written": "written",
+        ">channels": "channels",
+        ">dead": "dead",
+        ">gain": lambda point: "" if point.gain is None else f"{point.gain[0]:.3g} .. {point.gain[2]:.3g}",
+        ">median": lambda point: "" if point.gain is None else f"{point.gain[1]:.3g}",
+        ">output error": lambda point: "{:.3g} -> {:.3g}".format(*point.residual) if point.residual else "",
+    }
+    return _table(points, columns)
 
 
 def _verification(check: Verification, before: str, after: str) -> Table:
@@ -371,12 +354,24 @@ def _named(names: Sequence[str], few: int, verbose: bool) -> str:
     return f"{', '.join(shown)}{more}"
 
 
-def _table(items: Iterable[T], columns: Mapping[str, Callable[[T], str]]) -> Table:
-    """One row per item."""
+def _table(items: Iterable[T], columns: Mapping[str, Column[T]], bold: Callable[[T], bool] | None = None) -> Table:
+    """One row per item.
+
+    A column is a function, or an attribute and its format, as in "fidelity.top1:.1%", empty where that is None.
+    """
     table = _columns(*columns)
     for item in items:
-        table.add_row(*(text(item) for text in columns.values()))
+        cells = (column(item) if callable(column) else _cell(item, column) for column in columns.values())
+        table.add_row(*cells, style="bold" if bold is not None and bold(item) else None)
     return table
+
+
+def _cell(value: Any, column: str) -> str:
+    path, _, form = column.partition(":")
+    for name in path.split("."):
+        if value is not None:
+            value = value[name] if isinstance(value, Mapping) else getattr(value, name)
+    return "" if value is None else format(value, form)
 
 
 def _columns(*names: str) -> Table:
@@ -386,11 +381,3 @@ def _columns(*names: str) -> Table:
         justify = "right" if name.startswith(">") else "left"
         table.add_column(name.removeprefix(">"), justify=justify, overflow="fold")  # type: ignore[arg-type]
     return table
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.1%}"
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"

@@ -64,7 +64,7 @@ def supervised(work: Callable[[], int]) -> int:
         os.close(descriptor)
     if pid == 0:
         os._exit(_as_child(work, theirs[0]))
-    return _Child(pid, ours[0]).wait()
+    return _watched(pid, ours[0])
 
 
 def end_with(pipe: int) -> None:
@@ -88,72 +88,60 @@ def _as_child(work: Callable[[], int], parent: int) -> int:
     return work()
 
 
-class _Child:
-    """The working process, as its parent sees it."""
+def _watched(child: int, alive: int) -> int:
+    """Wait for the end of the child, and end it where a call exceeds its limit; its exit code."""
+    interrupts = 0
 
-    def __init__(self, pid: int, alive: int) -> None:
-        self._pid = pid
-        self._alive = alive
-        self._interrupts = 0
-
-    def wait(self) -> int:
-        """Wait for its end; end it where a call exceeds its limit."""
-        signal.signal(signal.SIGINT, self._interrupt)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-        hangs = self._hangs()
-        if hangs:
-            os.kill(self._pid, signal.SIGKILL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
-        if code >= 0:
-            return code
-        if self._interrupts:
-            raise KeyboardInterrupt
-        raise OnnxAsrError(_hang() if hangs else _death(signal.Signals(-code)))
-
-    def _hangs(self) -> bool:
-        """Whether a call exceeds its limit, counted in looks, as the clock goes on while both are suspended."""
-        looks, seen = 0, 0
-        while not select.select([self._alive], [], [], _TICK)[0]:
-            steps = _state.steps
-            looks, seen = (looks + 1 if steps == seen and _inside() else 0), steps
-            if 0 < _state.limit <= looks * _TICK:
-                return True
-        return False
-
-    def _interrupt(self, *_: object) -> None:
+    def interrupt(*_: object) -> None:
         """Pass the first interrupt on; end the child at the second."""
-        self._interrupts += 1
-        os.kill(self._pid, signal.SIGINT if self._interrupts == 1 else signal.SIGKILL)
+        nonlocal interrupts
+        interrupts += 1
+        os.kill(child, signal.SIGINT if interrupts == 1 else signal.SIGKILL)
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    hangs = _hangs(alive)
+    if hangs:
+        os.kill(child, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code >= 0:
+        return code
+    if interrupts:
+        raise KeyboardInterrupt
+    raise OnnxAsrError(_cause(signal.Signals(-code), hangs))
 
 
-def _inside() -> bool:
-    return bool(_state.steps % 2)
+def _hangs(alive: int) -> bool:
+    """Whether a call exceeds its limit, counted in looks, as the clock goes on while both are suspended."""
+    looks, seen = 0, 0
+    while not select.select([alive], [], [], _TICK)[0]:
+        steps = _state.steps
+        looks, seen = (looks + 1 if steps == seen and steps % 2 else 0), steps
+        if 0 < _state.limit <= looks * _TICK:
+            return True
+    return False
 
 
-def _files() -> str:
-    return _state.files.decode(errors="replace") or "the model"
-
-
-def _hang() -> str:
-    return (
-        f"onnxruntime did not return within {_state.limit:g} seconds from loading or running {_files()} once: raise "
-        "--session-timeout (0 waits for ever), lower --batch-size, or export the model again"
-    )
-
-
-def _death(ended_by: signal.Signals) -> str:
+def _cause(ended_by: signal.Signals, hung: bool) -> str:
+    """Why the child was ended by a signal, and what to do about it."""
+    files = _state.files.decode(errors="replace") or "the model"
+    if hung:
+        return (
+            f"onnxruntime did not return within {_state.limit:g} seconds from loading or running {files} once: raise "
+            "--session-timeout (0 waits for ever), lower --batch-size, or export the model again"
+        )
     if ended_by == signal.SIGKILL:
         return (
-            f"the work on {_files()} was killed (SIGKILL), most likely because memory ran out: lower --memory-limit, "
+            f"the work on {files} was killed (SIGKILL), most likely because memory ran out: lower --memory-limit, "
             "--samples or --batch-size"
         )
-    if _inside():
+    if _state.steps % 2:
         return (
-            f"onnxruntime ended with {ended_by.name} when it loaded or ran {_files()}: export the model again, or "
+            f"onnxruntime ended with {ended_by.name} when it loaded or ran {files}: export the model again, or "
             "install another version of onnxruntime"
         )
     return (
-        f"a library ended with {ended_by.name} at work on {_files()}: export the model again, or install another "
+        f"a library ended with {ended_by.name} at work on {files}: export the model again, or install another "
         "version of onnx or onnxruntime; --debug shows where"
     )

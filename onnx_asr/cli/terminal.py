@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from json import dumps
@@ -50,19 +50,16 @@ class Terminal:
         A closed stdout is not an error: the work is done.
         """
         try:
-            lines = (f"{what}: {path}" for what, path in files.items() if path is not None)
-            self._print({"command": self.command, **values, **files}, (*shown, *lines))
+            if self.json:
+                print(dumps(plain({"command": self.command, **values, **files}), indent=2, allow_nan=False))
+            elif not self.quiet:
+                console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+                lines = (f"{what}: {path}" for what, path in files.items() if path is not None)
+                for item in (*shown, *lines):
+                    console.print(item, soft_wrap=isinstance(item, str), markup=False)
             sys.stdout.flush()
         except (BrokenPipeError, SystemExit):  # SystemExit is rich's word for it
             drop_stdout()
-
-    def _print(self, values: dict[str, Any], shown: Sequence[RenderableType]) -> None:
-        if self.json:
-            print(dumps(plain(values), indent=2, allow_nan=False))
-        elif not self.quiet:
-            console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
-            for item in shown:
-                console.print(item, soft_wrap=isinstance(item, str), markup=False)
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:

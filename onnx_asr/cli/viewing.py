@@ -29,10 +29,8 @@ Server = subprocess.Popen[str]
 def serving(models: Sequence[str], *, port: int | None = None, browse: bool = True) -> Iterator[dict[str, Server]]:
     """Serve model files on this machine while the context is open; yields the servers by address, in order.
 
-    Args:
-        models: Paths of .onnx files.
-        port: The port of the first file; the others have the ones after it. None lets Netron choose free ones.
-        browse: Open the addresses in the browser.
+    The first file gets the port, the others the ones after it; None lets Netron choose free ones. ``browse`` opens the
+    addresses in the browser.
 
     Raises:
         OptionError: When Netron is not installed, or a port cannot be used.
