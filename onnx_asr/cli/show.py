@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from onnx_asr.pruning.sensitivity import SensitivityResult
     from onnx_asr.pruning.shrinking import ShrinkResult
     from onnx_asr.pruning.zeros import PruneResult
-    from onnx_asr.repairing.point_report import PointReport
-    from onnx_asr.repairing.result import RepairResult, Verification
+    from onnx_asr.repairing.result import PointReport, RepairResult, Verification
     from onnx_asr.sweeping.result import SweepResult
 
 T = TypeVar("T")
@@ -48,7 +47,7 @@ _SCORES = {
 
 
 def prune(result: PruneResult | ChannelPruneResult, path: str, verbose: bool, latency: Latency | None) -> Shown:
-    """Every layer or group of channels, what took no part, and the cost before and after."""
+    """Every layer or group of channels, the nodes skipped, and the cost before and after."""
     from onnx_asr.pruning.zeros import PruneResult
 
     yield _layers(result.layers) if isinstance(result, PruneResult) else _groups(result.groups, verbose)
@@ -65,7 +64,7 @@ def shrink(result: ShrinkResult, path: str, verbose: bool, latency: Latency | No
 
 
 def repair(result: RepairResult, path: str | None, verbose: bool) -> Shown:
-    """What was rewritten, what was not, and how much closer to the dense model it came."""
+    """The candidates, the points rewritten and skipped, and the fidelity before and after."""
     if result.candidates:
         yield _candidates(result)
     yield from _rewritten(result, verbose)
@@ -75,7 +74,7 @@ def repair(result: RepairResult, path: str | None, verbose: bool) -> Shown:
 
 
 def compress(result: CompressResult, path: str | None, verbose: bool, latency: Latency | None) -> Shown:
-    """Where the zeros are, and how close to the dense model the result came."""
+    """The zeros, the rounds, the repair, and the fidelity and cost before and after."""
     yield _layers(result.layers)
     seconds = ", ".join(f"{value:.1f}" for value in result.round_seconds)
     rounds = len(result.round_seconds)
@@ -87,7 +86,7 @@ def compress(result: CompressResult, path: str | None, verbose: bool, latency: L
 
 
 def inspection(result: Inspection, verbose: bool) -> Shown:
-    """What is in the model and what a repair could do; the damage, if it was measured."""
+    """The layers and how a repair writes them, or their damage if it was measured; advice and metadata."""
     size, deflated = size_text(result.file_bytes), size_text(result.compressed_bytes)
     yield f"opset {result.opset}, {result.nodes} nodes, inputs {', '.join(result.inputs)}; {size}, deflated {deflated}"
     yield f"BatchNormalization: {result.batchnorm}; weights {result.sparsity:.1%} sparse"
@@ -285,7 +284,7 @@ def _damages(layers: Sequence[Layer]) -> Table:
 
 
 def _candidates(result: RepairResult) -> Table:
-    """What auto tried, the chosen one marked."""
+    """The methods that auto tried, the chosen one marked."""
     classifier = all(item.fidelity.kl is not None for item in result.candidates)
     scores = ("agreement", "kl") if classifier else ("snr_db",)
     table = _columns("auto tried", *(f">{_SCORES[name][0]}" for name in scores), ">seconds", "")

@@ -1,4 +1,4 @@
-"""What goes where: results on stdout, errors, warnings and progress on stderr."""
+"""The two streams: results on stdout, errors, warnings and progress on stderr."""
 
 from __future__ import annotations
 

@@ -72,7 +72,6 @@ class ChannelPruneResult:
 
     Attributes:
         model: The smaller copy.
-        options: The requested options.
         sparsity: Share of channels removed; with a target, what the search found.
         before: Size of the given model.
         after: Size of the smaller one.
@@ -156,9 +155,6 @@ class _Cutter:
     """Cuts a graph at any sparsity.
 
     Attributes:
-        index: The graph.
-        channels: Its channels.
-        options: Where scores are compared, and what the number of units left in a group is a multiple of.
         groups: Units that take part, by group.
         makers: Layers that make them.
         scores: Their scores divided by the mean of the group, the best one infinite.
@@ -288,11 +284,9 @@ def _uncut(channels: Channels, points: Sequence[LayerPoint], groups: Sequence[Id
     skips = []
     for point in points:
         labels = channels.tensors.get(point.tensor)
-        if labels is not None and part[labels.ids].any():
-            continue
-        reason = CHANNELS_UNKNOWN
-        if labels is not None:
+        if labels is None:
+            skips.append(skip(point, CHANNELS_UNKNOWN))
+        elif not part[labels.ids].any():
             frozen = next((channels.frozen[unit] for unit in labels.ids.tolist() if unit in channels.frozen), None)
-            reason = CHANNELS_TIED if frozen is None else CHANNELS_FROZEN.format(why=frozen)
-        skips.append(skip(point, reason))
+            skips.append(skip(point, CHANNELS_TIED if frozen is None else CHANNELS_FROZEN.format(why=frozen)))
     return skips

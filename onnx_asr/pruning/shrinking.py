@@ -120,7 +120,7 @@ def shrink(
 
 
 def _without_idle(index: GraphIndex) -> tuple[GraphIndex, Channels, int]:
-    """The graph once no channel is idle any more, its channels, and the number of those held as :func:`_idle` says."""
+    """The graph without its idle channels, the channels left, and the second result of :func:`_idle`."""
     while True:
         channels, draft = trace(index), Draft(index)
         points = {point.node: point for point in survey(index).layers}

@@ -18,7 +18,7 @@ from onnx_asr.graph.shapes import InputShapes
 from onnx_asr.graph.skips import Skip
 from onnx_asr.json_values import key
 from onnx_asr.networks.cost import Cost, compressed_size, cost, flops
-from onnx_asr.networks.execution import Execution, Progress
+from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Network
 from onnx_asr.networks.sparsity import LayerSparsity, collapse_note, share_of_zeros
 from onnx_asr.numerics.patterns import Pattern
@@ -43,7 +43,6 @@ class PruneResult:
 
     Attributes:
         model: The pruned copy.
-        options: The requested options.
         before: Size of the given model.
         after: Size of the pruned one.
         layers: Weights that took part, in file order.
@@ -133,10 +132,16 @@ def prune(
         settings = RepairOptions("refit", samples=options.samples, verify_samples=held_out, seed=options.seed)
         network = Network.of(dense, "dense", compared=True)
         drawn = Samples.of(data, network.inputs, settings, preprocessing, verify=True)
-        scores, costs = _measured(network, drawn, weights, options, before, input_shapes, execution)
-    allocation, share = Allocation(index, weights, scores, pattern, options.scope, costs), options.sparsity
-    if options.budget is not None:
-        share = _within(options.budget, allocation, before, input_shapes, execution.progress)
+        scores, costs = _measured(network, drawn, weights, options, input_shapes, execution)
+    allocation = Allocation(index, weights, scores, pattern, options.scope, costs)
+    budget, share = options.budget, options.sparsity
+    if budget is not None:
+        share = smallest_share(
+            budget,
+            _cost(budget, index, input_shapes),
+            lambda tried: _cost(budget, GraphIndex.of(allocation.pruned(tried)[0]), input_shapes),
+            execution.progress,
+        )
     pruned, layers = allocation.pruned(share)
     return PruneResult(
         model=pruned,
@@ -154,7 +159,6 @@ def _measured(
     samples: Samples,
     weights: Sequence[PrunableWeight],
     options: PruneOptions,
-    before: Cost,
     input_shapes: InputShapes | None,
     execution: Execution,
 ) -> tuple[Values, LayerCosts | None]:
@@ -168,7 +172,8 @@ def _measured(
     if options.scope != "sensitivity":
         return scores, None
     if budget is not None:
-        sparsity = 1 - budget.of(_cost(budget, before)) / _cost(budget, before)
+        whole = _cost(budget, dense.index, input_shapes)
+        sparsity = 1 - budget.of(whole) / whole
     assert sparsity is not None
     pattern, tried = Pattern.parse(options.pattern), sorted({*SENSITIVITY_SPARSITIES, 1 - (1 - sparsity) / 4})
     found = fidelity_by_weight(dense, weights, scores, pattern, tried, samples, calibration, execution)
@@ -178,23 +183,9 @@ def _measured(
     return scores, costs
 
 
-def _cost(budget: Budget, cost: Cost) -> int:
+def _cost(budget: Budget, index: GraphIndex, input_shapes: InputShapes | None) -> int:
     """The cost that the budget limits: zeros count as far as compression, or a sparse kernel, makes use of them."""
-    return cost.compressed if budget.measure == "size" else cost.nonzero_flops
-
-
-def _within(
-    budget: Budget, allocation: Allocation, dense: Cost, input_shapes: InputShapes | None, progress: Progress
-) -> float:
-    """The smallest sparsity that keeps within a budget."""
-
-    def cost_at(sparsity: float) -> int:
-        pruned, _ = allocation.pruned(sparsity)
-        if budget.measure == "size":
-            return compressed_size(pruned)
-        return flops(GraphIndex.of(pruned), input_shapes)[1]
-
-    return smallest_share(budget, _cost(budget, dense), cost_at, progress)
+    return compressed_size(index.model) if budget.measure == "size" else flops(index, input_shapes)[1]
 
 
 def _maybe_folded(weights: Sequence[PrunableWeight], options: PruneOptions) -> bool:
