@@ -100,13 +100,12 @@ class SweepGrid:
 
 def in_order(cells: Iterable[Cell]) -> list[Cell]:
     """Each cell once: by pattern, then by sparsity, then by method."""
-    return sorted(dict.fromkeys(cells), key=_place)
 
+    def place(cell: Cell) -> tuple[Any, ...]:
+        goal, kind = cell.goal, {"unstructured": 0, CHANNEL: 1}.get(cell.goal.pattern, 2)
+        return goal.sparsity is None, kind, goal.pattern, goal.share, SWEEP_METHODS.index(cell.method)
 
-def _place(cell: Cell) -> tuple[Any, ...]:
-    goal = cell.goal
-    kind = ("unstructured", CHANNEL).index(goal.pattern) if goal.pattern in ("unstructured", CHANNEL) else 2
-    return goal.sparsity is None, kind, goal.pattern, goal.share, SWEEP_METHODS.index(cell.method)
+    return sorted(set(cells), key=place)
 
 
 def _sets_sparsity(pattern: str) -> bool:

@@ -76,7 +76,7 @@ def sweep(
     store = None if results is None else ResultsFile(results)
     setup = Setup(model, data, test, None if labels is None else os.fspath(labels), preprocessing, settings)
     execution.progress("reading the samples", 0.0)
-    workspace = Workspace.of(setup, execution)
+    workspace = Workspace(setup, execution)
     cells = {} if store is None else store.finished(workspace.conditions)
     kept, wanted = len(cells), [cell for cell in grid.cells if cell not in cells]
 

@@ -98,11 +98,6 @@ def cell_from(values: Mapping[str, Any]) -> tuple[Cell, Outcome]:
         TypeError: When something is not what it should be.
     """
     fidelity = values["fidelity"]
-    outcome = Outcome(
-        fidelity=None if fidelity is None else Fidelity(**fidelity),
-        sparsity=values["weights_gone"],
-        seconds=values["seconds"],
-        chosen=values["chosen"],
-        error=values["error"],
-    )
+    others = (values[name] for name in ("weights_gone", "seconds", "chosen", "error"))
+    outcome = Outcome(None if fidelity is None else Fidelity(**fidelity), *others)
     return Cell(PruneGoal(values["pattern"], values["sparsity"]), values["method"]), outcome

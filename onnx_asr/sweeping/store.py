@@ -28,7 +28,7 @@ class ResultsFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = check_writable(path)
-        self._found = _read(self._path) if self._path.exists() else None
+        self._conditions, self._cells = _read(self._path)
 
     def finished(self, conditions: Mapping[str, Any]) -> dict[Cell, Outcome]:
         """The cells that earlier runs finished under the same conditions, whatever their grid, without failed ones.
@@ -36,9 +36,9 @@ class ResultsFile:
         Raises:
             OutputError: When they ran under other conditions.
         """
-        if self._found is None:
+        if self._conditions is None:
             return {}
-        there, now = (flattened(values) for values in (self._found["conditions"], plain(conditions)))
+        there, now = (flattened(values) for values in (self._conditions, plain(conditions)))
         differing = [name for name in sorted({*there, *now}) if there.get(name) != now.get(name)]
         if differing:
             differing.sort(key=lambda name: name.endswith("sha256"))  # readable values first
@@ -50,8 +50,7 @@ class ResultsFile:
                 f"'{self._path}' holds the cells of another sweep ({listed}{more}): give another file with --output, "
                 "or remove this one"
             )
-        cells = dict(map(cell_from, self._found["cells"]))
-        return {cell: outcome for cell, outcome in cells.items() if outcome.error is None}
+        return {cell: outcome for cell, outcome in self._cells.items() if outcome.error is None}
 
     def write(self, result: SweepResult) -> None:
         """Replace the file.
@@ -62,13 +61,15 @@ class ResultsFile:
         write_text(json.dumps({"kind": _KIND, **plain(result)}, indent=1, allow_nan=False) + "\n", self._path)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> tuple[dict[str, Any] | None, dict[Cell, Outcome]]:
+    """Conditions and cells that a file holds; without a file, none."""
+    if not path.exists():
+        return None, {}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["kind"] != _KIND or not isinstance(values["conditions"], dict):
             raise ValueError("it is of another kind")
-        for item in values["cells"]:
-            cell_from(item)
+        return values["conditions"], dict(map(cell_from, values["cells"]))
     except OSError as error:
         raise OutputError(f"cannot read '{path}': {error.strerror}; give another file with --output") from error
     except (ValueError, KeyError, TypeError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
@@ -76,7 +77,6 @@ def _read(path: Path) -> dict[str, Any]:
             f"'{path}' exists and is not the results file of a sweep, so it is not replaced: give another file with "
             "--output"
         ) from error
-    return dict(values)
 
 
 def _short(value: Any) -> str:

@@ -24,6 +24,7 @@ from dask.system import CPU_COUNT
 from distributed import Client, Future, LocalCluster, Worker, WorkerPlugin, as_completed, get_worker
 from distributed import TimeoutError as DaskTimeout
 from distributed.scheduler import KilledWorker
+from distributed.utils import silence_logging_cmgr
 
 from onnx_asr.blas import BLAS_THREADS
 from onnx_asr.data import Dataset
@@ -41,14 +42,7 @@ _PATIENCE = 30  # seconds for a scheduler to answer, and for a first worker to a
 def on_workers(
     workspace: Workspace, cells: Sequence[Cell], workers: int | None, cluster: str | None, execution: Execution
 ) -> Generator[tuple[Cell, Outcome], None, None]:
-    """Cells as they finish, in any order.
-
-    Args:
-        workspace: Of this process; every worker makes its own from the same setup.
-        cells: The cells.
-        workers: Local processes; None for one per core.
-        cluster: Address of a scheduler whose workers are used instead of local ones.
-        execution: Execution providers, threads, memory limit of each worker, progress.
+    """Cells as they finish, in any order; see :func:`onnx_asr.sweep`.
 
     Raises:
         OptionError: A model that cannot be sent, or a cluster that cannot be reached.
@@ -62,14 +56,16 @@ def on_workers(
     theirs = Execution(replace(execution.runtime, threads=threads), execution.memory_limit, silent)
     plugin = _WorkspacePlugin(_sendable(workspace), theirs, workspace.conditions, ours=cluster is None)
     execution.progress("starting the workers", 0.0)
-    with _local(count, threads) if cluster is None else _remote(cluster) as client, _registered(client, plugin):
-        pruned = {goal: _submit(client, _pruned, plugin.name, goal) for goal in {cell.goal for cell in cells}}
-        futures = {
-            _submit(client, _scored, plugin.name, cell, None if cell.method == "compress" else pruned[cell.goal]): cell
-            for cell in cells
-        }
-        pruned.clear()
+    with _local(count, threads) if cluster is None else _remote(cluster) as client:
+        client.register_plugin(plugin, name=plugin.name)
+        futures: dict[Future[Outcome], Cell] = {}
         try:
+            submit = partial(client.submit, pure=False)
+            pruned = {goal: submit(_pruned, plugin.name, goal) for goal in {cell.goal for cell in cells}}
+            for cell in cells:
+                needed = None if cell.method == "compress" else pruned[cell.goal]
+                futures[submit(_scored, plugin.name, cell, needed)] = cell
+            del pruned, needed  # a pruned model is kept while cells wait for it
             for future in as_completed(futures):
                 if future.cancelled():
                     raise OnnxAsrError(
@@ -80,21 +76,17 @@ def on_workers(
         finally:
             with suppress(OSError):  # the scheduler has ended
                 client.cancel(list(futures), force=True)
+                client.unregister_worker_plugin(plugin.name)
 
 
-def _submit(client: Client, function: Any, *arguments: Any) -> Future[Any]:
-    return client.submit(function, *arguments, pure=False)
-
-
-def _result(future: Future[Any]) -> Outcome:
+def _result(future: Future[Outcome]) -> Outcome:
     try:
-        outcome: Outcome = future.result()
+        return future.result()
     except KilledWorker as error:
         raise OnnxAsrError(
             f"its worker died {error.allowed_failures + 1} times; if memory is short, give fewer --workers or a "
             "--memory-limit"
         ) from error
-    return outcome
 
 
 @contextmanager
@@ -139,7 +131,7 @@ def _remote(address: str) -> Iterator[Client]:
             f"no Dask scheduler answers at {address} ({error}): start one (dask scheduler), and give its address, such "
             "as tcp://host:8786"
         ) from error
-    with _silenced(), client:
+    with silence_logging_cmgr(logging.CRITICAL), client:  # an error reports the loss of the scheduler
         try:
             client.wait_for_workers(1, timeout=_PATIENCE)
         except DaskTimeout:
@@ -147,28 +139,6 @@ def _remote(address: str) -> Iterator[Client]:
                 f"the scheduler at {address} has no workers: start some (dask worker {address})"
             ) from None
         yield client
-
-
-@contextmanager
-def _silenced() -> Iterator[None]:
-    """Keep Dask from logging the loss of the scheduler, which an error reports."""
-    logger = logging.getLogger("distributed.client")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def _registered(client: Client, plugin: _WorkspacePlugin) -> Iterator[None]:
-    client.register_plugin(plugin, name=plugin.name)
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            client.unregister_worker_plugin(plugin.name)
 
 
 class _WorkspacePlugin(WorkerPlugin):
@@ -196,7 +166,7 @@ class _WorkspacePlugin(WorkerPlugin):
         """
         with self._lock:
             if self._workspace is None:
-                workspace = Workspace.of(self._setup, self.execution)
+                workspace = Workspace(self._setup, self.execution)
                 for name, value in self._conditions.items():
                     if workspace.conditions[name] != value:
                         raise DataError(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from onnx_asr.data import Dataset, Preprocessing, open_data
 from onnx_asr.data.sources import DataSource
@@ -20,7 +19,7 @@ from onnx_asr.measuring.evaluation import measure
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Fidelity, Outputs, collect_outputs, is_classifier
 from onnx_asr.networks.pair import Network
-from onnx_asr.networks.samples import input_specs, whole_batches
+from onnx_asr.networks.samples import whole_batches
 from onnx_asr.pruning.channels import prune_channels
 from onnx_asr.pruning.compression import compress
 from onnx_asr.pruning.options import ChannelPruneOptions, CompressOptions, PruneOptions
@@ -36,16 +35,7 @@ from onnx_asr.version import __version__
 
 @dataclass(frozen=True)
 class Setup:
-    """Arguments from which a process makes its workspace.
-
-    Attributes:
-        dense: The dense model, as the sweep was given it.
-        data: Calibration samples.
-        test: Samples to score on; None for the held-out ones of ``data``.
-        labels: A table of labels for the scored samples, where they are a folder of images.
-        preprocessing: Of images.
-        settings: Settings that all cells share.
-    """
+    """Arguments of :func:`onnx_asr.sweep` from which a process makes its workspace."""
 
     dense: ModelSource
     data: DataSource | Dataset
@@ -55,79 +45,60 @@ class Setup:
     settings: SweepSettings
 
 
-@dataclass(frozen=True)
 class Workspace:
-    """Everything that the cells of a process share.
+    """Everything that the cells of a process share: models and samples are read, and the dense model run, once.
 
     Attributes:
         setup: Its arguments; the repair options split ``calibration`` as for ``auto``.
         dense: The dense model.
         calibration: The data to calibrate on.
-        chosen: Number of calibration samples.
         scored: The data to score on.
-        indices: Of the scored samples.
-        labels: Classes of the scored samples, where known.
-        reference: The dense model's outputs on them.
         notes: Remarks on the model and the samples.
         conditions: Digests and settings; workspaces with equal conditions give equal scores.
+
+    Raises:
+        ModelError: A model that cannot be repaired or run.
+        DataError: Missing, broken or unfitting data or labels.
+        OptionError: Nothing to score on.
     """
 
-    setup: Setup
-    dense: onnx.ModelProto
-    calibration: Dataset
-    chosen: int
-    scored: Dataset
-    indices: NDArray[np.int64]
-    labels: NDArray[np.int64] | None
-    reference: Outputs
-    notes: tuple[str, ...]
-    conditions: dict[str, Any]
-
-    @classmethod
-    def of(cls, setup: Setup, execution: Execution) -> Workspace:
-        """Read models and samples, and run the dense model.
-
-        Raises:
-            ModelError: A model that cannot be repaired or run.
-            DataError: Missing, broken or unfitting data or labels.
-            OptionError: Nothing to score on.
-        """
-        settings, dense = setup.settings, load(setup.dense)
-        options = settings.repair
+    def __init__(self, setup: Setup, execution: Execution) -> None:
+        self.setup, self.dense = setup, load(setup.dense)
+        settings, options = setup.settings, setup.settings.repair
         if setup.test is None and options.verify_samples == 0:
             raise OptionError("verify-samples 0 leaves no samples to score on: give at least 1, or --test")
-        data = _opened(setup, dense, setup.data, setup.labels if setup.test is None else None)
-        network = Network.of(dense, "dense", compared=True)
+        network = Network.of(self.dense, "dense", compared=True)
+        data = self._opened(setup.data, network, setup.labels if setup.test is None else None)
         samples = Samples.of(data, network.inputs, options, None, verify=True)
-        scored, indices = data, samples.held_out
+        self.calibration, self._chosen = data, len(samples.chosen)
+        self.scored, indices = data, samples.held_out
         if setup.test is not None:
-            scored = _opened(setup, dense, setup.test, setup.labels)
-            indices = np.arange(len(scored))
-        indices = whole_batches(indices, network.inputs)
+            self.scored = self._opened(setup.test, network, setup.labels)
+            indices = np.arange(len(self.scored))
+        self._indices = whole_batches(indices, network.inputs)
         execution.progress("running the dense model", 0.0)
-        reference = collect_outputs(dense, scored, indices, execution.sessions, options.batch_size)
-        labels, common = None, asdict(settings)
-        if scored.labels is not None and (setup.labels is not None or is_classifier(reference)):
-            labels = scored.labels[indices]
+        self._reference = self._outputs(self.dense, execution)
+        self._labels, common = None, asdict(settings)
+        if self.scored.labels is not None and (setup.labels is not None or is_classifier(self._reference)):
+            self._labels = self.scored.labels[self._indices]
         common["repair"].pop("method")
-        conditions = {
+        self.conditions = {
             "version": __version__,
-            "dense_sha256": digest(dense),
-            "calibration": {"samples": len(samples.chosen), "sha256": data.digest(samples.chosen)},
+            "dense_sha256": digest(self.dense),
+            "calibration": {"samples": self._chosen, "sha256": data.digest(samples.chosen)},
             "scored": {
-                "samples": len(indices),
-                "sha256": scored.digest(indices),
-                "labels_sha256": None if labels is None else hashlib.sha256(labels.tobytes()).hexdigest(),
+                "samples": len(self._indices),
+                "sha256": self.scored.digest(self._indices),
+                "labels_sha256": None if self._labels is None else hashlib.sha256(self._labels.tobytes()).hexdigest(),
             },
             "providers": list(execution.runtime.providers),
             "settings": common,
         }
-        notes = (*network.notes, *samples.notes)
-        return cls(setup, dense, data, len(samples.chosen), scored, indices, labels, reference, notes, conditions)
+        self.notes = (*network.notes, *samples.notes)
 
     def dense_score(self) -> Fidelity:
         """The score of the dense model itself: its top-1 where there are labels."""
-        return self._measured(self.reference)
+        return self._measured(self._reference)
 
     def pruned(self, goal: PruneGoal, execution: Execution) -> onnx.ModelProto:
         """The dense model, pruned.
@@ -135,7 +106,7 @@ class Workspace:
         Raises:
             OnnxAsrError: When it cannot be pruned to this goal.
         """
-        settings = self.settings
+        settings = self.setup.settings
         if goal.pattern == CHANNEL:
             channels = ChannelPruneOptions(goal.sparsity, include=settings.include, exclude=settings.exclude)
             return prune_channels(self.dense, channels).model
@@ -146,7 +117,7 @@ class Workspace:
             score=settings.score,
             include=settings.include,
             exclude=settings.exclude,
-            samples=self.chosen,
+            samples=self._chosen,
             seed=settings.repair.seed,
         )
         data = None if options.needs_data is None else self.calibration
@@ -158,31 +129,29 @@ class Workspace:
         Raises:
             OnnxAsrError: When the method cannot repair it.
         """
-        result: RepairResult | None = None
-        if pruned is None:
-            result = self._compressed(cell.goal, execution)
-        elif cell.method != "none":
-            result = self._repaired(cast(Method, cell.method), pruned, execution)
-        model = result.model if result is not None else pruned
-        assert model is not None
-        execution.progress("scoring", 1.0)
-        outputs = collect_outputs(model, self.scored, self.indices, execution.sessions, self.settings.repair.batch_size)
         seconds, chosen = 0.0, None
-        if result is not None:
+        if pruned is not None and cell.method == "none":
+            model = pruned
+        else:
+            if pruned is None:
+                result = self._compressed(cell.goal, execution)
+            else:
+                result = self._repaired(cast(Method, cell.method), pruned, execution)
+            model, chosen = result.model, result.chosen
             seconds = sum(value for stage, value in result.seconds.items() if stage not in ("load", "verify"))
-            chosen = result.chosen
+        execution.progress("scoring", 1.0)
         gone = 1 - _survivors(model) / _survivors(self.dense, zeros=True)
-        return Outcome(self._measured(outputs), gone, seconds, chosen)
+        return Outcome(self._measured(self._outputs(model, execution)), gone, seconds, chosen)
 
     def _repaired(self, method: Method, pruned: onnx.ModelProto, execution: Execution) -> RepairResult:
         """Only "auto" needs held-out samples: the others would verify on samples that are scored anyway."""
-        options = replace(self.settings.repair if method == "auto" else self._unverified, method=method)
+        options = replace(self.setup.settings.repair if method == "auto" else self._unverified, method=method)
         return repair(pruned, self.calibration, options, dense=self.dense, execution=execution)
 
     def _compressed(self, goal: PruneGoal, execution: Execution) -> RepairResult:
         if goal.pattern == CHANNEL:
             raise OptionError("'compress' zeros weights and cannot remove channels: use 'refit' with pattern channel")
-        settings = self.settings
+        settings = self.setup.settings
         options = CompressOptions(
             goal.sparsity,
             goal.pattern,
@@ -194,30 +163,23 @@ class Workspace:
         return compress(self.dense, self.calibration, options, execution=execution).repair
 
     @property
-    def settings(self) -> SweepSettings:
-        """Settings that all cells share."""
-        return self.setup.settings
-
-    @property
     def _unverified(self) -> RepairOptions:
         """The same calibration samples, with none held out."""
-        return replace(self.settings.repair, samples=self.chosen, verify_samples=0)
+        return replace(self.setup.settings.repair, samples=self._chosen, verify_samples=0)
+
+    def _opened(self, data: DataSource | Dataset, network: Network, labels: str | None) -> Dataset:
+        if isinstance(data, Dataset):
+            return data
+        preprocessing, skip = self.setup.preprocessing, self.setup.settings.repair.skip_bad_images
+        return open_data(data, network.inputs, preprocessing=preprocessing, labels=labels, skip_bad_images=skip)
+
+    def _outputs(self, model: onnx.ModelProto, execution: Execution) -> Outputs:
+        batch_size = self.setup.settings.repair.batch_size
+        return collect_outputs(model, self.scored, self._indices, execution.sessions, batch_size)
 
     def _measured(self, outputs: Outputs) -> Fidelity:
-        fidelity = measure(outputs, self.reference, self.labels, self.settings.label_offset)
-        return replace(fidelity, samples=len(self.indices))
-
-
-def _opened(setup: Setup, dense: onnx.ModelProto, data: DataSource | Dataset, labels: str | None) -> Dataset:
-    if isinstance(data, Dataset):
-        return data
-    return open_data(
-        data,
-        input_specs(GraphIndex.of(dense)),
-        preprocessing=setup.preprocessing,
-        labels=labels,
-        skip_bad_images=setup.settings.repair.skip_bad_images,
-    )
+        fidelity = measure(outputs, self._reference, self._labels, self.setup.settings.label_offset)
+        return replace(fidelity, samples=len(self._indices))
 
 
 def _survivors(model: onnx.ModelProto, zeros: bool = False) -> int:

@@ -97,7 +97,7 @@ def test_workers_are_sent_the_exported_model(imported: Callable[[Path], Source],
     """A ModelProto can be pickled, whatever holds for the objects of the libraries."""
     workers = pytest.importorskip("onnx_asr.sweeping.workers")
     setup = Setup(imported(paths[0]), DATA, None, None, None, SweepSettings(repair=OPTIONS))
-    workspace = Workspace.of(setup, Execution())
+    workspace = Workspace(setup, Execution())
     assert workers._sendable(workspace).dense is workspace.dense
     assert isinstance(workspace.dense, onnx.ModelProto)
 
