@@ -41,13 +41,10 @@ class Network:
 
     @classmethod
     def of(cls, model: onnx.ModelProto, role: str, *, compared: bool) -> Network:
-        """Index, survey and check a model.
+        """Index, survey and check a model, which messages call by its role: "pruned" or "dense".
 
-        Args:
-            model: The model.
-            role: Its name in messages: "pruned" or "dense".
-            compared: Whether it is compared with another version of itself, place by place: then points behind a
-                NonMaxSuppression are skipped, which keeps other boxes in another version.
+        Where it is compared with another version of itself, place by place, points behind a NonMaxSuppression, which
+        keeps other boxes in another version, are skipped.
 
         Raises:
             ModelError: When it is quantized, not finite, or has nothing to repair.

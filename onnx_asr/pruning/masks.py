@@ -52,13 +52,10 @@ class PrunableWeight:
 def prunable_weights(
     index: GraphIndex, found: Survey, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> tuple[list[PrunableWeight], list[Skip]]:
-    """Weights of Conv, ConvTranspose, Gemm and MatMul nodes whose names match.
+    """Weights of the Conv, ConvTranspose, Gemm and MatMul nodes found in a graph whose names match.
 
-    Args:
-        index: The graph.
-        found: Its points.
-        include: Regular expressions; a node takes part when one matches within its name or its weight's; empty for all.
-        exclude: Regular expressions; a node that one matches is skipped.
+    A node takes part when a regular expression of ``include``, if there is any, matches within its name or its
+    weight's, and none of ``exclude`` does.
 
     Raises:
         OptionError: When a pattern is not a regular expression, or none is left.

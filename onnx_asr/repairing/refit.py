@@ -52,12 +52,12 @@ def repair_refit(
         pair: The networks.
         draft: The pruned network's parameters; the new ones are added.
         calibration: The samples.
-        execution: Execution providers, memory limit, progress.
+        execution: How to run.
         recipe: How to fit.
         precise: Keep the new weights as they were computed, in float64, for scores; else in the type of the file,
             which is all that is written and takes half the memory.
-        kept: Cache of the dense network's sampled outputs by node: empty = fill it; filled = use it instead of running
-            the dense network, for further refits with the same recipe and samples; None = no cache.
+        kept: Cache of the dense network's sampled outputs by node, for refits with the same recipe and samples: see
+            :func:`sampled`.
         narrow: By node, callbacks that remove more weights, applied in order.
 
     Returns:

@@ -52,8 +52,7 @@ class RowSampler:
         calibration: The samples to come.
         number: Place among the points with weights; seeds the positions, alike in a graph and its folded version.
         store: Where input patches and Gram matrices are kept.
-        kept: Cache of the dense network's sampled outputs, of a sampler of this point with the same recipe and
-            samples: empty = fill it, filled = use it instead of the dense network, None = no cache.
+        kept: Cache of the dense network's sampled outputs: filled, or used by :meth:`add` without them; None for none.
 
     Attributes:
         point: The point.
