@@ -40,7 +40,7 @@ class LayerSparsity:
         return self.zeros / max(1, self.size)
 
     @property
-    def collapsed(self) -> bool:
+    def is_collapsed(self) -> bool:
         """Whether pruning left fewer weights than a tenth of the channels, where there were more before."""
         few = self.channels / 10
         return self.size - self.zeros < few <= self.size - self.zeros_before
@@ -48,7 +48,7 @@ class LayerSparsity:
 
 def collapse_note(layers: Sequence[LayerSparsity]) -> tuple[str, ...]:
     """A note on the layers that collapsed, if any did."""
-    found = sorted((layer for layer in layers if layer.collapsed), key=lambda layer: layer.size - layer.zeros)
+    found = sorted((layer for layer in layers if layer.is_collapsed), key=lambda layer: layer.size - layer.zeros)
     if not found:
         return ()
     named = ", ".join(

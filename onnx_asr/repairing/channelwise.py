@@ -28,12 +28,8 @@ from onnx_asr.repairing.result import PointReport, Reports
 
 _LEVELS_AT_ONCE = 4
 
-ONLY_BATCHNORM = Reason(
-    "no-batchnorm", "no BatchNormalization belongs to it; method 'bn' changes only BatchNormalizations"
-)
-NO_DENSE = Reason(
-    "no-batchnorm-no-dense", "no BatchNormalization belongs to it, and there is no dense model to compare with"
-)
+ONLY_BATCHNORM = Reason("no-batchnorm", "it has no BatchNormalization; method 'bn' changes only BatchNormalizations")
+NO_DENSE = Reason("no-batchnorm-no-dense", "it has no BatchNormalization, and there is no dense model to compare with")
 FIRST_LAYER = Reason("first-layer", "first layer: method '{method}' does not change it")
 CONVOLUTIONS_ONLY = Reason("convolutions-only", "method '{method}' scales only convolutions")
 

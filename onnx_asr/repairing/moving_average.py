@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -54,7 +55,7 @@ def recalibrate_ema(job: RepairJob, draft: Draft, chunk_size: int, execution: Ex
                     unbiased = batch.m2 / max(batch.count - 1, 1)
                     mean = (1 - momentum) * mean + momentum * batch.mean
                     var = (1 - momentum) * var + momentum * unbiased
-                lane.replace(point.batchnorm, _training_mode(old, batches, per_batch))
+                lane.replace(point.batchnorm, partial(_normalised, old, batches, per_batch))
                 draft.set_batchnorm(point.batchnorm, recalibrate(old, mean, var))
                 dead = ~np.any([is_live(None, batch) for batch in batches], axis=0)
                 reports[point.node] = PointReport.of(point, "batchnorm", int(dead.sum()))
@@ -79,18 +80,14 @@ def _batches(job: RepairJob, chunk_size: int) -> Calibration:
     return load_calibration(job.samples.dataset, np.concatenate(rounds)[: options.ema_batches * size], chunk_size)
 
 
-def _training_mode(
-    parameters: BatchNormParameters, batches: Sequence[Moments], per_batch: int
-) -> Callable[[int, Array], Array]:
-    """A BatchNormalization in training mode, as a function of chunk number and input."""
-
-    def normalise(number: int, tensor: Array) -> Array:
-        batch = batches[number // per_batch]
-        factor = parameters.scale / np.sqrt(batch.var + parameters.epsilon)
-        offset = parameters.bias - factor * batch.mean
-        shape = [1, -1] + [1] * (tensor.ndim - 2)
-        kind = np.promote_types(tensor.dtype, np.float32)  # float16 would round factors of large activations to zero
-        result = tensor * factor.reshape(shape).astype(kind) + offset.reshape(shape).astype(kind)
-        return np.asarray(result.astype(tensor.dtype, copy=False))
-
-    return normalise
+def _normalised(
+    parameters: BatchNormParameters, batches: Sequence[Moments], per_batch: int, chunk: int, tensor: Array
+) -> Array:
+    """The output of a BatchNormalization in training mode for the input in a chunk."""
+    batch = batches[chunk // per_batch]
+    factor = parameters.scale / np.sqrt(batch.var + parameters.epsilon)
+    offset = parameters.bias - factor * batch.mean
+    shape = [1, -1] + [1] * (tensor.ndim - 2)
+    kind = np.promote_types(tensor.dtype, np.float32)  # float16 would round factors of large activations to zero
+    result = tensor * factor.reshape(shape).astype(kind) + offset.reshape(shape).astype(kind)
+    return np.asarray(result.astype(tensor.dtype, copy=False))

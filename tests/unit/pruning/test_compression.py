@@ -309,4 +309,4 @@ def test_layers_with_hardly_any_weights_left_are_noted() -> None:
     x, _ = digit_images()
     result = compress(digits("vgg"), x[:64], CompressOptions(0.999, rounds=1, repair=settings(64)))
     (note,) = (note for note in result.repair.notes if note.startswith("layer collapse"))
-    assert f"in {sum(layer.collapsed for layer in result.layers)} of {len(result.layers)} layers" in note
+    assert f"in {sum(layer.is_collapsed for layer in result.layers)} of {len(result.layers)} layers" in note

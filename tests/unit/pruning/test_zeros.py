@@ -332,7 +332,7 @@ def test_a_layer_with_hardly_any_weights_left_is_noted() -> None:
 
 def test_the_emptiest_layers_are_named_without_a_dense_network_too() -> None:
     result = prune(digits("vgg"), options=PruneOptions(0.999))
-    kept = sorted((layer.size - layer.zeros, layer.name) for layer in result.layers if layer.collapsed)
+    kept = sorted((layer.size - layer.zeros, layer.name) for layer in result.layers if layer.is_collapsed)
     assert len(kept) > 3
     (note,) = starving(result.notes)
     named = re.findall(r"(\S+) \(([\d,]+) of", note)
