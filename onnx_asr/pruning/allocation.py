@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import onnx
-
 from onnx_asr.arrays import Array
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.shapes import InputShapes
 from onnx_asr.networks.cost import flops_by_node
 from onnx_asr.networks.fidelity import Fidelity
-from onnx_asr.networks.sparsity import LayerSparsity
 from onnx_asr.numerics.masks import keep_count
 from onnx_asr.numerics.patterns import Pattern
 from onnx_asr.numerics.scores import cheapest_keep
-from onnx_asr.pruning.masks import PrunableWeight, apply_masks, make_masks, units_of
-from onnx_asr.pruning.options import Scope
+from onnx_asr.pruning.masks import PrunableWeight, units_of
 
 
 @dataclass(frozen=True)
@@ -43,33 +39,6 @@ class LayerCosts:
             return cheapest_keep(self.sizes, self.zeros, self.costs, keep_count(sum(self.sizes), sparsity))
         total = sum(size * price for size, price in zip(self.sizes, self.prices, strict=True))
         return cheapest_keep(self.sizes, self.zeros, self.costs, (1 - sparsity) * total, self.prices)
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """The zeros of a model at any sparsity.
-
-    Attributes:
-        index: The model.
-        weights: Weights that take part.
-        scores: Scores of their entries, in the weights' stored shapes.
-        pattern: Which sets of weights may survive.
-        scope: Where scores are compared.
-        costs: Costs of zeros, for scope "sensitivity".
-    """
-
-    index: GraphIndex
-    weights: Sequence[PrunableWeight]
-    scores: Sequence[Array]
-    pattern: Pattern
-    scope: Scope
-    costs: LayerCosts | None = None
-
-    def pruned(self, sparsity: float | None) -> tuple[onnx.ModelProto, tuple[LayerSparsity, ...]]:
-        """A copy of the model with its zeros; the sparsity is None where the pattern sets it."""
-        counts = None if self.costs is None or sparsity is None else self.costs.keep(sparsity)
-        masks = make_masks(self.weights, self.scores, self.pattern, sparsity, self.scope, counts)
-        return apply_masks(self.index, self.weights, masks)
 
 
 def layer_costs(

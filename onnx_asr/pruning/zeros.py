@@ -22,9 +22,9 @@ from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Network
 from onnx_asr.networks.sparsity import LayerSparsity, collapse_note, share_of_zeros
 from onnx_asr.numerics.patterns import Pattern
-from onnx_asr.pruning.allocation import Allocation, LayerCosts, layer_costs, unit_flops
+from onnx_asr.pruning.allocation import LayerCosts, layer_costs, unit_flops
 from onnx_asr.pruning.budget import smallest_share
-from onnx_asr.pruning.masks import PrunableWeight, prunable_weights, split_narrow
+from onnx_asr.pruning.masks import PrunableWeight, apply_masks, make_masks, prunable_weights, split_narrow
 from onnx_asr.pruning.options import SENSITIVITY_SPARSITIES, Budget, PruneOptions
 from onnx_asr.pruning.scores import Values, data_free_scores, weight_scores
 from onnx_asr.pruning.sensitivity import fidelity_by_weight
@@ -133,16 +133,20 @@ def prune(
         network = Network.of(dense, "dense", compared=True)
         drawn = Samples.of(data, network.inputs, settings, preprocessing, verify=True)
         scores, costs = _measured(network, drawn, weights, options, input_shapes, execution)
-    allocation = Allocation(index, weights, scores, pattern, options.scope, costs)
+
+    def pruned_to(sparsity: float | None) -> tuple[onnx.ModelProto, tuple[LayerSparsity, ...]]:
+        counts = None if costs is None or sparsity is None else costs.keep(sparsity)
+        return apply_masks(index, weights, make_masks(weights, scores, pattern, sparsity, options.scope, counts))
+
     budget, share = options.budget, options.sparsity
     if budget is not None:
         share = smallest_share(
             budget,
             _cost(budget, index, input_shapes),
-            lambda tried: _cost(budget, GraphIndex.of(allocation.pruned(tried)[0]), input_shapes),
+            lambda tried: _cost(budget, GraphIndex.of(pruned_to(tried)[0]), input_shapes),
             execution.progress,
         )
-    pruned, layers = allocation.pruned(share)
+    pruned, layers = pruned_to(share)
     return PruneResult(
         model=pruned,
         options=options,
