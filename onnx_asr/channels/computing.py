@@ -157,7 +157,7 @@ def _evaluated(
 
 def _pool(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLabels) -> ChannelLabels:
     if any(node.output[1:]):
-        raise Obstacle("it also returns Indices")
+        raise Obstacle("it also returns Integers")
     counts_padding = node.op_type == "AveragePool" and pads(node) and attribute(node, "count_include_pad", 0)
     keeps_constants = not counts_padding and node.op_type not in ("LpPool", "GlobalLpPool")
     return labels.constant_where(keeps_constants | (labels.constant == 0))

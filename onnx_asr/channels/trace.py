@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
+from onnx_asr.arrays import Array
 from onnx_asr.channels.units import ChannelLabels, Channels, Counted, Ids, Read, Sliced
 from onnx_asr.graph.index import GraphIndex, attribute, input_name, is_standard, node_label, node_reads, subgraphs
 from onnx_asr.graph.shapes import Shape, typical_shapes
@@ -152,7 +152,7 @@ class Tracer:
             raise Obstacle(f"the shape of '{name}' is not known")
         return self.shapes[name]
 
-    def constant(self, name: str, what: str) -> NDArray[Any]:
+    def constant(self, name: str, what: str) -> Array:
         """Value of a tensor that has to be a constant; ``what`` it is to the node."""
         if not self.index.is_constant(name):
             raise Obstacle(f"its {what} is computed at run time")

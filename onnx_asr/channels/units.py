@@ -20,15 +20,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
-from onnx_asr.arrays import Floats, Mask
+from onnx_asr.arrays import Array, Floats, Integers, Mask
 from onnx_asr.errors import ModelError, StructureError
 from onnx_asr.graph.edit import EditPlan, apply, set_metadata, stored
 from onnx_asr.graph.index import GraphIndex, Slot, attribute, input_name
 from onnx_asr.graph.match import KEPT_CHANNELS
 
-Ids: TypeAlias = NDArray[np.int64]
+Ids: TypeAlias = Integers
 Kept: TypeAlias = dict[str, list[int]]
 """Tensor to the positions along its channel axis that were kept."""
 
@@ -48,7 +47,7 @@ class ChannelLabels:
     ids: Ids
     constant: Floats
 
-    def along(self, function: Callable[[NDArray[Any]], NDArray[Any]], axis: int | None = None) -> ChannelLabels:
+    def along(self, function: Callable[[Array], Array], axis: int | None = None) -> ChannelLabels:
         """Rearrange units and constants alike."""
         return ChannelLabels(self.axis if axis is None else axis, function(self.ids), function(self.constant))
 
@@ -172,7 +171,7 @@ def _slice_constants(index: GraphIndex, channels: Channels, drop: Mask, plan: Ed
     for item in channels.slices:
         if drop[item.ids].any():
             sites.setdefault((item.node, item.slot), []).append((item.axis, ~drop[item.ids]))
-    shared: dict[tuple[Any, ...], NDArray[Any]] = {}
+    shared: dict[tuple[Any, ...], Array] = {}
     for (node, slot), keeps in sites.items():
         planned = plan.values.get((node, slot))
         name = input_name(index.nodes[node], slot)

@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageMode
 
+from onnx_asr.arrays import Array
 from onnx_asr.data.preprocessing import InputSpec, Preprocessing
 from onnx_asr.errors import DataError, OptionError
 
 T = TypeVar("T")
 R = TypeVar("R")
-Sample = dict[str, NDArray[Any]]
+Sample = dict[str, Array]
 Indices = Sequence[int] | NDArray[np.integer[Any]]
 
 _DIGEST_CHUNK = 64  # samples held at once while hashing
@@ -165,14 +166,14 @@ class _ImageDataset(Dataset):
         return f"pass --resize {size} --crop {size}, or a --preset that gives this size"
 
 
-def _table(steps: Preprocessing, channels: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+def _table(steps: Preprocessing, channels: int, dtype: np.dtype[Any]) -> Array:
     """The value of each pixel level: (channels, 256), channels in red, green, blue order.
 
     Pixels are whole numbers from 0 to 255, so values are looked up: computed in float64 and rounded once to the type.
     """
     mean, std = (np.broadcast_to(np.array(values), channels)[:, None] for values in (steps.mean, steps.std))
     levels = np.arange(256.0) * (1.0 if steps.scale is None else steps.scale)
-    values: NDArray[Any] = ((levels - mean) / std).astype(dtype)
+    values: Array = ((levels - mean) / std).astype(dtype)
     return values
 
 
@@ -295,12 +296,12 @@ class TensorDataset(Dataset):
 
     def __init__(
         self,
-        feeds: Sequence[Mapping[str, NDArray[Any]]],
+        feeds: Sequence[Mapping[str, Array]],
         where: str,
         specs: Sequence[InputSpec],
         labels: NDArray[np.int64] | None = None,
     ) -> None:
-        self._rows: list[tuple[Mapping[str, NDArray[Any]], int]] = []
+        self._rows: list[tuple[Mapping[str, Array], int]] = []
         for number, feed in enumerate(feeds):
             length = _check_feed(feed, where if len(feeds) == 1 else f"feed {number} of {where}", specs)
             self._rows += [(feed, row) for row in range(length)]
@@ -316,7 +317,7 @@ class TensorDataset(Dataset):
         return samples
 
 
-def _check_feed(feed: Mapping[str, NDArray[Any]], where: str, specs: Sequence[InputSpec]) -> int:
+def _check_feed(feed: Mapping[str, Array], where: str, specs: Sequence[InputSpec]) -> int:
     """Check names, shapes and types of one feed against the model's inputs; return its number of samples."""
     wanted, given = {spec.name for spec in specs}, set(feed)
     if wanted != given:
@@ -344,7 +345,7 @@ def _check_feed(feed: Mapping[str, NDArray[Any]], where: str, specs: Sequence[In
     return next(iter(lengths.values()))
 
 
-def _cast(value: NDArray[Any], spec: InputSpec, name: str) -> NDArray[Any]:
+def _cast(value: Array, spec: InputSpec, name: str) -> Array:
     """Convert one sample to the input's type; a value that the type cannot hold is an error."""
     if value.dtype.kind == "f" and not np.isfinite(value).all():
         raise DataError(f"{name} has NaN or infinite values for model input {spec.name!r}: remove or correct it")

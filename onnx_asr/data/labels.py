@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from numpy.typing import NDArray
 
+from onnx_asr.arrays import Integers
 from onnx_asr.errors import DataError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".gif", ".tif", ".tiff"})
@@ -22,7 +22,7 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".
 _CLASS_HEADERS = frozenset({"label", "labels", "class", "class_index", "class_id", "class index", "target"})
 
 
-def read_labels(path: Path, names: Sequence[str]) -> NDArray[np.int64]:
+def read_labels(path: Path, names: Sequence[str]) -> Integers:
     """Read the class index of each image from a TSV or CSV file.
 
     Args:

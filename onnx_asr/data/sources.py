@@ -14,6 +14,7 @@ from typing import Any, NoReturn, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from onnx_asr.arrays import Array, Integers
 from onnx_asr.data.datasets import Dataset, FolderDataset, PixelDataset, TensorDataset, unreadable_images
 from onnx_asr.data.labels import IMAGE_SUFFIXES, read_labels
 from onnx_asr.data.preprocessing import InputSpec, Preprocessing
@@ -31,7 +32,7 @@ class FeedReader(Protocol):
 
 
 DataSource: TypeAlias = (
-    str | os.PathLike[str] | NDArray[Any] | Mapping[str, ArrayLike] | Iterable[Mapping[str, ArrayLike]] | FeedReader
+    str | os.PathLike[str] | Array | Mapping[str, ArrayLike] | Iterable[Mapping[str, ArrayLike]] | FeedReader
 )
 
 
@@ -155,7 +156,7 @@ def _find_images(root: Path) -> list[str]:
     return sorted(names)
 
 
-def _folder_labels(root: Path, names: Sequence[str]) -> NDArray[np.int64] | None:
+def _folder_labels(root: Path, names: Sequence[str]) -> Integers | None:
     """Classes from sub-folders: their names if all are whole numbers, else their positions in sorted order."""
     classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     loose = [name for name in names if "/" not in name]
@@ -175,7 +176,7 @@ def _folder_labels(root: Path, names: Sequence[str]) -> NDArray[np.int64] | None
     return np.array([index[name.partition("/")[0]] for name in names], np.int64)
 
 
-def _load_numpy(path: Path) -> NDArray[Any] | dict[str, NDArray[Any]]:
+def _load_numpy(path: Path) -> Array | dict[str, Array]:
     if not path.exists():
         raise DataError(f"{path} does not exist: give a folder of images, an .npz or an .npy file")
     if path.suffix.lower() not in (".npz", ".npy") or not path.is_file():
@@ -205,12 +206,12 @@ def _check_expansion(archive: Any, path: Path) -> None:
         )
 
 
-def _are_images(array: NDArray[Any], spec: InputSpec, preprocessing: Preprocessing | None) -> bool:
+def _are_images(array: Array, spec: InputSpec, preprocessing: Preprocessing | None) -> bool:
     """Whether an array that could be a ready tensor holds pixels."""
     return array.dtype == np.uint8 and len(spec.shape) == 4 and (preprocessing is not None or spec.dtype != np.uint8)
 
 
-def _pixels(images: NDArray[Any], spec: InputSpec, where: str) -> NDArray[np.uint8]:
+def _pixels(images: Array, spec: InputSpec, where: str) -> NDArray[np.uint8]:
     """Check an array of images; return it as (N, H, W, C)."""
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
         raise DataError(
@@ -222,7 +223,7 @@ def _pixels(images: NDArray[Any], spec: InputSpec, where: str) -> NDArray[np.uin
     return images[..., None] if images.ndim == 3 else images
 
 
-def _read_feeds(source: object) -> list[dict[str, NDArray[Any]]]:
+def _read_feeds(source: object) -> list[dict[str, Array]]:
     """Read all feeds and copy them, since a reader may reuse its buffers."""
     if isinstance(source, FeedReader):
         items: Iterable[object] = iter(source.get_next, None)
@@ -243,7 +244,7 @@ def _read_feeds(source: object) -> list[dict[str, NDArray[Any]]]:
     return feeds
 
 
-def _arrays(values: Mapping[str, Any], where: str) -> dict[str, NDArray[Any]]:
+def _arrays(values: Mapping[str, Any], where: str) -> dict[str, Array]:
     arrays = {}
     for name, value in values.items():
         try:
@@ -253,7 +254,7 @@ def _arrays(values: Mapping[str, Any], where: str) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _class_indices(labels: NDArray[Any], where: str) -> NDArray[np.int64]:
+def _class_indices(labels: Array, where: str) -> Integers:
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]  # (N, 1) -> (N,)
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or (labels.size and labels.min() < 0):

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from onnx_asr.arrays import Array
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import GraphIndex, Slot, input_name, node_reads, subgraphs
 from onnx_asr.graph.tensors import copied, set_sparse_value
@@ -33,24 +33,24 @@ class EditPlan:
         attributes: (node position, attribute name) to the attribute's new value.
     """
 
-    values: dict[Slot, NDArray[Any]] = field(default_factory=dict)
-    added_bias: dict[int, NDArray[Any]] = field(default_factory=dict)
+    values: dict[Slot, Array] = field(default_factory=dict)
+    added_bias: dict[int, Array] = field(default_factory=dict)
     notes: dict[int, str] = field(default_factory=dict)
     attributes: dict[tuple[int, str], int | list[int]] = field(default_factory=dict)
 
-    def current(self, index: GraphIndex, node: int, slot: int) -> NDArray[Any] | None:
+    def current(self, index: GraphIndex, node: int, slot: int) -> Array | None:
         """The planned value of an input, else the model's constant, else None where the input is absent."""
         if (node, slot) in self.values:
             return self.values[node, slot]
         name = input_name(index.nodes[node], slot)
         return index.value(name) if name else None
 
-    def values_of(self, node: int) -> list[tuple[Slot, NDArray[Any]]]:
+    def values_of(self, node: int) -> list[tuple[Slot, Array]]:
         """The planned values of one node's inputs, by slot."""
         return [(key, self.values[key]) for key in sorted(self.values) if key[0] == node]
 
 
-def stored(index: GraphIndex, node: int, slot: int | None, value: NDArray[Any]) -> NDArray[Any]:
+def stored(index: GraphIndex, node: int, slot: int | None, value: Array) -> Array:
     """A new value in the type (and, where the size allows, the shape) in which the model stores that input.
 
     An absent bias, and that of a MatMul (``slot`` None), gets the type of the weight.
@@ -108,7 +108,7 @@ def set_metadata(model: onnx.ModelProto, key: str, text: str) -> None:
 
 def _tied(index: GraphIndex, plan: EditPlan) -> set[str]:
     """Constants whose readers, often just one, all get the same new array: they are replaced in place."""
-    planned: dict[str, list[NDArray[Any]]] = {}
+    planned: dict[str, list[Array]] = {}
     for (node, slot), value in plan.values.items():
         planned.setdefault(input_name(index.nodes[node], slot), []).append(value)
     planned.pop("", None)
@@ -142,7 +142,7 @@ class _Writer:
         self.replaced: set[str] = set()
         self.written: dict[tuple[str, int], str] = {}
 
-    def write(self, node: int, slot: int, value: NDArray[Any], origin: int) -> None:
+    def write(self, node: int, slot: int, value: Array, origin: int) -> None:
         """Write one value; readers of one constant that get values of the same origin share a copy."""
         target = self.nodes[node]
         name = input_name(target, slot)
@@ -170,7 +170,7 @@ class _Writer:
         if name:
             self.replaced.add(name)
 
-    def _add_initializer(self, name: str, value: NDArray[Any]) -> None:
+    def _add_initializer(self, name: str, value: Array) -> None:
         tensor = numpy_helper.from_array(value, name)
         self.model.graph.initializer.append(tensor)
         if self.model.ir_version < 4:  # where every initializer has to be a graph input, too
@@ -205,7 +205,7 @@ class _Writer:
         for position in sorted(dead_nodes, reverse=True):
             del self.model.graph.node[position]
 
-    def add_bias(self, node: int, value: NDArray[Any]) -> None:
+    def add_bias(self, node: int, value: Array) -> None:
         """Put ``Add(bias)`` behind a MatMul; the sum takes over the MatMul's output name."""
         target = self.nodes[node]
         output = target.output[0]

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from onnx_asr.arrays import Array
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.tensors import sparse_value, value_of
 
@@ -52,7 +52,7 @@ class GraphIndex:
     sparse: dict[str, onnx.SparseTensorProto]
     inputs: list[onnx.ValueInfoProto]
     outputs: list[str]
-    _values: dict[str, NDArray[Any]] = field(default_factory=dict, repr=False)
+    _values: dict[str, Array] = field(default_factory=dict, repr=False)
     _constant: dict[str, bool] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -111,7 +111,7 @@ class GraphIndex:
             return True
         return is_standard(node, *_FOLDABLE) and all(map(self.is_constant, filter(None, node.input)))
 
-    def value(self, name: str) -> NDArray[Any]:
+    def value(self, name: str) -> Array:
         """The value of a constant: an initializer, sparse or not, a ``Constant`` node, or simple operations on them.
 
         Raises:
@@ -137,7 +137,7 @@ class GraphIndex:
         """The shape of a constant."""
         return tuple(self.initializers[name].dims) if name in self.initializers else self.value(name).shape
 
-    def _evaluate(self, name: str) -> NDArray[Any]:
+    def _evaluate(self, name: str) -> Array:
         if name in self.sparse:
             return sparse_value(self.sparse[name])
         position = self.producer[name]
@@ -149,7 +149,7 @@ class GraphIndex:
             return sparse_value(node.attribute[0].sparse_tensor)
         return self.evaluate(position, name, {})
 
-    def evaluate(self, position: int, output: str, feeds: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    def evaluate(self, position: int, output: str, feeds: Mapping[str, Array]) -> Array:
         """One output of a node, computed by onnx's reference implementation from ``feeds`` and constants."""
         node = self.nodes[position]
         reads = list(dict.fromkeys(read for read in node.input if read))

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
+from onnx_asr.arrays import Array
 from onnx_asr.graph.index import GraphIndex, attribute, input_name, is_standard
 from onnx_asr.graph.skips import Reason
 
@@ -108,33 +108,33 @@ class WeightLayout:
         """Axis of the stored weight along which its output channels run."""
         return 1 - self.input_axis
 
-    def to_blocks(self, stored: NDArray[Any]) -> NDArray[Any]:
+    def to_blocks(self, stored: Array) -> Array:
         """Stored to [G, O, I, k]."""
         if not self.inputs_first:
             return stored.reshape(self.groups, self.outputs, self.inputs, self.taps)
         grouped = stored.reshape(self.groups, self.inputs, self.outputs, self.taps)
         return np.ascontiguousarray(grouped.transpose(0, 2, 1, 3))
 
-    def from_blocks(self, blocks: NDArray[Any]) -> NDArray[Any]:
+    def from_blocks(self, blocks: Array) -> Array:
         """[G, O, I, k] to stored."""
         if not self.inputs_first:
             return blocks.reshape(self.shape)
         return np.ascontiguousarray(blocks.transpose(0, 2, 1, 3)).reshape(self.shape)
 
-    def to_rows(self, stored: NDArray[Any]) -> NDArray[Any]:
+    def to_rows(self, stored: Array) -> Array:
         """Stored to [G O, I k]."""
         return self.to_blocks(stored).reshape(self.channels, self.inputs * self.taps)
 
-    def from_rows(self, rows: NDArray[Any]) -> NDArray[Any]:
+    def from_rows(self, rows: Array) -> Array:
         """[G O, I k] to stored."""
         return self.from_blocks(rows.reshape(self.groups, self.outputs, self.inputs, self.taps))
 
-    def to_patches(self, stored: NDArray[Any]) -> NDArray[Any]:
+    def to_patches(self, stored: Array) -> Array:
         """Stored to [G, O, k I]."""
         swapped = np.ascontiguousarray(self.to_blocks(stored).transpose(0, 1, 3, 2))
         return swapped.reshape(self.groups, self.outputs, self.taps * self.inputs)
 
-    def from_patches(self, patches: NDArray[Any]) -> NDArray[Any]:
+    def from_patches(self, patches: Array) -> Array:
         """[G, O, k I] to stored."""
         split = patches.reshape(self.groups, self.outputs, self.taps, self.inputs)
         return self.from_blocks(np.ascontiguousarray(split.transpose(0, 1, 3, 2)))
@@ -215,7 +215,7 @@ def batchnorm_epsilon(node: onnx.NodeProto) -> float:
     return float(attribute(node, "epsilon", 1e-5))
 
 
-def is_channel_bias(bias: NDArray[Any], channels: int, axis: int) -> bool:
+def is_channel_bias(bias: Array, channels: int, axis: int) -> bool:
     """Whether a constant operand of an Add is one value per channel, or one for all."""
     if bias.ndim < -axis:
         return bias.size == 1 and axis == -1

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import onnx
-from numpy.typing import NDArray
 
+from onnx_asr.arrays import Array
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex, Slot, ancestors, attribute, is_standard, node_reads, subgraphs
 from onnx_asr.graph.layers import LAYERS, NORMALIZATION, PER_CHANNEL_SLOTS, Layer, LayerKind, is_channel_bias
@@ -292,6 +292,6 @@ def following_batchnorm(index: GraphIndex, tensor: str) -> int | None:
     return consumer
 
 
-def weight_of(index: GraphIndex, point: LayerPoint) -> NDArray[Any]:
+def weight_of(index: GraphIndex, point: LayerPoint) -> Array:
     """The weight of a point, as stored."""
     return index.value(index.nodes[point.node].input[point.layer.weight_slot])

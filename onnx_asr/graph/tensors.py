@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
+from onnx_asr.arrays import Array, Integers
 from onnx_asr.errors import ModelError
 
 WEIGHT_LIMIT = 2**31 - 2**26
@@ -93,7 +93,7 @@ def location_of(tensor: onnx.TensorProto) -> tuple[str, dict[str, Any]]:
     return info.basepath, {"location": info.location, "offset": info.offset or 0, "length": size_of(tensor)}
 
 
-def value_of(tensor: onnx.TensorProto) -> NDArray[Any]:
+def value_of(tensor: onnx.TensorProto) -> Array:
     """A tensor's value, wherever it is."""
     if not is_left(tensor):
         return numpy_helper.to_array(tensor)
@@ -102,7 +102,7 @@ def value_of(tensor: onnx.TensorProto) -> NDArray[Any]:
     return np.memmap(Path(folder, place["location"]), dtype, "r", place["offset"], tuple(tensor.dims))
 
 
-def sparse_value(tensor: onnx.SparseTensorProto) -> NDArray[Any]:
+def sparse_value(tensor: onnx.SparseTensorProto) -> Array:
     """A sparse tensor's value as a dense array."""
     values = numpy_helper.to_array(tensor.values)
     result = np.zeros(math.prod(tensor.dims), values.dtype)
@@ -110,7 +110,7 @@ def sparse_value(tensor: onnx.SparseTensorProto) -> NDArray[Any]:
     return result.reshape(tuple(tensor.dims))
 
 
-def set_sparse_value(tensor: onnx.SparseTensorProto, value: NDArray[Any]) -> bool:
+def set_sparse_value(tensor: onnx.SparseTensorProto, value: Array) -> bool:
     """Write a value if it is zero wherever the sparse tensor is; return whether it is."""
     flat, places = value.ravel(), _places(tensor)
     if np.count_nonzero(flat[places]) != np.count_nonzero(flat):
@@ -119,7 +119,7 @@ def set_sparse_value(tensor: onnx.SparseTensorProto, value: NDArray[Any]) -> boo
     return True
 
 
-def _places(tensor: onnx.SparseTensorProto) -> NDArray[np.int64]:
+def _places(tensor: onnx.SparseTensorProto) -> Integers:
     """Positions of the stored values in the flattened tensor; ONNX stores these, or one coordinate per axis."""
     indices = numpy_helper.to_array(tensor.indices)
     if indices.ndim == 2:

@@ -17,9 +17,8 @@ from functools import reduce
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from onnx_asr.arrays import Floats, Mask
+from onnx_asr.arrays import Floats, Integers, Mask
 from onnx_asr.data import Dataset
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import Point
@@ -139,7 +138,7 @@ class PointDamage:
 
 
 def draw_samples(
-    dataset: Dataset, indices: NDArray[np.int64], index: GraphIndex, samples: int, seed: int, batch_size: int | None
+    dataset: Dataset, indices: Integers, index: GraphIndex, samples: int, seed: int, batch_size: int | None
 ) -> Calibration:
     """A seeded sample in random order, so that both halves of its chunks stand for the whole, in two chunks at least.
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_asr.arrays import Integers
 from onnx_asr.data import Dataset, InputSpec, Preprocessing, open_data, sample_indices
 from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import DataError, OptionError
@@ -90,7 +91,7 @@ def evaluate(
 
 
 def measure(
-    outputs: Outputs, dense: Outputs | None = None, labels: NDArray[np.int64] | None = None, label_offset: int = 0
+    outputs: Outputs, dense: Outputs | None = None, labels: Integers | None = None, label_offset: int = 0
 ) -> Fidelity:
     """Measure outputs that are already computed; see :func:`evaluate`.
 
@@ -118,7 +119,7 @@ def _open(
     specs: Sequence[InputSpec],
     labels: LabelSource | None,
     preprocessing: Preprocessing | None,
-) -> tuple[Dataset, NDArray[np.int64] | None]:
+) -> tuple[Dataset, Integers | None]:
     table = labels if isinstance(labels, (str, os.PathLike)) else None
     if isinstance(data, Dataset):
         if table is not None:

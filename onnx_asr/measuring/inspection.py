@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
-from onnx_asr.arrays import Floats
+from onnx_asr.arrays import Floats, Integers
 from onnx_asr.data import Dataset, Preprocessing, open_data
 from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
@@ -60,7 +59,7 @@ class Layer:
     channels: int
     batchnorm: bool
     channel_weights: int = field(repr=False)
-    channel_zeros: NDArray[np.int64] = field(repr=False)
+    channel_zeros: Integers = field(repr=False)
     channel_norm: Floats = field(repr=False)
     pattern: str | None
     damage: PointDamage | None

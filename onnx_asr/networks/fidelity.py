@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from onnx_asr.arrays import Array, Floats, Indices
+from onnx_asr.arrays import Array, Floats, Integers
 from onnx_asr.data import Dataset
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError
@@ -59,7 +59,7 @@ Outputs = list[Array]
 
 
 def collect_outputs(
-    model: onnx.ModelProto, data: Dataset, indices: Indices, runtime: Runtime, batch_size: int | None = None
+    model: onnx.ModelProto, data: Dataset, indices: Integers, runtime: Runtime, batch_size: int | None = None
 ) -> Outputs:
     """Run a model over samples; one array per output, in the model's order, samples along the first axis.
 
@@ -137,7 +137,7 @@ def compare(dense: Outputs, other: Outputs) -> Fidelity:
     return Fidelity(len(dense[0]), agreement=agreement, kl=kl, snr_db=snr)
 
 
-def accuracy(outputs: Outputs, labels: Indices, label_offset: int = 0) -> tuple[float, float | None]:
+def accuracy(outputs: Outputs, labels: Integers, label_offset: int = 0) -> tuple[float, float | None]:
     """Top-1 and (from six classes up) top-5 of a classifier's first output; class = argmax - ``label_offset``.
 
     Raises:

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import onnx
 
-from onnx_asr.arrays import Array, Floats, Indices
+from onnx_asr.arrays import Array, Floats, Integers
 from onnx_asr.channels.rules import trace
 from onnx_asr.channels.units import missing_units, read_kept, remove
 from onnx_asr.data import InputSpec
@@ -103,7 +103,7 @@ class Pair:
     dense: GraphIndex
     parameters: Draft
     pairing: Pairing
-    kept: dict[str, tuple[int, Indices]]
+    kept: dict[str, tuple[int, Integers]]
 
     @classmethod
     def of(cls, pruned: onnx.ModelProto, dense: onnx.ModelProto) -> Pair:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_asr.arrays import Indices
+from onnx_asr.arrays import Integers
 from onnx_asr.data import Dataset, InputSpec
 from onnx_asr.engine.lane import Chunk
 from onnx_asr.errors import DataError, ModelError
@@ -59,7 +59,7 @@ def batch_size_for(specs: Sequence[InputSpec], asked: int | None = None) -> int:
     return int(min(_MAX_BATCH, max(_MIN_BATCH, 2 ** int(math.log2(max(1, _BATCH_ELEMENTS // elements))))))
 
 
-def whole_batches(indices: Indices, *inputs: Sequence[InputSpec]) -> Indices:
+def whole_batches(indices: Integers, *inputs: Sequence[InputSpec]) -> Integers:
     """Drop the last samples so that whole batches remain for every model with a fixed batch size.
 
     Raises:
@@ -115,7 +115,7 @@ class Calibration:
         return Calibration(chunks, min(self.count, number * self.batch_size), self.batch_size, self.digest)
 
 
-def load_calibration(data: Dataset, indices: Indices, batch_size: int) -> Calibration:
+def load_calibration(data: Dataset, indices: Integers, batch_size: int) -> Calibration:
     """Prepare samples in chunks of ``batch_size``, the last of which may be shorter.
 
     Raises:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from onnx_asr.arrays import Floats, Mask
+from onnx_asr.arrays import Array, Floats, Mask
 
 
-def keep_largest(scores: Sequence[NDArray[Any]], keep: int) -> list[Mask]:
+def keep_largest(scores: Sequence[Array], keep: int) -> list[Mask]:
     """Masks that keep the ``keep`` entries with the largest scores over all arrays, which may have any shape.
 
     Ties are broken by position: earlier arrays first, then earlier entries in C order.
@@ -33,7 +31,7 @@ def keep_count(size: int, sparsity: float) -> int:
     return size - round(sparsity * size)
 
 
-def keep_n_of_m(scores: NDArray[Any], n: int, m: int) -> Mask:
+def keep_n_of_m(scores: Array, n: int, m: int) -> Mask:
     """A mask that keeps the ``n`` largest scores [C_out, C_in, taps] of every ``m`` consecutive C_in (N:M sparsity).
 
     A last group of fewer than ``m`` channels counts as padded with zeros, which are pruned first. Ties are broken by
@@ -52,7 +50,7 @@ def keep_n_of_m(scores: NDArray[Any], n: int, m: int) -> Mask:
     return np.asarray(mask.reshape(padded.shape)[:, :inputs])
 
 
-def block_scores(scores: NDArray[Any], height: int) -> Floats:
+def block_scores(scores: Array, height: int) -> Floats:
     """Mean scores [G, ceil(O / height), I, taps] of every ``height`` consecutive output channels of [G, O, I, taps].
 
     The mean and not the sum, so that a last block with fewer channels compares with the others.

@@ -16,12 +16,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from onnx_asr.arrays import Floats
+from onnx_asr.arrays import Array, Floats
 
 _BLOCK = 1 << 17  # elements: 512 KiB of float32
 
@@ -62,7 +61,7 @@ class Moments:
 
     @classmethod
     @np.errstate(over="ignore", invalid="ignore")
-    def of(cls, tensor: NDArray[Any], axis: int = 1) -> Moments:
+    def of(cls, tensor: Array, axis: int = 1) -> Moments:
         """Moments of a tensor's channels over all its other axes."""
         samples = _by_sample(tensor, axis)
         parts = [(mean, np.vecdot(centred, centred)) for mean, centred in map(_centre, _blocks(samples))]
@@ -96,7 +95,7 @@ class PairMoments:
 
     @classmethod
     @np.errstate(over="ignore", invalid="ignore")
-    def of(cls, dense: NDArray[Any], pruned: NDArray[Any], axis: int = 1) -> PairMoments:
+    def of(cls, dense: Array, pruned: Array, axis: int = 1) -> PairMoments:
         """Moments of a dense and a pruned tensor of the same shape.
 
         Raises:
@@ -130,7 +129,7 @@ class Accumulator(dict[Key, Found]):
         self[key] = self[key].merge(chunk) if key in self else chunk
 
 
-def _by_sample(tensor: NDArray[Any], axis: int) -> NDArray[Any]:
+def _by_sample(tensor: Array, axis: int) -> Array:
     """View as [samples, C, positions] in float32 or float64."""
     axis %= tensor.ndim
     shape = tensor.shape
@@ -142,20 +141,20 @@ def _by_sample(tensor: NDArray[Any], axis: int) -> NDArray[Any]:
     return tensor.reshape(before, shape[axis], after)
 
 
-def _blocks(samples: NDArray[Any]) -> Iterator[NDArray[Any]]:
+def _blocks(samples: Array) -> Iterator[Array]:
     """Groups of samples that stay in the cache while they are read twice."""
     step = max(1, _BLOCK // max(1, samples.shape[1] * samples.shape[2]))
     for start in range(0, len(samples), step):
         yield samples[start : start + step]
 
 
-def _centre(block: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+def _centre(block: Array) -> tuple[Array, Array]:
     """Mean of every sample and channel, and the block without it."""
     mean = block.mean(axis=2)
     return mean.astype(np.float64), block - mean[:, :, None]
 
 
-def _between(means: Floats, inner: NDArray[Any], positions: int) -> Moments:
+def _between(means: Floats, inner: Array, positions: int) -> Moments:
     """Join samples of equal size, from their means and centred second moments [samples, C]."""
     mean = means.mean(axis=0)
     m2 = inner.sum(axis=0, dtype=np.float64) + positions * np.square(means - mean).sum(axis=0)

@@ -13,14 +13,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from onnx_asr.arrays import Singles
-
-Positions = NDArray[np.int64]
+from onnx_asr.arrays import Array, Integers, Singles
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ class ConvGeometry:
     transposed: bool
 
 
-def sample_positions(images: int, size: int, rows: int, seed: tuple[int, ...]) -> Positions:
+def sample_positions(images: int, size: int, rows: int, seed: tuple[int, ...]) -> Integers:
     """Seeded output positions [images, P]: all where ``rows`` suffices, else at least one per image.
 
     Stratified: each image's ``size`` positions are divided into ``P`` equal runs, from each of which one is drawn.
@@ -55,9 +51,7 @@ def sample_positions(images: int, size: int, rows: int, seed: tuple[int, ...]) -
     return np.minimum(drawn, size - 1)
 
 
-def input_positions(
-    geometry: ConvGeometry, input_shape: tuple[int, ...], output_shape: tuple[int, ...]
-) -> NDArray[np.int64]:
+def input_positions(geometry: ConvGeometry, input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> Integers:
     """Flat input position of every flat output position and tap, [outputs, taps]; -1 in the padding."""
     flat = np.zeros((1, 1), np.int64)
     valid = np.ones((1, 1), bool)
@@ -75,7 +69,7 @@ def input_positions(
     return np.where(valid, flat, -1)
 
 
-def gather_patches(tensor: NDArray[Any], table: NDArray[np.int64], positions: Positions, groups: int) -> Singles:
+def gather_patches(tensor: Array, table: Integers, positions: Integers, groups: int) -> Singles:
     """Patches [N * P, groups, taps * C / groups] of a chunk [N, C, *spatial] at each image's positions [N, P].
 
     ``table`` [outputs, taps] is that of :func:`input_positions`. The channels of a tap lie together, as in
@@ -101,7 +95,7 @@ def gather_patches(tensor: NDArray[Any], table: NDArray[np.int64], positions: Po
     return np.ascontiguousarray(grouped).reshape(len(grouped), groups, -1)
 
 
-def gather_outputs(tensor: NDArray[Any], positions: Positions) -> Singles:
+def gather_outputs(tensor: Array, positions: Integers) -> Singles:
     """Values of a chunk [N, C, *spatial] at each image's positions [N, P], [N * P, C]."""
     images, channels = tensor.shape[:2]
     maps = tensor.reshape(images, channels, -1)

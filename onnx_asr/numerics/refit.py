@@ -33,12 +33,12 @@ a constant, and touches it at `z'` (Boehning, 1992): each step is the least squa
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from onnx_asr.arrays import Floats, Mask, Singles
+from onnx_asr.arrays import Array, Floats, Mask, Singles
 from onnx_asr.errors import OptionError
 from onnx_asr.numerics.rows import LIMITS, MEMORY, BufferStore, Fit, Inputs, SolverLimits, Targets, softmax
 from onnx_asr.numerics.systems import NOISE, ConjugateGradients, GramSystem, Inverse, RowSystem, inverse_is_cheaper
@@ -331,7 +331,7 @@ def _first_fit(targets: Targets, start: Floats) -> Fit:
     return fit
 
 
-def _check_shapes(x: Singles, w0: npt.NDArray[np.floating], mask: Mask, **outputs: npt.NDArray[Any] | None) -> None:
+def _check_shapes(x: Singles, w0: npt.NDArray[np.floating], mask: Mask, **outputs: Array | None) -> None:
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"x has shape {x.shape}; expected [n, G, K], none of them 0")
     rows, groups, inputs = x.shape

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from onnx_asr.arrays import Floats, Mask, Singles
+from onnx_asr.arrays import Array, Floats, Mask, Singles
 
 _CHUNK_VALUES = 2**20  # of X per product: summed in float32 within a chunk, in float64 across chunks
 _RESIDUAL_EVERY = 8  # one chunk of this many measures the residual
@@ -38,27 +37,27 @@ LIMITS = SolverLimits()
 class BufferStore(Protocol):
     """Keeps rows and Gram matrices, in memory or, while they are not used, elsewhere."""
 
-    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """An array with undefined contents."""
 
-    def set_aside(self, array: npt.NDArray[Any]) -> None:
+    def set_aside(self, array: Array) -> None:
         """Say that an array is not used for a while."""
 
-    def release(self, array: npt.NDArray[Any]) -> None:
+    def release(self, array: Array) -> None:
         """Say that an array is not used any more."""
 
 
 class Memory:
     """Keeps everything in memory."""
 
-    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """An array with undefined contents."""
         return np.empty(shape, dtype)
 
-    def set_aside(self, array: npt.NDArray[Any]) -> None:
+    def set_aside(self, array: Array) -> None:
         """Do nothing."""
 
-    def release(self, array: npt.NDArray[Any]) -> None:
+    def release(self, array: Array) -> None:
         """Do nothing: an array goes with its last reference."""
 
 

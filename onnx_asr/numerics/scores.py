@@ -5,17 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from onnx_asr.arrays import Floats
+from onnx_asr.arrays import Array, Floats
 
 _MAX_INVERSE = 8192  # inputs up to which H is inverted: 0.5 GB
 
 
-def lamp(weight: NDArray[Any]) -> Floats:
+def lamp(weight: Array) -> Floats:
     """``w^2 / sum of w'^2 over all w' of the weight with |w'| >= |w|`` (layer-adaptive magnitude, arXiv 2010.07611).
 
     Of equal magnitudes the earlier one counts as larger, so that there are no ties within a weight.
@@ -28,14 +26,14 @@ def lamp(weight: NDArray[Any]) -> Floats:
     return score.reshape(weight.shape)
 
 
-def row_normalised(rows: NDArray[Any]) -> Floats:
+def row_normalised(rows: Array) -> Floats:
     """``|w_ij| / rms_j(w_ij)`` for weights as rows [C_out, K]: independent of the scale of each output channel."""
     exact = np.abs(rows.astype(np.float64))
     size = np.sqrt(np.square(exact).mean(axis=1, keepdims=True))
     return np.asarray(np.divide(exact, size, out=np.zeros_like(exact), where=size > 0))
 
 
-def saliency(rows: NDArray[Any], gram: Floats, ridge: float) -> Floats:
+def saliency(rows: Array, gram: Floats, ridge: float) -> Floats:
     """``w^2 / [(H + R I)^-1]_jj``: the cost of removing a weight if the others compensate (optimal brain surgeon).
 
     Beyond 8,192 inputs ``H`` is replaced with its diagonal, ``w^2 (H_jj + R)``.

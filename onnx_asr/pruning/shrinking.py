@@ -14,13 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
-from onnx_asr.arrays import Mask
+from onnx_asr.arrays import Array, Mask
 from onnx_asr.channels.computing import pads
 from onnx_asr.channels.rules import trace
 from onnx_asr.channels.units import Channels, remove
@@ -180,7 +179,7 @@ def _difference(model: onnx.ModelProto, other: onnx.ModelProto, feeds: Chunk, ru
     return max(_distance(first, second) for first, second in results)
 
 
-def _distance(first: NDArray[Any], second: NDArray[Any]) -> float:
+def _distance(first: Array, second: Array) -> float:
     if first.shape != second.shape:
         return float("inf")
     if not np.issubdtype(first.dtype, np.floating):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_asr.arrays import Array, Indices, Mask, Singles
+from onnx_asr.arrays import Array, Integers, Mask, Singles
 from onnx_asr.engine.lane import Chunk, Lane
 from onnx_asr.graph.context import Context, contexts, steps
 from onnx_asr.graph.index import GraphIndex, attribute
@@ -143,7 +143,7 @@ class RowSampler:
         x = patches.gather_patches(source, self._table, positions, layer.layout.groups)
         return x, lambda tensor: patches.gather_outputs(tensor, positions)
 
-    def _matrix_positions(self, height: int, samples: int) -> Indices:
+    def _matrix_positions(self, height: int, samples: int) -> Integers:
         """Which of a chunk's ``height`` rows to take: equally many per sample, where all samples have equally many."""
         size, rest = divmod(height, samples)
         if rest:
@@ -152,7 +152,7 @@ class RowSampler:
         positions = table[self._seen : self._seen + samples] + size * np.arange(samples)[:, None]
         return positions.ravel()
 
-    def _matrix_rows(self, tensor: Array, rows: Indices) -> Singles:
+    def _matrix_rows(self, tensor: Array, rows: Integers) -> Singles:
         if self.point.channel_axis == -2:
             tensor = np.swapaxes(tensor, -1, -2)
         return tensor.reshape(-1, tensor.shape[-1])[rows].astype(np.float32, copy=False)

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import onnx
 
-from onnx_asr.arrays import Indices
+from onnx_asr.arrays import Integers
 from onnx_asr.data import Dataset, InputSpec, Preprocessing, open_data, sample_indices
 from onnx_asr.data.sources import DataSource
 from onnx_asr.networks.execution import Execution
@@ -29,15 +29,15 @@ class Samples:
         dataset: All samples.
         inputs: Inputs of the network.
         options: Numbers of samples, seed, batch size.
-        chosen: Indices of the calibration samples.
-        held_out: Indices of the samples to verify on.
+        chosen: Integers of the calibration samples.
+        held_out: Integers of the samples to verify on.
     """
 
     dataset: Dataset
     inputs: Sequence[InputSpec]
     options: RepairOptions
-    chosen: Indices
-    held_out: Indices
+    chosen: Integers
+    held_out: Integers
 
     @classmethod
     def of(
@@ -118,7 +118,7 @@ class Verifier:
         return collect_outputs(model, samples.dataset, samples.held_out, runtime, samples.options.batch_size)
 
 
-def split_samples(count: int, options: RepairOptions, verify: bool) -> tuple[Indices, Indices]:
+def split_samples(count: int, options: RepairOptions, verify: bool) -> tuple[Integers, Integers]:
     """Calibration and held-out sample indices, both seeded, without overlap wherever there are two samples or more.
 
     Where the data have fewer samples than both parts together ask for, a fifth of them is held out.
