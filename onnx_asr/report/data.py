@@ -15,7 +15,6 @@ from onnx_asr.data import Dataset, Preprocessing
 from onnx_asr.errors import DataError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, load
-from onnx_asr.graph.skips import Skip
 from onnx_asr.json_values import key, plain
 from onnx_asr.measuring.damage import COLLAPSED_RATIO, DAMAGE_SAMPLES, PointDamage, draw_samples, measure_damage
 from onnx_asr.measuring.evaluation import measure
@@ -38,14 +37,7 @@ _DEAD_RATIO = 1e-4  # that a dead channel counts as
 
 @dataclass(frozen=True)
 class Run:
-    """A call of a command.
-
-    Attributes:
-        command: Its name.
-        line: The whole command line.
-        files: Paths that it read and wrote, by role.
-        preprocessing: Of images, if any.
-    """
+    """A call of a command: its name, the whole command line, and the paths that it read and wrote, by role."""
 
     derived: ClassVar = ("version",)
     version: ClassVar = __version__
@@ -60,9 +52,9 @@ def inspect_data(run: Run, inspection: Inspection) -> ReportValues:
     """The report of an inspection."""
     return _report(
         run,
+        [_layer(layer) for layer in inspection.layers],
         versions=[_version("model", inspection)],
-        layers=[_layer(layer) for layer in inspection.layers],
-        skips=inspection.skips,
+        skipped=inspection.skips,
         damage_samples=inspection.samples,
         options={"opset": inspection.opset, "inputs": ", ".join(inspection.inputs), **inspection.metadata},
         notes=inspection.advice,
@@ -74,9 +66,9 @@ def prune_data(run: Run, result: PruneResult, dense: ModelSource) -> ReportValue
     pruned = describe(result.model)
     return _report(
         run,
+        [_layer(layer) for layer in pruned.layers],
         versions=[_version("dense", describe(load(dense))), _version("pruned", pruned)],
-        layers=[_layer(layer) for layer in pruned.layers],
-        skips=result.skips,
+        skipped=result.skips,
         options=flattened(asdict(result.options)),
         notes=result.notes,
     )
@@ -134,43 +126,26 @@ def _repair(
     ]
     return _report(
         run,
+        layers,
         versions=[_version(name, size, fidelities.get(name)) for name, size in sizes.items()],
-        layers=layers,
-        skips=result.skips,
+        skipped=result.skips,
         damage_samples=samples,
         options=flattened(asdict(result.options)),
         notes=[*result.notes, *notes],
-    ) | {
-        "improved": result.improved,
-        "held_out": result.verification is not None and result.verification.held_out,
-        "candidates": [plain(item) | {"chosen": item.method == result.chosen} for item in result.candidates],
-        "calibration": {"samples": result.calibration_samples, "sha256": result.calibration_digest},
-        "thumbnails": _thumbnails(job.samples.dataset, job.samples.chosen),
-        "seconds": dict(result.seconds),
-    }
+        improved=result.improved,
+        held_out=result.verification is not None and result.verification.held_out,
+        candidates=[plain(item) | {"chosen": item.method == result.chosen} for item in result.candidates],
+        calibration={"samples": result.calibration_samples, "sha256": result.calibration_digest},
+        thumbnails=_thumbnails(job.samples.dataset, job.samples.chosen),
+        seconds=result.seconds,
+    )
 
 
-def _report(
-    run: Run,
-    *,
-    versions: list[ReportValues],
-    layers: list[ReportValues],
-    skips: Sequence[Skip],
-    options: Mapping[str, Any],
-    damage_samples: int = 0,
-    notes: Sequence[str] = (),
-) -> ReportValues:
+def _report(run: Run, layers: Sequence[ReportValues], **values: Any) -> ReportValues:
     """The parts of all reports, with defaults for those that only some have."""
-    return {
-        **plain(run),
-        "versions": versions,
-        "layers": [{"number": number, **layer} for number, layer in enumerate(layers, 1)],
-        "hurt_most": _hurt_most(layers),
-        "skipped": plain(skips),
-        "damage_samples": damage_samples,
-        "collapsed_ratio": COLLAPSED_RATIO,
-        "options": dict(options),
-        "notes": list(notes),
+    defaults: ReportValues = {
+        "damage_samples": 0,
+        "notes": [],
         "improved": True,
         "held_out": False,
         "candidates": [],
@@ -178,18 +153,21 @@ def _report(
         "thumbnails": [],
         "seconds": {},
     }
+    numbered = [{"number": number, **layer} for number, layer in enumerate(layers, 1)]
+    measured = {"layers": numbered, "hurt_most": _hurt_most(layers), "collapsed_ratio": COLLAPSED_RATIO}
+    return {**plain(run), **measured, **defaults, **plain(values)}
 
 
 def _hurt_most(layers: Sequence[ReportValues]) -> list[int]:
     """Numbers of the layers whose variances pruning moved furthest, worst first."""
-    found = []
+    errors = {}
     for number, layer in enumerate(layers, 1):
-        ratios = [] if layer["before"] is None else [ratio for ratio in layer["before"]["ratios"] if ratio is not None]
+        ratios = [ratio for ratio in (layer["before"] or {}).get("ratios", ()) if ratio is not None]
         if ratios:
             levels = np.log10(np.maximum(ratios, _DEAD_RATIO))
-            found.append((float(np.sqrt(np.square(levels).mean())), number))
-    worst = sorted((error, number) for error, number in found if error > _UNHURT)[::-1]
-    return [number for _, number in worst[:_WORST]]
+            errors[number] = float(np.sqrt(np.square(levels).mean()))
+    worst = sorted(errors, key=lambda number: (errors[number], number), reverse=True)[:_WORST]
+    return [number for number in worst if errors[number] > _UNHURT]
 
 
 def _version(name: str, inspection: Inspection, fidelity: Fidelity | None = None) -> ReportValues:
@@ -200,7 +178,7 @@ def _version(name: str, inspection: Inspection, fidelity: Fidelity | None = None
         "bytes": inspection.file_bytes,
         "compressed_bytes": inspection.compressed_bytes,
         "batchnorm": inspection.batchnorm,
-        "fidelity": plain(fidelity),
+        "fidelity": fidelity,
     }
 
 
@@ -239,10 +217,9 @@ def _thumbnails(dataset: Dataset, chosen: np.ndarray[Any, np.dtype[np.int64]]) -
         image = dataset.thumbnail(int(chosen[position]))
         if image is None:
             return []
-        image = image.copy()
         image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
-        with io.BytesIO() as buffer:
-            image.save(buffer, "PNG")
-            encoded = base64.b64encode(buffer.getvalue()).decode()
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        encoded = base64.b64encode(buffer.getvalue()).decode()
         shown.append({"name": dataset.names[chosen[position]], "png": encoded})
     return shown

@@ -82,8 +82,7 @@ def _figure(layers: int, panels: int) -> tuple[Figure, list[Axes]]:
         axis.set_yticks(list(ticks), [str(tick + 1) for tick in ticks] if number == 0 else [])
         axis.set_ylim(layers - 0.4, -0.6)
         axis.tick_params(labelsize=SMALL, length=2)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
+        axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("layer", fontsize=TEXT)
     return figure, axes
 

@@ -41,33 +41,32 @@ def render(values: Mapping[str, Any]) -> str:
         "short": lambda value: "" if value is None else f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}",
         "size": size_text,
         "text": _text,
+        "base64": lambda drawing: base64.b64encode(drawing.encode()).decode(),
     }
     template, figures = ("sweep", _curves) if values["command"] == "sweep" else ("report", _channels)
     return environment.get_template(f"{template}.html.j2").render(values, figures=figures(values))
 
 
-def _curves(values: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The figures of a sweep: one per panel, so that each fits a phone."""
-    measure = values["measure"]
+def _curves(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The figures of a sweep and their captions: one per panel, so that each fits a phone."""
+    name, label = values["measure"]["name"], values["measure"]["label"]
     return [
-        _figure(
-            svg(draw([panel], measure["name"], values["dense"][measure["name"]])),
-            f"{panel['title']}: {measure['label']}",
-        )
-        for panel in values["panels"]
+        (svg(draw([panel], name, values["dense"][name])), f"{panel['title']}: {label}") for panel in values["panels"]
     ]
 
 
-def _channels(values: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The figures of the layers that were measured."""
+def _channels(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The figures of the layers that were measured, and their captions."""
     layers = values["layers"]
-    measured = [key for key in ("before", "after") if any(layer[key] is not None for layer in layers)]
-    if not measured:
-        return []
     shown = [version["name"] for version in values["versions"] if version["name"] != "dense"]
-    names = dict(zip(("before", "after"), shown, strict=False))
-    names = {key: names[key] for key in measured}
-    drawn = [
+    names = {
+        key: name
+        for key, name in zip(("before", "after"), shown, strict=False)
+        if any(layer[key] is not None for layer in layers)
+    }
+    if not names:
+        return []
+    return [
         (
             strip(layers, names, values["collapsed_ratio"]),
             "Variance of every channel, relative to the dense network. On the solid line it is the same as in the "
@@ -79,12 +78,6 @@ def _channels(values: Mapping[str, Any]) -> list[dict[str, str]]:
             "where the layer does not vary at all. The channels of each layer are sorted.",
         ),
     ]
-    return [_figure(drawing, caption) for drawing, caption in drawn]
-
-
-def _figure(drawing: str, caption: str) -> dict[str, str]:
-    """A figure as a data URI."""
-    return {"source": f"data:image/svg+xml;base64,{base64.b64encode(drawing.encode()).decode()}", "caption": caption}
 
 
 def _text(value: Any) -> str:

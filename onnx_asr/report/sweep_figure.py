@@ -80,8 +80,7 @@ def _panel(axis: Axes, panel: Mapping[str, Any], measure: str, dense: float | No
     axis.grid(axis="y", color="0.9", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.tick_params(labelsize=SMALL, length=2)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _handle(method: str) -> Line2D:
