@@ -7,6 +7,7 @@ import io
 import os
 import shlex
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from onnx_asr.cli import commands
 from onnx_asr.cli.outcome import BAD_INPUT, DONE, INTERRUPTED
 from onnx_asr.cli.parameters import PANELS
 from onnx_asr.cli.supervision import announce, supervised
-from onnx_asr.cli.terminal import Terminal, drop_stdout, leave_progress, say, say_traceback
+from onnx_asr.cli.terminal import Terminal, drop_stdout, leave_progress, say
 from onnx_asr.errors import OnnxAsrError, OptionError, is_interrupt
 from onnx_asr.ownership import DISTRIBUTION, check_owner
 from onnx_asr.version import __version__
@@ -152,7 +153,7 @@ def _code_of(work: Callable[[], int], debug: bool) -> int:
             say("error", "interrupted")
             return INTERRUPTED
         if debug:
-            say_traceback(error)
+            traceback.print_exception(error)
         say("error", _message(error))
         return BAD_INPUT
 

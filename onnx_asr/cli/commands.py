@@ -108,11 +108,8 @@ def prune(
         files = {"model": model, "data": data, "output": written(result.model, target, model)}
         if isinstance(result, zeros.PruneResult):
             page.write(lambda run: prune_data(run, result, model), files)
-    terminal.result(
-        {**files, **plain(result), "latency": latency},
-        *show.prune(result, str(target), terminal.verbose, latency),
-        report=page.path,
-    )
+    values = {**files, **plain(result), "latency": latency}
+    terminal.result(values, *show.prune(result, str(target), terminal.verbose, latency), report=page.path)
     return DONE
 
 
@@ -142,11 +139,8 @@ def repair(
         path = written(result.model, target, model, wanted=result.improved or force)
         files = {"model": model, "dense": dense, "data": data, "output": path}
         page.write(lambda run: repair_data(run, result, model, dense, data, execution), files, preprocessing)
-    terminal.result(
-        {**files, "preprocessing": preprocessing, **plain(result)},
-        *show.repair(result, path, terminal.verbose),
-        report=page.path,
-    )
+    values = {**files, "preprocessing": preprocessing, **plain(result)}
+    terminal.result(values, *show.repair(result, path, terminal.verbose), report=page.path)
     return verdict(result.improved, "repaired model", "the pruned one", target, force)
 
 
@@ -181,11 +175,8 @@ def compress(
         path = written(result.model, target, model, wanted=improved or force)
         files = {"model": model, "data": data, "output": path}
         page.write(lambda run: compress_data(run, result, model, data, execution), files, preprocessing)
-    terminal.result(
-        {**files, "preprocessing": preprocessing, **plain(result), "latency": latency},
-        *show.compress(result, path, terminal.verbose, latency),
-        report=page.path,
-    )
+    values = {**files, "preprocessing": preprocessing, **plain(result), "latency": latency}
+    terminal.result(values, *show.compress(result, path, terminal.verbose, latency), report=page.path)
     return verdict(improved, "compressed model", "its last mask without repair", target, force)
 
 
@@ -208,10 +199,8 @@ def shrink(
         result = run(model, input_shapes=timing.shapes(), execution=execution)
         latency = stopwatch.time(result.model) if stopwatch else None
         path = written(result.model, target, model)
-    terminal.result(
-        {"model": model, "output": path, **plain(result), "latency": latency},
-        *show.shrink(result, str(target), terminal.verbose, latency),
-    )
+    values = {"model": model, "output": path, **plain(result), "latency": latency}
+    terminal.result(values, *show.shrink(result, str(target), terminal.verbose, latency))
     return DONE
 
 
@@ -344,9 +333,9 @@ def view(
     from onnx_asr.cli.viewing import serving, wait_for_the_end
 
     with serving(models, port=port, browse=browser) as servers:
-        pairs = list(zip(models, servers, strict=True))
-        values = {"models": [{"model": model, "address": address} for model, address in pairs]}
-        terminal.result(values, *show.view(pairs))
+        shown = [{"model": model, "address": address} for model, address in zip(models, servers, strict=True)]
+        lines = ["{model}: {address}".format(**item) for item in shown]
+        terminal.result({"models": shown}, *lines, "press Ctrl-C to stop")
         wait_for_the_end(servers)
 
 
@@ -417,12 +406,8 @@ def sweep(
 
         write_plot(result, drawing)
     page.write(lambda run: sweep_data(run, result), files, preprocessing)
-    terminal.result(
-        {**files, "preprocessing": preprocessing, **plain(result)},
-        *show.sweep(result, str(target)),
-        plot=drawing,
-        report=page.path,
-    )
+    values = {**files, "preprocessing": preprocessing, **plain(result)}
+    terminal.result(values, *show.sweep(result, str(target)), plot=drawing, report=page.path)
     failed = sum(map(len, result.failures.values()))
     if failed:
         say("warning", f"{failed} of {len(result.cells)} cells failed, for: {'; '.join(result.failures)}")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from onnx_asr.pruning.sensitivity import SensitivityResult
     from onnx_asr.pruning.shrinking import ShrinkResult
     from onnx_asr.pruning.zeros import PruneResult
-    from onnx_asr.repairing.result import PointReport, RepairResult, Verification
+    from onnx_asr.repairing.result import PointReport, RepairResult
     from onnx_asr.sweeping.result import SweepResult
 
 T = TypeVar("T")
@@ -36,6 +36,35 @@ _LAYER: dict[str, Column[Any]] = {
     "layer": "name",
     "operator": "op_type",
     "shape": lambda layer: " x ".join(map(str, layer.shape or ())),
+}
+_CONTENTS = _LAYER | {
+    ">channels": "channels",
+    ">empty": "empty_channels",
+    ">sparsity": "sparsity:.1%",
+    "pattern": "pattern",
+    "repair writes": "writable",
+}
+_DAMAGE = {
+    "layer": "name",
+    ">channels": "channels",
+    ">sparsity": "sparsity:.1%",
+    ">collapsed": "damage.collapsed_share:.1%",
+    ">dead": "damage.dead",
+    ">median ratio": "damage.median_ratio:.3g",
+    ">correlation": "damage.correlation:.2f",
+    ">error": "damage.errors.none:.2f",
+    ">per layer": "damage.errors.layer:.2f",
+    ">per channel": "damage.errors.channel:.2f",
+}
+_POINTS: dict[str, Column[PointReport]] = {
+    "point": "name",
+    "operator": "op_type",
+    "written": "written",
+    ">channels": "channels",
+    ">dead": "dead",
+    ">gain": lambda point: "" if point.gain is None else f"{point.gain[0]:.3g} .. {point.gain[2]:.3g}",
+    ">median": lambda point: "" if point.gain is None else f"{point.gain[1]:.3g}",
+    ">output error": lambda point: "{:.3g} -> {:.3g}".format(*point.residual) if point.residual else "",
 }
 _SCORES = {
     "top1": ("top-1", "{:.1%}"),
@@ -67,9 +96,7 @@ def repair(result: RepairResult, path: str | None, verbose: bool) -> Shown:
     """The candidates, the points rewritten and skipped, and the fidelity before and after."""
     if result.candidates:
         yield _candidates(result)
-    yield from _rewritten(result, verbose)
-    if result.verification is not None:
-        yield _verification(result.verification, "pruned", "repaired")
+    yield from _repaired(result, "pruned", "repaired", verbose)
     yield _written(path)
 
 
@@ -79,9 +106,7 @@ def compress(result: CompressResult, path: str | None, verbose: bool, latency: L
     seconds = ", ".join(f"{value:.1f}" for value in result.round_seconds)
     rounds = len(result.round_seconds)
     yield f"{rounds} mask {'round' if rounds == 1 else 'rounds'} in {seconds} s"
-    yield from _rewritten(result.repair, verbose)
-    if result.repair.verification is not None:
-        yield _verification(result.repair.verification, "last mask, no repair", "compressed")
+    yield from _repaired(result.repair, "last mask, no repair", "compressed", verbose)
     yield from _ending(result, path, latency)
 
 
@@ -91,7 +116,7 @@ def inspection(result: Inspection, verbose: bool) -> Shown:
     yield f"opset {result.opset}, {result.nodes} nodes, inputs {', '.join(result.inputs)}; {size}, deflated {deflated}"
     yield f"BatchNormalization: {result.batchnorm}; weights {result.sparsity:.1%} sparse"
     if result.samples:
-        yield _damages(result.layers)
+        yield _table([layer for layer in result.layers if layer.damage is not None], _DAMAGE)
         collapsed = [layer.name for layer in result.layers if layer.damage and layer.damage.collapsed_share > 0.5]
         first = f", the first is {collapsed[0]}" if collapsed else ""
         yield f"{len(collapsed)} of {len(result.layers)} layers lost most of their channels{first}"
@@ -100,15 +125,7 @@ def inspection(result: Inspection, verbose: bool) -> Shown:
             "mean square of log10 of the variance ratios, as it is, with one factor per layer, with one per channel"
         )
     else:
-        columns: dict[str, Column[Any]] = {
-            **_LAYER,
-            ">channels": "channels",
-            ">empty": "empty_channels",
-            ">sparsity": "sparsity:.1%",
-            "pattern": "pattern",
-            "repair writes": "writable",
-        }
-        yield _table(result.layers, columns)
+        yield _table(result.layers, _CONTENTS)
     yield from _remarks(result.skips, (), verbose)
     yield from result.advice
     for key, value in result.metadata.items():
@@ -170,13 +187,6 @@ def sweep(result: SweepResult, path: str) -> Shown:
     for reason, cells in result.failures.items():
         yield f"failed: {', '.join(map(str, cells))}: {reason}"
     yield f"cells: {path}"
-
-
-def view(addresses: Sequence[tuple[str, str]]) -> Shown:
-    """Where the models are shown."""
-    for model, address in addresses:
-        yield f"{model}: {address}"
-    yield "press Ctrl-C to stop"
 
 
 def evaluation(fidelity: Fidelity, path: str) -> Shown:
@@ -267,22 +277,6 @@ def _layers(layers: Sequence[LayerSparsity]) -> Table:
     return table
 
 
-def _damages(layers: Sequence[Layer]) -> Table:
-    columns: dict[str, Column[Layer]] = {
-        "layer": "name",
-        ">channels": "channels",
-        ">sparsity": "sparsity:.1%",
-        ">collapsed": "damage.collapsed_share:.1%",
-        ">dead": "damage.dead",
-        ">median ratio": "damage.median_ratio:.3g",
-        ">correlation": "damage.correlation:.2f",
-        ">error": "damage.errors.none:.2f",
-        ">per layer": "damage.errors.layer:.2f",
-        ">per channel": "damage.errors.channel:.2f",
-    }
-    return _table([layer for layer in layers if layer.damage is not None], columns)
-
-
 def _candidates(result: RepairResult) -> Table:
     """The methods that auto tried, the chosen one marked."""
     classifier = all(item.fidelity.kl is not None for item in result.candidates)
@@ -295,7 +289,8 @@ def _candidates(result: RepairResult) -> Table:
     return table
 
 
-def _rewritten(result: RepairResult, verbose: bool) -> Shown:
+def _repaired(result: RepairResult, before: str, after: str, verbose: bool) -> Shown:
+    """The points rewritten and skipped, and the fidelity of the model before and after, under these names."""
     points = result.points
     counts = Counter(point.written for point in points)
     parts = ", ".join(f"{count} {written}" for written, count in counts.items())
@@ -307,28 +302,13 @@ def _rewritten(result: RepairResult, verbose: bool) -> Shown:
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
     yield f"calibrated on {result.calibration_samples} samples, weights {result.sparsity:.1%} sparse; {stages}"
     if verbose and points:
-        yield _points(points)
+        yield _table(points, _POINTS)
     yield from _remarks(result.skips, result.notes, verbose)
-
-
-def _points(points: Sequence[PointReport]) -> Table:
-    columns: dict[str, Column[PointReport]] = {
-        "point": "name",
-        "operator": "op_type",
-        "written": "written",
-        ">channels": "channels",
-        ">dead": "dead",
-        ">gain": lambda point: "" if point.gain is None else f"{point.gain[0]:.3g} .. {point.gain[2]:.3g}",
-        ">median": lambda point: "" if point.gain is None else f"{point.gain[1]:.3g}",
-        ">output error": lambda point: "{:.3g} -> {:.3g}".format(*point.residual) if point.residual else "",
-    }
-    return _table(points, columns)
-
-
-def _verification(check: Verification, before: str, after: str) -> Table:
-    where = "held-out samples" if check.held_out else "calibration samples"
-    title = f"against the dense model, {check.after.samples} {where}"
-    return _fidelities({before: check.before, after: check.after}, title)
+    check = result.verification
+    if check is not None:
+        where = "held-out samples" if check.held_out else "calibration samples"
+        title = f"against the dense model, {check.after.samples} {where}"
+        yield _fidelities({before: check.before, after: check.after}, title)
 
 
 def _written(path: str | None) -> str:

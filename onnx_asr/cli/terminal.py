@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
@@ -72,15 +71,12 @@ class Terminal:
 
         columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
         bar = Progress(*columns, console=console, transient=True)
-        try:  # an interrupt while it starts would leave `with bar` without its end, and the cursor hidden
+        with ExitStack() as stack:  # not `with bar`: interrupted while it starts, it would not stop, or fail to
+            stack.callback(Console(stderr=True).show_cursor)
+            stack.callback(bar.stop)
             bar.start()
             task = bar.add_task("starting", total=1.0)
             yield lambda stage, fraction: bar.update(task, description=stage, completed=fraction)
-        finally:
-            try:
-                bar.stop()
-            finally:  # a bar that was interrupted while it started may fail to stop
-                Console(stderr=True).show_cursor()
 
 
 def leave_progress() -> None:
@@ -102,8 +98,3 @@ def say(kind: str, message: str) -> None:
     line = " ".join(message.split())
     shown = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line)
     print(f"{kind}: {shown}", file=sys.stderr, flush=True)
-
-
-def say_traceback(error: BaseException) -> None:
-    """The traceback, for --debug."""
-    traceback.print_exception(error, file=sys.stderr)

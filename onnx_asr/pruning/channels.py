@@ -53,12 +53,10 @@ CHANNELS_FROZEN = Reason("channels-cannot-be-removed", "its channels cannot be r
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that were ranked against each other.
+    """Channels that were ranked against each other, and how many of them were kept.
 
     Attributes:
         layers: Nodes that make them; more than one where they are coupled.
-        channels: Number of channels before.
-        kept: Number of channels after.
     """
 
     layers: tuple[str, ...]
@@ -68,13 +66,10 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class ChannelPruneResult:
-    """A smaller model and what was removed from it.
+    """A smaller copy of a model, its cost before and after, and what was removed.
 
     Attributes:
-        model: The smaller copy.
         sparsity: Share of channels removed; with a target, what the search found.
-        before: Size of the given model.
-        after: Size of the smaller one.
         latency: Of the smaller model against the given one; None without ``target_latency``.
         groups: Groups of channels that took part.
         skips: Nodes whose output channels took no part, and why.
@@ -129,7 +124,7 @@ def prune_channels(
     index = GraphIndex.of(load(model))
     check_finite(index, "dense")
     before = cost(index, input_shapes)
-    cutter, skips = _Cutter.of(index, options)
+    cutter = _Cutter(index, options)
     budget, share, latency = options.budget, options.sparsity, None
     if budget is not None and budget.measure == "latency":
         stopwatch = Stopwatch(index, execution.runtime, input_shapes)
@@ -147,68 +142,54 @@ def prune_channels(
     pruned = cutter.cut(share)
     execution.progress("done", 1.0)
     after = cost(GraphIndex.of(pruned), input_shapes)
-    return ChannelPruneResult(pruned, options, share, before, after, latency, cutter.report(share), tuple(skips))
+    return ChannelPruneResult(pruned, options, share, before, after, latency, cutter.report(share), tuple(cutter.skips))
 
 
-@dataclass(frozen=True)
 class _Cutter:
     """Cuts a graph at any sparsity.
 
     Attributes:
-        groups: Units that take part, by group.
-        makers: Layers that make them.
-        scores: Their scores divided by the mean of the group, the best one infinite.
+        skips: Layers that it leaves alone.
+
+    Raises:
+        OptionError: When no layer is chosen.
+        ModelError: When no channel of the chosen layers can be removed.
     """
 
-    index: GraphIndex
-    channels: Channels
-    options: ChannelPruneOptions
-    groups: Sequence[Ids]
-    makers: Sequence[Sequence[LayerPoint]]
-    scores: Sequence[Floats]
-
-    @classmethod
-    def of(cls, index: GraphIndex, options: ChannelPruneOptions) -> tuple[_Cutter, list[Skip]]:
-        """A cutter of the chosen layers' channels, and the layers that it leaves alone.
-
-        Raises:
-            OptionError: When no layer is chosen.
-            ModelError: When no channel of the chosen layers can be removed.
-        """
+    def __init__(self, index: GraphIndex, options: ChannelPruneOptions) -> None:
         found = survey(index)
-        weights, skips = prunable_weights(index, found, options.include, options.exclude)
-        channels, points = trace(index), found.layers
-        chosen = {point.node for weight in weights for point in weight.points}
-        groups, makers = _prunable_groups(channels, points, chosen)
-        skips += _uncut(channels, [point for point in points if point.node in chosen], groups)
-        if not groups:
-            reasons = "; ".join(f"{skip.name}: {skip.reason}" for skip in skips[:3])
+        weights, self.skips = prunable_weights(index, found, options.include, options.exclude)
+        channels, chosen = trace(index), {point.node for weight in weights for point in weight.points}
+        self._index, self._options, self._channels = index, options, channels
+        self._groups, self._makers = _prunable_groups(channels, found.layers, chosen)
+        self.skips += _uncut(channels, [point for point in found.layers if point.node in chosen], self._groups)
+        if not self._groups:
+            reasons = "; ".join(f"{skip.name}: {skip.reason}" for skip in self.skips[:3])
             raise ModelError(
                 f"no channel of the model can be removed ({reasons}): choose other layers (--include, --exclude), or "
                 "prune single weights (--pattern unstructured)"
             )
-        units = channel_scores(index, channels, points)
-        scores = [units[group] / (units[group].mean() or 1.0) for group in groups]
-        for score in scores:
+        units = channel_scores(index, channels, found.layers)
+        self._scores = [units[group] / (units[group].mean() or 1.0) for group in self._groups]
+        for score in self._scores:
             score[score.argmax()] = np.inf
-        return cls(index, channels, options, groups, makers, scores), skips
 
     def drop(self, sparsity: float) -> Mask:
         """[units] True where a unit goes; the best of every group stays."""
-        if self.options.scope == "layer":
-            counts = [keep_count(score.size, sparsity) for score in self.scores]
+        if self._options.scope == "layer":
+            counts = [keep_count(score.size, sparsity) for score in self._scores]
         else:
-            total = keep_count(sum(score.size for score in self.scores), sparsity)
-            counts = [int(mask.sum()) for mask in keep_largest(self.scores, max(len(self.scores), total))]
-        drop, multiple = np.zeros(self.channels.units, bool), self.options.multiple
-        for group, score, count in zip(self.groups, self.scores, counts, strict=True):
+            total = keep_count(sum(score.size for score in self._scores), sparsity)
+            counts = [int(mask.sum()) for mask in keep_largest(self._scores, max(len(self._scores), total))]
+        drop, multiple = np.zeros(self._channels.units, bool), self._options.multiple
+        for group, score, count in zip(self._groups, self._scores, counts, strict=True):
             (keep,) = keep_largest([score], min(score.size, max(1, round(count / multiple)) * multiple))
             drop[group[~keep]] = True
         return drop
 
     def cut(self, sparsity: float) -> onnx.ModelProto:
         """The smaller model."""
-        model = remove(self.index, self.channels, self.drop(sparsity))
+        model = remove(self._index, self._channels, self.drop(sparsity))
         set_metadata(model, "onnx_asr.version", __version__)
         return model
 
@@ -217,7 +198,7 @@ class _Cutter:
         drop = self.drop(sparsity)
         return tuple(
             ChannelGroup(tuple(point.name for point in made), len(group), int((~drop[group]).sum()))
-            for group, made in zip(self.groups, self.makers, strict=True)
+            for group, made in zip(self._groups, self._makers, strict=True)
         )
 
 

@@ -45,15 +45,11 @@ MAX_ERROR, MAX_HALF_ERROR = 1e-5, 4e-3
 
 @dataclass(frozen=True)
 class ShrinkResult:
-    """A smaller model that computes the same function.
+    """A smaller copy of a model that computes the same function, and its cost before and after.
 
     Attributes:
-        model: The smaller copy.
         layers: Layers that lost output channels.
-        notes: Further remarks for the user.
         error: Largest relative difference of an output on random input, ``|y - y'| / |y|``.
-        before: Size of the given model.
-        after: Size of the smaller one.
     """
 
     helps: ClassVar = ChannelPruneResult.helps

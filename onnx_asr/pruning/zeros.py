@@ -39,15 +39,11 @@ _FOLDED = (
 
 @dataclass(frozen=True)
 class PruneResult:
-    """A pruned model and what was pruned in it.
+    """A pruned copy of a model, its cost before and after, and what was pruned.
 
     Attributes:
-        model: The pruned copy.
-        before: Size of the given model.
-        after: Size of the pruned one.
         layers: Weights that took part, in file order.
         skips: Nodes with weights that took no part, and why.
-        notes: Further remarks for the user.
     """
 
     derived: ClassVar = ("sparsity", "helps", "modified")
@@ -147,6 +143,8 @@ def prune(
             execution.progress,
         )
     pruned, layers = pruned_to(share)
+    ranked = options.score == "magnitude" and options.scope == "global" and pattern.n is None and len(weights) > 1
+    folded = ranked and all(weight.points[0].batchnorm is None for weight in weights)
     return PruneResult(
         model=pruned,
         options=options,
@@ -154,7 +152,7 @@ def prune(
         after=cost(GraphIndex.of(pruned), input_shapes),
         layers=layers,
         skips=(*skips, *narrow),
-        notes=((_FOLDED,) if _maybe_folded(weights, options) else ()) + collapse_note(layers),
+        notes=((_FOLDED,) if folded else ()) + collapse_note(layers),
     )
 
 
@@ -190,9 +188,3 @@ def _measured(
 def _cost(budget: Budget, index: GraphIndex, input_shapes: InputShapes | None) -> int:
     """The cost that the budget limits: zeros count as far as compression, or a sparse kernel, makes use of them."""
     return compressed_size(index.model) if budget.measure == "size" else flops(index, input_shapes)[1]
-
-
-def _maybe_folded(weights: Sequence[PrunableWeight], options: PruneOptions) -> bool:
-    """Whether magnitudes are ranked across layers, none of which has a BatchNormalization."""
-    ranked = options.score == "magnitude" and options.scope == "global" and Pattern.parse(options.pattern).n is None
-    return ranked and len(weights) > 1 and all(weight.points[0].batchnorm is None for weight in weights)
