@@ -32,7 +32,7 @@ class FeedReader(Protocol):
 
 
 DataSource: TypeAlias = (
-    str | os.PathLike[str] | Array | Mapping[str, ArrayLike] | Iterable[Mapping[str, ArrayLike]] | FeedReader
+    Dataset | str | os.PathLike[str] | Array | Mapping[str, ArrayLike] | Iterable[Mapping[str, ArrayLike]] | FeedReader
 )
 
 
@@ -51,7 +51,7 @@ def open_data(
             an .npz with an array per model input and optionally `labels`; an .npy for a model with one input; the same
             as a dict or an array; an iterable of feeds (dicts of arrays with a leading batch axis) or an onnxruntime
             `CalibrationDataReader`, both of which are read to the end at once. A lone uint8 array counts as images
-            if the input is of another type or a preprocessing is given.
+            if the input is of another type or a preprocessing is given. A Dataset is returned as it is.
         inputs: The model's inputs.
         preprocessing: How to prepare images; not needed for an input of integers.
         labels: For a folder, a table of file name and class index. Without it, each sub-folder is a class: its name
@@ -66,6 +66,8 @@ def open_data(
         DataError: The data are missing, broken or do not fit the model.
         OptionError: `preprocessing` or `labels` do not apply to this kind of data.
     """
+    if isinstance(source, Dataset):
+        return source
     for spec in inputs:
         if not spec.shape:
             raise DataError(

@@ -47,12 +47,9 @@ DAMAGE_SAMPLES = 128
 
 @dataclass(frozen=True)
 class LogErrors:
-    """Root mean square of a layer's log10 variance ratios, fitted on one half of the samples, measured on the other.
+    """Root mean square of a layer's log10 variance ratios: without correction, with one gain, with one per channel.
 
-    Attributes:
-        none: Without correction.
-        layer: With one factor for the layer.
-        channel: With one factor per channel.
+    Gains are fitted on one half of the samples, and errors measured on the other.
     """
 
     none: float
@@ -159,14 +156,12 @@ def measure_damage(
 ) -> list[dict[int, PointDamage]]:
     """The damage in each of several versions of the pruned network: by node position, at every point; in one walk.
 
-    Args:
-        pair: The networks.
-        versions: The pruned network itself, or repaired copies: graphs in which its tensors keep their names.
-        calibration: The samples.
-        execution: How to run.
+    The versions are the pruned network itself, or repaired copies: graphs in which its tensors keep their names.
     """
     points, index = pair.pruned.survey.points, pair.pruned.index
-    tensors = [_measured(index, point) for point in points]
+    tensors = [
+        point.tensor if point.batchnorm is None else str(index.nodes[point.batchnorm].output[0]) for point in points
+    ]
     dense_tensors = [pair.dense_tensor(name) for name in tensors]
     halves = min(2, len(calibration.chunks))
     found: list[Accumulator[tuple[Point, int], PairMoments]] = [Accumulator() for _ in versions]
@@ -185,18 +180,11 @@ def measure_damage(
     ]
 
 
-def _measured(index: GraphIndex, point: Point) -> str:
-    return point.tensor if point.batchnorm is None else str(index.nodes[point.batchnorm].output[0])
-
-
 def _log_errors(first: PairMoments, second: PairMoments) -> LogErrors | None:
     live = [is_live(None, half.dense) & is_live(half.dense, half.pruned) for half in (first, second)]
     usable = live[0] & live[1]
     if not usable.any():
         return None
     fitted, held_out = (np.log10(half.pruned.var[usable] / half.dense.var[usable]) for half in (first, second))
-    return LogErrors(_rms(held_out), _rms(held_out - fitted.mean()), _rms(held_out - fitted))
-
-
-def _rms(values: Floats) -> float:
-    return float(np.sqrt(np.square(values).mean()))
+    left = held_out, held_out - fitted.mean(), held_out - fitted
+    return LogErrors(*(float(np.sqrt(np.square(errors).mean())) for errors in left))

@@ -27,7 +27,7 @@ LabelSource = str | os.PathLike[str] | Sequence[int] | NDArray[np.integer[Any]]
 
 def evaluate(
     model: ModelSource,
-    data: DataSource | Dataset,
+    data: DataSource,
     *,
     dense: ModelSource | None = None,
     preprocessing: Preprocessing | None = None,
@@ -42,7 +42,7 @@ def evaluate(
 
     Args:
         model: A path, or an object of onnx, onnx-graphsurgeon or onnx-ir.
-        data: Whatever :func:`onnx_asr.data.open_data` takes, or a Dataset.
+        data: Whatever :func:`onnx_asr.data.open_data` takes.
         dense: The model to compare the outputs with.
         labels: Class indices; None takes those that come with the data (sub-folders, ``labels`` in an .npz).
         preprocessing: Of images.
@@ -67,16 +67,15 @@ def evaluate(
     execution = execution or Execution()
     network = load(model)
     reference = None if dense is None else load(dense)
-    specs = input_specs(GraphIndex.of(network))
-    dataset, classes = _open(data, specs, labels, preprocessing)
+    specs = [input_specs(GraphIndex.of(version)) for version in (network, reference) if version is not None]
+    dataset, classes = _open(data, specs[0], labels, preprocessing)
     if classes is None and reference is None:
         raise OptionError(
             "there is nothing to compare the model with: give the dense model (--dense), or labels (one sub-folder of "
             "images per class, --labels TABLE for a folder, or 'labels' in an .npz)"
         )
     indices = np.arange(len(dataset)) if samples is None else sample_indices(len(dataset), samples, seed)
-    both = [specs] if reference is None else [specs, input_specs(GraphIndex.of(reference))]
-    indices = whole_batches(indices, *both)
+    indices = whole_batches(indices, *specs)
     execution.progress("running the model", 0.0)
     outputs = collect_outputs(network, dataset, indices, execution.runtime, batch_size)
     dense_outputs = None
@@ -115,21 +114,18 @@ def measure(
 
 
 def _open(
-    data: DataSource | Dataset,
+    data: DataSource,
     specs: Sequence[InputSpec],
     labels: LabelSource | None,
     preprocessing: Preprocessing | None,
 ) -> tuple[Dataset, Integers | None]:
     table = labels if isinstance(labels, (str, os.PathLike)) else None
-    if isinstance(data, Dataset):
-        if table is not None:
-            raise OptionError(
-                f"labels '{table}' are a table for a folder of images, but the data are an open Dataset: give an array "
-                "of class indices"
-            )
-        dataset = data
-    else:
-        dataset = open_data(data, specs, preprocessing=preprocessing, labels=table)
+    if table is not None and isinstance(data, Dataset):
+        raise OptionError(
+            f"labels '{table}' are a table for a folder of images, but the data are an open Dataset: give an array "
+            "of class indices"
+        )
+    dataset = open_data(data, specs, preprocessing=preprocessing, labels=table)
     if labels is None or table is not None:
         return dataset, dataset.labels
     given = np.asarray(labels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from onnx_asr.arrays import Floats, Integers
-from onnx_asr.data import Dataset, Preprocessing, open_data
+from onnx_asr.data import InputSpec, Preprocessing, open_data
 from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.index import GraphIndex
@@ -29,8 +29,6 @@ from onnx_asr.numerics.masks import find_n_of_m
 from onnx_asr.repairing.job import check_method
 from onnx_asr.repairing.options import METHODS, check_at_least
 
-_METADATA_PREFIX = "onnx_asr."
-
 
 @dataclass(frozen=True)
 class Layer:
@@ -38,8 +36,6 @@ class Layer:
 
     Attributes:
         node: Position of its node in the file.
-        name: Its node's name in reports.
-        op_type: Its operator.
         shape: Of the weight as stored; None for a BatchNormalization that follows no layer.
         channels: Number of output channels.
         batchnorm: Whether it has a BatchNormalization, or is one.
@@ -119,8 +115,7 @@ class Inspection:
         opset: Version of the standard operators.
         nodes: Number of nodes.
         inputs: Name, element type and shape of every input, as text.
-        file_bytes: Size of the model.
-        compressed_bytes: Its size after deflate.
+        compressed_bytes: Size after deflate.
         layers: Its correction points, in file order.
         skips: Nodes with parameters that no repair can correct, and why.
         methods: With and without the dense model, by method of ``repair``: the reason why it cannot run, or None.
@@ -183,7 +178,7 @@ class Inspection:
 
 def inspect(
     model: ModelSource,
-    data: DataSource | Dataset | None = None,
+    data: DataSource | None = None,
     *,
     dense: ModelSource | None = None,
     preprocessing: Preprocessing | None = None,
@@ -223,7 +218,7 @@ def inspect(
     execution = execution or Execution()
     pair = Pair.of(network, load(dense))
     pruned = pair.pruned.index
-    dataset = data if isinstance(data, Dataset) else open_data(data, pair.pruned.inputs, preprocessing=preprocessing)
+    dataset = open_data(data, pair.pruned.inputs, preprocessing=preprocessing)
     calibration = draw_samples(dataset, np.arange(len(dataset)), pruned, samples, seed, batch_size)
     (damage,) = measure_damage(pair, [pruned], calibration, execution)
     for point in pair.pruned.survey.points:
@@ -243,17 +238,16 @@ def describe(model: onnx.ModelProto, damage: Mapping[int, PointDamage] | None = 
     index = GraphIndex.of(model)
     found = survey(index)
     check_finite(index, "given")
-    layers = [_layer(index, point, (damage or {}).get(point.node)) for point in found.points]
     return Inspection(
         opset=next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0),
         nodes=len(index.nodes),
-        inputs=tuple(_input_text(spec.name, spec.dtype, spec.shape) for spec in input_specs(index)),
+        inputs=tuple(map(_input_text, input_specs(index))),
         file_bytes=model.ByteSize(),
         compressed_bytes=compressed_size(model),
-        layers=tuple(layers),
+        layers=tuple(_layer(index, point, (damage or {}).get(point.node)) for point in found.points),
         skips=found.skips,
         methods={"with_dense": _methods(found, dense=True), "without_dense": _methods(found, dense=False)},
-        metadata={item.key: item.value for item in model.metadata_props if item.key.startswith(_METADATA_PREFIX)},
+        metadata={item.key: item.value for item in model.metadata_props if item.key.startswith("onnx_asr.")},
         samples=samples,
     )
 
@@ -299,5 +293,5 @@ def _methods(found: Survey, dense: bool) -> dict[str, str | None]:
     return reasons
 
 
-def _input_text(name: str, dtype: np.dtype[Any], shape: Sequence[int | None]) -> str:
-    return f"{name}: {dtype}[{','.join('?' if size is None else str(size) for size in shape)}]"
+def _input_text(spec: InputSpec) -> str:
+    return f"{spec.name}: {spec.dtype}[{','.join('?' if size is None else str(size) for size in spec.shape)}]"

@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 
 from onnx_asr.arrays import Array, Floats, Mask
-from onnx_asr.data import Dataset, Preprocessing
+from onnx_asr.data import Preprocessing
 from onnx_asr.data.sources import DataSource
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, load
@@ -98,7 +98,7 @@ class CompressResult:
 
 def compress(
     model: ModelSource,
-    data: DataSource | Dataset,
+    data: DataSource,
     options: CompressOptions | None = None,
     *,
     preprocessing: Preprocessing | None = None,

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from onnx_asr.arrays import Floats
-from onnx_asr.data import Dataset, Preprocessing
+from onnx_asr.data import Preprocessing
 from onnx_asr.data.sources import DataSource
 from onnx_asr.graph.model_io import ModelSource, load
 from onnx_asr.graph.points import weight_of
@@ -107,7 +107,7 @@ class SensitivityResult:
 
 def sensitivity(
     model: ModelSource,
-    data: DataSource | Dataset,
+    data: DataSource,
     options: SensitivityOptions | None = None,
     *,
     preprocessing: Preprocessing | None = None,

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import onnx
 
-from onnx_asr.data import Dataset, Preprocessing
+from onnx_asr.data import Preprocessing
 from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.index import GraphIndex
@@ -74,7 +74,7 @@ class PruneResult:
 
 def prune(
     model: ModelSource,
-    data: DataSource | Dataset | None = None,
+    data: DataSource | None = None,
     options: PruneOptions | None = None,
     *,
     preprocessing: Preprocessing | None = None,

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import onnx
 
-from onnx_asr.data import Dataset, Preprocessing
+from onnx_asr.data import Preprocessing
 from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.model_io import digest
@@ -79,7 +79,7 @@ class RepairJob:
         cls,
         model: onnx.ModelProto,
         dense: onnx.ModelProto | None,
-        data: DataSource | Dataset,
+        data: DataSource,
         options: RepairOptions,
         preprocessing: Preprocessing | None,
         execution: Execution,

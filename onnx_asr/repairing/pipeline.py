@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from onnx_asr.data import Dataset, Preprocessing
+from onnx_asr.data import Preprocessing
 from onnx_asr.data.sources import DataSource
 from onnx_asr.graph.model_io import ModelSource, load
 from onnx_asr.graph.skips import Skip
@@ -30,7 +30,7 @@ REFIT_COST = 8.0
 
 def repair(
     model: ModelSource,
-    data: DataSource | Dataset,
+    data: DataSource,
     options: RepairOptions | None = None,
     *,
     dense: ModelSource | None = None,

@@ -42,7 +42,7 @@ class Samples:
     @classmethod
     def of(
         cls,
-        data: DataSource | Dataset,
+        data: DataSource,
         inputs: Sequence[InputSpec],
         options: RepairOptions,
         preprocessing: Preprocessing | None,
@@ -55,9 +55,9 @@ class Samples:
             DataError: Missing, broken or unfitting data.
             OptionError: Preprocessing that does not fit the data.
         """
-        if not isinstance(data, Dataset):
-            data = open_data(data, inputs, preprocessing=preprocessing, skip_bad_images=options.skip_bad_images)
-        return cls(data, inputs, options, *split_samples(len(data), options, verify))
+        skip = options.skip_bad_images
+        dataset = open_data(data, inputs, preprocessing=preprocessing, skip_bad_images=skip)
+        return cls(dataset, inputs, options, *split_samples(len(dataset), options, verify))
 
     @property
     def is_held_out(self) -> bool:

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 import onnx
 
-from onnx_asr.data import Dataset, Preprocessing
+from onnx_asr.data import Preprocessing
 from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.model_io import ModelSource
@@ -28,12 +28,12 @@ Finished = Generator[tuple[Cell, Outcome], None, None]
 
 def sweep(
     model: ModelSource,
-    data: DataSource | Dataset,
+    data: DataSource,
     grid: SweepGrid | None = None,
     settings: SweepSettings | None = None,
     *,
     preprocessing: Preprocessing | None = None,
-    test: DataSource | Dataset | None = None,
+    test: DataSource | None = None,
     labels: str | os.PathLike[str] | None = None,
     results: str | os.PathLike[str] | None = None,
     workers: int | None = 1,

@@ -38,8 +38,8 @@ class Setup:
     """Arguments of :func:`onnx_asr.sweep` from which a process makes its workspace."""
 
     dense: ModelSource
-    data: DataSource | Dataset
-    test: DataSource | Dataset | None
+    data: DataSource
+    test: DataSource | None
     labels: str | None
     preprocessing: Preprocessing | None
     settings: SweepSettings
@@ -167,9 +167,7 @@ class Workspace:
         """The same calibration samples, with none held out."""
         return replace(self.setup.settings.repair, samples=self._chosen, verify_samples=0)
 
-    def _opened(self, data: DataSource | Dataset, network: Network, labels: str | None) -> Dataset:
-        if isinstance(data, Dataset):
-            return data
+    def _opened(self, data: DataSource, network: Network, labels: str | None) -> Dataset:
         preprocessing, skip = self.setup.preprocessing, self.setup.settings.repair.skip_bad_images
         return open_data(data, network.inputs, preprocessing=preprocessing, labels=labels, skip_bad_images=skip)
 

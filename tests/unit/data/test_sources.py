@@ -230,3 +230,8 @@ def test_pickles_and_broken_archives_are_refused(tmp_path: Path, name: str, caps
         path.write_bytes(content)
         with pytest.raises(DataError, match=message):
             open_data(path, [VECTOR])
+
+
+def test_an_open_dataset_is_returned_as_it_is() -> None:
+    dataset = open_data(np.zeros((2, 4), np.float32), [VECTOR])
+    assert open_data(dataset, [RGB8], preprocessing=UNIT) is dataset
