@@ -74,37 +74,31 @@ def prune_data(run: Run, result: PruneResult, dense: ModelSource) -> ReportValue
     )
 
 
-def repair_data(
-    run: Run, result: RepairResult, pruned: ModelSource, dense: ModelSource | None, data: str, execution: Execution
-) -> ReportValues:
-    """The report of a repair, with the channels of both networks measured against the dense one."""
-    return _repair(run, result, ("pruned", "repaired"), load(pruned), dense, data, execution)
-
-
 def compress_data(
     run: Run, result: CompressResult, dense: ModelSource, data: str, execution: Execution
 ) -> ReportValues:
     """The report of a compression; the model before the repair is the dense one under the last mask."""
     names = ("last mask, no repair", "compressed")
-    values = _repair(run, result.repair, names, result.masked, dense, data, execution)
+    values = repair_data(run, result.repair, result.masked, dense, data, execution, names)
     seconds = {f"round {number}": value for number, value in enumerate(result.round_seconds, 1)}
     asked = {name: value for name, value in asdict(result.options).items() if name != "repair"}
     values["options"] = flattened(asked) | values["options"]
     return values | {"seconds": values["seconds"] | seconds}
 
 
-def _repair(
+def repair_data(
     run: Run,
     result: RepairResult,
-    names: tuple[str, str],
-    pruned: onnx.ModelProto,
+    pruned: ModelSource,
     dense: ModelSource | None,
     data: str,
     execution: Execution,
+    names: tuple[str, str] = ("pruned", "repaired"),
 ) -> ReportValues:
-    reference = None if dense is None else load(dense)
-    job = RepairJob.of(pruned, reference, data, result.options, run.preprocessing, execution)
-    models = {names[0]: pruned, names[1]: result.model}
+    """The report of a repair, with the channels of both networks measured against the dense one."""
+    given, reference = load(pruned), None if dense is None else load(dense)
+    job = RepairJob.of(given, reference, data, result.options, run.preprocessing, execution)
+    models = {names[0]: given, names[1]: result.model}
     before: dict[int, PointDamage] = {}
     after, samples = before, 0
     if job.pair is not None:

@@ -14,8 +14,6 @@ from onnx_asr.graph.files import size_text, write_text
 from onnx_asr.report.figures import heat_map, strip, svg
 from onnx_asr.report.sweep_figure import draw
 
-_FOLDER = Path(__file__).parent
-
 
 def write_report(values: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     """Write a report, whole or not at all.
@@ -29,7 +27,7 @@ def write_report(values: Mapping[str, Any], path: str | os.PathLike[str]) -> Pat
 def render(values: Mapping[str, Any]) -> str:
     """The page; all text in it is escaped."""
     environment = Environment(
-        loader=FileSystemLoader(_FOLDER),
+        loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -11,11 +11,11 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from uuid import uuid4
 
 import dask
@@ -31,9 +31,11 @@ from onnx_asr.data import Dataset
 from onnx_asr.errors import DataError, OnnxAsrError, OptionError
 from onnx_asr.graph.tensors import is_self_contained
 from onnx_asr.networks.execution import Execution, silent
-from onnx_asr.sweeping.grid import Cell, PruneGoal
+from onnx_asr.sweeping.grid import Cell
 from onnx_asr.sweeping.result import Outcome, outcome_of
 from onnx_asr.sweeping.workspace import Setup, Workspace
+
+T = TypeVar("T")
 
 _MOST = 8  # local workers by default: each holds samples and activations of its own
 _PATIENCE = 30  # seconds for a scheduler to answer, and for a first worker to appear
@@ -60,11 +62,11 @@ def on_workers(
         client.register_plugin(plugin, name=plugin.name)
         futures: dict[Future[Outcome], Cell] = {}
         try:
-            submit = partial(client.submit, pure=False)
-            pruned = {goal: submit(_pruned, plugin.name, goal) for goal in {cell.goal for cell in cells}}
+            submit = partial(client.submit, _task, plugin.name, pure=False)
+            pruned = {goal: submit(Workspace.pruned, goal) for goal in {cell.goal for cell in cells}}
             for cell in cells:
                 needed = None if cell.method == "compress" else pruned[cell.goal]
-                futures[submit(_scored, plugin.name, cell, needed)] = cell
+                futures[submit(Workspace.score, cell, needed)] = cell
             del pruned, needed  # a pruned model is kept while cells wait for it
             for future in as_completed(futures):
                 if future.cancelled():
@@ -178,20 +180,10 @@ class _WorkspacePlugin(WorkerPlugin):
             return self._workspace
 
 
-def _pruned(plugin: str, goal: PruneGoal) -> onnx.ModelProto:
-    """A task: the pruned model of a goal."""
-    here = _here(plugin)
-    return here.workspace().pruned(goal, here.execution)
-
-
-def _scored(plugin: str, cell: Cell, pruned: onnx.ModelProto | None) -> Outcome:
-    """A task: the outcome of a cell."""
-    here = _here(plugin)
-    return here.workspace().score(cell, pruned, here.execution)
-
-
-def _here(plugin: str) -> _WorkspacePlugin:
-    return cast(_WorkspacePlugin, get_worker().plugins[plugin])
+def _task(plugin: str, method: Callable[..., T], *arguments: Any) -> T:
+    """Call a method of the worker's workspace."""
+    here = cast(_WorkspacePlugin, get_worker().plugins[plugin])
+    return method(here.workspace(), *arguments, here.execution)
 
 
 def _sendable(workspace: Workspace) -> Setup:
