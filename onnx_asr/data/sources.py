@@ -187,7 +187,12 @@ def _load_numpy(path: Path) -> Array | dict[str, Array]:
         if path.suffix.lower() == ".npy":
             return np.lib.format.open_memmap(path, mode="r")  # never unpickles
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            _check_expansion(archive, path)
+            size, stored = sum(member.file_size for member in archive.zip.infolist()), path.stat().st_size
+            if size > _LARGE and size > _MOST_EXPANSION * stored:  # nothing of it is read
+                raise DataError(
+                    f"{path} would expand from {stored} to {size} bytes and is refused as a decompression bomb: if it "
+                    "is not one, write it with numpy.savez instead of numpy.savez_compressed"
+                )
             return dict(archive)
     except DataError:
         raise
@@ -196,16 +201,6 @@ def _load_numpy(path: Path) -> Array | dict[str, Array]:
             f"cannot read arrays from {path}: {error}. Give plain arrays written by numpy.save or numpy.savez; "
             "pickled Python objects are refused, since loading them can run code"
         ) from error
-
-
-def _check_expansion(archive: Any, path: Path) -> None:
-    """Refuse a decompression bomb before any of it is read."""
-    size = sum(member.file_size for member in archive.zip.infolist())
-    if size > _LARGE and size > _MOST_EXPANSION * path.stat().st_size:
-        raise DataError(
-            f"{path} would expand from {path.stat().st_size} to {size} bytes and is refused as a decompression bomb: "
-            "if it is not one, write it with numpy.savez instead of numpy.savez_compressed"
-        )
 
 
 def _are_images(array: Array, spec: InputSpec, preprocessing: Preprocessing | None) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from onnx_asr.arrays import Floats, Integers
-from onnx_asr.data import InputSpec, Preprocessing, open_data
+from onnx_asr.data import Preprocessing, open_data
 from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.index import GraphIndex
@@ -241,7 +241,10 @@ def describe(model: onnx.ModelProto, damage: Mapping[int, PointDamage] | None = 
     return Inspection(
         opset=next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0),
         nodes=len(index.nodes),
-        inputs=tuple(map(_input_text, input_specs(index))),
+        inputs=tuple(
+            f"{spec.name}: {spec.dtype}[{','.join('?' if size is None else str(size) for size in spec.shape)}]"
+            for spec in input_specs(index)
+        ),
         file_bytes=model.ByteSize(),
         compressed_bytes=compressed_size(model),
         layers=tuple(_layer(index, point, (damage or {}).get(point.node)) for point in found.points),
@@ -285,13 +288,9 @@ def _methods(found: Survey, dense: bool) -> dict[str, str | None]:
         return dict.fromkeys(METHODS, "nothing in the model can be corrected")
     reasons: dict[str, str | None] = {}
     for method in METHODS:
+        reasons[method] = None
         try:
             check_method(method, dense=dense, batchnorm=found.has_batchnorm)
-            reasons[method] = None
         except OptionError as error:
             reasons[method] = str(error)
     return reasons
-
-
-def _input_text(spec: InputSpec) -> str:
-    return f"{spec.name}: {spec.dtype}[{','.join('?' if size is None else str(size) for size in spec.shape)}]"
