@@ -172,7 +172,7 @@ def _folder_labels(root: Path, names: Sequence[str]) -> Integers | None:
     if all(name.isascii() and name.isdecimal() for name in classes):
         index = {name: int(name) for name in classes}
     elif len(classes) == 1:
-        return None  # a single sub-folder is no division into classes
+        return None  # one sub-folder alone is not a class
     else:
         index = {name: position for position, name in enumerate(classes)}
     return np.array([index[name.partition("/")[0]] for name in names], np.int64)

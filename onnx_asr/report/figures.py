@@ -57,16 +57,14 @@ def heat_map(layers: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> s
     """The same ratios as colours, the channels of each layer sorted from weakest to strongest."""
     figure, axes = _figure(len(layers), len(names))
     colours = matplotlib.colormaps["RdBu"].with_extremes(bad="0.75")
-    image = None
     for axis, (key, name) in zip(axes, names.items(), strict=True):
         rows = [np.full(_COLUMNS, np.nan) if layer[key] is None else _resampled(layer[key]) for layer in layers]
         scale = TwoSlopeNorm(0.0, -2.0, 2.0)
-        image = axis.imshow(np.stack(rows), cmap=colours, norm=scale, aspect="auto", interpolation="nearest")
+        axis.imshow(np.stack(rows), cmap=colours, norm=scale, aspect="auto", interpolation="nearest")
         axis.set_title(name, fontsize=TEXT)
         axis.set_xticks([])
         axis.set_xlabel("channels, sorted", fontsize=TEXT)
-    assert image is not None
-    bar = figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02)
+    bar = figure.colorbar(axes[-1].images[0], ax=axes, shrink=0.7, pad=0.02)
     bar.set_ticks([-2, -1, 0, 1, 2], labels=["≤ 0.01", "0.1", "1", "10", "≥ 100"])
     bar.ax.tick_params(labelsize=SMALL)
     return svg(figure)

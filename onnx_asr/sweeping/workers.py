@@ -12,7 +12,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -97,19 +97,21 @@ def _local(count: int, threads: int) -> Iterator[Client]:
     environment = {
         f"distributed.nanny.pre-spawn-environ.{name}": threads for name in ("OMP_NUM_THREADS", *BLAS_THREADS)
     }
-    with ExitStack() as stack:
-        stack.enter_context(_environment_kept())
-        folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-        stack.enter_context(dask.config.set({**environment, "temporary-directory": folder}))
-        cluster = LocalCluster(
+    with (
+        _environment_kept(),
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        dask.config.set({**environment, "temporary-directory": folder}),
+        LocalCluster(
             n_workers=count,
             threads_per_worker=1,
             dashboard_address=None,
             scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},  # HTTP is served anyway: not on a fixed port
             silence_logs=logging.CRITICAL,
             local_directory=folder,
-        )
-        yield stack.enter_context(Client(stack.enter_context(cluster)))
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
 
 
 @contextmanager
