@@ -1,4 +1,4 @@
-"""What comes out of a command: its report, the model it writes, its exit code."""
+"""The outcome of a command: its report, the model it writes, its exit code."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from rich.console import Console, RenderableType
 from onnx_asr.cli.parameters import panel
 from onnx_asr.json_values import plain
 
-_PLAIN_WIDTH = 120  # of tables where stdout is no terminal
+_PLAIN_WIDTH = 120  # of tables where stdout is not a terminal
 
 Progress = Callable[[str, float], None]
 

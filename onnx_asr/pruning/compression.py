@@ -92,7 +92,7 @@ class CompressResult:
 
     @property
     def helps(self) -> str:
-        """What benefits from the zeros."""
+        """Hardware and runtimes that benefit from the zeros."""
         return Pattern.parse(self.options.pattern).helps
 
 
