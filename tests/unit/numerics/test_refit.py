@@ -311,7 +311,7 @@ def test_relu_steps_are_fits_of_the_met_target(size):
         met = np.where(negative, np.minimum(layer.predict(solution.weight, solution.bias), 0), layer.target)
         solution = LayerRefit(layer.x.copy(), met.astype(np.float32), layer.w0, layer.mask, LEAST_SQUARES).solve()
         actual = layer.refit(replace(LEAST_SQUARES, relu_steps=steps), dense_negative=negative)
-        np.testing.assert_allclose(actual.weight, solution.weight, atol=3e-5)
+        np.testing.assert_allclose(actual.weight, solution.weight, atol=2e-4)  # of float32 products, by kernel
         np.testing.assert_allclose(actual.bias, solution.bias, atol=1e-4)
         gain = layer.refit(RefitOptions(ridge=0.0, relu_steps=steps), dense_negative=negative).gain
         prediction = layer.predict(solution.weight, solution.bias)
