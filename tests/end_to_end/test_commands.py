@@ -299,27 +299,22 @@ def test_a_result_that_is_worse_is_not_written_unless_forced(tmp_path):
 
 
 def test_demo(tmp_path):
-    done = cli("demo", "-o", tmp_path / "out", "--json")
+    done = cli("demo", "--model", "vgg", "--sparsity", 0.9, "--json", cwd=tmp_path)
     assert (done.code, done.err) == (0, "")
     report = done.json
     rows = {row["name"]: row for row in report["rows"]}
     assert list(rows) == ["dense", "pruned", *METHODS]
     assert rows["dense"]["top1"] > 0.97
-    assert rows["pruned"]["top1"] < 0.2
+    assert rows["pruned"]["top1"] < 0.3
     assert rows["refit"]["top1"] > 0.95
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "digits_resnet_pruned.onnx",
-        "digits_resnet_repaired.onnx",
-    ]
-    assert top1(report["repaired"]) == pytest.approx(rows[report["best"]]["top1"], abs=2e-3)
+    written = tmp_path / "onnx-resuscitate-demo"
+    assert sorted(path.name for path in written.iterdir()) == ["digits_vgg_pruned.onnx", "digits_vgg_repaired.onnx"]
+    repaired = tmp_path / report["repaired"]
+    assert top1(repaired) == pytest.approx(rows[report["best"]]["top1"], abs=2e-3)
 
 
-def test_demo_for_a_reader(tmp_path):
+def test_the_help_of_demo_names_the_embedded_nets():
     families = [model["family"] for model in json.loads((MODELS / "manifest.json").read_text())["models"]]
-    done = cli("demo", "--model", "vgg", "--sparsity", 0.9, cwd=tmp_path)
-    assert done.code == 0, done.err
-    assert (tmp_path / "onnx-resuscitate-demo" / "digits_vgg_repaired.onnx").exists()
-    assert all(word in done.out for word in ("dense", "pruned", *METHODS, "top-1", "seconds", "Netron"))
     text = " ".join(cli("demo", "--help").out.split())
     assert all(family in text for family in families)
 

@@ -32,6 +32,7 @@ def test_every_block_runs(folder: Path) -> None:
     assert {"dense", "pruned", "auto", "refit", "bn"} <= set(shown)
     for name, values in shown.items():
         assert all(abs(float(old) - float(new)) < 2 for old, new in zip(values, found[name], strict=True)), name
+    assert all(word in printed for word in ("top-1", "seconds", "Netron"))
 
     *_, last = printed.splitlines()
     method, before, _, after = last.split()
