@@ -40,7 +40,7 @@ def room(holds: str, imports: str = "", libraries: str = "") -> Room:
 
 
 _ROOT = "arrays errors json_values version"
-_BELOW_NETWORKS = f"{_ROOT} numerics graph data channels engine"
+_BELOW_NETWORKS = f"{_ROOT} numerics graph data channels engine pairing"
 _BELOW_PURPOSES = f"{_BELOW_NETWORKS} networks repairing"
 _BELOW_REPORT = f"{_BELOW_PURPOSES} pruning measuring sweeping"
 TABLE: dict[str, Room] = {
@@ -55,6 +55,7 @@ TABLE: dict[str, Room] = {
     "graph.foreign": room("models of other libraries", "errors", "onnx onnx_graphsurgeon onnx_ir"),
     "data": room("samples", _ROOT, "numpy PIL tomli"),
     "channels": room("channels and their removal", f"{_ROOT} graph", "numpy onnx"),
+    "pairing": room("dense and pruned graph, node by node", f"{_ROOT} graph channels", "onnx"),
     "engine": room("sessions, lanes, buffers", f"{_ROOT} graph", "numpy onnx onnxruntime"),
     "networks": room("the pair, its samples, fidelity, latency", _BELOW_NETWORKS, "numpy onnx"),
     "repairing": room("repair by every method", f"{_BELOW_NETWORKS} networks", "numpy onnx"),

@@ -13,6 +13,7 @@ FLOORS = (
     {"arrays", "errors", "json_values", "version", "blas"},
     {"ownership", "numerics", "graph", "data"},
     {"channels", "engine"},
+    {"pairing"},
     {"networks"},
     {"repairing"},
     {"pruning", "measuring"},

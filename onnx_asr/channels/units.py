@@ -25,7 +25,9 @@ from onnx_asr.arrays import Array, Floats, Integers, Mask
 from onnx_asr.errors import ModelError, StructureError
 from onnx_asr.graph.edit import EditPlan, apply, set_metadata, stored
 from onnx_asr.graph.index import GraphIndex, Slot, attribute, input_name
-from onnx_asr.graph.match import KEPT_CHANNELS
+
+KEPT_CHANNELS = "onnx_asr.kept_channels"
+"""Key of the metadata entry in which a model with removed channels records those that it kept."""
 
 Ids: TypeAlias = Integers
 Kept: TypeAlias = dict[str, list[int]]

@@ -16,13 +16,13 @@ from onnx_asr.engine.lane import Chunk
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import GraphIndex, ancestors
 from onnx_asr.graph.layers import Layer
-from onnx_asr.graph.match import Pairing, match
 from onnx_asr.graph.model_io import check_finite, inlined_functions
 from onnx_asr.graph.points import LayerPoint, Point, Survey, skip, survey, without_selected
 from onnx_asr.graph.skips import Reason, Skip
 from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.samples import input_specs
 from onnx_asr.numerics.gains import BatchNormParameters
+from onnx_asr.pairing.match import Pairing, match
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import pytest
 
-from onnx_asr.graph.match import match
 from onnx_asr.networks.pair import Network, Pair
+from onnx_asr.pairing.match import match
 from tests.graphs import dense_net, folded, index, residual_net
 
 

@@ -10,9 +10,9 @@ from onnx import helper, numpy_helper
 
 import onnx_asr
 from onnx_asr.errors import StructureError
-from onnx_asr.graph.match import match
 from onnx_asr.graph.points import survey
 from onnx_asr.networks.pair import Pair
+from onnx_asr.pairing.match import match
 from tests.graphs import (
     constant,
     copy,

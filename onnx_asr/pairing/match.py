@@ -2,7 +2,7 @@
 
 Both graphs are walked backward together from their outputs. Operators, attributes, the order of the inputs and the
 shapes of the weights have to agree. Node names, node order, tensor names, where constants are stored, the order of a
-sum's or product's operands and whatever ``graph/canonical.py`` reduces to one form may differ, and one may lack a bias.
+sum's or product's operands and whatever ``canonical.py`` reduces to one form may differ, and one may lack a bias.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ from operator import le
 
 import onnx
 
+from onnx_asr.channels.units import KEPT_CHANNELS
 from onnx_asr.errors import StructureError
-from onnx_asr.graph.canonical import Form, form_of
 from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex, attribute, captured, is_standard
 from onnx_asr.graph.layers import NORMALIZATION
 from onnx_asr.graph.tensors import dtype_of
-
-KEPT_CHANNELS = "onnx_asr.kept_channels"
-"""Key of the metadata entry in which a model with removed channels records those that it kept."""
+from onnx_asr.pairing.canonical import Form, form_of
 
 _OTHER_FILE = "give the dense file that the pruned one was made from, exported the same way"
 _FOLDED = (
