@@ -12,7 +12,7 @@ import onnx
 from onnx_asr.arrays import Floats
 from onnx_asr.channels.trace import Obstacle, OperatorRule, Tracer, from_the_front, passing
 from onnx_asr.channels.units import ChannelLabels, Counted, Read, Sliced, varying
-from onnx_asr.graph.index import attribute
+from onnx_asr.graph.index import attribute, input_name
 from onnx_asr.graph.layers import GROUP, LAYERS, NORMALIZATION, PER_CHANNEL_SLOTS, Layer
 from onnx_asr.graph.skips import Reason
 
@@ -114,6 +114,8 @@ def _elementwise(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
     if len({labels.axis for labels in found}) != 1:
         raise Obstacle("its operands have their channels along different axes")
     first = found[0]
+    if node.op_type == "Dropout" and input_name(node, 2):  # it may drop values at random, as in training
+        constant = False
     for name in [name for name in names if name not in labelled]:
         own = tracer.shape(name)
         axis = first.axis - rank + len(own)
@@ -151,8 +153,11 @@ def _evaluated(
             shape = [1] * len(tracer.shape(name))
             shape[own.axis] = -1
             feeds[name] = np.nan_to_num(own.constant).astype(dtype).reshape(shape)
-    result = tracer.index.evaluate(position, node.output[0], feeds).reshape(-1)
-    return np.where(known, result.astype(np.float64), np.nan)
+    result = tracer.evaluate(position, node.output[0], feeds)
+    if result is None or result.dtype.kind != "f":  # the type of what follows is not tracked
+        return varying(len(labels.ids))
+    values = result.reshape(-1).astype(np.float64)
+    return np.where(known & np.isfinite(values), values, np.nan)
 
 
 def _pool(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLabels) -> ChannelLabels:

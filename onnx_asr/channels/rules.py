@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from onnx_asr.channels.computing import COMPUTING
 from onnx_asr.channels.moving import MOVING
-from onnx_asr.channels.trace import Tracer
+from onnx_asr.channels.trace import Evaluate, Tracer, unknown
 from onnx_asr.channels.units import Channels
 from onnx_asr.graph.index import GraphIndex
 
 RULES = COMPUTING | MOVING
 
 
-def trace(index: GraphIndex) -> Channels:
-    """Follow the channels of a graph from node to node."""
-    tracer = Tracer(index, RULES)
+def trace(index: GraphIndex, evaluate: Evaluate = unknown) -> Channels:
+    """Follow the channels of a graph from node to node.
+
+    ``evaluate`` computes what operators make of channels that are constant. It has to be what runs the model: other
+    implementations differ from it in old operator sets.
+    """
+    tracer = Tracer(index, RULES, evaluate)
     for position in range(len(index.nodes)):
         tracer.follow(position)
     return tracer.result()

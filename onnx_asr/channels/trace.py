@@ -20,6 +20,14 @@ class Obstacle(Exception):
     """Why a node's channels cannot be followed."""
 
 
+Evaluate: TypeAlias = Callable[[int, str, Mapping[str, Array]], Array | None]
+"""Computes an output of the node at a position from those inputs that are not constants; None if it cannot."""
+
+
+def unknown(position: int, output: str, feeds: Mapping[str, Array]) -> None:
+    """Compute nothing, where nobody asks for the values of constant channels."""
+
+
 OperatorRule: TypeAlias = Callable[["Tracer", int, onnx.NodeProto], None]
 """Labels the outputs of a node at a position, or raises an Obstacle."""
 
@@ -45,8 +53,8 @@ def from_the_front(axes: Sequence[int] | None, rank: int) -> list[int]:
 class Tracer:
     """Passes units from node to node, in file order."""
 
-    def __init__(self, index: GraphIndex, rules: Mapping[str, OperatorRule]) -> None:
-        self.index, self._rules = index, rules
+    def __init__(self, index: GraphIndex, rules: Mapping[str, OperatorRule], evaluate: Evaluate) -> None:
+        self.index, self._rules, self.evaluate = index, rules, evaluate
         self.shapes = typical_shapes(index)
         self.labels: dict[str, ChannelLabels] = {}
         self.made: list[str] = []

@@ -6,7 +6,7 @@ module identifies a node by its position, since ONNX node names may be empty or 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,10 @@ _FOLDABLE = frozenset({
     "Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Shape", "Gather", "Slice", "Concat",
     "ConstantOfShape", "Add", "Sub", "Mul",
 })  # fmt: skip
+_AXES_AT_ONCE: dict[str, Callable[[Array, tuple[int, ...]], Array]] = {  # the reference: one after the other
+    "Squeeze": np.squeeze,
+    "Unsqueeze": np.expand_dims,
+}
 STANDARD_DOMAINS = {"", "ai.onnx"}
 
 Slot = tuple[int, int]
@@ -150,14 +154,22 @@ class GraphIndex:
         return self.evaluate(position, name, {})
 
     def evaluate(self, position: int, output: str, feeds: Mapping[str, Array]) -> Array:
-        """One output of a node, computed by onnx's reference implementation from ``feeds`` and constants."""
+        """One output of a node that moves values, or adds and multiplies, from ``feeds`` and constants.
+
+        Computed by onnx's reference implementation. Of other operators that does not do what onnxruntime does in old
+        operator sets.
+        """
         node = self.nodes[position]
         reads = list(dict.fromkeys(read for read in node.input if read))
+        values = {read: feeds[read] if read in feeds else self.value(read) for read in reads}
+        axes = attribute(node, "axes", None)
+        if node.op_type in _AXES_AT_ONCE and axes is not None:
+            return _AXES_AT_ONCE[node.op_type](values[reads[0]], tuple(axes))
         inputs, outputs = ([onnx.ValueInfoProto(name=name) for name in names] for names in (reads, [output]))
         scope = onnx.helper.make_graph([node], "constant", inputs, outputs)
         model = onnx.helper.make_model(scope, opset_imports=self.model.opset_import)
-        values = {read: feeds[read] if read in feeds else self.value(read) for read in reads}
-        (result,) = ReferenceEvaluator(model).run([output], values)
+        with np.errstate(all="ignore"):
+            (result,) = ReferenceEvaluator(model).run([output], values)
         return np.asarray(result)
 
     def element_type(self, name: str) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -23,6 +24,7 @@ from onnx_asr.arrays import Array, Mask
 from onnx_asr.channels.computing import pads
 from onnx_asr.channels.rules import trace
 from onnx_asr.channels.units import Channels, remove
+from onnx_asr.engine.evaluation import evaluate
 from onnx_asr.engine.lane import Chunk
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError
@@ -88,7 +90,7 @@ def shrink(
     check_finite(given, "given")
     before = cost(given, input_shapes)
     execution.progress("removing channels", 0.0)
-    index, channels, held = _without_idle(given)
+    index, channels, held = _without_idle(given, execution.runtime)
     layers = []
     for point in survey(given).layers:
         kept = len(channels.tensors[point.tensor].ids) if point.tensor in channels.tensors else point.channels
@@ -114,10 +116,10 @@ def shrink(
     return ShrinkResult(index.model, tuple(layers), (note,) if held else (), error, before, cost(index, input_shapes))
 
 
-def _without_idle(index: GraphIndex) -> tuple[GraphIndex, Channels, int]:
+def _without_idle(index: GraphIndex, runtime: Runtime) -> tuple[GraphIndex, Channels, int]:
     """The graph without its idle channels, the channels left, and the second result of :func:`_idle`."""
     while True:
-        channels, draft = trace(index), Draft(index)
+        channels, draft = trace(index, partial(evaluate, index, runtime)), Draft(index)
         points = {point.node: point for point in survey(index).layers}
         drop, held = _idle(draft, points, channels)
         if not drop.any():
