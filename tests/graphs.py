@@ -223,6 +223,68 @@ def folded(model: onnx.ModelProto) -> onnx.ModelProto:
 # trained ones: every BatchNormalization's output has about its own beta and gamma as mean and standard deviation.
 
 
+def vision_transformer(depth: int = 1, seed: int = 0) -> onnx.ModelProto:
+    """Patches of 8 x 8 pixels, a class token, blocks of attention with 3 heads, a classifier; 24 wide.
+
+    The sizes for the heads are computed from those of the tensors, as exporters write it, so that shape inference stops
+    before the first attention.
+    """
+    tokens, width, heads = 17, 24, 3
+    blocks, weights = [], {"patch_w": (width, 3, 8, 8), "place": (1, tokens, width), "token": (1, 1, width)}
+    for number in range(depth):
+        b = f"b{number}"
+        blocks.append(f"""
+          {b}n = LayerNormalization ({b}in, {b}_n1_gamma, {b}_n1_beta)
+          {b}all = MatMul ({b}n, {b}_all_w)
+          {b}q, {b}k, {b}v = Split <axis=-1> ({b}all, thirds)
+          {b}qs = Reshape ({b}q, split)
+          {b}ks = Reshape ({b}k, split)
+          {b}vs = Reshape ({b}v, split)
+          {b}qh = Transpose <perm=[0,2,1,3]> ({b}qs)
+          {b}kh = Transpose <perm=[0,2,3,1]> ({b}ks)
+          {b}vh = Transpose <perm=[0,2,1,3]> ({b}vs)
+          {b}scores = MatMul ({b}qh, {b}kh)
+          {b}scaled = Mul ({b}scores, factor)
+          {b}shares = Softmax <axis=-1> ({b}scaled)
+          {b}mixed = MatMul ({b}shares, {b}vh)
+          {b}back = Transpose <perm=[0,2,1,3]> ({b}mixed)
+          {b}joined = Reshape ({b}back, join)
+          {b}out = MatMul ({b}joined, {b}_out_w)
+          {b}sum = Add ({b}in, {b}out)
+          {b}n2 = LayerNormalization ({b}sum, {b}_n2_gamma, {b}_n2_beta)
+          {b}up = MatMul ({b}n2, {b}_up_w)
+          {b}upb = Add ({b}up, {b}_up_b)
+          {b}r = Relu ({b}upb)
+          {b}down = MatMul ({b}r, {b}_down_w)
+          b{number + 1}in = Add ({b}sum, {b}down)""")
+        weights |= {f"{b}_{name}": (width,) for name in ("n1_gamma", "n1_beta", "n2_gamma", "n2_beta")}
+        weights |= {f"{b}_all_w": (width, 3 * width), f"{b}_out_w": (width, width), f"{b}_up_b": (4 * width,)}
+        weights |= {f"{b}_up_w": (width, 4 * width), f"{b}_down_w": (4 * width, width)}
+    text = f"""
+        vit (float[N,3,32,32] x) => (float[N,10] logits) {{
+          patch = Conv <strides=[8,8]> (x, patch_w)
+          size = Shape (patch)
+          batch = Slice (size, zero, one)
+          flat_to = Concat <axis=0> (batch, wide, minus)
+          flat = Reshape (patch, flat_to)
+          turned = Transpose <perm=[0,2,1]> (flat)
+          token_to = Concat <axis=0> (batch, one, wide)
+          spread = Expand (token, token_to)
+          all = Concat <axis=1> (spread, turned)
+          b0in = Add (all, place)
+          per_head = Div (wide, heads)
+          split = Concat <axis=0> (batch, minus, heads, per_head)
+          join = Concat <axis=0> (batch, minus, wide){"".join(blocks)}
+          class = Gather <axis=1> (b{depth}in, first)
+          logits = Gemm <transB=1> (class, head_w, head_b)
+        }}
+        """
+    sizes = {name: np.array([value]) for name, value in {"zero": 0, "one": 1, "minus": -1, "wide": width}.items()}
+    sizes |= {"heads": np.array([heads]), "thirds": np.array([width] * 3), "first": np.array(0)}
+    factor = np.float32((width / heads) ** -0.5)
+    return net(text, seed=seed, **weights, **sizes, factor=factor, head_w=(10, width), head_b=(10,))
+
+
 def residual_net(seed: int = 0) -> onnx.ModelProto:
     r"""Identity and convolution shortcut, depthwise and strided convolutions, classifier.
 

@@ -273,7 +273,7 @@ class Timing:
     Attributes:
         measure_latency: Time the result against the given model in onnxruntime, in alternating runs.
         input_shapes: Shape of an input with open sizes, such as image:1,3,640,640, for runs and FLOPs; repeatable; by
-            default batch 1 and sides of 224.
+            default batch 1 and sides of 224 (for FLOPs, those of a sample where there are any).
     """
 
     measure_latency: bool = False

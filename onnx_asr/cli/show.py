@@ -251,16 +251,21 @@ def _ending(
         ("bytes after gzip", "compressed"),
     ):
         old, new = getattr(result.before, name), getattr(result.after, name)
-        table.add_row(label, f"{old:,}", f"{new:,}", f"{new / max(1, old):.1%}")
+        known = old is not None and new is not None
+        share = f"{new / max(1, old):.1%}" if known else ""
+        table.add_row(label, *("unknown" if count is None else f"{count:,}" for count in (old, new)), share)
     if latency is not None:
         old_ms, new_ms = (f"{1000 * seconds:.3g}" for seconds in (latency.seconds_before, latency.seconds_after))
         table.add_row("milliseconds per run", old_ms, new_ms, f"{latency.ratio:.1%}")
     yield table
+    for reason in dict.fromkeys(filter(None, (result.before.unknown, result.after.unknown))):
+        yield f"note: FLOPs are unknown: {reason}"
     if latency is not None:
-        fed = " ".join(f"{name}:{','.join(map(str, shape))}" for name, shape in latency.shapes.items())
+        from onnx_asr.graph.shapes import shapes_text
+
         yield (
-            f"timed in onnxruntime on {fed}, {latency.pairs} pairs of alternating runs; the middle half of their "
-            f"ratios lies between {latency.low:.1%} and {latency.high:.1%}"
+            f"timed in onnxruntime on {shapes_text(latency.shapes)}, {latency.pairs} pairs of alternating runs; the "
+            f"middle half of their ratios lies between {latency.low:.1%} and {latency.high:.1%}"
         )
         if latency.high - latency.low > _WIDE:
             yield "note: that is a wide spread, as on a busy machine; measure again when it is idle"

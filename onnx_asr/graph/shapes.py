@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import onnx
 from onnx import numpy_helper
 
+from onnx_asr.arrays import Array
 from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.segments import as_model
@@ -18,6 +19,12 @@ InputShapes = Mapping[str, Sequence[int]]
 BATCH, SIDE = 1, 224
 """Assumed for a first dimension, and for any other one, that the model leaves open."""
 _SMALL = 1024  # elements; larger constants are not shapes, so inference does not need their values
+
+
+def shapes_text(tensors: Mapping[str, Array | Shape]) -> str:
+    """Shapes of named tensors, as ``--input-shapes`` takes them."""
+    shapes = {name: value if isinstance(value, tuple) else value.shape for name, value in tensors.items()}
+    return " ".join(f"{name}:{','.join(map(str, shape))}" for name, shape in shapes.items())
 
 
 def fed_shapes(index: GraphIndex, given: InputShapes | None = None) -> dict[str, Shape]:

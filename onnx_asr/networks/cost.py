@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import onnx
 
-from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex, is_standard
-from onnx_asr.graph.layers import LAYERS, Layer
-from onnx_asr.graph.shapes import InputShapes, Shape, typical_shapes
+from onnx_asr.arrays import Array
+from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex, node_reads, subgraphs
+from onnx_asr.graph.tensors import content_of, is_left, size_of, value_of
+from onnx_asr.networks.operations import Operations, Probe
 
 _FAST = 1  # zlib level: enough to see what zeros are worth
 
@@ -23,32 +25,60 @@ class Cost:
     Attributes:
         parameters: Elements of all floating-point constants that the network reads.
         nonzeros: Those that are not zero.
-        flops: Two per multiplication with a weight (Conv, ConvTranspose, Gemm, MatMul), for one input; 0 where
-            shapes are not known. Multiplications by zero count.
-        nonzero_flops: Those with a weight other than zero: what a sparse kernel would do.
+        flops: Two per multiplication of a convolution or a matrix product, of weights and of activations, for one
+            input (see :mod:`onnx_asr.networks.operations`); None where not all are known. Products with zero count.
+        nonzero_flops: Those without a weight that is zero: what a sparse kernel would do.
         size: Bytes of the model with its weights.
         compressed: Compressed bytes (deflate, as in gzip).
+        unknown: Why FLOPs are not known, and what would help; None where they are.
     """
 
     parameters: int
     nonzeros: int
-    flops: int
-    nonzero_flops: int
+    flops: int | None
+    nonzero_flops: int | None
     size: int
     compressed: int
+    unknown: str | None
 
 
-def cost(index: GraphIndex, given: InputShapes | None = None) -> Cost:
-    """Parameters, operations and bytes of a network; operations for :func:`onnx_asr.graph.shapes.fed_shapes`."""
-    names = {name for node in index.nodes for name in node.input if name and index.is_constant(name)}
+def cost(index: GraphIndex, probe: Probe) -> Cost:
+    """Parameters, operations and bytes of a network.
+
+    Raises:
+        OptionError: When a shape of the probe does not fit the network.
+        ModelError: When shape inference fails.
+    """
     parameters = nonzeros = 0
-    for name in names:
+    for value in _float_constants(index):
+        parameters += value.size
+        nonzeros += int(np.count_nonzero(value))
+    done = Operations.of(index, probe)
+    flops, nonzero_flops = (done.total, done.nonzero) if done.gap is None else (None, None)
+    size, compressed = byte_size(index.model), compressed_size(index.model)
+    return Cost(parameters, nonzeros, flops, nonzero_flops, size, compressed, done.gap)
+
+
+def _float_constants(index: GraphIndex) -> Iterator[Array]:
+    """Every floating-point constant that a node reads, and those stored in subgraphs."""
+    for name in {name for node in index.nodes for name in node_reads(node) if index.is_constant(name)}:
         if index.element_type(name) in FLOAT_TYPES:
-            value = index.value(name)
-            parameters += value.size
-            nonzeros += int(np.count_nonzero(value))
-    size, compressed = index.model.ByteSize(), compressed_size(index.model)
-    return Cost(parameters, nonzeros, *flops(index, given), size, compressed)
+            yield index.value(name)
+    for tensor in (tensor for node in index.nodes for graph in subgraphs(node) for tensor in _initializers(graph)):
+        if tensor.data_type in FLOAT_TYPES:
+            yield value_of(tensor)
+
+
+def _initializers(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
+        for inner in subgraphs(node):
+            yield from _initializers(inner)
+
+
+def byte_size(model: onnx.ModelProto) -> int:
+    """Bytes of a model with its weights, those left in their file included."""
+    return int(model.ByteSize()) + sum(size_of(tensor) for tensor in model.graph.initializer if is_left(tensor))
 
 
 def compressed_size(model: onnx.ModelProto) -> int:
@@ -57,42 +87,7 @@ def compressed_size(model: onnx.ModelProto) -> int:
     shell = onnx.ModelProto(metadata_props=model.metadata_props, opset_import=model.opset_import)
     for name in ("input", "output", "value_info"):
         getattr(shell.graph, name).extend(getattr(model.graph, name))
-    parts = (part.SerializeToString() for part in (shell, *model.graph.node, *model.graph.initializer))
-    return sum(len(packer.compress(part)) for part in parts) + len(packer.flush())
-
-
-def flops_by_node(index: GraphIndex, given: InputShapes | None = None) -> dict[int, int]:
-    """Operations of every node that multiplies with a constant weight, for the shapes of :func:`cost`."""
-    shapes = typical_shapes(index, given)
-    found = {position: 2 * _multiplications(index, position, shapes) for position in range(len(index.nodes))}
-    return {position: count for position, count in found.items() if count}
-
-
-def flops(index: GraphIndex, given: InputShapes | None = None) -> tuple[int, int]:
-    """All operations of a network, and those with a weight other than zero."""
-    counts = flops_by_node(index, given)
-    nonzero = 0
-    for node, count in counts.items():  # every entry of a weight is used in equally many multiplications
-        weight = index.value(next(name for name in index.nodes[node].input[:2] if index.is_constant(name)))
-        nonzero += round(count * float(np.count_nonzero(weight) / weight.size))
-    return sum(counts.values()), nonzero
-
-
-def _multiplications(index: GraphIndex, position: int, shapes: dict[str, Shape]) -> int:
-    node = index.nodes[position]
-    if not is_standard(node, *LAYERS):
-        return 0
-    constant = [index.is_constant(name) for name in node.input[:2]]
-    output = shapes.get(node.output[0])
-    if sum(constant) != 1 or output is None:
-        return 0
-    layer = Layer.of(index, position)
-    if isinstance(layer, Layer) and layer.is_transposed:
-        source = shapes.get(node.input[layer.data_slot])
-        return 0 if source is None else math.prod(source) * layer.layout.outputs * layer.layout.taps
-    if isinstance(layer, Layer):
-        return math.prod(output) * layer.layout.inputs * layer.layout.taps
-    if node.op_type != "MatMul":
-        return 0
-    weight = index.value(node.input[constant.index(True)]).shape  # a stack of matrices
-    return math.prod(output) * int(weight[-2:][0] if constant[1] else weight[-1])
+    parts = (shell, *model.graph.node, *model.graph.initializer, *model.graph.sparse_initializer)
+    left = (content_of(tensor) for tensor in model.graph.initializer if is_left(tensor))
+    contents = chain((part.SerializeToString() for part in parts), left)
+    return sum(len(packer.compress(content)) for content in contents) + len(packer.flush())

@@ -15,7 +15,7 @@ from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, load
-from onnx_asr.graph.shapes import InputShapes, fed_shapes
+from onnx_asr.graph.shapes import InputShapes, fed_shapes, shapes_text
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.samples import input_specs
 
@@ -94,9 +94,8 @@ class Stopwatch:
         try:
             self._session.run(self._feeds)
         except ModelError as error:
-            shapes = " ".join(f"{name}:{','.join(map(str, value.shape))}" for name, value in self._feeds.items())
             raise ModelError(
-                f"{error}; it was fed with {shapes}: give shapes that it takes (--input-shapes)"
+                f"{error}; it was fed with {shapes_text(self._feeds)}: give shapes that it takes (--input-shapes)"
             ) from error
 
     def time(self, model: onnx.ModelProto, seconds: float = SECONDS) -> Latency:

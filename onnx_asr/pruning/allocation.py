@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from onnx_asr.arrays import Array
-from onnx_asr.errors import ModelError
-from onnx_asr.graph.index import GraphIndex
-from onnx_asr.graph.shapes import InputShapes
-from onnx_asr.networks.cost import flops_by_node
 from onnx_asr.networks.fidelity import Fidelity
+from onnx_asr.networks.operations import Operations
 from onnx_asr.numerics.masks import keep_count
 from onnx_asr.numerics.patterns import Pattern
 from onnx_asr.numerics.scores import cheapest_keep
@@ -54,21 +51,9 @@ def layer_costs(
     return LayerCosts(sizes, zeros, [[fidelity.distance for fidelity in tried] for tried in found])
 
 
-def unit_flops(
-    index: GraphIndex, weights: Sequence[PrunableWeight], sizes: Sequence[int], input_shapes: InputShapes | None
-) -> list[float]:
-    """Operations per unit of every weight.
-
-    Raises:
-        ModelError: When they are not known.
-    """
-    known = flops_by_node(index, input_shapes)
-    prices = []
-    for weight, size in zip(weights, sizes, strict=True):
-        count = sum(known.get(point.node, 0) for point in weight.points)
-        if not count:
-            raise ModelError(
-                f"the FLOPs of {weight.name} cannot be counted, because shapes are unknown: give --input-shapes"
-            )
-        prices.append(count / size)
-    return prices
+def unit_flops(operations: Operations, weights: Sequence[PrunableWeight], sizes: Sequence[int]) -> list[float]:
+    """Operations per unit of every weight."""
+    return [
+        sum(operations.by_node[point.node] for point in weight.points) / size
+        for weight, size in zip(weights, sizes, strict=True)
+    ]

@@ -20,7 +20,6 @@ def smallest_share(budget: Budget, dense: float, cost: Callable[[float], float],
 
     Raises:
         OptionError: When the dense model already keeps within the budget, or not even the largest share does.
-        ModelError: When the cost of the dense model is unknown (0).
     """
     limit, costs = budget.of(dense), dict[int, float]()
 

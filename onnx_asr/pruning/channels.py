@@ -31,10 +31,11 @@ from onnx_asr.graph.points import LayerPoint, skip, survey
 from onnx_asr.graph.shapes import InputShapes
 from onnx_asr.graph.skips import Reason, Skip
 from onnx_asr.json_values import key
-from onnx_asr.networks.cost import Cost, cost, flops
+from onnx_asr.networks.cost import Cost, byte_size, cost
 from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution, Progress
 from onnx_asr.networks.latency import Latency, Stopwatch
+from onnx_asr.networks.operations import Operations, Probe
 from onnx_asr.numerics.masks import keep_count, keep_largest
 from onnx_asr.pruning.budget import smallest_share, unreachable
 from onnx_asr.pruning.masks import prunable_weights
@@ -123,25 +124,26 @@ def prune_channels(
     options, execution = options or ChannelPruneOptions(), execution or Execution()
     index = GraphIndex.of(load(model))
     check_finite(index, "dense")
-    before = cost(index, input_shapes)
+    probe = Probe(input_shapes or {}, execution.runtime)
+    before = cost(index, probe)
     cutter = _Cutter(index, options)
     budget, share, latency = options.budget, options.sparsity, None
     if budget is not None and budget.measure == "latency":
         stopwatch = Stopwatch(index, execution.runtime, input_shapes)
         share, latency = _within_latency(budget, cutter, stopwatch, execution.progress)
     elif budget is not None and budget.measure == "size":
-        share = smallest_share(budget, before.size, lambda tried: cutter.cut(tried).ByteSize(), execution.progress)
+        share = smallest_share(budget, before.size, lambda tried: byte_size(cutter.cut(tried)), execution.progress)
     elif budget is not None:
         share = smallest_share(
             budget,
-            before.flops,
-            lambda tried: flops(GraphIndex.of(cutter.cut(tried)), input_shapes)[0],
+            Operations.of(index, probe).total,
+            lambda tried: Operations.of(GraphIndex.of(cutter.cut(tried)), probe).total,
             execution.progress,
         )
     assert share is not None
     pruned = cutter.cut(share)
     execution.progress("done", 1.0)
-    after = cost(GraphIndex.of(pruned), input_shapes)
+    after = cost(GraphIndex.of(pruned), probe)
     return ChannelPruneResult(pruned, options, share, before, after, latency, cutter.report(share), tuple(cutter.skips))
 
 

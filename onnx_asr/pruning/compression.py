@@ -32,6 +32,7 @@ from onnx_asr.json_values import MERGED, key
 from onnx_asr.networks.cost import Cost, cost
 from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution, timed
+from onnx_asr.networks.operations import Probe
 from onnx_asr.networks.pair import Network, Pair
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.sparsity import LayerSparsity, collapse_note
@@ -112,8 +113,7 @@ def compress(
         data: Calibration samples, as for :func:`onnx_asr.repair`.
         options: What to zero, rounds, samples, seed and refit recipe; at least a sparsity or an N:M pattern.
         preprocessing: How to prepare images.
-        input_shapes: Shapes of inputs with open sizes, for FLOPs; by default their batch is 1 and their other open
-            sizes are 224.
+        input_shapes: Shapes of inputs with open sizes, for FLOPs; by default those of a sample.
         execution: Execution providers, memory limit, progress.
 
     Raises:
@@ -130,7 +130,8 @@ def compress(
         samples = Samples.of(data, dense.inputs, settings, preprocessing, verify=True)
         execution.progress("loading data", 0.0)
         calibration = samples.load()
-    before = cost(dense.index, input_shapes)
+    probe = Probe({**samples.shapes, **(input_shapes or {})}, execution.runtime)
+    before = cost(dense.index, probe)
     with timed(seconds, "rounds"):
         weights, masks = _Rounds(dense, options, calibration, execution).last_masks(round_seconds)
     with timed(round_seconds, "last"):
@@ -147,7 +148,7 @@ def compress(
         repair=replace(result, seconds=seconds, notes=(*result.notes, *collapse_note(layers))),
         layers=layers,
         before=before,
-        after=cost(GraphIndex.of(result.model), input_shapes),
+        after=cost(GraphIndex.of(result.model), probe),
         options=options,
         round_seconds=tuple(round_seconds.values()),
         masked=masked,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
-from onnx_asr.errors import ModelError, OptionError
+from onnx_asr.errors import OptionError
 from onnx_asr.numerics.patterns import Pattern, check_share, check_sparsity
 from onnx_asr.repairing.options import RepairOptions, check_at_least, check_choice
 
@@ -53,13 +53,7 @@ class Budget:
 
         Raises:
             OptionError: When the dense model already keeps within it.
-            ModelError: When the cost of the dense model is unknown (0).
         """
-        if not dense:
-            raise ModelError(
-                "the model's FLOPs cannot be counted, because shape inference left shapes open: give --input-shapes, "
-                "such as input:1,3,224,224, or choose another target"
-            )
         limit = self.limit if self.limit >= 1 else self.limit * dense
         if limit >= dense:
             raise OptionError(

@@ -37,6 +37,7 @@ from onnx_asr.networks.cost import Cost, cost
 from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.latency import random_feeds
+from onnx_asr.networks.operations import Probe
 from onnx_asr.numerics.gains import ChannelAffine
 from onnx_asr.pruning.channels import ChannelGroup, ChannelPruneResult
 from onnx_asr.version import __version__
@@ -88,7 +89,8 @@ def shrink(
     execution = execution or Execution()
     given = GraphIndex.of(load(model))
     check_finite(given, "given")
-    before = cost(given, input_shapes)
+    probe = Probe(input_shapes or {}, execution.runtime)
+    before = cost(given, probe)
     execution.progress("removing channels", 0.0)
     index, channels, held = _without_idle(given, execution.runtime)
     layers = []
@@ -113,7 +115,7 @@ def shrink(
         f"{held} channels carry a constant other than 0 into a padded or transposed convolution, where it is not "
         "constant at the borders: they stay"
     )
-    return ShrinkResult(index.model, tuple(layers), (note,) if held else (), error, before, cost(index, input_shapes))
+    return ShrinkResult(index.model, tuple(layers), (note,) if held else (), error, before, cost(index, probe))
 
 
 def _without_idle(index: GraphIndex, runtime: Runtime) -> tuple[GraphIndex, Channels, int]:

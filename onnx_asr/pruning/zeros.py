@@ -17,8 +17,9 @@ from onnx_asr.graph.points import survey
 from onnx_asr.graph.shapes import InputShapes
 from onnx_asr.graph.skips import Skip
 from onnx_asr.json_values import key
-from onnx_asr.networks.cost import Cost, compressed_size, cost, flops
+from onnx_asr.networks.cost import Cost, compressed_size, cost
 from onnx_asr.networks.execution import Execution
+from onnx_asr.networks.operations import Operations, Probe
 from onnx_asr.networks.pair import Network
 from onnx_asr.networks.sparsity import LayerSparsity, collapse_note, share_of_zeros
 from onnx_asr.numerics.patterns import Pattern
@@ -97,8 +98,8 @@ def prune(
             Scope "sensitivity" uses them as :func:`onnx_asr.sensitivity` does.
         options: Weights to zero, and how many; at least a sparsity, a target or an N:M pattern.
         preprocessing: Of images.
-        input_shapes: Shapes of inputs with open sizes, for FLOPs; by default their batch is 1 and their other open
-            sizes are 224.
+        input_shapes: Shapes of inputs with open sizes, for FLOPs; by default those of a sample or, without data, a
+            batch of 1 and other sizes of 224.
         execution: Execution providers, memory limit, progress.
 
     Raises:
@@ -117,10 +118,10 @@ def prune(
     dense = load(model)
     index = GraphIndex.of(dense)
     check_finite(index, "dense")
-    before = cost(index, input_shapes)
     pattern = Pattern.parse(options.pattern)
     weights, skips = prunable_weights(index, survey(index), options.include, options.exclude)
     weights, narrow = split_narrow(weights, pattern)
+    probe = Probe(input_shapes or {}, execution.runtime)
     if data is None:
         scores, costs = data_free_scores(index, [weight.points[0] for weight in weights], options.score), None
     else:
@@ -128,7 +129,8 @@ def prune(
         settings = RepairOptions("refit", samples=options.samples, verify_samples=held_out, seed=options.seed)
         network = Network.of(dense, "dense", compared=True)
         drawn = Samples.of(data, network.inputs, settings, preprocessing, verify=True)
-        scores, costs = _measured(network, drawn, weights, options, input_shapes, execution)
+        probe = replace(probe, shapes={**drawn.shapes, **probe.shapes})
+        scores, costs = _measured(network, drawn, weights, options, probe, execution)
 
     def pruned_to(sparsity: float | None) -> tuple[onnx.ModelProto, tuple[LayerSparsity, ...]]:
         counts = None if costs is None or sparsity is None else costs.keep(sparsity)
@@ -138,8 +140,8 @@ def prune(
     if budget is not None:
         share = smallest_share(
             budget,
-            _cost(budget, index, input_shapes),
-            lambda tried: _cost(budget, GraphIndex.of(pruned_to(tried)[0]), input_shapes),
+            _cost(budget, index, probe),
+            lambda tried: _cost(budget, GraphIndex.of(pruned_to(tried)[0]), probe),
             execution.progress,
         )
     pruned, layers = pruned_to(share)
@@ -148,8 +150,8 @@ def prune(
     return PruneResult(
         model=pruned,
         options=options,
-        before=before,
-        after=cost(GraphIndex.of(pruned), input_shapes),
+        before=cost(index, probe),
+        after=cost(GraphIndex.of(pruned), probe),
         layers=layers,
         skips=(*skips, *narrow),
         notes=((_FOLDED,) if folded else ()) + collapse_note(layers),
@@ -161,7 +163,7 @@ def _measured(
     samples: Samples,
     weights: Sequence[PrunableWeight],
     options: PruneOptions,
-    input_shapes: InputShapes | None,
+    probe: Probe,
     execution: Execution,
 ) -> tuple[Values, LayerCosts | None]:
     """Scores, and for scope "sensitivity" costs of zeros, measured on samples.
@@ -174,17 +176,17 @@ def _measured(
     if options.scope != "sensitivity":
         return scores, None
     if budget is not None:
-        whole = _cost(budget, dense.index, input_shapes)
+        whole = _cost(budget, dense.index, probe)
         sparsity = 1 - budget.of(whole) / whole
     assert sparsity is not None
     pattern, tried = Pattern.parse(options.pattern), sorted({*SENSITIVITY_SPARSITIES, 1 - (1 - sparsity) / 4})
     found = fidelity_by_weight(dense, weights, scores, pattern, tried, samples, calibration, execution)
     costs = layer_costs(weights, scores, pattern, tried, found)
     if budget is not None and budget.measure == "flops":
-        costs = replace(costs, prices=unit_flops(dense.index, weights, costs.sizes, input_shapes))
+        costs = replace(costs, prices=unit_flops(Operations.of(dense.index, probe), weights, costs.sizes))
     return scores, costs
 
 
-def _cost(budget: Budget, index: GraphIndex, input_shapes: InputShapes | None) -> int:
+def _cost(budget: Budget, index: GraphIndex, probe: Probe) -> int:
     """The cost that the budget limits: zeros count as far as compression, or a sparse kernel, makes use of them."""
-    return compressed_size(index.model) if budget.measure == "size" else flops(index, input_shapes)[1]
+    return compressed_size(index.model) if budget.measure == "size" else Operations.of(index, probe).nonzero

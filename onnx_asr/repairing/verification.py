@@ -15,7 +15,7 @@ from onnx_asr.data import Dataset, InputSpec, Preprocessing, open_data, sample_i
 from onnx_asr.data.sources import DataSource
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Fidelity, Outputs, collect_outputs, compare
-from onnx_asr.networks.samples import Calibration, batch_size_for, load_calibration, whole_batches
+from onnx_asr.networks.samples import Calibration, batch_size_for, fixed_batch, load_calibration, whole_batches
 from onnx_asr.repairing.options import RepairOptions
 
 _FEW_NAMES = 5
@@ -58,6 +58,12 @@ class Samples:
         skip = options.skip_bad_images
         dataset = open_data(data, inputs, preprocessing=preprocessing, skip_bad_images=skip)
         return cls(dataset, inputs, options, *split_samples(len(dataset), options, verify))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the inputs for the smallest run on these samples: one, or a batch of the size that is fixed."""
+        sample, batch = self.dataset.load(0), fixed_batch(self.inputs) or 1
+        return {name: (batch, *value.shape) for name, value in sample.items()}
 
     @property
     def is_held_out(self) -> bool:

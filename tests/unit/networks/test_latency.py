@@ -17,6 +17,7 @@ from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.graph.shapes import fed_shapes
 from onnx_asr.networks.cost import cost
 from onnx_asr.networks.latency import Latency, measure_latency, random_feeds, time_in_turns
+from onnx_asr.networks.operations import Probe
 from tests.graphs import index, net, run
 
 
@@ -42,7 +43,7 @@ def test_open_sizes_are_filled_in_or_given() -> None:
     assert {name: value.shape for name, value in feeds.items()} == {"x": (2, 3, 16, 24), "k": (1,)}
     assert feeds["k"].dtype == np.int64
     assert run(wide(), feeds)["y"].shape == (2, 8, 16, 24)
-    assert cost(found, given).flops == 2 * 2 * 16 * 24 * 9 * (256 * 3 + 8 * 256)
+    assert cost(found, Probe(given)).flops == 2 * 2 * 16 * 24 * 9 * (256 * 3 + 8 * 256)
     for shape in ([2, 4, 16, 24], [2, 3, 16], [0, 3, 16, 24]):
         with pytest.raises(OptionError, match="input 'x' cannot have shape"):
             fed_shapes(found, {"x": shape})

@@ -14,6 +14,7 @@ from onnx_asr.channels.units import read_kept
 from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.graph.points import survey
 from onnx_asr.networks.cost import cost
+from onnx_asr.networks.operations import Probe
 from onnx_asr.pruning.channels import channel_scores, prune_channels
 from onnx_asr.pruning.options import ChannelPruneOptions
 from onnx_asr.repairing.options import RepairOptions
@@ -106,7 +107,7 @@ def test_a_cut_net_is_repaired_against_the_dense_one(name: str, method: str) -> 
     assert result.verification is not None
     before, after = result.verification.before.distance, result.verification.after.distance
     assert after < {"refit": 0.1, "paired": 0.8, "bn": 0.9}[method] * before
-    assert cost(index(result.model)).flops == cost(index(smaller)).flops
+    assert cost(index(result.model), Probe()).flops == cost(index(smaller), Probe()).flops
     assert read_kept(result.model) == read_kept(smaller)
 
 
