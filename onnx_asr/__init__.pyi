@@ -4,6 +4,7 @@ from onnx_asr.data import PRESETS as PRESETS
 from onnx_asr.data import Dataset as Dataset
 from onnx_asr.data import Preprocessing as Preprocessing
 from onnx_asr.data import open_data as open_data
+from onnx_asr.engine.loading import load as load
 from onnx_asr.engine.session import Runtime as Runtime
 from onnx_asr.errors import DataError as DataError
 from onnx_asr.errors import ModelError as ModelError
@@ -11,7 +12,6 @@ from onnx_asr.errors import OnnxAsrError as OnnxAsrError
 from onnx_asr.errors import OptionError as OptionError
 from onnx_asr.errors import OutputError as OutputError
 from onnx_asr.errors import StructureError as StructureError
-from onnx_asr.graph.model_io import load as load
 from onnx_asr.graph.model_io import save as save
 from onnx_asr.graph.skips import Skip as Skip
 from onnx_asr.json_values import plain as plain

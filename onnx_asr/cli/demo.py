@@ -14,9 +14,10 @@ from pathlib import Path
 import onnx
 
 from onnx_asr.data import PRESETS
+from onnx_asr.engine.loading import load
 from onnx_asr.errors import ModelError, OptionError, OutputError
 from onnx_asr.graph.files import check_writable
-from onnx_asr.graph.model_io import load, save
+from onnx_asr.graph.model_io import save
 from onnx_asr.json_values import MERGED, key
 from onnx_asr.measuring.evaluation import evaluate
 from onnx_asr.networks.execution import Execution, silent

@@ -294,8 +294,8 @@ class Timing:
         """A stopwatch that holds the given model, if latency is to be measured; made first, as it may be refused."""
         if not self.measure_latency:
             return None
+        from onnx_asr.engine.loading import load
         from onnx_asr.graph.index import GraphIndex
-        from onnx_asr.graph.model_io import load
         from onnx_asr.networks.latency import Stopwatch
 
         return Stopwatch(GraphIndex.of(load(model)), execution.runtime, self.shapes())

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from onnx_asr.cli.supervision import end_with
 from onnx_asr.errors import OnnxAsrError, OptionError
-from onnx_asr.graph.model_io import load
+from onnx_asr.graph.model_io import opened
 from onnx_asr.ownership import DISTRIBUTION
 
 _LAST_PORT = 65535
@@ -41,7 +41,7 @@ def serving(models: Sequence[str], *, port: int | None = None, browse: bool = Tr
     if port is not None and not 1 <= port <= _LAST_PORT + 1 - len(models):
         raise OptionError(f"port {port} is out of range: give 1 to {_LAST_PORT + 1 - len(models)}")
     for model in models:
-        load(model)
+        opened(model)
     with ExitStack() as stack:
         ports = [""] * len(models) if port is None else map(str, range(port, port + len(models)))
         yield dict(_start(stack, model, place, browse) for model, place in zip(models, ports, strict=True))

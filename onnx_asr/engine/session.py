@@ -31,6 +31,7 @@ class Runtime:
         providers: Execution providers in order of preference.
         threads: Threads within an operator; 0 lets onnxruntime use every core.
         verbose: Let onnxruntime print its warnings.
+        optimized: Let onnxruntime rewrite the graph for speed.
         lean: Return freed memory to the system before a session is made, and let sessions take no more than they use;
             that takes about a fifth of the run time of ``compress``.
         guard: Entered around every load and run, so that a supervisor can detect a call that hangs.
@@ -39,6 +40,7 @@ class Runtime:
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
     threads: int = 0
     verbose: bool = False
+    optimized: bool = True
     lean: bool = False
     guard: Guard = nullcontext
 
@@ -52,9 +54,10 @@ class Runtime:
                 )
 
     def options(self) -> onnxruntime.SessionOptions:
-        """Session options: all optimisations on, no busy waiting beside numpy's threads."""
+        """Session options: all optimisations or none, no busy waiting beside numpy's threads."""
         options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        levels = onnxruntime.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if self.optimized else levels.ORT_DISABLE_ALL
         options.log_severity_level = _WARNINGS if self.verbose else _FATAL_ONLY
         options.intra_op_num_threads = self.threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -47,12 +47,12 @@ _WITH_SUBGRAPHS = frozenset({"If", "Loop", "Scan", "SequenceMap"})  # onnx check
 _ALIGNMENT = 4096  # of weights in a data file: they can be memory-mapped
 
 
-def load(source: ModelSource) -> onnx.ModelProto:
-    """Load a model, external data included, nodes in order; a ModelProto that is so already is returned as it is.
+def opened(source: ModelSource) -> tuple[onnx.ModelProto, str]:
+    """Load a model as :func:`onnx_asr.engine.loading.load` does, but without a judgement on operators unknown to onnx.
 
-    Of a model over protobuf's 2 GB the large weights are left in their file (see ``graph/tensors.py``). Model-local
-    functions are inlined, with a metadata entry that names them: only then do their nodes have weights. ``source`` is
-    not modified.
+    Returns:
+        The model; and what onnx's checker says of the first operator that it does not know, or no longer, in this
+        operator set. Empty where it knows all.
 
     Raises:
         ModelError: There is no such file, it is not an ONNX model, or the object cannot be exported to one.
@@ -67,11 +67,10 @@ def load(source: ModelSource) -> onnx.ModelProto:
     if not model.graph.node or not model.opset_import:
         what = "opset" if model.graph.node else "nodes"
         raise ModelError(
-            f"{_named(source)} is not an ONNX model, or an empty one: it has no {what}; give an exported network"
+            f"{named(source)} is not an ONNX model, or an empty one: it has no {what}; give an exported network"
         )
     model = topologically_sorted(_inlined(model) if model.functions else model)
-    _check_valid(model, source)
-    return model
+    return model, _check_valid(model, source)
 
 
 def _read(path: Path) -> onnx.ModelProto:
@@ -114,34 +113,56 @@ def _load_external_data(model: onnx.ModelProto, folder: Path) -> None:
         tensor.data_location = onnx.TensorProto.EXTERNAL
 
 
-def _check_valid(model: onnx.ModelProto, source: ModelSource) -> None:
+def _check_valid(model: onnx.ModelProto, source: ModelSource) -> str:
     """Have onnx check operators and tensors; the package relies on their inputs, attributes and sizes.
 
-    Not the whole model: onnxruntime runs many that the checker refuses for a missing graph name or output type.
+    Not the whole model: onnxruntime runs many that the checker refuses for a missing graph name or output type. Returns
+    the first objection to an operator that onnx has no rules for.
     """
     versions = {entry.domain: entry.version for entry in model.opset_import}
     for domain, version in versions.items():
         if not 0 < version < 2**31 or isinstance(domain, bytes):  # protobuf returns undecodable text as bytes
             raise ModelError(
-                f"{_named(source)} is not a valid ONNX model: it asks for version {version} of the operators of "
+                f"{named(source)} is not a valid ONNX model: it asks for version {version} of the operators of "
                 f"domain {domain!r}; export it again"
             )
     context = onnx.checker.C.CheckerContext()
     context.ir_version = onnx.IR_VERSION
     context.opset_imports = {"": versions.get("ai.onnx", 1), "ai.onnx": versions.get("", 1), **versions}
+    objection = ""
     try:
         for tensor in model.graph.initializer:
             if not is_left(tensor):
                 onnx.checker.check_tensor(tensor, context)
         for node in model.graph.node:
             if node.domain in STANDARD_DOMAINS and not (node.op_type in _WITH_SUBGRAPHS and any(subgraphs(node))):
-                onnx.checker.check_node(node, context)
+                try:
+                    onnx.checker.check_node(node, context)
+                except onnx.checker.ValidationError as error:
+                    if _is_known(node, context.opset_imports[node.domain]):
+                        raise
+                    objection = objection or _one_line(error)
     except (onnx.checker.ValidationError, UnicodeDecodeError) as error:  # it may quote undecodable bytes
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{_named(source)} is not a valid ONNX model: {reason}; export it again") from error
+        raise ModelError(f"{named(source)} is not a valid ONNX model: {_one_line(error)}; export it again") from error
+    return objection
 
 
-def _named(source: ModelSource) -> str:
+def _is_known(node: onnx.NodeProto, opset: int) -> bool:
+    """Whether the installed onnx knows an operator as of an operator set, and does not call it deprecated there."""
+    if opset > onnx.defs.onnx_opset_version():
+        return False
+    try:
+        return not onnx.defs.get_schema(node.op_type, opset).deprecated
+    except onnx.defs.SchemaError:
+        return False
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def named(source: ModelSource) -> str:
+    """A model's path, for messages."""
     return f"'{source}'" if isinstance(source, (str, os.PathLike)) else "the model"
 
 

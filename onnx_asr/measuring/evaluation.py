@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from onnx_asr.arrays import Integers
 from onnx_asr.data import Dataset, InputSpec, Preprocessing, open_data, sample_indices
 from onnx_asr.data.sources import DataSource
+from onnx_asr.engine.loading import load
 from onnx_asr.errors import DataError, OptionError
 from onnx_asr.graph.index import GraphIndex
-from onnx_asr.graph.model_io import ModelSource, load
+from onnx_asr.graph.model_io import ModelSource
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Fidelity, Outputs, accuracy, collect_outputs, compare, is_classifier
 from onnx_asr.networks.samples import input_specs, whole_batches

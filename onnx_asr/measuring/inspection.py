@@ -13,10 +13,11 @@ import onnx
 from onnx_asr.arrays import Floats, Integers
 from onnx_asr.data import Preprocessing, open_data
 from onnx_asr.data.sources import DataSource
+from onnx_asr.engine.loading import load
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.layers import CONVOLUTIONS
-from onnx_asr.graph.model_io import ModelSource, check_finite, load
+from onnx_asr.graph.model_io import ModelSource, check_finite
 from onnx_asr.graph.points import LayerPoint, Point, Survey, survey, weight_of
 from onnx_asr.graph.skips import Skip
 from onnx_asr.json_values import key, plain

@@ -11,10 +11,11 @@ import onnx
 
 from onnx_asr.arrays import Array
 from onnx_asr.engine.lane import Chunk
+from onnx_asr.engine.loading import load
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import GraphIndex
-from onnx_asr.graph.model_io import ModelSource, load
+from onnx_asr.graph.model_io import ModelSource
 from onnx_asr.graph.shapes import InputShapes, fed_shapes, shapes_text
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.samples import input_specs

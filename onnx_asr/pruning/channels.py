@@ -23,10 +23,11 @@ import onnx
 from onnx_asr.arrays import Floats, Mask
 from onnx_asr.channels.rules import trace
 from onnx_asr.channels.units import Channels, Ids, remove
+from onnx_asr.engine.loading import load
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.edit import set_metadata
 from onnx_asr.graph.index import GraphIndex
-from onnx_asr.graph.model_io import ModelSource, check_finite, load
+from onnx_asr.graph.model_io import ModelSource, check_finite
 from onnx_asr.graph.points import LayerPoint, skip, survey
 from onnx_asr.graph.shapes import InputShapes
 from onnx_asr.graph.skips import Reason, Skip

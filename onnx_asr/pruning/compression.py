@@ -25,8 +25,9 @@ import onnx
 from onnx_asr.arrays import Array, Floats, Mask
 from onnx_asr.data import Preprocessing
 from onnx_asr.data.sources import DataSource
+from onnx_asr.engine.loading import load
 from onnx_asr.graph.index import GraphIndex
-from onnx_asr.graph.model_io import ModelSource, load
+from onnx_asr.graph.model_io import ModelSource
 from onnx_asr.graph.shapes import InputShapes
 from onnx_asr.json_values import MERGED, key
 from onnx_asr.networks.cost import Cost, cost

@@ -12,7 +12,8 @@ import numpy as np
 from onnx_asr.arrays import Floats
 from onnx_asr.data import Preprocessing
 from onnx_asr.data.sources import DataSource
-from onnx_asr.graph.model_io import ModelSource, load
+from onnx_asr.engine.loading import load
+from onnx_asr.graph.model_io import ModelSource
 from onnx_asr.graph.points import weight_of
 from onnx_asr.graph.skips import Skip
 from onnx_asr.json_values import MERGED, key

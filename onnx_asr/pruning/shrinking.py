@@ -26,11 +26,12 @@ from onnx_asr.channels.rules import trace
 from onnx_asr.channels.units import Channels, remove
 from onnx_asr.engine.evaluation import evaluate
 from onnx_asr.engine.lane import Chunk
+from onnx_asr.engine.loading import load
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.edit import set_metadata
 from onnx_asr.graph.index import GraphIndex
-from onnx_asr.graph.model_io import ModelSource, check_finite, load
+from onnx_asr.graph.model_io import ModelSource, check_finite
 from onnx_asr.graph.points import LayerPoint, survey
 from onnx_asr.graph.shapes import InputShapes
 from onnx_asr.networks.cost import Cost, cost

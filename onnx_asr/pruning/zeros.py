@@ -10,9 +10,10 @@ import onnx
 
 from onnx_asr.data import Preprocessing
 from onnx_asr.data.sources import DataSource
+from onnx_asr.engine.loading import load
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.index import GraphIndex
-from onnx_asr.graph.model_io import ModelSource, check_finite, load
+from onnx_asr.graph.model_io import ModelSource, check_finite
 from onnx_asr.graph.points import survey
 from onnx_asr.graph.shapes import InputShapes
 from onnx_asr.graph.skips import Skip

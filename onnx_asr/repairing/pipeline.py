@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from onnx_asr.data import Preprocessing
 from onnx_asr.data.sources import DataSource
-from onnx_asr.graph.model_io import ModelSource, load
+from onnx_asr.engine.loading import load
+from onnx_asr.graph.model_io import ModelSource
 from onnx_asr.graph.skips import Skip
 from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution, timed

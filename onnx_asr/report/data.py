@@ -12,9 +12,10 @@ import numpy as np
 import onnx
 
 from onnx_asr.data import Dataset, Preprocessing
+from onnx_asr.engine.loading import load
 from onnx_asr.errors import DataError
 from onnx_asr.graph.index import GraphIndex
-from onnx_asr.graph.model_io import ModelSource, load
+from onnx_asr.graph.model_io import ModelSource
 from onnx_asr.json_values import key, plain
 from onnx_asr.measuring.damage import COLLAPSED_RATIO, DAMAGE_SAMPLES, PointDamage, draw_samples, measure_damage
 from onnx_asr.measuring.evaluation import measure

@@ -11,9 +11,10 @@ import onnx
 
 from onnx_asr.data import Dataset, Preprocessing, open_data
 from onnx_asr.data.sources import DataSource
+from onnx_asr.engine.loading import load
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.index import GraphIndex
-from onnx_asr.graph.model_io import ModelSource, digest, load
+from onnx_asr.graph.model_io import ModelSource, digest
 from onnx_asr.graph.points import survey, weight_of
 from onnx_asr.measuring.evaluation import measure
 from onnx_asr.networks.execution import Execution

@@ -17,9 +17,9 @@ from PIL import Image
 
 from onnx_asr.cli.app import run as command
 from onnx_asr.data import InputSpec, Preprocessing, open_data
+from onnx_asr.engine.loading import load
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import DataError, ModelError, OnnxAsrError, StructureError
-from onnx_asr.graph.model_io import load
 from onnx_asr.graph.points import survey
 from onnx_asr.networks.fidelity import collect_outputs
 from onnx_asr.networks.pair import Pair

@@ -20,9 +20,10 @@ from onnx import helper, numpy_helper
 
 import onnx_asr
 from onnx_asr.cli.app import run as command
+from onnx_asr.engine.loading import load
 from onnx_asr.errors import ModelError, StructureError
 from onnx_asr.graph import tensors
-from onnx_asr.graph.model_io import digest, load, save
+from onnx_asr.graph.model_io import digest, save
 from tests.graphs import (
     bn,
     constant,

@@ -38,10 +38,11 @@ from google.protobuf.message import Message
 from onnx import numpy_helper
 
 from onnx_asr.data import PRESETS
+from onnx_asr.engine.loading import load
 from onnx_asr.engine.session import Runtime
 from onnx_asr.errors import OnnxAsrError
 from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex
-from onnx_asr.graph.model_io import load, save
+from onnx_asr.graph.model_io import save
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.samples import input_specs
 from onnx_asr.pruning.options import PruneOptions

@@ -13,8 +13,9 @@ import onnx
 import pytest
 
 import onnx_asr
+from onnx_asr.engine.loading import load
 from onnx_asr.errors import ModelError
-from onnx_asr.graph.model_io import digest, load, save
+from onnx_asr.graph.model_io import digest, save
 from onnx_asr.json_values import plain
 from onnx_asr.networks.execution import Execution
 from onnx_asr.pruning.compression import CompressOptions
