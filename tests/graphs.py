@@ -181,11 +181,11 @@ def recalibrated(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> onn
     return result
 
 
-def folded(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same function with every BatchNormalization folded that follows a Conv, ConvTranspose or Gemm."""
+def folded(model: onnx.ModelProto, every: int = 1) -> onnx.ModelProto:
+    """The same function with every (second, third ...) BatchNormalization folded that follows a layer with weights."""
     result = copy(model)
     dead = []
-    for position in positions(model, "BatchNormalization"):
+    for position in positions(model, "BatchNormalization")[::every]:
         node = result.graph.node[position]
         layers = positions(result, "Conv", "ConvTranspose", "Gemm")
         producers = [p for p in layers if result.graph.node[p].output[0] == node.input[0]]

@@ -55,7 +55,7 @@ TABLE: dict[str, Room] = {
     "graph.foreign": room("models of other libraries", "errors", "onnx onnx_graphsurgeon onnx_ir"),
     "data": room("samples", _ROOT, "numpy PIL tomli"),
     "channels": room("channels and their removal", f"{_ROOT} graph", "numpy onnx"),
-    "pairing": room("dense and pruned graph, node by node", f"{_ROOT} graph channels", "onnx"),
+    "pairing": room("dense and pruned graph, node by node", f"{_ROOT} graph channels", "numpy onnx"),
     "engine": room("sessions, lanes, buffers", f"{_ROOT} graph", "numpy onnx onnxruntime"),
     "networks": room("the pair, its samples, fidelity, latency", _BELOW_NETWORKS, "numpy onnx"),
     "repairing": room("repair by every method", f"{_BELOW_NETWORKS} networks", "numpy onnx"),

@@ -8,12 +8,12 @@ from functools import cached_property
 
 import onnx
 
-from onnx_asr.arrays import Array, Floats, Integers
+from onnx_asr.arrays import Array, Floats
 from onnx_asr.channels.rules import trace
 from onnx_asr.channels.units import missing_units, read_kept, remove
 from onnx_asr.data import InputSpec
 from onnx_asr.engine.lane import Chunk
-from onnx_asr.errors import ModelError
+from onnx_asr.errors import ModelError, StructureError
 from onnx_asr.graph.index import GraphIndex, ancestors
 from onnx_asr.graph.layers import Layer
 from onnx_asr.graph.model_io import check_finite, inlined_functions
@@ -22,7 +22,8 @@ from onnx_asr.graph.skips import Reason, Skip
 from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.samples import input_specs
 from onnx_asr.numerics.gains import BatchNormParameters
-from onnx_asr.pairing.match import Pairing, match
+from onnx_asr.pairing.match import Pairing, match, refoldings
+from onnx_asr.pairing.refolding import KeptChannels, refold
 
 
 @dataclass(frozen=True)
@@ -93,17 +94,19 @@ class Pair:
 
     Attributes:
         pruned: The pruned network.
-        dense: The dense network as it runs.
+        source: The dense model as given.
+        dense: The dense network as it runs: with BatchNormalization folded where the pruned one has it folded.
         parameters: Parameters of the dense network; where channels were removed, of those that are left.
         pairing: For nodes and tensors of the pruned network, those of the dense one.
         kept: Tensor of the dense network to its channel axis and the channels that are left, where some were removed.
     """
 
     pruned: Network
+    source: onnx.ModelProto
     dense: GraphIndex
     parameters: Draft
     pairing: Pairing
-    kept: dict[str, tuple[int, Integers]]
+    kept: KeptChannels
 
     @classmethod
     def of(cls, pruned: onnx.ModelProto, dense: onnx.ModelProto) -> Pair:
@@ -126,11 +129,28 @@ class Pair:
         """
         kept = read_kept(pruned.index.model)
         if kept == read_kept(dense.model):
-            return cls(pruned, dense, Draft(dense), match(pruned.index, dense), {})
+            return cls._matched(pruned, dense, dense, {})
         channels = trace(dense)
         drop = missing_units(dense, channels, kept)
         left = GraphIndex.of(remove(dense, channels, drop))
-        return cls(pruned, dense, Draft(left), match(pruned.index, left), channels.kept(drop))
+        return cls._matched(pruned, dense, left, channels.kept(drop))
+
+    @classmethod
+    def _matched(cls, pruned: Network, dense: GraphIndex, left: GraphIndex, kept: KeptChannels) -> Pair:
+        """Pair with what is left of the dense network, which gets the tails of the pruned one where they differ."""
+        source = dense.model
+        try:
+            pairing = match(pruned.index, left)
+        except StructureError:
+            changes = refoldings(pruned.index, left)
+            if not changes:
+                raise
+            is_whole = left is dense
+            model, kept = refold(dense, changes, kept)
+            dense = GraphIndex.of(model)
+            left = dense if is_whole else GraphIndex.of(refold(left, changes, {})[0])
+            pairing = match(pruned.index, left)
+        return cls(pruned, source, dense, Draft(left), pairing, kept)
 
     @classmethod
     def with_itself(cls, dense: Network) -> Pair:
@@ -138,7 +158,7 @@ class Pair:
         index = dense.index
         names = [value.name for value in index.inputs] + [name for node in index.nodes for name in node.output]
         pairing = Pairing({position: position for position in range(len(index.nodes))}, {name: name for name in names})
-        return cls(dense, index, Draft(index), pairing, {})
+        return cls(dense, index.model, index, Draft(index), pairing, {})
 
     def dense_tensor(self, name: str) -> str:
         """The dense network's counterpart of a tensor."""

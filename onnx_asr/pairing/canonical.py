@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx
 
-from onnx_asr.graph.index import STANDARD_DOMAINS, GraphIndex, attribute, input_name, is_standard
+from onnx_asr.graph.index import FLOAT_TYPES, STANDARD_DOMAINS, GraphIndex, attribute, input_name, is_standard
 from onnx_asr.graph.layers import CONVOLUTIONS, Layer, is_channel_bias
 
 _NEUTRAL = {"strides": 1, "dilations": 1, "pads": 0, "output_padding": 0}
@@ -86,6 +86,17 @@ def form_of(index: GraphIndex, position: int) -> Form:
     if is_standard(node, *CONVOLUTIONS):
         return replace(plain, inputs=plain.inputs[:2])
     return plain
+
+
+def through(index: GraphIndex, name: str) -> str:
+    """The tensor behind any Identity, inference-time Dropout, or Cast to a floating-point type."""
+    while name in index.producer:
+        node = index.nodes[index.producer[name]]
+        casts = is_standard(node, "Cast") and attribute(node, "to", None) in FLOAT_TYPES
+        if node.output[0] != name or not (casts or is_standard(node, "Identity", "Dropout")):
+            break
+        name = node.input[0]
+    return name
 
 
 def _plain(index: GraphIndex, position: int) -> Form:

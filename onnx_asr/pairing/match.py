@@ -15,10 +15,11 @@ import onnx
 
 from onnx_asr.channels.units import KEPT_CHANNELS
 from onnx_asr.errors import StructureError
-from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex, attribute, captured, is_standard
+from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex, captured, is_standard
 from onnx_asr.graph.layers import NORMALIZATION
 from onnx_asr.graph.tensors import dtype_of
-from onnx_asr.pairing.canonical import Form, form_of
+from onnx_asr.pairing.canonical import Form, form_of, through
+from onnx_asr.pairing.tails import Tail, tail_of
 
 _OTHER_FILE = "give the dense file that the pruned one was made from, exported the same way"
 _FOLDED = (
@@ -40,52 +41,109 @@ class Pairing:
     tensors: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Refolding:
+    """A layer with one tail in the pruned network and another in the dense one."""
+
+    pruned: Tail
+    dense: Tail
+
+
 def match(pruned: GraphIndex, dense: GraphIndex) -> Pairing:
     """Pair two models that are the same network with different weights.
 
     Raises:
         StructureError: Naming the first difference, walking backward from the outputs.
     """
-    _compare_interfaces(pruned, dense)
-    pruned_inputs, dense_inputs = ({value.name: i for i, value in enumerate(side.inputs)} for side in (pruned, dense))
     shapes: dict[tuple[object, ...], int] = {}
-    pruned_side, dense_side = _Side(pruned, shapes), _Side(dense, shapes)
-    visited: dict[int, int] = {}
-    nodes: dict[int, int] = {}
-    tensors: dict[str, str] = {}
-    stack = list(zip(pruned.outputs, dense.outputs, strict=True))
-    while stack:
-        name, dense_name = stack.pop()
-        source, dense_source = _through(pruned, name), _through(dense, dense_name)
-        tensors[name], tensors[source] = dense_name, dense_source
-        if source in pruned_inputs or dense_source in dense_inputs:
-            if pruned_inputs.get(source) != dense_inputs.get(dense_source):
+    walk = _Walk(_Side(pruned, shapes), _Side(dense, shapes))
+    walk.run()
+    return Pairing(walk.nodes, walk.tensors)
+
+
+def refoldings(pruned: GraphIndex, dense: GraphIndex) -> list[Refolding]:
+    """The layers whose tails have to change in the dense model before the two are one network for :func:`match`.
+
+    Raises:
+        StructureError: Naming the first difference that is not one of tails, walking backward from the outputs.
+    """
+    shapes: dict[tuple[object, ...], int] = {}
+    found: list[Refolding] = []
+    _Walk(_Side(pruned, shapes, folded=True), _Side(dense, shapes, folded=True), found).run()
+    return found
+
+
+class _Walk:
+    """The walk backward through both graphs; ``found``, unless None, collects tails that differ."""
+
+    def __init__(self, pruned: _Side, dense: _Side, found: list[Refolding] | None = None) -> None:
+        self.pruned, self.dense, self.found = pruned, dense, found
+        self.nodes: dict[int, int] = {}
+        self.tensors: dict[str, str] = {}
+        self._visited: dict[int, int] = {}
+        self._inputs = [{value.name: i for i, value in enumerate(side.index.inputs)} for side in (pruned, dense)]
+
+    def run(self) -> None:
+        """Pair everything that the outputs depend on."""
+        pruned, dense = self.pruned.index, self.dense.index
+        _compare_interfaces(pruned, dense)
+        stack = list(zip(pruned.outputs, dense.outputs, strict=True))
+        while stack:
+            stack.extend(self._step(*stack.pop()))
+
+    def _step(self, name: str, dense_name: str) -> list[tuple[str, str]]:
+        """Pair two tensors and the nodes that make them; return the tensors that these read, pair by pair."""
+        pruned, dense = self.pruned.index, self.dense.index
+        source, dense_source = through(pruned, name), through(dense, dense_name)
+        self.tensors[name], self.tensors[source] = dense_name, dense_source
+        number, dense_number = self._inputs[0].get(source), self._inputs[1].get(dense_source)
+        if number is not None or dense_number is not None:
+            if number != dense_number:
                 raise _differ(f"the pruned model has tensor '{source}' where the dense model has '{dense_source}'")
-            continue
+            return []
         if pruned.is_constant(source) or dense.is_constant(dense_source):
             if pruned.is_constant(source) != dense.is_constant(dense_source):
                 raise _differ(f"'{source}' ('{dense_source}' in the dense model) is a constant in only one of them")
-            continue
+            return []
         if source not in pruned.producer or dense_source not in dense.producer:
             raise _differ(f"'{source}' ('{dense_source}' in the dense model) is produced in only one of them")
-        position, counterpart = pruned.producer[source], dense.producer[dense_source]
-        if position in visited:
-            if visited[position] != counterpart:
+        return self._pair(pruned.producer[source], dense.producer[dense_source])
+
+    def _pair(self, position: int, counterpart: int) -> list[tuple[str, str]]:
+        if self.found is not None:
+            position, counterpart = self._layers(position, counterpart)
+        if position in self._visited:
+            if self._visited[position] != counterpart:
                 raise _differ(
-                    f"node {pruned.label(position)} corresponds to both {dense.label(visited[position])} and "
-                    f"{dense.label(counterpart)}"
+                    f"node {self.pruned.index.label(position)} corresponds to both "
+                    f"{self.dense.index.label(self._visited[position])} and {self.dense.index.label(counterpart)}"
                 )
-            continue
-        visited[position] = counterpart
-        form, partner = pruned_side.form(position), dense_side.form(counterpart)
-        _compare(pruned_side, position, dense_side, counterpart)
-        nodes |= {position: counterpart, form.bias: partner.bias, form.node: partner.node}
-        tensors.update(zip(pruned.nodes[position].output, dense.nodes[counterpart].output, strict=False))
+            return []
+        self._visited[position] = counterpart
+        form, partner = self.pruned.form(position), self.dense.form(counterpart)
+        _compare(self.pruned, position, self.dense, counterpart)
+        self._record(position, form, counterpart, partner)
+        captured = _captured(self.pruned.index, position, self.dense.index, counterpart)
+        return [*_operands(self.pruned, form, self.dense, partner), *captured]
+
+    def _layers(self, position: int, counterpart: int) -> tuple[int, int]:
+        """Where tails differ, the ends of their layers; else the nodes themselves."""
+        assert self.found is not None
+        if self.pruned.form(position).operator == self.dense.form(counterpart).operator:
+            return position, counterpart
+        tail, dense_tail = self.pruned.tail(position), self.dense.tail(counterpart)
+        if tail is None or dense_tail is None:
+            return position, counterpart
+        if all(tail.end != other.pruned.end for other in self.found):
+            self.found.append(Refolding(tail, dense_tail))
+        return tail.form.bias, dense_tail.form.bias
+
+    def _record(self, position: int, form: Form, counterpart: int, partner: Form) -> None:
+        nodes, dense_nodes = self.pruned.index.nodes, self.dense.index.nodes
+        self.nodes |= {position: counterpart, form.bias: partner.bias, form.node: partner.node}
+        self.tensors.update(zip(nodes[position].output, dense_nodes[counterpart].output, strict=False))
         if form.node != position and partner.node != counterpart:
-            tensors.update(zip(pruned.nodes[form.node].output, dense.nodes[partner.node].output, strict=True))
-        stack.extend(_operands(pruned_side, form, dense_side, partner))
-        stack.extend(_captured(pruned, position, dense, counterpart))
-    return Pairing(nodes, tensors)
+            self.tensors.update(zip(nodes[form.node].output, dense_nodes[partner.node].output, strict=True))
 
 
 def _compare_interfaces(pruned: GraphIndex, dense: GraphIndex) -> None:
@@ -103,10 +161,16 @@ def _compare_interfaces(pruned: GraphIndex, dense: GraphIndex) -> None:
 
 @dataclass(frozen=True)
 class _Side:
-    """One of the two graphs; ``shapes`` numbers the structures met so far in both."""
+    """One of the two graphs.
+
+    Attributes:
+        shapes: Numbers of the structures met so far in both graphs.
+        folded: Whether a tail's structure is that of its layer alone.
+    """
 
     index: GraphIndex
     shapes: dict[tuple[object, ...], int]
+    folded: bool = False
     _forms: dict[int, Form] = field(default_factory=dict)
     _structures: dict[str, int] = field(default_factory=dict)
 
@@ -116,21 +180,30 @@ class _Side:
             self._forms[position] = form_of(self.index, position)
         return self._forms[position]
 
+    def tail(self, position: int) -> Tail | None:
+        """The tail that ends with a node."""
+        return tail_of(self.index, self.form, position)
+
     def structure(self, name: str) -> int:
         """A number that two tensors share when they are computed by the same operators with weights of equal shapes."""
         if not self._structures:
             self._structures.update((value.name, self._number("input", i)) for i, value in enumerate(self.index.inputs))
             for position, node in enumerate(self.index.nodes):
-                form = self.form(position)
-                operands = [self._known(operand) for operand in form.inputs]
-                if form.commutative:
-                    operands.sort()
-                number = self._number(form.operator, form.weight_shape, *operands)
+                number = self._node_number(position)
                 self._structures.update((output, number) for output in node.output)
         return self._known(name)
 
+    def _node_number(self, position: int) -> int:
+        form, tail = self.form(position), self.tail(position) if self.folded else None
+        if tail is not None and tail.nodes:
+            return self._structures[tail.layer_end]
+        operands = [self._known(operand) for operand in form.inputs]
+        if form.commutative:
+            operands.sort()
+        return self._number(form.operator, form.weight_shape, *operands)
+
     def _known(self, name: str) -> int:
-        name = _through(self.index, name)
+        name = through(self.index, name)
         if self.index.is_constant(name):
             shape = self.index.shape(name)
             return self._number("constant", shape if len(shape) > 1 else None)
@@ -152,17 +225,6 @@ def _operands(pruned: _Side, form: Form, dense: _Side, dense_form: Form) -> Iter
 
 def _differ(difference: str, advice: str = _OTHER_FILE) -> StructureError:
     return StructureError(f"the dense and the pruned model are not the same network: {difference}; {advice}")
-
-
-def _through(index: GraphIndex, name: str) -> str:
-    """The tensor behind any Identity, inference-time Dropout, or Cast to a floating-point type."""
-    while name in index.producer:
-        node = index.nodes[index.producer[name]]
-        casts = is_standard(node, "Cast") and attribute(node, "to", None) in FLOAT_TYPES
-        if node.output[0] != name or not (casts or is_standard(node, "Identity", "Dropout")):
-            break
-        name = node.input[0]
-    return name
 
 
 def _compare(pruned: _Side, position: int, dense: _Side, counterpart: int) -> None:

@@ -117,7 +117,7 @@ class RepairJob:
             )
         verifier = None
         if pair is not None and len(samples.held_out):
-            verifier = Verifier(pair.dense.model, samples, execution)
+            verifier = Verifier(pair.source, samples, execution)
         return cls(pruned, pair, samples, verifier, options, tuple(sparsities), tuple(notes))
 
     def written(self, draft: Draft, reports: Sequence[PointReport], calibration: Calibration) -> onnx.ModelProto:
@@ -132,5 +132,5 @@ class RepairJob:
             "onnx_asr.sparsity": f"{share_of_zeros(self.sparsities):.6f}",
         }
         if self.pair is not None:
-            metadata["onnx_asr.dense_sha256"] = digest(self.pair.dense.model)
+            metadata["onnx_asr.dense_sha256"] = digest(self.pair.source)
         return draft.model(metadata)

@@ -195,7 +195,7 @@ def _fidelities(
     labels = dataset.labels[held_out]
     outputs = {
         name: collect_outputs(model, dataset, held_out, execution.sessions)
-        for name, model in {"dense": job.pair.dense.model, **models}.items()
+        for name, model in {"dense": job.pair.source, **models}.items()
     }
     if not is_classifier(outputs["dense"]):
         return known, []
