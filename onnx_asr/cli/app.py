@@ -27,8 +27,8 @@ from onnx_asr.ownership import DISTRIBUTION, check_owner
 from onnx_asr.version import __version__
 
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 done, but the result is further from the dense model than its input; 2 bad usage or bad "
-    "input; 130 interrupted."
+    "Exit codes: 0 done; 1 done, but the repair came out further from the dense model than its input; 2 bad usage or "
+    "bad input; 130 interrupted."
 )
 
 

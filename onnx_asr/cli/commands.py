@@ -19,6 +19,8 @@ from onnx_asr.cli.parameters import (
     Dense,
     DenseModel,
     Force,
+    ForceOrder,
+    ForceRepair,
     Grid,
     Images,
     LabelOffset,
@@ -120,7 +122,7 @@ def repair(
     output: Output,
     data: Data,
     dense: Dense = None,
-    force: Force = False,
+    force: ForceRepair = False,
     report: Report = None,
     options: Repair = Repair(),
     images: Images = Images(),
@@ -135,13 +137,21 @@ def repair(
     page, preprocessing = Page.of(terminal, report, target), images.preprocessing()
     with terminal.progress() as progress:
         execution = machine.execution(terminal.verbose, progress)
-        result = run(model, data, options.settled(), dense=dense, preprocessing=preprocessing, execution=execution)
+        result = run(
+            model,
+            data,
+            options.settled(),
+            dense=dense,
+            force=force,
+            preprocessing=preprocessing,
+            execution=execution,
+        )
         path = written(result.model, target, model, wanted=result.improved or force)
         files = {"model": model, "dense": dense, "data": data, "output": path}
         page.write(lambda run: repair_data(run, result, model, dense, data, execution), files, preprocessing)
     values = {**files, "preprocessing": preprocessing, **plain(result)}
     terminal.result(values, *show.repair(result, path, terminal.verbose), report=page.path)
-    return verdict(result.improved, "repaired model", "the pruned one", target, force)
+    return verdict(result, "repaired model", "the pruned one", target, force)
 
 
 def compress(
@@ -171,13 +181,12 @@ def compress(
         how = replace(options or CompressOptions(), repair=repair.settled())
         result = run(model, data, how, preprocessing=preprocessing, input_shapes=shapes, execution=execution)
         latency = stopwatch.time(result.model) if stopwatch else None
-        improved = result.repair.improved
-        path = written(result.model, target, model, wanted=improved or force)
+        path = written(result.model, target, model, wanted=result.repair.improved or force)
         files = {"model": model, "data": data, "output": path}
         page.write(lambda run: compress_data(run, result, model, data, execution), files, preprocessing)
     values = {**files, "preprocessing": preprocessing, **plain(result), "latency": latency}
     terminal.result(values, *show.compress(result, path, terminal.verbose, latency), report=page.path)
-    return verdict(improved, "compressed model", "its last mask without repair", target, force)
+    return verdict(result.repair, "compressed model", "its last mask without repair", target, force)
 
 
 def shrink(
@@ -241,6 +250,7 @@ def evaluate(
     *,
     data: Data,
     dense: Dense = None,
+    force: ForceOrder = False,
     labels: Labels = None,
     label_offset: LabelOffset = 0,
     samples: Samples = None,
@@ -259,6 +269,7 @@ def evaluate(
             model,
             data,
             dense=dense,
+            force=force,
             preprocessing=preprocessing,
             labels=labels,
             label_offset=label_offset,
@@ -277,6 +288,7 @@ def inspect(
     /,
     *,
     dense: Dense = None,
+    force: ForceOrder = False,
     data: Annotated[
         str | None, Parameter(help="Samples to measure the damage on, as for repair; needs --dense.")
     ] = None,
@@ -302,6 +314,7 @@ def inspect(
             model,
             data,
             dense=dense,
+            force=force,
             preprocessing=preprocessing,
             samples=DAMAGE_SAMPLES if samples is None else samples,
             seed=seed,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import onnx
 
     from onnx_asr.data import Preprocessing
+    from onnx_asr.repairing.result import RepairResult
     from onnx_asr.report.data import ReportValues, Run
 
 DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -54,10 +55,13 @@ def written(result: onnx.ModelProto, target: Path, source: str, *, wanted: bool 
     return str(save(result, target, external_data=is_external(source))) if wanted else None
 
 
-def verdict(improved: bool, what: str, before: str, target: Path, force: bool) -> int:
-    """The exit code of a command that writes only what is closer to the dense model than before."""
-    if improved:
+def verdict(result: RepairResult, what: str, before: str, target: Path, force: bool) -> int:
+    """The exit code of a command that writes only what is no further from the dense model than before."""
+    if result.improved:
         return DONE
     kept = f"'{target}' was written because of --force" if force else f"'{target}' was not written (--force writes it)"
-    say("warning", f"the {what} is further from the dense model than {before}; {kept}")
+    if result.modified:
+        say("warning", f"the {what} is further from the dense model than {before}; {kept}")
+    else:
+        say("warning", f"no {what} is as close to the dense model as {before}, which is given back unchanged; {kept}")
     return CHECK_FAILED

@@ -103,6 +103,14 @@ Plot = Annotated[str | None, Parameter(help="Draw the table too: .svg or .png; n
 Force = Annotated[
     bool, Parameter(help="Write the result even if it is further from the dense model than its input.", negative="")
 ]
+_EXCHANGED = "accept a dense model with more zeros than the other one"
+ForceRepair = Annotated[
+    bool,
+    Parameter(
+        help=f"Write the result even if it is further from the dense model than its input; {_EXCHANGED}.", negative=""
+    ),
+]
+ForceOrder = Annotated[bool, Parameter(name="--force", help=f"{_EXCHANGED.capitalize()}.", negative="")]
 Samples = Annotated[int | None, Parameter(help="Number of samples to draw from the data.")]
 BatchSize = Annotated[int | None, Parameter(help="Samples per run; by default chosen by the size of the input.")]
 Seed = Annotated[int, Parameter(help="Seed of every random choice.")]

@@ -289,7 +289,7 @@ def _candidates(result: RepairResult) -> Table:
     table = _columns("auto tried", *(f">{_SCORES[name][0]}" for name in scores), ">seconds", "")
     for item in result.candidates:
         values = (_SCORES[name][1].format(getattr(item.fidelity, name)) for name in scores)
-        mark, style = ("chosen", "bold") if item.options == result.options else ("", None)
+        mark, style = ("chosen", "bold") if item.method == result.chosen else ("", None)
         table.add_row(item.method, *values, f"{item.seconds:.1f}", mark, style=style)
     return table
 
@@ -313,7 +313,8 @@ def _repaired(result: RepairResult, before: str, after: str, verbose: bool) -> S
     if check is not None:
         where = "held-out samples" if check.held_out else "calibration samples"
         title = f"against the dense model, {check.after.samples} {where}"
-        yield _fidelities({before: check.before, after: check.after}, title)
+        given_back = f"{before} (given back)"
+        yield _fidelities({before: check.before, after if result.modified else given_back: check.after}, title)
 
 
 def _written(path: str | None) -> str:

@@ -20,6 +20,7 @@ from onnx_asr.graph.model_io import ModelSource
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Fidelity, Outputs, accuracy, collect_outputs, compare, is_classifier
 from onnx_asr.networks.samples import input_specs, whole_batches
+from onnx_asr.networks.sparsity import check_order
 from onnx_asr.repairing.options import check_at_least
 
 LabelSource = str | os.PathLike[str] | Sequence[int] | NDArray[np.integer[Any]]
@@ -31,6 +32,7 @@ def evaluate(
     data: DataSource,
     *,
     dense: ModelSource | None = None,
+    force: bool = False,
     preprocessing: Preprocessing | None = None,
     labels: LabelSource | None = None,
     label_offset: int = 0,
@@ -45,6 +47,7 @@ def evaluate(
         model: A path, or an object of onnx, onnx-graphsurgeon or onnx-ir.
         data: Whatever :func:`onnx_asr.data.open_data` takes.
         dense: The model to compare the outputs with.
+        force: Accept a dense model with more zeros than the other one; as a rule the two were exchanged.
         labels: Class indices; None takes those that come with the data (sub-folders, ``labels`` in an .npz).
         preprocessing: Of images.
         samples: Number of samples, drawn by ``seed``; None for all.
@@ -60,7 +63,8 @@ def evaluate(
     Raises:
         ModelError: A model that cannot be read or run, or has no scores to compare with labels.
         DataError: Missing, broken or unfitting data or labels.
-        OptionError: Neither labels nor a dense model, or a number out of range.
+        OptionError: Neither labels nor a dense model, a number out of range, or a dense model that seems to be the
+            pruned one.
     """
     check_at_least("seed", seed, 0)
     if batch_size is not None:
@@ -68,7 +72,10 @@ def evaluate(
     execution = execution or Execution()
     network = load(model)
     reference = None if dense is None else load(dense)
-    specs = [input_specs(GraphIndex.of(version)) for version in (network, reference) if version is not None]
+    versions = [GraphIndex.of(version) for version in (network, reference) if version is not None]
+    if reference is not None and not force:
+        check_order(*versions)
+    specs = [input_specs(version) for version in versions]
     dataset, classes = _open(data, specs[0], labels, preprocessing)
     if classes is None and reference is None:
         raise OptionError(

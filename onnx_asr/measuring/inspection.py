@@ -26,6 +26,7 @@ from onnx_asr.networks.cost import compressed_size
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Pair, overflow
 from onnx_asr.networks.samples import input_specs
+from onnx_asr.networks.sparsity import check_order
 from onnx_asr.numerics.masks import find_n_of_m
 from onnx_asr.repairing.job import check_method
 from onnx_asr.repairing.options import METHODS, check_at_least
@@ -182,6 +183,7 @@ def inspect(
     data: DataSource | None = None,
     *,
     dense: ModelSource | None = None,
+    force: bool = False,
     preprocessing: Preprocessing | None = None,
     samples: int = DAMAGE_SAMPLES,
     seed: int = 0,
@@ -194,6 +196,7 @@ def inspect(
         model: A path, or an object of onnx, onnx-graphsurgeon or onnx-ir, which is not changed.
         data: Samples to measure the damage on; no labels needed.
         dense: The model that it was made from.
+        force: Accept a dense model with more zeros than the other one; as a rule the two were exchanged.
         preprocessing: Of images.
         samples: Number of samples, drawn by ``seed``.
         seed: Of the sample.
@@ -201,7 +204,8 @@ def inspect(
         execution: Execution providers, memory limit, progress.
 
     Raises:
-        OptionError: One of ``dense`` and ``data`` without the other, or a number out of range.
+        OptionError: One of ``dense`` and ``data`` without the other, a number out of range, or a dense model that seems
+            to be the pruned one.
         ModelError: A model that cannot be read or run, is quantized, or has activations that are not finite.
         StructureError: ``dense`` and ``model`` are not the same network.
         DataError: Missing, broken or unfitting data.
@@ -217,7 +221,10 @@ def inspect(
     if dense is None or data is None:
         return describe(network)
     execution = execution or Execution()
-    pair = Pair.of(network, load(dense))
+    reference = load(dense)
+    if not force:
+        check_order(GraphIndex.of(network), GraphIndex.of(reference))
+    pair = Pair.of(network, reference)
     pruned = pair.pruned.index
     dataset = open_data(data, pair.pruned.inputs, preprocessing=preprocessing)
     calibration = draw_samples(dataset, np.arange(len(dataset)), pruned, samples, seed, batch_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -137,6 +138,72 @@ def compare(dense: Outputs, other: Outputs) -> Fidelity:
     return Fidelity(len(dense[0]), agreement=agreement, kl=kl, snr_db=snr)
 
 
+Verdict = Literal["closer", "equal", "further"]
+"""What one model is, measured against another one: closer to the dense model than that, or further from it."""
+
+_LEVELS = 4.0
+"""Differences between two optimisation levels that rounding may reach elsewhere."""
+_STEPS = 16 * float(np.finfo(np.float32).eps)
+"""Relative error of outputs in float32 arithmetic, at least; the order in which sums are formed is free."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How far rounding alone moves the distance of a model's outputs from the dense model's.
+
+    Two optimisation levels of onnxruntime compute one function in two orders. Their outputs ``y`` differ by a relative
+    error ``r``; rounding is taken to reach ``max(4 r, 16 eps)`` with ``eps = 2^-23``, or half a step of the type of the
+    outputs where that is more. A relative output error, which is a norm, moves by as much (triangle inequality), and
+    a share of unequal values by 4 times the share that the levels disagree on. For class scores, ``d`` being the error
+    of a log-probability, a divergence K moves by ``|sum_i (q_i - p_i) d| <= sqrt(2 K) d`` (Pinsker's inequality), by
+    ``d^2`` where K is close to 0, and by ``4 eps`` where scores are probabilities, whose sum is rounded.
+
+    Attributes:
+        relative: Relative error of the outputs, or share of unequal values.
+        scores: Error ``d`` of a log-probability; None where the distance is no divergence.
+        sums: Error of the sum of probabilities.
+    """
+
+    relative: float
+    scores: float | None = None
+    sums: float = 0.0
+
+    @classmethod
+    def between(cls, outputs: Outputs, again: Outputs | None) -> Noise:
+        """From the dense model's outputs, and those of the same file at another optimisation level if it runs there."""
+        classifier = is_classifier(outputs)
+        compared = slice(1) if classifier else slice(None)
+        floating = [value.dtype for value in outputs[compared] if np.issubdtype(value.dtype, np.floating)]
+        found = None if again is None else compare(outputs[compared], again[compared])
+        if not floating:
+            return cls(0.0 if found is None else _LEVELS * found.distance)
+        error = 0.0 if found is None or found.snr_db is None else float(10 ** (-found.snr_db / 20))
+        relative = max(_LEVELS * error, _STEPS, *(float(np.finfo(kind).eps) / 2 for kind in floating))
+        if not classifier:
+            return cls(relative)
+        scores = outputs[0].astype(np.float64)
+        if are_probabilities(scores):
+            return cls(relative, relative, 4 * float(np.finfo(np.float32).eps))
+        return cls(relative, relative * float(np.sqrt(np.square(scores).mean())))
+
+    def band(self, distance: float) -> float:
+        """How far rounding moves a distance of this size."""
+        if self.scores is None:
+            return self.relative
+        return math.sqrt(2 * max(distance, 0.0)) * self.scores + self.scores**2 + self.sums
+
+    def covers(self, fidelity: Fidelity) -> bool:
+        """Whether outputs of this fidelity are the dense model's, but for rounding."""
+        return fidelity.distance <= self.band(0.0)
+
+    def verdict(self, before: Fidelity, after: Fidelity) -> Verdict:
+        """Whether a model is closer to the dense one than another, by more than rounding explains."""
+        gain = before.distance - after.distance
+        if before.distance == after.distance or abs(gain) <= self.band(min(before.distance, after.distance)):
+            return "equal"
+        return "closer" if gain > 0 else "further"
+
+
 def accuracy(outputs: Outputs, labels: Integers, label_offset: int = 0) -> tuple[float, float | None]:
     """Top-1 and (from six classes up) top-5 of a classifier's first output; class = argmax - ``label_offset``.
 
@@ -163,10 +230,15 @@ def is_classifier(outputs: Outputs) -> bool:
     return first.ndim == 2 and first.shape[1] > 1 and bool(np.issubdtype(first.dtype, np.floating))
 
 
+def are_probabilities(scores: Floats) -> bool:
+    """Whether every row of scores is a distribution."""
+    return bool((scores >= 0).all()) and np.allclose(scores.sum(axis=1), 1.0, atol=1e-3)
+
+
 def log_probabilities(scores: Array) -> Floats:
     """Log-probabilities of logits; scores that already are a distribution are taken as they are."""
     values = scores.astype(np.float64)
-    if (values >= 0).all() and np.allclose(values.sum(axis=1), 1.0, atol=1e-3):
+    if are_probabilities(values):
         return np.asarray(np.log(np.maximum(values, _TINY)))
     shifted = values - values.max(axis=1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))

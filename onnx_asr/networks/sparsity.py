@@ -9,9 +9,14 @@ from typing import ClassVar
 import numpy as np
 
 from onnx_asr.arrays import Array
+from onnx_asr.errors import OptionError
+from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex
 from onnx_asr.graph.points import LayerPoint
 
 _NAMED_LAYERS = 3
+_FEW_ZEROS = 0.01
+"""Share of a dense network's weights that may be zero: by chance, by underflow, or in dead channels whose
+BatchNormalization was folded."""
 
 
 @dataclass(frozen=True)
@@ -65,3 +70,32 @@ def collapse_note(layers: Sequence[LayerSparsity]) -> tuple[str, ...]:
 def share_of_zeros(layers: Sequence[LayerSparsity]) -> float:
     """Share of zeros over all weights of the layers."""
     return sum(layer.zeros for layer in layers) / max(1, sum(layer.size for layer in layers))
+
+
+def check_order(pruned: GraphIndex, dense: GraphIndex) -> None:
+    """Refuse a dense network with more zeros than the pruned one, by more than a hundredth of the weights.
+
+    A pruned network with fewer weights than the dense one may have lost zeros with its channels.
+
+    Raises:
+        OptionError: When the two are probably exchanged.
+    """
+    (size, zeros), (dense_size, dense_zeros) = _weights(pruned), _weights(dense)
+    if size < dense_size or dense_zeros <= zeros + _FEW_ZEROS * size:
+        return
+    raise OptionError(
+        f"{dense_zeros / dense_size:.1%} of the dense model's weights are zero, and {zeros / size:.1%} of the other "
+        "one's: are the two exchanged? Give the pruned model first and the dense one as --dense, or --force if this is "
+        "meant"
+    )
+
+
+def _weights(index: GraphIndex) -> tuple[int, int]:
+    """Number of weights (entries of floating-point constants that have two axes or more), and how many are zero."""
+    size = nonzeros = 0
+    for name in {name for node in index.nodes for name in node.input if name and index.is_constant(name)}:
+        if index.element_type(name) in FLOAT_TYPES and len(index.shape(name)) > 1:
+            value = index.value(name)
+            size += value.size
+            nonzeros += int(np.count_nonzero(value))
+    return size, size - nonzeros

@@ -9,12 +9,14 @@ from dataclasses import replace
 from onnx_asr.data import Preprocessing
 from onnx_asr.data.sources import DataSource
 from onnx_asr.engine.loading import load
+from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource
 from onnx_asr.graph.skips import Skip
 from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution, timed
+from onnx_asr.networks.fidelity import Verdict
 from onnx_asr.networks.samples import Calibration
-from onnx_asr.networks.sparsity import share_of_zeros
+from onnx_asr.networks.sparsity import check_order, share_of_zeros
 from onnx_asr.repairing.channelwise import Track, batchnorm_track, gain_track, paired_track, run_tracks
 from onnx_asr.repairing.job import RepairJob
 from onnx_asr.repairing.moving_average import recalibrate_ema
@@ -25,6 +27,14 @@ from onnx_asr.repairing.verification import Verifier
 
 CANDIDATE_SAMPLES = 256
 RELIABILITY_POWER = 0.25
+_INTACT = (
+    "the outputs of the pruned model are those of the dense one, but for rounding: there is nothing to repair, and the "
+    "pruned model is returned unchanged"
+)
+_NO_CLOSER = (
+    "what the repair changed in the distance from the dense model is rounding: the pruned model is returned unchanged"
+)
+_FURTHER = "auto: nothing tried came closer to the dense model than the pruned model, which is returned unchanged"
 REFIT_COST = 8.0
 """Roughly how many times ``paired``'s seconds ``refit`` takes; only for the time budget."""
 
@@ -35,6 +45,7 @@ def repair(
     options: RepairOptions | None = None,
     *,
     dense: ModelSource | None = None,
+    force: bool = False,
     preprocessing: Preprocessing | None = None,
     execution: Execution | None = None,
 ) -> RepairResult:
@@ -44,9 +55,11 @@ def repair(
         model: The pruned model: a path, or an object of onnx, onnx-graphsurgeon or onnx-ir, which is not changed.
         data: Calibration samples, no labels needed: whatever :func:`onnx_asr.open_data` takes, or a Dataset.
         options: Method and sizes; the default is ``auto`` on 512 samples, which returns the pruned model unchanged
-            where nothing it tried came closer to the dense one.
+            where nothing it tried came closer to the dense one. So does any method where rounding explains the
+            difference between the two.
         dense: The model that the pruned one was made from. Without it the running statistics stored in the pruned
             model's BatchNormalization take its place, and nothing can be verified.
+        force: Accept a dense model with more zeros than the pruned one; as a rule the two were exchanged.
         preprocessing: How to prepare images; see :class:`onnx_asr.data.Preprocessing`.
         execution: Execution providers, memory limit, progress.
 
@@ -54,12 +67,14 @@ def repair(
         ModelError: A model that cannot be repaired.
         StructureError: ``dense`` and ``model`` are not the same network.
         DataError: Missing, broken or unfitting data.
-        OptionError: Options that contradict each other or the model.
+        OptionError: Options that contradict each other or the model; a dense model that seems to be the pruned one.
     """
     options, execution = options or RepairOptions(), execution or Execution()
     seconds: dict[str, float] = {}
     with timed(seconds, "load"):
         pruned, reference = load(model), None if dense is None else load(dense)
+        if reference is not None and not force:
+            check_order(GraphIndex.of(pruned), GraphIndex.of(reference))
         job = RepairJob.of(pruned, reference, data, options, preprocessing, execution)
         execution.progress("loading data", 0.0)
         calibration = job.samples.load()
@@ -71,13 +86,9 @@ def repair(
         result = run_method(job, calibration, execution)
     del calibration  # it may take more memory than everything that the verification needs
     with timed(seconds, "verify"):
-        result = verified(job, result, execution)
-    result = replace(result, candidates=tuple(candidates), seconds=seconds)
+        result = verified(job, result, execution, keep_worse=not candidates)
     execution.progress("done", 1.0)
-    if result.improved or not candidates:
-        return result
-    note = "auto: nothing tried came closer to the dense model than the pruned model, which is returned unchanged"
-    return replace(result, model=Draft(job.pruned.index).model(), points=(), notes=(*result.notes, note))
+    return replace(result, candidates=tuple(candidates), seconds=seconds)
 
 
 def run_method(job: RepairJob, calibration: Calibration, execution: Execution) -> RepairResult:
@@ -137,13 +148,29 @@ def _correct(
     return gains | statistics | both, [skip for skip in skips if skip.node not in statistics]
 
 
-def verified(job: RepairJob, result: RepairResult, execution: Execution) -> RepairResult:
-    """A result with its verification, where there is a dense model and a held-out sample."""
-    if job.verifier is None:
+def verified(job: RepairJob, result: RepairResult, execution: Execution, *, keep_worse: bool = True) -> RepairResult:
+    """A result with its verification, where there is a dense model and a held-out sample.
+
+    The pruned model is given back where it is as close to the dense one as the repaired one, but for rounding, and
+    without ``keep_worse`` where it is closer.
+    """
+    verifier = job.verifier
+    if verifier is None:
         return result
     execution.progress("verifying", 0.0)
-    before, after = (job.verifier.fidelity(model) for model in (job.pruned.index.model, result.model))
-    return replace(result, verification=Verification(before, after, job.samples.is_held_out))
+    before, after = (verifier.fidelity(model) for model in (job.pruned.index.model, result.model))
+    intact = verifier.noise.covers(before)
+    verdict: Verdict = "equal" if intact else verifier.noise.verdict(before, after)
+    verification = Verification(before, after, job.samples.is_held_out, verdict)
+    if verdict == "closer" or (verdict == "further" and keep_worse):
+        return replace(result, verification=verification)
+    return replace(
+        result,
+        model=Draft(job.pruned.index).model(),
+        points=(),
+        notes=(*result.notes, _INTACT if intact else _NO_CLOSER if verdict == "equal" else _FURTHER),
+        verification=replace(verification, after=before),
+    )
 
 
 def _choose(job: RepairJob, calibration: Calibration, execution: Execution) -> tuple[RepairJob, list[Candidate]]:

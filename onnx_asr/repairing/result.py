@@ -13,7 +13,7 @@ from onnx_asr.arrays import Floats
 from onnx_asr.graph.points import Point
 from onnx_asr.graph.skips import Skip
 from onnx_asr.json_values import MERGED, key
-from onnx_asr.networks.fidelity import Fidelity
+from onnx_asr.networks.fidelity import Fidelity, Verdict
 from onnx_asr.repairing.options import RepairOptions
 
 _NAMED = 3
@@ -94,8 +94,10 @@ class Verification:
 
     Attributes:
         before: The pruned model's.
-        after: The repaired model's.
+        after: That of the model in the result: the repaired one, or the pruned one where that is given back.
         held_out: Whether the samples were really held out (False where the data had too few).
+        verdict: Whether the repair brought the model "closer" to the dense one; "equal" where rounding explains the
+            difference, or where there was nothing to repair.
     """
 
     derived: ClassVar = ("improved",)
@@ -103,11 +105,12 @@ class Verification:
     before: Fidelity
     after: Fidelity
     held_out: bool
+    verdict: Verdict
 
     @property
     def improved(self) -> bool:
         """Whether the repair brought the model closer to the dense one, or left it as close as it was."""
-        return self.after.distance <= self.before.distance
+        return self.verdict != "further"
 
 
 @dataclass(frozen=True)
@@ -168,12 +171,12 @@ class RepairResult:
 
     @property
     def chosen(self) -> str | None:
-        """The candidate that "auto" chose, with what sets it apart; None where a method was given."""
-        return next((item.method for item in self.candidates if item.options == self.options), None)
+        """The candidate that "auto" chose, with what sets it apart; None where a method was given or none helped."""
+        return next((item.method for item in self.candidates if self.modified and item.options == self.options), None)
 
     @property
     def modified(self) -> bool:
-        """Whether any parameter was corrected; False where "auto" returns the pruned model unchanged."""
+        """Whether any parameter was corrected; False where the pruned model is given back."""
         return bool(self.points)
 
     @property

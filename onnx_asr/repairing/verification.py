@@ -13,8 +13,10 @@ import onnx
 from onnx_asr.arrays import Integers
 from onnx_asr.data import Dataset, InputSpec, Preprocessing, open_data, sample_indices
 from onnx_asr.data.sources import DataSource
+from onnx_asr.engine.session import Runtime
+from onnx_asr.errors import ModelError
 from onnx_asr.networks.execution import Execution
-from onnx_asr.networks.fidelity import Fidelity, Outputs, collect_outputs, compare
+from onnx_asr.networks.fidelity import Fidelity, Noise, Outputs, collect_outputs, compare
 from onnx_asr.networks.samples import Calibration, batch_size_for, fixed_batch, load_calibration, whole_batches
 from onnx_asr.repairing.options import RepairOptions
 
@@ -112,15 +114,24 @@ class Verifier:
         Raises:
             ModelError: When onnxruntime cannot run the model, or its outputs do not fit the dense one's.
         """
-        fidelity = compare(self._reference, self._outputs(model))
+        fidelity = compare(self._reference, self._outputs(model, self.execution.sessions))
         return replace(fidelity, samples=len(whole_batches(self.samples.held_out, self.samples.inputs)))
 
     @cached_property
-    def _reference(self) -> Outputs:
-        return self._outputs(self.dense)
+    def noise(self) -> Noise:
+        """How far rounding moves distances from the dense model: one more run of it, without graph optimisations."""
+        runtime = replace(self.execution.sessions, optimized=False)
+        try:
+            return Noise.between(self._reference, self._outputs(self.dense, runtime))
+        except ModelError:  # it runs in no other way than the usual one
+            return Noise.between(self._reference, None)
 
-    def _outputs(self, model: onnx.ModelProto) -> Outputs:
-        samples, runtime = self.samples, self.execution.sessions
+    @cached_property
+    def _reference(self) -> Outputs:
+        return self._outputs(self.dense, self.execution.sessions)
+
+    def _outputs(self, model: onnx.ModelProto, runtime: Runtime) -> Outputs:
+        samples = self.samples
         return collect_outputs(model, samples.dataset, samples.held_out, runtime, samples.options.batch_size)
 
 

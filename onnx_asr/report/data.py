@@ -99,7 +99,7 @@ def repair_data(
     """The report of a repair, with the channels of both networks measured against the dense one."""
     given, reference = load(pruned), None if dense is None else load(dense)
     job = RepairJob.of(given, reference, data, result.options, run.preprocessing, execution)
-    models = {names[0]: given, names[1]: result.model}
+    models = {names[0]: given, names[1] if result.modified else f"{names[0]} (given back)": result.model}
     before: dict[int, PointDamage] = {}
     after, samples = before, 0
     if job.pair is not None:

@@ -272,30 +272,43 @@ def test_quiet_says_nothing(tmp_path):
 
 
 def test_a_result_that_is_worse_is_not_written_unless_forced(tmp_path):
-    target = tmp_path / "repaired.onnx"
-    options = (
-        "--dense",
-        DENSE,
-        "--data",
-        CALIBRATION,
-        *PRESET,
-        *FEW,
-        "--method",
-        "bn",
-    )  # of a net that needs no repair
-    done = cli("repair", DENSE, "-o", target, *options, "--json")
+    target, sparse = tmp_path / "repaired.onnx", tmp_path / "sparse.onnx"
+    cli("prune", DENSE, "-o", sparse, "--sparsity", 0.02)  # so little that it hardly needs a repair
+    options = ("--dense", DENSE, "--data", CALIBRATION, *PRESET, *FEW, "--method", "bn")
+    done = cli("repair", sparse, "-o", target, *options, "--json")
     assert done.code == 1
     assert done.json["output"] is None
     assert not done.json["improved"]
     assert done.err.startswith("warning: ")
     assert not target.exists()
     target.write_bytes(b"mine")
-    assert cli("repair", DENSE, "-o", target, *options).code == 1
+    assert cli("repair", sparse, "-o", target, *options).code == 1
     assert target.read_bytes() == b"mine"
-    done = cli("repair", DENSE, "-o", target, *options, "--force")
+    done = cli("repair", sparse, "-o", target, *options, "--force")
     assert done.code == 1
     assert "--force" in done.err
     onnx.checker.check_model(str(target))
+
+
+@pytest.mark.parametrize("method", ["auto", "bn"])
+def test_where_there_is_nothing_to_repair_the_input_comes_back(method, tmp_path):
+    target = tmp_path / "repaired.onnx"
+    done = cli(
+        "repair", DENSE, "-o", target, "--dense", DENSE, "--data", CALIBRATION, *PRESET, *FEW, "--method", method
+    )
+    assert (done.code, done.err) == (0, "")
+    assert "nothing to repair" in done.out
+    assert "given back" in done.out
+    assert onnx.load(target) == onnx.load(DENSE)
+
+
+def test_exchanged_models_are_refused(pruned, tmp_path):
+    data = ("--dense", pruned, "--data", CALIBRATION, *PRESET)
+    for arguments in (("repair", DENSE, "-o", tmp_path / "a.onnx", *FEW), ("inspect", DENSE), ("evaluate", DENSE)):
+        assert "are the two exchanged?" in cli(*arguments, *data).error
+        assert list(tmp_path.iterdir()) == []
+    assert cli("inspect", DENSE, *data, "--force").code == 0
+    assert cli("evaluate", DENSE, *data, "--force").code == 0
 
 
 def test_demo(tmp_path):

@@ -73,8 +73,9 @@ def test_reports(command, pruned, tmp_path):
 
 
 def test_a_result_that_is_worse_gets_its_report(tmp_path):
-    page, target = tmp_path / "report.html", tmp_path / "out.onnx"
-    done = cli("repair", DENSE, *DATA, *FEW, "--method", "bn", "-o", target, "--report", page)
+    page, target, sparse = tmp_path / "report.html", tmp_path / "out.onnx", tmp_path / "sparse.onnx"
+    cli("prune", DENSE, "-o", sparse, "--sparsity", 0.02)
+    done = cli("repair", sparse, *DATA, *FEW, "--method", "bn", "-o", target, "--report", page)
     assert done.code == 1
     assert not target.exists()
     assert "further from the dense model than its input; it was not written" in page.read_text(encoding="utf-8")

@@ -6,16 +6,19 @@ import json
 import math
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
+from onnx import numpy_helper
 
 from onnx_asr.data.datasets import TensorDataset
 from onnx_asr.engine.session import Runtime
 from onnx_asr.errors import DataError, ModelError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.json_values import plain
-from onnx_asr.networks.fidelity import Fidelity, accuracy, collect_outputs, compare
+from onnx_asr.networks.fidelity import Fidelity, Noise, accuracy, collect_outputs, compare
 from onnx_asr.networks.samples import input_specs
-from tests.graphs import images, net, residual_net, run
+from tests.graphs import images, net, pruned, residual_net, run
 
 
 def scores(seed: int, shape: tuple[int, ...] = (23, 10)) -> np.ndarray:
@@ -98,6 +101,73 @@ def test_one_value_that_is_not_finite_is_infinitely_far(shape, bad):
         found = compare([scores(0, shape)], [other])
     assert found.distance == math.inf
     assert found.snr_db == -math.inf
+
+
+def ending_in(kind):
+    """residual_net with class probabilities, a feature map or class numbers as its output, or in float16."""
+    model = residual_net()
+    if kind == "float16":
+        for tensor in model.graph.initializer:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+        for value in (*model.graph.input, *model.graph.output):
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    elif kind == "map":
+        model.graph.output[0].CopyFrom(onnx.ValueInfoProto(name="sum1_r"))
+    elif kind != "logits":
+        model.graph.node.add(op_type=kind, input=["logits"], output=["y"])
+        model.graph.output[0].CopyFrom(onnx.ValueInfoProto(name="y"))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["logits", "Softmax", "map", "ArgMax", "float16"])
+def test_what_optimisations_change_is_noise(kind):
+    """Outputs at two levels of onnxruntime, for the dense model and for pruned ones: no pair of them is told apart."""
+    model = ending_in(kind)
+    x = images(64, seed=3).astype(np.float16 if kind == "float16" else np.float32)
+
+    def at(level, version):
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = level
+        return onnxruntime.InferenceSession(version.SerializeToString(), options).run(None, {"x": x})
+
+    levels = onnxruntime.GraphOptimizationLevel
+    dense, plainly = at(levels.ORT_ENABLE_ALL, model), at(levels.ORT_DISABLE_ALL, model)
+    for noise in (Noise.between(dense, plainly), Noise.between(dense, None)):
+        if noise.relative or np.array_equal(dense[0], plainly[0]):
+            assert noise.covers(compare(dense, dense))
+            assert noise.covers(compare(dense, plainly))
+    noise = Noise.between(dense, plainly)
+    found = []
+    for sparsity in (0.05, 0.3, 0.9):
+        version = pruned(model, sparsity)
+        first, second = (
+            compare(dense, at(level, version)) for level in (levels.ORT_ENABLE_ALL, levels.ORT_DISABLE_ALL)
+        )
+        assert noise.verdict(first, second) == "equal"
+        found.append(first)
+    assert noise.verdict(found[2], found[1]) == "closer"
+    assert noise.verdict(found[1], found[2]) == "further"
+    if kind != "ArgMax":
+        assert not noise.covers(found[0])
+        assert noise.verdict(found[1], found[0]) == "closer"
+
+
+def test_infinitely_far_models_are_equal_and_any_other_is_closer():
+    noise = Noise.between([scores(0)], None)
+    broken, whole = Fidelity(4, kl=math.inf), Fidelity(4, kl=3.0)
+    assert noise.verdict(broken, broken) == "equal"
+    assert noise.verdict(broken, whole) == "closer"
+    assert noise.verdict(whole, broken) == "further"
+
+
+def test_small_gains_are_more_than_noise():
+    """A twentieth of a divergence, or 3% of an output error."""
+    noise = Noise.between([scores(0)], None)
+    for kl in (1e-7, 1e-4, 1.0):
+        assert noise.verdict(Fidelity(4, kl=kl), Fidelity(4, kl=0.95 * kl)) == "closer"
+    maps = Noise.between([scores(0, (2, 3, 4, 4))], None)
+    for snr in (80.0, 20.0, 0.0):
+        assert maps.verdict(Fidelity(4, snr_db=snr), Fidelity(4, snr_db=snr + 0.3)) == "closer"
 
 
 def test_different_shapes_are_refused():

@@ -40,6 +40,17 @@ def size(model: onnx.ModelProto) -> int:
     return sum(value.size for value in weights_of(model))
 
 
+def test_without_zeros_the_model_comes_back() -> None:
+    model = residual_net()
+    recipe = RepairOptions(samples=32, verify_samples=16, refit=FAST)
+    result = compress(model, images(48, seed=1), CompressOptions(0.0, rounds=2, repair=recipe))
+    check = result.repair.verification
+    assert check is not None
+    assert (check.verdict, check.before, result.repair.modified) == ("equal", check.after, False)
+    assert result.model == result.masked
+    assert all(np.array_equal(*pair) for pair in zip(weights_of(result.model), weights_of(model), strict=True))
+
+
 class Rounds:
     """The model of every round."""
 

@@ -45,6 +45,7 @@ from tests.graphs import (
     residual_net,
     run,
     set_parameter,
+    vision_transformer,
     weights,
 )
 
@@ -487,15 +488,68 @@ class Spy:
         monkeypatch.setattr(samples_module, "collect_outputs", spy_collect)
 
 
-def test_auto_gives_back_what_it_cannot_improve() -> None:
-    model = model_of("residual")
-    options = RepairOptions(samples=32, verify_samples=16)
-    result = repair(model, data_of("residual"), options, dense=model)
-    assert not result.improved
-    assert not result.modified
+def one_step_up(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which one weight is the next larger float32."""
+    changed = copy(model)
+    tensor = next(tensor for tensor in changed.graph.initializer if len(tensor.dims) == 4)
+    value = numpy_helper.to_array(tensor).copy()
+    value.flat[3] = np.nextafter(value.flat[3], np.float32(np.inf))
+    tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    return changed
+
+
+@pytest.mark.parametrize("method", ["auto", "bn", "paired"])
+@pytest.mark.parametrize("change", [copy, one_step_up])
+@pytest.mark.parametrize("name", NETS)
+def test_a_model_that_is_the_dense_one_but_for_rounding_comes_back(name: str, change: Any, method: Any) -> None:
+    model = change(model_of(name))
+    result = repair(model, data_of(name), RepairOptions(method, samples=32, verify_samples=16), dense=model_of(name))
+    check = result.verification
+    assert check is not None
+    assert (result.improved, result.modified, check.verdict, result.chosen) == (True, False, "equal", None)
+    assert check.before == check.after
     assert result.model == model
     assert result.points == ()
-    assert "unchanged" in result.notes[-1]
+    assert "nothing to repair" in result.notes[-1]
+
+
+def test_auto_gives_back_what_it_cannot_improve() -> None:
+    """A net that lost little, and too few samples to correct it from."""
+    model = vision_transformer(depth=1)
+    damaged, options = pruned(model, 0.01), RepairOptions(samples=2, verify_samples=32)
+    x = np.random.default_rng(0).standard_normal((34, 3, 32, 32)).astype(np.float32)
+    result = repair(damaged, x, options, dense=model)
+    check = result.verification
+    assert check is not None
+    assert min(item.fidelity.distance for item in result.candidates) > check.before.distance
+    assert (result.improved, result.modified, check.verdict, result.chosen) == (False, False, "further", None)
+    assert check.before == check.after
+    assert result.model == damaged
+    assert result.points == ()
+    assert "nothing tried came closer" in result.notes[-1]
+
+
+def test_small_improvements_count() -> None:
+    """At sparsity 1% there is little to repair, but it is more than rounding."""
+    model, damaged = model_of("digits_resnet"), pruned_of("digits_resnet", 0.01)
+    result = repair(damaged, data_of("digits_resnet"), RepairOptions(samples=32, verify_samples=16), dense=model)
+    assert result.verification is not None
+    assert result.verification.verdict == "closer"
+    assert result.verification.before.distance < 1e-7
+    assert result.verification.after.distance < result.verification.before.distance / 2
+
+
+def test_exchanged_models_are_refused() -> None:
+    model, damaged, x = model_of("residual"), pruned_of("residual", 0.5), data_of("residual")
+    options = RepairOptions("paired", samples=32, verify_samples=16)
+    with pytest.raises(OptionError, match=r"5\d\.\d% of the dense model's weights are zero, .* exchanged\?"):
+        repair(model, x, options, dense=damaged)
+    assert repair(model, x, options, dense=damaged, force=True).modified
+    few = copy(model)
+    value = parameter(few, 0, 1).copy()
+    value.flat[:5] = 0  # of 1,500
+    set_parameter(few, 0, 1, value)
+    assert repair(model, x, options, dense=few).verification is not None
 
 
 @pytest.mark.parametrize(("name", "sparsity"), [("residual", 0.4), ("digits_resnet", 0.8), ("digits_vgg", 0.5)])
@@ -537,12 +591,13 @@ def test_a_time_budget_skips_candidates() -> None:
 
 @pytest.mark.parametrize("method", ["bn", "asr"])
 def test_a_result_that_is_not_better_says_so(method: str) -> None:
-    """A network that needs no repair gets worse when its statistics are replaced."""
+    """A network that hardly needs a repair gets worse when its statistics are replaced."""
     model = model_of("digits_resnet")
     x = digit_images()[0][:96]
-    result = repair(model, x, RepairOptions(method=method, samples=32, verify_samples=64), dense=model)
+    options = RepairOptions(method=method, samples=32, verify_samples=64)
+    result = repair(pruned(model, 0.02), x, options, dense=model)
     assert result.verification is not None
-    assert result.verification.before.kl == pytest.approx(0.0, abs=1e-9)
+    assert result.verification.before.kl == pytest.approx(0.0, abs=1e-7)
     assert result.verification.after.kl > 1e-6
     assert not result.improved
     assert plain(result)["improved"] is False
