@@ -15,6 +15,7 @@ from onnx_asr.data import Preprocessing, open_data
 from onnx_asr.data.sources import DataSource
 from onnx_asr.engine.loading import load
 from onnx_asr.errors import OptionError
+from onnx_asr.graph.fixed import fixed_by_own_weights, without_fixed
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.layers import CONVOLUTIONS
 from onnx_asr.graph.model_io import ModelSource, check_finite
@@ -244,7 +245,7 @@ def describe(model: onnx.ModelProto, damage: Mapping[int, PointDamage] | None = 
         ModelError: When it is quantized, or holds values that are not finite.
     """
     index = GraphIndex.of(model)
-    found = survey(index)
+    found = without_fixed(index, survey(index), fixed_by_own_weights(index))
     check_finite(index, "given")
     return Inspection(
         opset=next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0),

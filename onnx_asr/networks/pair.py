@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import onnx
 
 from onnx_asr.arrays import Array, Floats
@@ -14,10 +15,11 @@ from onnx_asr.channels.units import missing_units, read_kept, remove
 from onnx_asr.data import InputSpec
 from onnx_asr.engine.lane import Chunk
 from onnx_asr.errors import ModelError, StructureError
+from onnx_asr.graph.fixed import fixed_by_own_weights, fixed_operator, without_fixed
 from onnx_asr.graph.index import GraphIndex, ancestors
 from onnx_asr.graph.layers import Layer
 from onnx_asr.graph.model_io import check_finite, inlined_functions
-from onnx_asr.graph.points import LayerPoint, Point, Survey, skip, survey, without_selected
+from onnx_asr.graph.points import LayerPoint, Point, Survey, skip, survey, weight_of, without_selected
 from onnx_asr.graph.skips import Reason, Skip
 from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.samples import input_specs
@@ -33,7 +35,8 @@ class Network:
     Attributes:
         index: Its graph.
         survey: Its correction points.
-        everything: The same with the points that cannot be compared with another version of the network.
+        everything: The same with the fixed operators, and the points that cannot be compared with another version of
+            the network.
     """
 
     index: GraphIndex
@@ -53,6 +56,7 @@ class Network:
         index = GraphIndex.of(model)
         everything = survey(index)
         found = without_selected(index, everything) if compared else everything
+        found = without_fixed(index, found, fixed_by_own_weights(index))
         if not found.points:
             reasons = "; ".join(f"{skip.name}: {skip.reason}" for skip in found.skips[:3])
             raise ModelError(
@@ -124,6 +128,9 @@ class Pair:
     def between(cls, pruned: Network, dense: GraphIndex) -> Pair:
         """Find what corresponds to what.
 
+        The dense network's weights tell which layers are fixed operators, those of a pruned one may look like it. A
+        fixed operator that was pruned is corrected as any layer.
+
         Raises:
             StructureError: When the two are not the same network.
         """
@@ -150,7 +157,19 @@ class Pair:
             dense = GraphIndex.of(model)
             left = dense if is_whole else GraphIndex.of(refold(left, changes, {})[0])
             pairing = match(pruned.index, left)
-        return cls(pruned, source, dense, Draft(left), pairing, kept)
+        return cls(pruned, source, dense, Draft(left), pairing, kept)._without_fixed()
+
+    def _without_fixed(self) -> Pair:
+        """The pair without the layers that are fixed operators in both networks."""
+        index = self.pruned.index
+
+        def fixed(point: LayerPoint) -> Reason | None:
+            own, dense = weight_of(index, point), self.dense_weight(point)
+            reason = fixed_operator(index, point, dense)
+            return reason if np.array_equal(own, dense.astype(own.dtype)) else None
+
+        found = without_fixed(index, without_selected(index, self.pruned.everything), fixed)
+        return replace(self, pruned=replace(self.pruned, survey=found))
 
     @classmethod
     def with_itself(cls, dense: Network) -> Pair:

@@ -6,13 +6,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnx_asr.arrays import Array, Floats, Mask
+from onnx_asr.arrays import Array, Floats, Integers, Mask
+
+_ROUNDING = 1e-12  # of scores that are equal but for the rounding of their factors
 
 
-def keep_largest(scores: Sequence[Array], keep: int) -> list[Mask]:
+def keep_largest(scores: Sequence[Array], keep: int, seed: int | None = None) -> list[Mask]:
     """Masks that keep the ``keep`` entries with the largest scores over all arrays, which may have any shape.
 
-    Ties are broken by position: earlier arrays first, then earlier entries in C order.
+    Ties are broken by position: earlier arrays first, then earlier entries in C order. With a seed, ties of scores
+    above 0 are spread over the arrays in proportion to their numbers there, so that they leave none without an entry
+    where that can be avoided; within an array, a random order decides.
     """
     if not scores:
         return []
@@ -20,10 +24,41 @@ def keep_largest(scores: Sequence[Array], keep: int) -> list[Mask]:
     mask = np.full(flat.size, keep >= flat.size)
     if 0 < keep < flat.size:
         threshold = np.partition(flat, flat.size - keep)[flat.size - keep]
-        mask = flat > threshold
-        mask[np.flatnonzero(flat == threshold)[: keep - int(mask.sum())]] = True
-    ends = np.cumsum([score.size for score in scores])
-    return [part.reshape(score.shape) for part, score in zip(np.split(mask, ends[:-1]), scores, strict=True)]
+        rounding = 0.0 if seed is None or threshold <= 0 else _ROUNDING
+        mask = flat > threshold * (1 + rounding)
+        tied, rest = (flat >= threshold * (1 - rounding)) & ~mask, keep - int(mask.sum())
+        if seed is None or threshold <= 0:
+            mask[np.flatnonzero(tied)[:rest]] = True
+        else:
+            _spread_ties(_split(mask, scores), _split(tied, scores), rest, seed)
+    return [part.reshape(score.shape) for part, score in zip(_split(mask, scores), scores, strict=True)]
+
+
+def _split(flat: Mask, scores: Sequence[Array]) -> list[Mask]:
+    """The part of each array, as views."""
+    return np.split(flat, np.cumsum([score.size for score in scores])[:-1])
+
+
+def _spread_ties(masks: Sequence[Mask], tied: Sequence[Mask], keep: int, seed: int) -> None:
+    """Set ``keep`` of the tied entries in the masks."""
+    counts = np.array([np.count_nonzero(each) for each in tied])
+    shares, rests = np.divmod(keep * counts, counts.sum())
+    shares[np.argsort(-rests, kind="stable")[: keep - int(shares.sum())]] += 1
+    for number in np.flatnonzero((counts > 0) & (shares == 0)).tolist():
+        giver = int(np.argmax(shares))
+        if shares[giver] > 1 and not masks[number].any():
+            shares[giver] -= 1
+            shares[number] += 1
+    for number, (mask, each, share) in enumerate(zip(masks, tied, shares.tolist(), strict=True)):
+        entries = np.flatnonzero(each)
+        if share < len(entries):
+            entries = entries[np.argsort(random_ranks(mask.size, seed, number)[entries])[:share]]
+        mask[entries] = True
+
+
+def random_ranks(size: int, *seed: int) -> Integers:
+    """The numbers from 0 to ``size - 1`` in a random order that no version of numpy changes."""
+    return np.argsort(np.argsort(np.random.PCG64(seed).random_raw(size), kind="stable"), kind="stable")
 
 
 def keep_count(size: int, sparsity: float) -> int:
@@ -31,11 +66,11 @@ def keep_count(size: int, sparsity: float) -> int:
     return size - round(sparsity * size)
 
 
-def keep_n_of_m(scores: Array, n: int, m: int) -> Mask:
+def keep_n_of_m(scores: Array, n: int, m: int, seed: int | None = None) -> Mask:
     """A mask that keeps the ``n`` largest scores [C_out, C_in, taps] of every ``m`` consecutive C_in (N:M sparsity).
 
     A last group of fewer than ``m`` channels counts as padded with zeros, which are pruned first. Ties are broken by
-    position.
+    position, or with a seed in a random order where scores are above 0.
 
     >>> keep_n_of_m(np.array([[[3.0], [1.0], [2.0], [9.0]]]), 2, 4)[0, :, 0].tolist()
     [True, False, False, True]
@@ -44,7 +79,11 @@ def keep_n_of_m(scores: Array, n: int, m: int) -> Mask:
     padded = np.full((outputs, -(-inputs // m) * m, taps), -np.inf)
     padded[:, :inputs] = scores
     groups = padded.reshape(outputs, -1, m, taps)
-    order = np.argsort(-groups, axis=2, kind="stable")
+    if seed is None:
+        order = np.argsort(-groups, axis=2, kind="stable")
+    else:
+        ranks = random_ranks(groups.size, seed).reshape(groups.shape)
+        order = np.lexsort((np.where(groups > 0, ranks, -1), -groups), axis=2)
     mask = np.zeros(groups.shape, bool)
     np.put_along_axis(mask, order[:, :, :n], True, axis=2)
     return np.asarray(mask.reshape(padded.shape)[:, :inputs])

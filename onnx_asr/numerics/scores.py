@@ -9,17 +9,21 @@ from collections.abc import Sequence
 import numpy as np
 
 from onnx_asr.arrays import Array, Floats
+from onnx_asr.numerics.masks import random_ranks
 
 _MAX_INVERSE = 8192  # inputs up to which H is inverted: 0.5 GB
 
 
-def lamp(weight: Array) -> Floats:
+def lamp(weight: Array, seed: int | None = None) -> Floats:
     """``w^2 / sum of w'^2 over all w' of the weight with |w'| >= |w|`` (layer-adaptive magnitude, arXiv 2010.07611).
 
-    Of equal magnitudes the earlier one counts as larger, so that there are no ties within a weight.
+    Of equal magnitudes the earlier one counts as larger, or with a seed one by chance, so that there are no ties within
+    a weight.
     """
     square = np.square(weight.astype(np.float64)).ravel()
     order = np.argsort(-square, kind="stable")
+    if seed is not None and (np.diff(square[order]) == 0).any():
+        order = np.lexsort((random_ranks(square.size, seed), -square))
     above = np.cumsum(square[order])
     score = np.empty_like(square)
     score[order] = np.divide(square[order], above, out=np.zeros_like(above), where=above > 0)

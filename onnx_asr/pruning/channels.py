@@ -26,6 +26,7 @@ from onnx_asr.channels.units import Channels, Ids, remove
 from onnx_asr.engine.loading import load
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.edit import set_metadata
+from onnx_asr.graph.fixed import FIXED
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, check_finite
 from onnx_asr.graph.points import LayerPoint, skip, survey
@@ -164,7 +165,10 @@ class _Cutter:
         weights, self.skips = prunable_weights(index, found, options.include, options.exclude)
         channels, chosen = trace(index), {point.node for weight in weights for point in weight.points}
         self._index, self._options, self._channels = index, options, channels
-        self._groups, self._makers = _prunable_groups(channels, found.layers, chosen)
+        firsts = {skip.node for skip in self.skips if skip.code == FIXED.code}
+        tensors = {index.nodes[point.node].input[point.weight[1]] for point in found.layers if point.node in firsts}
+        fixed = {point.node for point in found.layers if index.nodes[point.node].input[point.weight[1]] in tensors}
+        self._groups, self._makers = _prunable_groups(channels, found.layers, chosen, fixed)
         self.skips += _uncut(channels, [point for point in found.layers if point.node in chosen], self._groups)
         if not self._groups:
             reasons = "; ".join(f"{skip.name}: {skip.reason}" for skip in self.skips[:3])
@@ -183,7 +187,7 @@ class _Cutter:
             counts = [keep_count(score.size, sparsity) for score in self._scores]
         else:
             total = keep_count(sum(score.size for score in self._scores), sparsity)
-            counts = [int(mask.sum()) for mask in keep_largest(self._scores, max(len(self._scores), total))]
+            counts = [int(mask.sum()) for mask in keep_largest(self._scores, max(len(self._scores), total), seed=0)]
         drop, multiple = np.zeros(self._channels.units, bool), self._options.multiple
         for group, score, count in zip(self._groups, self._scores, counts, strict=True):
             (keep,) = keep_largest([score], min(score.size, max(1, round(count / multiple)) * multiple))
@@ -246,13 +250,22 @@ def channel_scores(index: GraphIndex, channels: Channels, points: Sequence[Layer
 
 
 def _prunable_groups(
-    channels: Channels, points: Sequence[LayerPoint], chosen: set[int]
+    channels: Channels, points: Sequence[LayerPoint], chosen: set[int], fixed: set[int]
 ) -> tuple[list[Ids], list[list[LayerPoint]]]:
-    """Groups whose channels can be removed and whose layers were all chosen; and those layers, by group."""
+    """Groups whose channels can be removed and whose layers were all chosen; and those layers, by group.
+
+    A fixed operator that treats channels one by one is no layer in this sense; one that combines them needs them all.
+    """
+    removable = channels.removable
+    combining = {point.node for point in points if point.node in fixed and point.layer.layout.inputs > 1}
+    for read in channels.reads:
+        if read.node in combining:
+            removable[read.labels.ids] = False
+    points = [point for point in points if point.node not in fixed - combining]
     made = [(point, channels.tensors[point.tensor].ids) for point in points if point.tensor in channels.tensors]
     groups, makers = [], []
     for group in channels.groups():
-        if channels.removable[group].all():
+        if removable[group].all():
             layers = [point for point, units in made if group[0] in units]
             if layers and chosen.issuperset(point.node for point in layers):
                 groups.append(group)

@@ -183,6 +183,7 @@ class _Rounds:
         self._weights, _ = split_narrow(weights, pattern)
         self._factors = _factors(dense, self._weights, calibration, execution)
         self._steps = _schedule(options, pattern)
+        self._seed = options.repair.seed
         self._recipe = replace(recipe, relu_steps=min(recipe.relu_steps, 1))
         self._calibration = calibration.head(round(options.round_samples * calibration.count))
         self._execution = execution
@@ -211,7 +212,7 @@ class _Rounds:
     def _goal(self, step: Step) -> list[Mask]:
         """Masks of the weights that are worth most so far, over all layers."""
         scores = [self._score(number, value) for number, value in enumerate(self._values)]
-        return make_masks(self._weights, scores, *step, "global")
+        return make_masks(self._weights, scores, *step, "global", seed=self._seed)
 
     def _run(self, step: Step, *, narrowed: bool) -> None:
         """Refit from the dense weights under the masks of a goal.
@@ -246,7 +247,7 @@ class _Rounds:
         first, last = (np.count_nonzero(units_of(weight, mask.astype(np.float64), pattern)) for mask in masks)
 
         def keep(count: int, values: Floats) -> Mask:
-            self._masks[number] = keep_units(weight, self._score(number, values), pattern, count)
+            self._masks[number] = keep_units(weight, self._score(number, values), pattern, count, self._seed)
             return self._masks[number]
 
         shares = [step / NARROWING for step in range(1, NARROWING + 1)]

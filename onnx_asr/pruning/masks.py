@@ -12,6 +12,7 @@ import onnx
 from onnx_asr.arrays import Array, Mask
 from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.graph.edit import EditPlan, apply, set_metadata
+from onnx_asr.graph.fixed import fixed_by_own_weights
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.layers import WeightLayout
 from onnx_asr.graph.points import LayerPoint, Survey, skip
@@ -55,7 +56,7 @@ def prunable_weights(
     """Weights of the Conv, ConvTranspose, Gemm and MatMul nodes found in a graph whose names match.
 
     A node takes part when a regular expression of ``include``, if there is any, matches within its name or its
-    weight's, and none of ``exclude`` does.
+    weight's, and none of ``exclude`` does; a fixed operator only when one of ``include`` does.
 
     Raises:
         OptionError: When a pattern is not a regular expression, or none is left.
@@ -70,15 +71,22 @@ def prunable_weights(
             "float model that holds its weights"
         )
     wanted, unwanted = [_compile(pattern) for pattern in include], [_compile(pattern) for pattern in exclude]
-    weights, skips = [], list(found.skips)
+    weights, skips, fixed = [], list(found.skips), fixed_by_own_weights(index)
     for tensor, points in readers.items():
         texts = [tensor, *(point.name for point in points)]
-        chosen = not wanted or any(pattern.search(text) for pattern in wanted for text in texts)
-        barred = any(pattern.search(text) for pattern in unwanted for text in texts)
-        if chosen and not barred:
+        chosen = any(pattern.search(text) for pattern in wanted for text in texts)
+        reason = None if chosen else NOT_INCLUDED if wanted else next(filter(None, map(fixed, points)), None)
+        if any(pattern.search(text) for pattern in unwanted for text in texts):
+            reason = EXCLUDED
+        if reason is None:
             weights.append(PrunableWeight(tensor, tuple(points)))
         else:
-            skips.append(skip(points[0], EXCLUDED if barred else NOT_INCLUDED))
+            skips.append(skip(points[0], reason))
+    if not weights and not wanted and not unwanted:
+        raise OptionError(
+            f"nothing to prune: all layers are fixed operators ({skips[-1].name}: {skips[-1].reason}); name those that "
+            "were trained (--include)"
+        )
     if not weights:
         raise OptionError(
             f"--include {list(include)} and --exclude {list(exclude)} leave no weight to prune: give patterns that "
@@ -124,6 +132,8 @@ def make_masks(
     sparsity: float | None,
     scope: Scope,
     counts: Sequence[int] | None = None,
+    *,
+    seed: int,
 ) -> list[Mask]:
     """Masks of the largest scores; scores and masks have the weights' stored shapes.
 
@@ -134,15 +144,16 @@ def make_masks(
         sparsity: Share of units (weights, or blocks) to drop; None for N:M.
         scope: Where scores are compared; ignored for N:M.
         counts: Units that every weight keeps, for scope "sensitivity".
+        seed: Of the order of equal scores.
     """
     if pattern.n is not None:
-        return [_pattern_mask(*each, pattern.n, pattern.m) for each in zip(weights, scores, strict=True)]
+        return [_pattern_mask(*each, pattern.n, pattern.m, seed) for each in zip(weights, scores, strict=True)]
     assert sparsity is not None
     units = [units_of(weight, values, pattern) for weight, values in zip(weights, scores, strict=True)]
     sizes = [unit.size for unit in units]
     total = keep_count(sum(sizes), sparsity)
     if scope == "global":
-        masks = keep_largest(units, total)
+        masks = keep_largest(units, total, seed)
         return [_spread(weight, mask, pattern) for weight, mask in zip(weights, masks, strict=True)]
     if scope == "layer":
         counts = [keep_count(size, sparsity) for size in sizes]
@@ -150,19 +161,19 @@ def make_masks(
         shapes = [(weight.layout.channels, weight.layout.inputs, *weight.layout.shape[2:]) for weight in weights]
         counts = erk_keep(shapes, sizes, total)
     assert counts is not None
-    return [keep_units(*each[:2], pattern, each[2]) for each in zip(weights, scores, counts, strict=True)]
+    return [keep_units(*each[:2], pattern, each[2], seed) for each in zip(weights, scores, counts, strict=True)]
 
 
-def keep_units(weight: PrunableWeight, scores: Array, pattern: Pattern, count: int) -> Mask:
+def keep_units(weight: PrunableWeight, scores: Array, pattern: Pattern, count: int, seed: int) -> Mask:
     """The mask of one weight that keeps the ``count`` units of largest score."""
-    (mask,) = keep_largest([units_of(weight, scores, pattern)], count)
+    (mask,) = keep_largest([units_of(weight, scores, pattern)], count, seed)
     return _spread(weight, mask, pattern)
 
 
-def _pattern_mask(weight: PrunableWeight, scores: Array, n: int, m: int) -> Mask:
+def _pattern_mask(weight: PrunableWeight, scores: Array, n: int, m: int, seed: int) -> Mask:
     layout = weight.layout
     channels = layout.to_blocks(scores).reshape(layout.channels, layout.inputs, layout.taps)
-    return layout.from_rows(keep_n_of_m(channels, n, m))
+    return layout.from_rows(keep_n_of_m(channels, n, m, seed))
 
 
 def units_of(weight: PrunableWeight, scores: Array, pattern: Pattern) -> Array:

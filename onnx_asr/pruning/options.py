@@ -99,10 +99,11 @@ class PruneOptions(_Goal):
             spares small layers; "sensitivity" tries every layer on the data and allocates zeros where they cost least.
         score: What a weight is worth. "activation", "variance" and "gram" need data; "row" and "variance" suit nets
             whose BatchNormalization was folded.
-        include: Prune only nodes or weights whose name matches one of these regular expressions; empty for all.
+        include: Prune only nodes or weights whose name matches one of these regular expressions; empty for all that
+            were trained, which leaves out blur kernels and the like.
         exclude: Spare nodes or weights whose name matches one of these regular expressions.
         samples: Samples to draw from the data.
-        seed: Seed of the draw.
+        seed: Seed of the draw, and of the order of equal scores.
     """
 
     derived: ClassVar[tuple[str, ...]] = ("budget",)
@@ -150,7 +151,8 @@ class ChannelPruneOptions(_Goal):
         target_flops: Prune until this share of the dense model's FLOPs is left.
         scope: "layer" ranks within each group of coupled channels; "global" over the whole net.
         multiple: Leave multiples of this number of channels; kernels are fastest at multiples of 8 or 16.
-        include: Prune only layers whose node or weight name matches one of these regular expressions; empty for all.
+        include: Prune only layers whose node or weight name matches one of these regular expressions; empty for all
+            that were trained, which leaves out blur kernels and the like.
         exclude: Spare layers whose node or weight name matches one of these regular expressions.
     """
 
@@ -180,7 +182,8 @@ class SensitivityOptions:
     Attributes:
         sparsities: Sparsities to try every layer at, each above 0 and below 1.
         score: What a weight is worth, as in ``prune``.
-        include: Prune only nodes or weights whose name matches one of these regular expressions; empty for all.
+        include: Prune only nodes or weights whose name matches one of these regular expressions; empty for all that
+            were trained, which leaves out blur kernels and the like.
         exclude: Spare nodes or weights whose name matches one of these regular expressions.
         repair: Samples, seed and refit recipe; the method is always ``refit``.
     """
@@ -208,7 +211,8 @@ class CompressOptions:
         pattern: "unstructured", "N:M" or "Nx1", as in ``prune``.
         rounds: Mask rounds; for N:M at most ``m - n``.
         round_samples: Samples of every round but the last, as a share of all.
-        include: Prune only nodes or weights whose name matches one of these regular expressions; empty for all.
+        include: Prune only nodes or weights whose name matches one of these regular expressions; empty for all that
+            were trained, which leaves out blur kernels and the like.
         exclude: Spare nodes or weights whose name matches one of these regular expressions.
         repair: Samples, seed and refit recipe; the method is always ``refit``.
     """

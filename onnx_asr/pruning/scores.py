@@ -25,9 +25,14 @@ Values = list[Floats]
 
 
 def weight_scores(
-    dense: Network, points: Sequence[LayerPoint], score: Score, calibration: Calibration, execution: Execution
+    dense: Network,
+    points: Sequence[LayerPoint],
+    score: Score,
+    calibration: Calibration,
+    execution: Execution,
+    seed: int,
 ) -> Values:
-    """Scores of the points' weights, each in its stored shape.
+    """Scores of the points' weights, each in its stored shape; ``seed`` as for those without data.
 
     Beside those of :func:`data_free_scores`:
 
@@ -40,17 +45,17 @@ def weight_scores(
         ModelError: When activations are not finite.
     """
     if score not in DATA_AWARE:
-        return data_free_scores(dense.index, points, score)
+        return data_free_scores(dense.index, points, score, seed)
     execution.progress("measuring the dense network", 0.0)
     if score == "gram":
         return _saliencies(dense, points, calibration, execution)
-    magnitudes = data_free_scores(dense.index, points, "magnitude")
+    magnitudes = data_free_scores(dense.index, points, "magnitude", seed)
     factors = input_factors(dense, points, score, calibration, execution)
     return [value * factor for value, factor in zip(magnitudes, factors, strict=True)]
 
 
-def data_free_scores(index: GraphIndex, points: Sequence[LayerPoint], score: Score) -> Values:
-    """Scores of the points' weights, each in its stored shape.
+def data_free_scores(index: GraphIndex, points: Sequence[LayerPoint], score: Score, seed: int) -> Values:
+    """Scores of the points' weights, each in its stored shape; ``seed`` orders equal weights where the score does.
 
     * magnitude: ``|w|``
     * row: ``|w| / rms`` of its output channel
@@ -58,7 +63,7 @@ def data_free_scores(index: GraphIndex, points: Sequence[LayerPoint], score: Sco
     """
     values = [weight_of(index, point) for point in points]
     if score == "lamp":
-        return [lamp(value) for value in values]
+        return [lamp(value, seed) for value in values]
     if score == "row":
         pairs = zip([point.layer.layout for point in points], values, strict=True)
         return [layout.from_rows(row_normalised(layout.to_rows(value))) for layout, value in pairs]

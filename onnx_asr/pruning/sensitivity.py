@@ -140,7 +140,7 @@ def sensitivity(
     samples = Samples.of(data, dense.inputs, options.repair, preprocessing, verify=True)
     calibration = samples.load()
     points = [weight.points[0] for weight in weights]
-    scores = weight_scores(dense, points, options.score, calibration, execution)
+    scores = weight_scores(dense, points, options.score, calibration, execution, options.repair.seed)
     found = fidelity_by_weight(dense, weights, scores, Pattern(), shares, samples, calibration, execution)
     execution.progress("done", 1.0)
     layers = [
@@ -193,7 +193,7 @@ def fidelity_by_weight(
             continue
         value = weight_of(dense.index, sampler.point)
         for share in sparsities:
-            (mask,) = make_masks([weight], [scores[number]], pattern, share, "layer")
+            (mask,) = make_masks([weight], [scores[number]], pattern, share, "layer", seed=samples.options.seed)
             draft = Draft(dense.index)
             for reader in readers:
                 draft.set_weight(reader.point, np.where(mask, value, np.zeros((), value.dtype)))

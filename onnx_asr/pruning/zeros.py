@@ -90,8 +90,10 @@ def prune(
     the ``n`` largest of every ``m`` consecutive input channels stay; a weight with fewer than ``m`` input channels per
     group stays dense. Blocks (Nx1): ``N`` consecutive output channels of a group share their zeros, a last block may
     have fewer; a block's score is the mean of its members', and ``round(sparsity n)`` of the blocks go, by the same
-    scopes. Ties are broken by position. With a target, it is the smallest sparsity that keeps within it; scope
-    "sensitivity" with ``target_flops`` allocates operations instead of weights.
+    scopes. Ties are spread over the layers, in an order that the seed gives. With a target, it is the smallest sparsity
+    that keeps within it; scope "sensitivity" with ``target_flops`` allocates operations instead of weights. Layers that
+    were never trained (the mean of a distribution in YOLO's heads, blur kernels and the like) are left alone unless
+    ``include`` names them.
 
     Args:
         model: The dense model: a path, or an object of onnx, onnx-graphsurgeon or onnx-ir, which is not changed.
@@ -124,7 +126,10 @@ def prune(
     weights, narrow = split_narrow(weights, pattern)
     probe = Probe(input_shapes or {}, execution.runtime)
     if data is None:
-        scores, costs = data_free_scores(index, [weight.points[0] for weight in weights], options.score), None
+        scores, costs = (
+            data_free_scores(index, [weight.points[0] for weight in weights], options.score, options.seed),
+            None,
+        )
     else:
         held_out = RepairOptions.verify_samples if options.scope == "sensitivity" else 0
         settings = RepairOptions("refit", samples=options.samples, verify_samples=held_out, seed=options.seed)
@@ -135,7 +140,9 @@ def prune(
 
     def pruned_to(sparsity: float | None) -> tuple[onnx.ModelProto, tuple[LayerSparsity, ...]]:
         counts = None if costs is None or sparsity is None else costs.keep(sparsity)
-        return apply_masks(index, weights, make_masks(weights, scores, pattern, sparsity, options.scope, counts))
+        return apply_masks(
+            index, weights, make_masks(weights, scores, pattern, sparsity, options.scope, counts, seed=options.seed)
+        )
 
     budget, share = options.budget, options.sparsity
     if budget is not None:
@@ -173,7 +180,9 @@ def _measured(
     or 0.05. For a target, the density is taken to be about the share that it allows.
     """
     calibration, budget, sparsity = samples.load(), options.budget, options.sparsity
-    scores = weight_scores(dense, [weight.points[0] for weight in weights], options.score, calibration, execution)
+    scores = weight_scores(
+        dense, [weight.points[0] for weight in weights], options.score, calibration, execution, options.seed
+    )
     if options.scope != "sensitivity":
         return scores, None
     if budget is not None:

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from onnx_asr.numerics.masks import block_scores, find_n_of_m, keep_count, keep_largest, keep_n_of_m, spread_blocks
+from onnx_asr.numerics.masks import (
+    block_scores,
+    find_n_of_m,
+    keep_count,
+    keep_largest,
+    keep_n_of_m,
+    random_ranks,
+    spread_blocks,
+)
 
 small = hnp.arrays(np.float64, hnp.array_shapes(max_dims=3, max_side=4), elements=st.integers(0, 4).map(float))
 
@@ -22,6 +30,47 @@ def test_exactly_the_largest_are_kept_and_ties_broken_by_position(scores: list[n
     chosen = sorted(range(len(flat)), key=lambda place: (-flat[place], place))[:keep]
     expected = np.isin(np.arange(len(flat)), chosen)
     np.testing.assert_array_equal(np.concatenate([mask.ravel() for mask in masks]), expected)
+
+
+@given(scores=st.lists(small, min_size=1, max_size=3), share=st.floats(0, 1), seed=st.integers(0, 9))
+def test_with_a_seed_exactly_the_largest_are_kept_and_ties_spread(
+    scores: list[np.ndarray], share: float, seed: int
+) -> None:
+    flat = np.concatenate([score.ravel() for score in scores])
+    keep = round(share * flat.size)
+    masks = keep_largest(scores, keep, seed)
+    mask = np.concatenate([each.ravel() for each in masks])
+    assert int(mask.sum()) == keep
+    if 0 < keep < flat.size:
+        assert flat[mask].min() >= flat[~mask].max()
+        threshold = flat[mask].min()
+        ties = [int((score == threshold).sum()) for score in scores]
+        kept = [int((each & (score == threshold)).sum()) for each, score in zip(masks, scores, strict=True)]
+        if threshold > 0:
+            exact = [sum(kept) * count / sum(ties) for count in ties]
+            emptied = sum(count > 0 and not each.any() for count, each in zip(ties, masks, strict=True))
+            assert emptied == 0 or max(kept) <= 1
+            assert all(abs(a - b) < 1 + len(scores) for a, b in zip(kept, exact, strict=True))
+
+
+def test_scores_that_differ_by_rounding_are_tied() -> None:
+    scores = [np.full(100, 1 + 1e-15), np.full(100, 1.0), np.full(100, 1 - 1e-15)]
+    assert [int(mask.sum()) for mask in keep_largest(scores, 150, seed=0)] == [50, 50, 50]
+    assert [int(mask.sum()) for mask in keep_largest(scores, 150)] == [100, 50, 0]
+
+
+def test_random_ranks_are_those_of_every_machine() -> None:
+    assert random_ranks(8, 0).tolist() == random_ranks(8, 0).tolist()
+    assert sorted(random_ranks(8, 3, 1).tolist()) == list(range(8))
+    assert random_ranks(6, 0).tolist() == [3, 2, 1, 0, 4, 5]
+
+
+def test_a_seed_spreads_ties_within_groups() -> None:
+    mask = keep_n_of_m(np.ones((64, 8, 1)), 2, 4, seed=0)
+    assert (mask.reshape(64, 2, 4).sum(axis=2) == 2).all()
+    assert (np.abs(mask.mean(axis=0) - 0.5) < 0.25).all()
+    distinct = np.random.default_rng(0).random((5, 8, 3))
+    np.testing.assert_array_equal(keep_n_of_m(distinct, 2, 4, seed=0), keep_n_of_m(distinct, 2, 4))
 
 
 def test_nothing_and_everything() -> None:

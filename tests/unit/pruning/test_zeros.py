@@ -18,7 +18,6 @@ from onnx_asr.repairing.options import RepairOptions
 from onnx_asr.repairing.pipeline import repair
 from tests.graphs import (
     constant,
-    copy,
     dense_net,
     digit_images,
     digits,
@@ -292,11 +291,53 @@ def test_patterns_are_read_and_written() -> None:
     assert str(Pattern.parse("4x1")) == "4x1"
 
 
-def test_ties_are_broken_by_position() -> None:
-    model = net("g (float[N,4] x) => (float[N,4] y) { y = MatMul (x, w) }", w=np.ones((4, 4), np.float32))
-    weight = parameter(prune(copy(model), options=PruneOptions(0.5)).model, 0, 1).ravel()
-    np.testing.assert_array_equal(weight, [1] * 8 + [0] * 8)
-    assert np.isfinite(first_output(model, images(1, seed=0, shape=(4,))[:1].reshape(1, 4))).all()
+def binary_net() -> onnx.ModelProto:
+    model = residual_net()
+    for position in positions(model, "Conv", "Gemm"):
+        set_parameter(model, position, 1, np.sign(parameter(model, position, 1)) * 0.3)
+    return model
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"scope": "layer"},
+        {"scope": "erk"},
+        {"score": "lamp"},
+        {"score": "row"},
+        {"pattern": "2x1"},
+        {"pattern": "2:4", "sparsity": None},
+    ],
+)
+def test_ties_empty_no_layer_and_no_channel(arguments: dict[str, Any]) -> None:
+    """In a binary network all weights of a layer are worth the same."""
+    model = binary_net()
+    result = prune(model, options=PruneOptions(**{"sparsity": 0.5, **arguments}))
+    for tensor, weight in prunable(result.model).items():
+        rows = weight.reshape(len(weight), -1)
+        assert (rows != 0).any(axis=1).all(), tensor
+        if weight.ndim == 4:
+            assert (weight != 0).any(axis=(0, 2, 3)).all(), tensor
+    if not arguments:
+        assert {round(layer.sparsity, 1) for layer in result.layers} == {0.5}
+
+
+def test_the_seed_orders_ties_and_nothing_else() -> None:
+    def pruned(model: onnx.ModelProto, seed: int) -> bytes:
+        result = prune(model, options=PruneOptions(0.5, seed=seed)).model
+        return bytes(result.SerializeToString())
+
+    assert pruned(binary_net(), 1) == pruned(binary_net(), 1) != pruned(binary_net(), 2)
+    assert pruned(residual_net(), 1) == pruned(residual_net(), 2)
+
+
+def test_a_small_layer_is_not_emptied_by_ties() -> None:
+    text = "g (float[N,64] x) => (float[N,1] y) { h = MatMul (x, v)  r = Relu (h)  y = MatMul (r, w) }"
+    model = net(text, v=np.full((64, 2), 0.5, np.float32), w=np.full((2, 1), 0.5, np.float32))
+    result = prune(model, options=PruneOptions(0.95))
+    assert [layer.size - layer.zeros for layer in result.layers] == [5, 1]
+    assert result.sparsity == pytest.approx(124 / 130)
 
 
 def uneven_net() -> onnx.ModelProto:
