@@ -39,8 +39,9 @@ def _layer(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
         tracer.join_groups(ids, layout.groups)
         if labels is not None:
             tracer.join_groups(labels.ids, layout.groups)
-            tracer.slices.append(Sliced(position, slot, in_axis, labels.ids[: layout.shape[in_axis]]))
-            tracer.reads.append(Read(position, labels))
+            columns = Sliced(position, slot, in_axis, labels.ids[: layout.shape[in_axis]])
+            tracer.slices.append(columns)
+            tracer.reads.append(Read(labels, columns))
         tracer.slices.append(Sliced(position, slot, layout.output_axis, ids[: layout.shape[layout.output_axis]]))
     elif labels is None:
         tracer.freeze(ids, f"depthwise {tracer.name(position)} reads channels that cannot be removed")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import onnx
@@ -14,6 +14,8 @@ from onnx_asr.arrays import Array
 from onnx_asr.channels.units import ChannelLabels, Channels, Counted, Ids, Read, Sliced
 from onnx_asr.graph.index import GraphIndex, attribute, input_name, is_standard, node_label, node_reads, subgraphs
 from onnx_asr.graph.shapes import Shape, typical_shapes
+
+_Numbered = TypeVar("_Numbered", ChannelLabels, Sliced, Counted)
 
 
 class Obstacle(Exception):
@@ -89,13 +91,17 @@ class Tracer:
             self._freeze_tensor(name, f"'{name}' is an output of the model")
         roots = np.array([self._find(unit) for unit in range(len(self._parent))], np.int64)
         kept, number = np.unique(roots, return_inverse=True)
+
+        def renumbered(item: _Numbered) -> _Numbered:
+            return replace(item, ids=number[item.ids])
+
         return Channels(
             len(kept),
-            {name: replace(item, ids=number[item.ids]) for name, item in self.labels.items()},
+            {name: renumbered(item) for name, item in self.labels.items()},
             tuple(self.made),
-            tuple(replace(item, ids=number[item.ids]) for item in self.slices),
-            tuple(replace(item, ids=number[item.ids]) for item in self.counts),
-            tuple(Read(item.node, replace(item.labels, ids=number[item.labels.ids])) for item in self.reads),
+            tuple(map(renumbered, self.slices)),
+            tuple(map(renumbered, self.counts)),
+            tuple(Read(renumbered(item.labels), renumbered(item.columns)) for item in self.reads),
             {int(number[unit]): reason for unit, reason in reversed(self._frozen.items())},  # the first reason stays
         )
 

@@ -85,10 +85,18 @@ class Counted:
 
 @dataclass(frozen=True)
 class Read:
-    """A node whose weights sum over channels, and the channels it reads."""
+    """A node whose weights sum over channels, the channels it reads, and its columns for them.
 
-    node: int
+    ``columns`` of a grouped convolution has the units of one group: those of the others go with them.
+    """
+
     labels: ChannelLabels
+    columns: Sliced
+
+    @property
+    def node(self) -> int:
+        """Position of the node."""
+        return self.columns.node
 
 
 @dataclass(frozen=True)
@@ -203,6 +211,19 @@ def _recount(index: GraphIndex, channels: Channels, drop: Mask, plan: EditPlan) 
             value = value.copy()
             value.reshape(-1)[item.entry] = left
             plan.values[item.node, item.where] = value
+
+
+def unread(index: GraphIndex, channels: Channels, drop: Mask) -> onnx.ModelProto:
+    """A copy in which the units in ``drop`` [units] are there, but all weights that read them are zero.
+
+    It computes what the graph without these units has to compute.
+    """
+    plan = EditPlan()
+    for columns in (read.columns for read in channels.reads if drop[read.labels.ids].any()):
+        value = np.array(plan.current(index, columns.node, columns.slot))
+        np.moveaxis(value, columns.axis, 0)[drop[columns.ids]] = 0
+        plan.values[columns.node, columns.slot] = value
+    return apply(index, plan)
 
 
 def read_kept(model: onnx.ModelProto) -> Kept:

@@ -80,7 +80,7 @@ def prune(result: PruneResult | ChannelPruneResult, path: str, verbose: bool, la
     from onnx_asr.pruning.zeros import PruneResult
 
     yield _layers(result.layers) if isinstance(result, PruneResult) else _groups(result.groups, verbose)
-    yield from _remarks(result.skips, result.notes if isinstance(result, PruneResult) else (), verbose)
+    yield from _remarks(result.skips, result.notes, verbose)
     yield from _ending(result, path, latency)
 
 

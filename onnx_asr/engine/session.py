@@ -113,7 +113,9 @@ class Session:
                     f"onnxruntime cannot run {self._name}: {_first_line(error)}; run the whole model in onnxruntime by "
                     "itself: if that fails too, check the shapes of its inputs, or export it again"
                 ) from error
-            results = {name: owned(np.asarray(value), allocate) for name, value in zip(names, values, strict=True)}
+            results = {
+                name: owned(self._tensor(name, value), allocate) for name, value in zip(names, values, strict=True)
+            }
             if not self._data_dependent:
                 self._shapes[signature] = {name: (array.shape, array.dtype) for name, array in results.items()}
             return results
@@ -126,6 +128,14 @@ class Session:
             self._shapes.clear()
             return self.run(feeds, names, allocate)
         return results
+
+    def _tensor(self, name: str, value: object) -> Array:
+        if not isinstance(value, np.ndarray):
+            raise ModelError(
+                f"output '{name}' of {self._name} is a {type(value).__name__}, but only tensors can be compared: "
+                "remove it from the outputs"
+            )
+        return value
 
     def _bound(self, feeds: Mapping[str, Array], results: Mapping[str, Array]) -> None:
         binding = self._session.io_binding()

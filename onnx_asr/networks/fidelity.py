@@ -72,7 +72,7 @@ def collect_outputs(
     """
     index = GraphIndex.of(model)
     specs = input_specs(index)
-    session = Session(_with_outputs(model, _compared_outputs(index)), runtime)
+    session = Session(with_outputs(model, compared_outputs(index)), runtime)
     step = batch_size_for(specs, batch_size)
     used = whole_batches(indices, specs)
     batches = (data.batch(used[start : start + step]) for start in range(0, len(used), step))
@@ -80,7 +80,8 @@ def collect_outputs(
     return [_joined(part) for part in zip(*parts, strict=True)]
 
 
-def _compared_outputs(index: GraphIndex) -> list[str]:
+def compared_outputs(index: GraphIndex) -> list[str]:
+    """Outputs; in place of those behind a NonMaxSuppression, whose number depends on the data, what it reads."""
     names: list[str] = []
     for output in index.outputs:
         behind = sorted(ancestors(index, [output]))
@@ -90,7 +91,8 @@ def _compared_outputs(index: GraphIndex) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """The model with other outputs: any of its tensors."""
     if [value.name for value in model.graph.output] == names:
         return model
     declared = {value.name: value for value in model.graph.output}

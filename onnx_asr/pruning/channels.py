@@ -22,8 +22,9 @@ import onnx
 
 from onnx_asr.arrays import Floats, Mask
 from onnx_asr.channels.rules import trace
-from onnx_asr.channels.units import Channels, Ids, remove
+from onnx_asr.channels.units import Channels, Ids, remove, unread
 from onnx_asr.engine.loading import load
+from onnx_asr.engine.session import Runtime
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.edit import set_metadata
 from onnx_asr.graph.fixed import FIXED
@@ -40,6 +41,7 @@ from onnx_asr.networks.latency import Latency, Stopwatch
 from onnx_asr.networks.operations import Operations, Probe
 from onnx_asr.numerics.masks import keep_count, keep_largest
 from onnx_asr.pruning.budget import smallest_share, unreachable
+from onnx_asr.pruning.comparison import Reference
 from onnx_asr.pruning.masks import prunable_weights
 from onnx_asr.pruning.options import Budget, ChannelPruneOptions
 from onnx_asr.version import __version__
@@ -76,6 +78,9 @@ class ChannelPruneResult:
         latency: Of the smaller model against the given one; None without ``target_latency``.
         groups: Groups of channels that took part.
         skips: Nodes whose output channels took no part, and why.
+        error: Largest relative difference of an output, on random input, from the given model with zeros in all weights
+            that read a removed channel (see :mod:`onnx_asr.pruning.comparison`); None where that could not be run.
+        notes: What should be known about the comparison.
     """
 
     helps: ClassVar = "fewer channels take less time and memory in every runtime, on any hardware"
@@ -89,6 +94,8 @@ class ChannelPruneResult:
     latency: Latency | None
     groups: tuple[ChannelGroup, ...]
     skips: tuple[Skip, ...] = field(metadata=key("skipped"))
+    error: float | None
+    notes: tuple[str, ...]
 
     @property
     def modified(self) -> bool:
@@ -121,7 +128,8 @@ def prune_channels(
 
     Raises:
         OptionError: Neither sparsity nor target, a target that cannot be reached, or no layer chosen.
-        ModelError: Not an ONNX model, quantized, weights not finite, or no channel that can be removed.
+        ModelError: Not an ONNX model, quantized, weights not finite, or no channel that can be removed; or the smaller
+            model computes something else than the given one without these channels.
     """
     options, execution = options or ChannelPruneOptions(), execution or Execution()
     index = GraphIndex.of(load(model))
@@ -144,9 +152,23 @@ def prune_channels(
         )
     assert share is not None
     pruned = cutter.cut(share)
+    execution.progress("comparing", 0.9)
+    error, notes = _checked(cutter.unread(share), pruned, input_shapes, execution.runtime)
     execution.progress("done", 1.0)
     after = cost(GraphIndex.of(pruned), probe)
-    return ChannelPruneResult(pruned, options, share, before, after, latency, cutter.report(share), tuple(cutter.skips))
+    groups, skips = cutter.report(share), tuple(cutter.skips)
+    return ChannelPruneResult(pruned, options, share, before, after, latency, groups, skips, error, notes)
+
+
+def _checked(
+    zeroed: onnx.ModelProto, pruned: onnx.ModelProto, input_shapes: InputShapes | None, runtime: Runtime
+) -> tuple[float | None, tuple[str, ...]]:
+    """The error of a smaller model against one with zeros in place of what it lost, and notes on the comparison."""
+    try:
+        reference = Reference(GraphIndex.of(zeroed), runtime, input_shapes)
+    except ModelError as error:
+        return None, (f"the smaller model was not checked on random input: {error}",)
+    return reference.error(pruned), reference.notes
 
 
 class _Cutter:
@@ -199,6 +221,10 @@ class _Cutter:
         model = remove(self._index, self._channels, self.drop(sparsity))
         set_metadata(model, "onnx_asr.version", __version__)
         return model
+
+    def unread(self, sparsity: float) -> onnx.ModelProto:
+        """The model with zeros in all weights that read what :meth:`cut` removes."""
+        return unread(self._index, self._channels, self.drop(sparsity))
 
     def report(self, sparsity: float) -> tuple[ChannelGroup, ...]:
         """How many channels each group keeps."""
