@@ -2,8 +2,8 @@
 
 A fully connected layer may be a Gemm, its weight transposed or not, or a MatMul with an Add; a flattening may be a
 Flatten, a Reshape to two dimensions or a Squeeze of the spatial axes; a global average may be a pool or a ReduceMean;
-Slices along several axes may be one node or a chain; parameters such as a Clip's bounds are attributes in one opset and
-constant inputs in another.
+Slices, Transposes, Clips and reshapes may be one node or a chain; parameters such as a Clip's bounds are attributes in
+one opset and constant inputs in another; and what changes nothing may be there or not.
 """
 
 from __future__ import annotations
@@ -11,24 +11,46 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import onnx
+from onnx import numpy_helper
 
-from onnx_asr.graph.index import FLOAT_TYPES, STANDARD_DOMAINS, GraphIndex, attribute, input_name, is_standard
+from onnx_asr.graph.index import (
+    FLOAT_TYPES,
+    STANDARD_DOMAINS,
+    GraphIndex,
+    attribute,
+    input_name,
+    is_standard,
+    subgraphs,
+)
 from onnx_asr.graph.layers import CONVOLUTIONS, Layer, is_channel_bias
 
+VIEW = ("", "Reshape")
+MEAN = ("", "GlobalAveragePool")
+COMPUTED = "computed"  # at run time, where another tool may have folded a constant: equal to any value
+COERCED = "coerced axis"  # of a Softmax over all axes from this one on, as before opset 13
+
+_VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 _NEUTRAL = {"strides": 1, "dilations": 1, "pads": 0, "output_padding": 0}
-_REDUNDANT = {"kernel_shape", "training_mode", "momentum", "spatial", "consumed_inputs", "storage_order"}
-_COMMUTATIVE = ("Add", "Mul", "Sum", "Max", "Min")
-_SHAPED = ("Reshape", "Resize", "Upsample", "Expand", "Tile")
-_REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2")
+_REDUNDANT = {"momentum", "consumed_inputs", "storage_order", "is_test"}
+_COMMUTATIVE = ("Add", "Mul", "Sum", "Max", "Min", "Mean")
+_JOINS = ("Concat", "Sum", "Max", "Min", "Mean")
+_RESIZES = ("Resize", "Upsample")
+_REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceL1", "ReduceProd")
+_SOFTMAXES = ("Softmax", "LogSoftmax", "Hardmax")
 _PARAMETER_INPUTS = {
     "Clip": {"min": 1, "max": 2},
-    "Pad": {"pads": 1, "value": 2},
+    "Pad": {"pads": 1, "value": 2, "axes": 3},
     "Slice": {"starts": 1, "ends": 2, "axes": 3, "steps": 4},
+    "Split": {"split": 1},
+    "Tile": {"repeats": 1},
+    "Expand": {"shape": 1},
+    "Reshape": {"shape": 1},
+    "TopK": {"k": 1},
     **{operator: {"axes": 1} for operator in (*_REDUCTIONS, "Squeeze", "Unsqueeze")},
 }
-_VECTORS = ("pads", "starts", "ends", "axes", "steps")
-_COMPUTED = "computed"  # at run time, where another tool may have folded a constant: equal to any value
+_VECTORS = ("pads", "starts", "ends", "axes", "steps", "split", "repeats", "shape", "scales", "sizes")
 _LARGEST = 2**31 - 1  # "to the end", whatever integer type an exporter wrote it in
 
 
@@ -38,8 +60,9 @@ class Form:
 
     Attributes:
         operator: Domain and operator.
-        parameters: Attributes, and constant inputs that act like attributes.
-        inputs: Tensors to compare, in order, without shapes and optional biases.
+        parameters: Attributes, and constant inputs that act like attributes; None for one without effect.
+        defaults: Values of the attributes that are not written out.
+        inputs: Tensors to compare, in order, without shapes and optional biases; empty where one is left out.
         node: Position of the node that holds the weight.
         bias: Position of the node that holds the bias.
         commutative: Whether the order of the inputs does not matter.
@@ -61,10 +84,49 @@ class Form:
             mine, its = self.parameters.get(name), other.parameters.get(name)
             if mine == its or (mine is None and its == other.defaults.get(name)):
                 continue
-            if (its is None and mine == self.defaults.get(name)) or _COMPUTED in (mine, its):
+            if (its is None and mine == self.defaults.get(name)) or COMPUTED in (mine, its):
                 continue
             return name
         return None
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether a parameter is only known at run time."""
+        return COMPUTED in self.parameters.values()
+
+
+def through(index: GraphIndex, name: str) -> str:
+    """The tensor behind everything that changes no value.
+
+    That is an Identity, a Dropout in inference, a Cast to a floating-point type, a Pad by nothing, a Transpose that
+    moves nothing, or a Concat, sum or mean of one tensor.
+    """
+    while name in index.producer:
+        node = index.nodes[index.producer[name]]
+        if node.output[0] != name or not _changes_nothing(index, node):
+            break
+        name = node.input[0]
+    return name
+
+
+def _changes_nothing(index: GraphIndex, node: onnx.NodeProto) -> bool:
+    if is_standard(node, "Identity"):
+        return True
+    if is_standard(node, "Cast"):
+        return attribute(node, "to", None) in FLOAT_TYPES
+    if is_standard(node, "Dropout"):
+        training = input_name(node, 2)
+        return not training or (index.is_constant(training) and not index.value(training).any())
+    if is_standard(node, *_JOINS):
+        return len(node.input) == 1
+    if is_standard(node, "Transpose"):
+        order = list(attribute(node, "perm", []))
+        return bool(order) and order == sorted(order)
+    if is_standard(node, "Pad"):
+        pads = input_name(node, 1)
+        given = index.value(pads).tolist() if index.is_constant(pads) else attribute(node, "pads", None)
+        return given is not None and not any(given)
+    return False
 
 
 def form_of(index: GraphIndex, position: int) -> Form:
@@ -74,29 +136,25 @@ def form_of(index: GraphIndex, position: int) -> Form:
     if linear is not None:
         return linear
     plain = _plain(index, position)
-    data, axes = plain.inputs[:1], plain.parameters.get("axes")
-    if _is_flattening(index, node, axes):
-        return replace(plain, operator=("", "Flatten"), parameters={}, inputs=data)
-    if is_standard(node, "ReduceMean") and attribute(node, "keepdims", 1) and _are_spatial(axes):
-        return replace(plain, operator=("", "GlobalAveragePool"), parameters={}, inputs=data)
-    if is_standard(node, *_SHAPED):
-        return replace(plain, inputs=data)
+    if is_standard(node, *_VIEWS):
+        return _view(index, plain, node)
+    if is_standard(node, "ReduceMean") and _are_spatial(plain.parameters.get("axes")):
+        flat = () if plain.parameters["keepdims"] else ("flattened",)
+        return replace(plain, operator=MEAN, parameters=dict.fromkeys(flat, 1))
+    if is_standard(node, "Relu", "Clip"):
+        return _clipped(index, plain)
+    if is_standard(node, "Transpose"):
+        return _transposed(index, plain)
     if is_standard(node, "Slice"):
         return _sliced(index, plain)
+    if is_standard(node, "Mul"):
+        return _hard_swish(index, plain)
+    if is_standard(node, *_RESIZES):
+        return _resized(index, plain, node)
     if is_standard(node, *CONVOLUTIONS):
-        return replace(plain, inputs=plain.inputs[:2])
+        parameters = {name: value for name, value in plain.parameters.items() if name != "kernel_shape"}
+        return replace(plain, parameters=parameters, inputs=plain.inputs[:2])
     return plain
-
-
-def through(index: GraphIndex, name: str) -> str:
-    """The tensor behind any Identity, inference-time Dropout, or Cast to a floating-point type."""
-    while name in index.producer:
-        node = index.nodes[index.producer[name]]
-        casts = is_standard(node, "Cast") and attribute(node, "to", None) in FLOAT_TYPES
-        if node.output[0] != name or not (casts or is_standard(node, "Identity", "Dropout")):
-            break
-        name = node.input[0]
-    return name
 
 
 def _plain(index: GraphIndex, position: int) -> Form:
@@ -108,23 +166,72 @@ def _plain(index: GraphIndex, position: int) -> Form:
         for item in node.attribute
         if item.name not in _REDUNDANT and item.type not in (onnx.AttributeProto.TENSOR, onnx.AttributeProto.GRAPH)
     }
+    parameters |= {
+        item.name: numpy_helper.to_array(item.t).tolist()
+        for item in node.attribute
+        if item.type == onnx.AttributeProto.TENSOR
+    }
     if is_standard(node, *_PARAMETER_INPUTS):
         for name, slot in _PARAMETER_INPUTS[node.op_type].items():
             given = input_name(node, slot)
             if given:
                 parameters[name], inputs[slot] = _plain_value(name, _constant(index, given, name)), ""
-    inputs = [name for name in inputs if name]
+    while inputs and not inputs[-1]:
+        inputs.pop()
+    bodies = [_operators(graph) for graph in subgraphs(node)]
+    if bodies:
+        parameters["bodies"] = bodies
+    _unify(index, node, parameters)
     commutative = is_standard(node, *_COMMUTATIVE)
-    return Form((_domain(node), node.op_type), parameters, defaults, inputs, position, position, commutative)
+    operator = _domain(node), "Add" if is_standard(node, "Sum") and len(inputs) == 2 else node.op_type
+    return Form(operator, parameters, defaults, inputs, position, position, commutative)
+
+
+def _unify(index: GraphIndex, node: onnx.NodeProto, parameters: dict[str, Any]) -> None:
+    """Parameters that opsets state differently, in place."""
+    if is_standard(node, *_SOFTMAXES) and _version(index, "") < 13:
+        parameters[COERCED] = parameters.pop("axis")
+    if is_standard(node, "Split"):
+        parameters.pop("num_outputs", None)
+        sizes = parameters.get("split")
+        if isinstance(sizes, list) and len(set(sizes)) == 1 and len(sizes) == len(node.output):
+            parameters["split"] = None
+    if is_standard(node, "Pad") and isinstance(parameters.get("axes"), list) and isinstance(parameters["pads"], list):
+        count = len(parameters["axes"])
+        begins, ends = parameters["pads"][:count], parameters["pads"][count:]
+        pads = zip(parameters.pop("axes"), begins, ends, strict=False)
+        parameters["pads"] = {axis: (begin, end) for axis, begin, end in pads if begin or end}
+    elif is_standard(node, "Pad") and isinstance(parameters.get("pads"), list):
+        count = len(parameters["pads"]) // 2
+        pads = zip(range(count), parameters["pads"][:count], parameters["pads"][count:], strict=False)
+        parameters["pads"] = {axis: (begin, end) for axis, begin, end in pads if begin or end}
+    if is_standard(node, *_REDUCTIONS, "Squeeze", "Unsqueeze") and isinstance(parameters.get("axes"), list):
+        parameters["axes"] = sorted(parameters["axes"])
+    if parameters.get("auto_pad") == b"VALID":
+        parameters["auto_pad"] = None
+
+
+def _operators(graph: onnx.GraphProto) -> list[Any]:
+    """What a subgraph computes, roughly: its operators in order."""
+    return [
+        (node.op_type, [_operators(inner) for inner in subgraphs(node)])
+        for node in graph.node
+        if not is_standard(node, "Constant", "Identity")
+    ]
 
 
 def _domain(item: onnx.NodeProto | onnx.OperatorSetIdProto) -> str:
     return "" if item.domain in STANDARD_DOMAINS else str(item.domain)
 
 
+def _version(index: GraphIndex, domain: str) -> int:
+    """Opset of a domain; 0 where the model does not import it."""
+    return next((item.version for item in index.model.opset_import if _domain(item) == domain), 0)
+
+
 def _constant(index: GraphIndex, tensor: str, parameter: str) -> Any:
     if not index.is_constant(tensor):
-        return _COMPUTED
+        return COMPUTED
     value = index.value(tensor)
     return value.ravel().tolist() if parameter in _VECTORS else value.tolist()
 
@@ -157,21 +264,112 @@ def _linear_form(index: GraphIndex, position: int, bias: int) -> Form | None:
     return Form(("", "Gemm"), factors, {}, [data], position, bias, weight_shape=shape)
 
 
+def _view(index: GraphIndex, last: Form, node: onnx.NodeProto) -> Form:
+    """A chain of reshapes of all kinds as one Reshape: the last decides the shape."""
+    data = through(index, last.inputs[0])
+    converted = _coerced_softmax(index, node, data)
+    if converted is not None:
+        return replace(last, operator=("", index.nodes[converted[0]].op_type), **converted[1])
+    target = _target(index, node, last.parameters)
+    chained = False
+    while (inner := index.made_by(data, *_VIEWS)) is not None:
+        data, chained = through(index, index.nodes[inner].input[0]), True
+    if chained and target != [0, -1] and isinstance(target, list):
+        target = [item or None for item in target]
+    pool = index.made_by(data, "GlobalAveragePool", "ReduceMean")
+    if pool is not None and target == [0, -1] and not chained:
+        form = form_of(index, pool)
+        if form.operator == MEAN and not form.parameters:
+            return replace(form, parameters={"flattened": 1}, node=last.node, bias=last.bias)
+    return replace(last, operator=VIEW, parameters={"shape": target}, inputs=[data])
+
+
+def _target(index: GraphIndex, node: onnx.NodeProto, parameters: dict[str, Any]) -> Any:
+    """The shape that a reshape leads to: 0 for "as before", -1 for "the rest", None for an unknown number."""
+    if is_standard(node, "Flatten"):
+        axis = attribute(node, "axis", 1)
+        return [0, -1] if axis == 1 else COMPUTED
+    if is_standard(node, "Squeeze"):
+        return [0, -1] if _are_spatial(parameters.get("axes")) else COMPUTED
+    if is_standard(node, "Unsqueeze"):
+        return COMPUTED
+    target = parameters.get("shape")
+    if isinstance(target, list) and not attribute(node, "allowzero", 0):
+        return [0, -1] if len(target) == 2 and target[0] >= 0 and target[1] == -1 else target
+    producer = index.made_by(input_name(node, 1), "Concat")
+    parts = [] if producer is None else index.nodes[producer].input
+    ends = len(parts) == 2 and index.is_constant(parts[1]) and index.value(parts[1]).tolist() == [-1]
+    return [0, -1] if ends else COMPUTED
+
+
+def _coerced_softmax(index: GraphIndex, node: onnx.NodeProto, data: str) -> tuple[int, dict[str, Any]] | None:
+    """A Softmax between a Flatten and a Reshape back: as onnx's converter writes one of an opset before 13."""
+    inner = index.made_by(data, *_SOFTMAXES)
+    back = index.made_by(input_name(node, 1), "Shape")
+    if inner is None or back is None or attribute(index.nodes[inner], "axis", -1) not in (-1, 1):
+        return None
+    flat = index.made_by(index.nodes[inner].input[0], "Flatten")
+    if flat is None or index.nodes[flat].input[0] != index.nodes[back].input[0]:
+        return None
+    axis = attribute(index.nodes[flat], "axis", 1)
+    return inner, {"parameters": {COERCED: axis}, "inputs": [index.nodes[flat].input[0]]}
+
+
+def _clipped(index: GraphIndex, last: Form) -> Form:
+    """A chain of Relus and Clips with constant bounds as one Clip."""
+    bounds, form = _bounds(last), last
+    if bounds is None:
+        return last
+    low, high = bounds
+    while (inner := index.made_by(through(index, form.inputs[0]), "Relu", "Clip")) is not None:
+        previous = _plain(index, inner)
+        more = _bounds(previous)
+        if more is None:
+            break
+        (low, high), form = (min(max(bound, low), high) for bound in more), previous
+    parameters = {"min": low, "max": high}
+    return replace(last, operator=("", "Clip"), parameters=parameters, defaults={}, inputs=form.inputs[:1])
+
+
+def _bounds(form: Form) -> tuple[float, float] | None:
+    if form.operator == ("", "Relu"):
+        return 0.0, float("inf")
+    low, high = form.parameters.get("min"), form.parameters.get("max")
+    if COMPUTED in (low, high) or isinstance(low, list) or isinstance(high, list):
+        return None
+    low, high = (-float("inf") if low is None else low), (float("inf") if high is None else high)
+    return (-float("inf") if low < -3e38 else low), (float("inf") if high > 3e38 else high)
+
+
+def _transposed(index: GraphIndex, last: Form) -> Form:
+    """A chain of Transposes as one."""
+    order, form = last.parameters.get("perm"), last
+    while order and (inner := index.made_by(through(index, form.inputs[0]), "Transpose")) is not None:
+        previous = _plain(index, inner)
+        before = previous.parameters.get("perm")
+        if before is None or len(before) != len(order):
+            break
+        order, form = [before[axis] for axis in order], previous
+    if order == list(range(len(order or ())))[::-1]:
+        order = None
+    return replace(last, parameters={"perm": order}, inputs=form.inputs)
+
+
 def _sliced(index: GraphIndex, last: Form) -> Form:
     """A chain of Slices along different axes as one Slice."""
     cuts, form = _cuts(last), last
-    while cuts is not None and (inner := index.made_by(form.inputs[0], "Slice")) is not None:
+    while cuts is not None and (inner := index.made_by(through(index, form.inputs[0]), "Slice")) is not None:
         previous = _plain(index, inner)
         more = _cuts(previous)
         if more is None or not cuts.keys().isdisjoint(more):
             break
         cuts, form = cuts | more, previous
-    return replace(last, parameters={"slices": _COMPUTED if cuts is None else cuts}, inputs=form.inputs[:1])
+    return replace(last, parameters={"slices": COMPUTED if cuts is None else cuts}, inputs=form.inputs[:1])
 
 
 def _cuts(form: Form) -> dict[int, tuple[int, int, int]] | None:
     """Start, end and step of a Slice by axis; None where they are computed, missing, or differ in number."""
-    if _COMPUTED in form.parameters.values() or not {"starts", "ends"} <= form.parameters.keys():
+    if form.is_computed or not {"starts", "ends"} <= form.parameters.keys():
         return None
     starts, ends = form.parameters["starts"], form.parameters["ends"]
     axes = form.parameters.get("axes") or list(range(len(starts)))
@@ -181,30 +379,52 @@ def _cuts(form: Form) -> dict[int, tuple[int, int, int]] | None:
     return dict(zip(axes, zip(starts, ends, steps, strict=True), strict=True))
 
 
+def _hard_swish(index: GraphIndex, product: Form) -> Form:
+    """``x * HardSigmoid(x)`` with a slope of 1/6 as a HardSwish."""
+    for data, gate in (product.inputs, product.inputs[::-1]) if len(product.inputs) == 2 else ():
+        inner = index.made_by(gate, "HardSigmoid")
+        if inner is None or through(index, index.nodes[inner].input[0]) != through(index, data):
+            continue
+        factors = attribute(index.nodes[inner], "alpha", 0.2), attribute(index.nodes[inner], "beta", 0.5)
+        if np.allclose(factors, (1 / 6, 0.5), rtol=0, atol=1e-6):
+            return replace(product, operator=("", "HardSwish"), inputs=[data], commutative=False)
+    return product
+
+
+def _resized(index: GraphIndex, plain: Form, node: onnx.NodeProto) -> Form:
+    """Upsample, and Resize of every opset; the nearest value at an integral factor is a repetition in all of them."""
+    parameters = dict(plain.parameters)
+    version = _version(index, "")
+    slots = {"scales": 1} if version < 11 else {"scales": 2, "sizes": 3}
+    for name, slot in slots.items():
+        given = input_name(node, slot)
+        value = _constant(index, given, name) if given else None
+        if value or given == "":
+            parameters[name] = parameters.get(name) if value is None else _plain_value(name, value)
+    if version < 11:
+        parameters |= {"coordinate_transformation_mode": b"asymmetric", "nearest_mode": b"floor"}
+    scales, mode = parameters.get("scales"), parameters.get("mode")
+    how = parameters.get("coordinate_transformation_mode"), parameters.get("nearest_mode")
+    repeats = how == (b"asymmetric", b"floor") or (
+        how[0] in (b"half_pixel", b"pytorch_half_pixel") and how[1] in (b"round_prefer_floor", b"round_prefer_ceil")
+    )
+    integral = isinstance(scales, list) and all(scale >= 1 and scale == int(scale) for scale in scales)
+    if mode == b"nearest" and integral and repeats:
+        parameters = {"scales": scales, "mode": mode}
+    elif version < 11 and mode == b"nearest" and not integral:
+        parameters["nearest_mode"] = b"simple"
+    return replace(plain, operator=("", "Resize"), parameters=parameters, inputs=plain.inputs[:1])
+
+
 def _are_spatial(axes: Any) -> bool:
     return isinstance(axes, list) and set(axes) in ({2, 3}, {-2, -1})
-
-
-def _is_flattening(index: GraphIndex, node: onnx.NodeProto, axes: Any) -> bool:
-    if is_standard(node, "Flatten"):
-        return bool(attribute(node, "axis", 1) == 1)
-    if is_standard(node, "Squeeze"):
-        return _are_spatial(axes)
-    if not is_standard(node, "Reshape"):
-        return False
-    target = node.input[1]
-    if index.is_constant(target):
-        return bool(index.value(target).size == 2)
-    producer = index.made_by(target, "Concat")
-    parts = [] if producer is None else index.nodes[producer].input
-    return len(parts) == 2 and index.is_constant(parts[1]) and index.value(parts[1]).tolist() == [-1]
 
 
 def _defaults(index: GraphIndex, node: onnx.NodeProto) -> dict[str, Any]:
     """Default values of attributes in the model's opset."""
     domain = _domain(node)
-    version = {_domain(item): item.version for item in index.model.opset_import}.get(domain)
-    if version is None or not onnx.defs.has(node.op_type, version, domain):
+    version = _version(index, domain)
+    if not version or not onnx.defs.has(node.op_type, version, domain):
         return {}
     schema = onnx.defs.get_schema(node.op_type, version, domain)
     return ({"value": 0.0} if (domain, node.op_type) == ("", "Pad") else {}) | {
