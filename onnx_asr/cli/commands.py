@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from onnx_asr.cli import show
-from onnx_asr.cli.outcome import BAD_INPUT, DONE, Page, verdict, written
+from onnx_asr.cli.outcome import BAD_INPUT, DONE, Inputs, Outputs, given_model, verdict
 from onnx_asr.cli.parameters import (
     CALIBRATION_AND_REFIT,
     WITHOUT_REPAIR,
@@ -18,6 +19,7 @@ from onnx_asr.cli.parameters import (
     Data,
     Dense,
     DenseModel,
+    ExternalLinks,
     Force,
     ForceOrder,
     ForceRepair,
@@ -33,6 +35,7 @@ from onnx_asr.cli.parameters import (
     Pruning,
     Repair,
     Report,
+    Results,
     Samples,
     Seed,
     Sensitivity,
@@ -41,7 +44,6 @@ from onnx_asr.cli.parameters import (
 )
 from onnx_asr.cli.terminal import Terminal, say
 from onnx_asr.errors import OptionError
-from onnx_asr.graph.files import check_writable
 from onnx_asr.json_values import plain
 from onnx_asr.pruning.options import ChannelPruneOptions, CompressOptions, PruneOptions
 from onnx_asr.sweeping.grid import SweepSettings
@@ -75,6 +77,7 @@ def prune(
     output: Output,
     data: Annotated[str | None, Parameter(help="Samples for the scores, or the scope, that need them.")] = None,
     report: Report = None,
+    external_links: ExternalLinks = False,
     options: Pruning = Pruning(),
     timing: Timing = Timing(),
     images: Images = Images(),
@@ -85,7 +88,9 @@ def prune(
     from onnx_asr.pruning import channels, zeros
     from onnx_asr.report.data import prune_data
 
-    target = check_writable(output)
+    tables = {"--preprocess": images.preprocess}
+    inputs = Inputs(data={"--data": data}, tables=tables, edited=model)
+    outputs = Outputs.of(terminal, inputs, model=output, report=report)
     how: PruneOptions | ChannelPruneOptions
     if options.pattern == ChannelPruneOptions.pattern:
         for name in (name for name, value in {"data": data, "report": report}.items() if value is not None):
@@ -93,25 +98,29 @@ def prune(
         how = options.of(ChannelPruneOptions, _NOT_FOR_CHANNELS)
     else:
         how = options.of(PruneOptions, "needs --pattern channel")
-    page = Page.of(terminal, report, target)
+    source = given_model(model, external_links)
     result: zeros.PruneResult | channels.ChannelPruneResult
     with terminal.progress() as progress:
         execution, shapes = machine.execution(terminal.verbose, progress), timing.shapes()
-        stopwatch = timing.stopwatch(model, execution)
+        stopwatch = timing.stopwatch(source, execution)
         latency = None
         if isinstance(how, ChannelPruneOptions):
-            result = channels.prune_channels(model, how, input_shapes=shapes, execution=execution)
+            result = channels.prune_channels(source, how, input_shapes=shapes, execution=execution)
             latency = result.latency
         else:
             given = images.preprocessing()
-            result = zeros.prune(model, data, how, preprocessing=given, input_shapes=shapes, execution=execution)
+            result = zeros.prune(source, data, how, preprocessing=given, input_shapes=shapes, execution=execution)
         if stopwatch and latency is None:
             latency = stopwatch.time(result.model)
-        files = {"model": model, "data": data, "output": written(result.model, target, model)}
+        files = {"model": model, "data": data, "output": output}
+        page = None
         if isinstance(result, zeros.PruneResult):
-            page.write(lambda run: prune_data(run, result, model), files)
+            page = outputs.page(partial(prune_data, result=result, dense=source), files)
+        path = outputs.write_model(result.model, model)
+        outputs.write_page(page)
     values = {**files, **plain(result), "latency": latency}
-    terminal.result(values, *show.prune(result, str(target), terminal.verbose, latency), report=page.path)
+    shown = show.prune(result, path, terminal.verbose, latency)
+    outputs.terminal.result(values, *shown, report=outputs.path("--report"))
     return DONE
 
 
@@ -124,6 +133,7 @@ def repair(
     dense: Dense = None,
     force: ForceRepair = False,
     report: Report = None,
+    external_links: ExternalLinks = False,
     options: Repair = Repair(),
     images: Images = Images(),
     machine: Walk = Walk(),
@@ -133,25 +143,33 @@ def repair(
     from onnx_asr.repairing.pipeline import repair as run
     from onnx_asr.report.data import repair_data
 
-    target = check_writable(output)
-    page, preprocessing = Page.of(terminal, report, target), images.preprocessing()
+    tables = {"--preprocess": images.preprocess}
+    inputs = Inputs({"--dense": dense}, {"--data": data}, tables, edited=model)
+    outputs = Outputs.of(terminal, inputs, model=output, report=report)
+    preprocessing = images.preprocessing()
+    pruned = given_model(model, external_links)
+    reference = None if dense is None else given_model(dense, external_links)
     with terminal.progress() as progress:
         execution = machine.execution(terminal.verbose, progress)
         result = run(
-            model,
+            pruned,
             data,
             options.settled(),
-            dense=dense,
+            dense=reference,
             force=force,
             preprocessing=preprocessing,
             execution=execution,
         )
-        path = written(result.model, target, model, wanted=result.improved or force)
-        files = {"model": model, "dense": dense, "data": data, "output": path}
-        page.write(lambda run: repair_data(run, result, model, dense, data, execution), files, preprocessing)
-    values = {**files, "preprocessing": preprocessing, **plain(result)}
-    terminal.result(values, *show.repair(result, path, terminal.verbose), report=page.path)
-    return verdict(result, "repaired model", "the pruned one", target, force)
+        wanted = result.improved or force
+        files = {"model": model, "dense": dense, "data": data, "output": output if wanted else None}
+        values = partial(repair_data, result=result, pruned=pruned, dense=reference, data=data, execution=execution)
+        page = outputs.page(values, files, preprocessing)
+        path = outputs.write_model(result.model, model) if wanted else None
+        outputs.write_page(page)
+    printed = {**files, "preprocessing": preprocessing, **plain(result)}
+    shown = show.repair(result, path, terminal.verbose)
+    outputs.terminal.result(printed, *shown, report=outputs.path("--report"))
+    return verdict(result, "repaired model", "the pruned one", Path(output), force)
 
 
 def compress(
@@ -162,6 +180,7 @@ def compress(
     data: Data,
     force: Force = False,
     report: Report = None,
+    external_links: ExternalLinks = False,
     options: Annotated[CompressOptions | None, WITHOUT_REPAIR] = None,
     repair: Annotated[Repair, CALIBRATION_AND_REFIT] = Repair(),
     timing: Timing = Timing(),
@@ -173,20 +192,26 @@ def compress(
     from onnx_asr.pruning.compression import compress as run
     from onnx_asr.report.data import compress_data
 
-    target = check_writable(output)
-    page, preprocessing = Page.of(terminal, report, target), images.preprocessing()
+    tables = {"--preprocess": images.preprocess}
+    inputs = Inputs(data={"--data": data}, tables=tables, edited=model)
+    outputs = Outputs.of(terminal, inputs, model=output, report=report)
+    preprocessing, source = images.preprocessing(), given_model(model, external_links)
     with terminal.progress() as progress:
         execution, shapes = machine.execution(terminal.verbose, progress), timing.shapes()
-        stopwatch = timing.stopwatch(model, execution)
+        stopwatch = timing.stopwatch(source, execution)
         how = replace(options or CompressOptions(), repair=repair.settled())
-        result = run(model, data, how, preprocessing=preprocessing, input_shapes=shapes, execution=execution)
+        result = run(source, data, how, preprocessing=preprocessing, input_shapes=shapes, execution=execution)
         latency = stopwatch.time(result.model) if stopwatch else None
-        path = written(result.model, target, model, wanted=result.repair.improved or force)
-        files = {"model": model, "data": data, "output": path}
-        page.write(lambda run: compress_data(run, result, model, data, execution), files, preprocessing)
-    values = {**files, "preprocessing": preprocessing, **plain(result), "latency": latency}
-    terminal.result(values, *show.compress(result, path, terminal.verbose, latency), report=page.path)
-    return verdict(result.repair, "compressed model", "its last mask without repair", target, force)
+        wanted = result.repair.improved or force
+        files = {"model": model, "data": data, "output": output if wanted else None}
+        values = partial(compress_data, result=result, dense=source, data=data, execution=execution)
+        page = outputs.page(values, files, preprocessing)
+        path = outputs.write_model(result.model, model) if wanted else None
+        outputs.write_page(page)
+    printed = {**files, "preprocessing": preprocessing, **plain(result), "latency": latency}
+    shown = show.compress(result, path, terminal.verbose, latency)
+    outputs.terminal.result(printed, *shown, report=outputs.path("--report"))
+    return verdict(result.repair, "compressed model", "its last mask without repair", Path(output), force)
 
 
 def shrink(
@@ -194,6 +219,7 @@ def shrink(
     /,
     *,
     output: Output,
+    external_links: ExternalLinks = False,
     timing: Timing = Timing(),
     machine: Machine = Machine(),
     terminal: Terminal = Terminal(),
@@ -201,15 +227,16 @@ def shrink(
     """Remove channels that are dead or unused; the model computes the same, in less time."""
     from onnx_asr.pruning.shrinking import shrink as run
 
-    target = check_writable(output)
+    outputs = Outputs.of(terminal, Inputs(edited=model), model=output)
+    source = given_model(model, external_links)
     with terminal.progress() as progress:
         execution = machine.execution(terminal.verbose, progress)
-        stopwatch = timing.stopwatch(model, execution)
-        result = run(model, input_shapes=timing.shapes(), execution=execution)
+        stopwatch = timing.stopwatch(source, execution)
+        result = run(source, input_shapes=timing.shapes(), execution=execution)
         latency = stopwatch.time(result.model) if stopwatch else None
-        path = written(result.model, target, model)
+        path = outputs.write_model(result.model, model)
     values = {"model": model, "output": path, **plain(result), "latency": latency}
-    terminal.result(values, *show.shrink(result, str(target), terminal.verbose, latency))
+    outputs.terminal.result(values, *show.shrink(result, path, terminal.verbose, latency))
     return DONE
 
 
@@ -219,6 +246,7 @@ def sensitivity(
     *,
     data: Data,
     plot: Plot = None,
+    external_links: ExternalLinks = False,
     options: Sensitivity = Sensitivity(),
     repair: Annotated[Calibrated, CALIBRATION_AND_REFIT] = Calibrated(),
     images: Images = Images(),
@@ -227,20 +255,20 @@ def sensitivity(
 ) -> int:
     """Show how far the outputs move when one layer alone is pruned and repaired, at several sparsities."""
     from onnx_asr.pruning.sensitivity import sensitivity as run
-    from onnx_asr.report import check_plot
 
-    drawing = None if plot is None else check_plot(plot)
-    preprocessing = images.preprocessing()
+    inputs = Inputs({"DENSE": model}, {"--data": data}, {"--preprocess": images.preprocess})
+    outputs = Outputs.of(terminal, inputs, plot=plot)
+    preprocessing, source, drawing = images.preprocessing(), given_model(model, external_links), outputs.path("--plot")
     with terminal.progress() as progress:
         execution = machine.execution(terminal.verbose, progress)
         how = replace(options, repair=repair.settled())
-        result = run(model, data, how, preprocessing=preprocessing, execution=execution)
+        result = run(source, data, how, preprocessing=preprocessing, execution=execution)
     if drawing is not None:
         from onnx_asr.report.sensitivity_figure import write_sensitivity
 
         write_sensitivity(result, drawing)
     values = {"model": model, "data": data, "preprocessing": preprocessing, **plain(result)}
-    terminal.result(values, *show.sensitivity(result, terminal.verbose), plot=drawing)
+    outputs.terminal.result(values, *show.sensitivity(result, terminal.verbose), plot=drawing)
     return DONE
 
 
@@ -256,6 +284,7 @@ def evaluate(
     samples: Samples = None,
     batch_size: BatchSize = None,
     seed: Seed = 0,
+    external_links: ExternalLinks = False,
     images: Images = Images(),
     machine: Machine = Machine(),
     terminal: Terminal = Terminal(),
@@ -264,11 +293,13 @@ def evaluate(
     from onnx_asr.measuring.evaluation import evaluate as run
 
     preprocessing = images.preprocessing()
+    network = given_model(model, external_links)
+    reference = None if dense is None else given_model(dense, external_links)
     with terminal.progress() as progress:
         fidelity = run(
-            model,
+            network,
             data,
-            dense=dense,
+            dense=reference,
             force=force,
             preprocessing=preprocessing,
             labels=labels,
@@ -297,6 +328,7 @@ def inspect(
     batch_size: BatchSize = None,
     seed: Seed = 0,
     report: Report = None,
+    external_links: ExternalLinks = False,
     images: Images = Images(),
     machine: Walk = Walk(),
     terminal: Terminal = Terminal(),
@@ -306,14 +338,17 @@ def inspect(
     from onnx_asr.measuring.inspection import inspect as run
     from onnx_asr.report.data import inspect_data
 
-    page, preprocessing = Page.of(terminal, report, None), images.preprocessing()
+    inputs = Inputs({"MODEL": model, "--dense": dense}, {"--data": data}, {"--preprocess": images.preprocess})
+    outputs, preprocessing = Outputs.of(terminal, inputs, report=report), images.preprocessing()
+    network = given_model(model, external_links)
+    reference = None if dense is None else given_model(dense, external_links)
     if channels is not None:
-        run(model).layer(channels)  # an unknown name is an error before the damage is measured
+        run(network).layer(channels)  # an unknown name is an error before the damage is measured
     with terminal.progress() as progress:
         result = run(
-            model,
+            network,
             data,
-            dense=dense,
+            dense=reference,
             force=force,
             preprocessing=preprocessing,
             samples=DAMAGE_SAMPLES if samples is None else samples,
@@ -322,13 +357,13 @@ def inspect(
             execution=machine.execution(terminal.verbose, progress),
         )
     files = {"model": model, "dense": dense, "data": data}
-    page.write(lambda run: inspect_data(run, result), files, preprocessing)
+    outputs.write_page(outputs.page(partial(inspect_data, inspection=result), files, preprocessing))
     values = {**files, "preprocessing": preprocessing, **plain(result)}
     shown = show.inspection(result, terminal.verbose)
     if channels is not None:
         layer = result.layer(channels)
         values["channels"], shown = layer.channel_table(), show.channels(layer)
-    terminal.result(values, *shown, report=page.path)
+    outputs.terminal.result(values, *shown, report=outputs.path("--report"))
     return DONE
 
 
@@ -356,10 +391,7 @@ def sweep(
     model: DenseModel,
     /,
     *,
-    output: Annotated[
-        str,
-        Parameter(name=("--output", "-o"), help="A JSON file for the cells; finished ones that it holds are kept."),
-    ],
+    output: Results,
     data: Data,
     grid: Grid = Grid(),
     settings: Annotated[SweepSettings, WITHOUT_REPAIR] = SweepSettings(),
@@ -384,43 +416,45 @@ def sweep(
     ] = None,
     plot: Plot = None,
     report: Report = None,
+    external_links: ExternalLinks = False,
     repair: Annotated[Repair, Parameter(parse="^(?!method$)")] = Repair(),
     images: Images = Images(),
     machine: Walk = Walk(),
     terminal: Terminal = Terminal(),
 ) -> int:
     """Prune at several sparsities, repair with several methods, score every model; continues an earlier run."""
-    from onnx_asr.report import check_plot
     from onnx_asr.report.sweep_data import sweep_data
     from onnx_asr.sweeping.pipeline import sweep as run
 
-    target = check_writable(output)
-    page, preprocessing = Page.of(terminal, report, target), images.preprocessing()
-    drawing = None if plot is None else check_plot(plot, target, page.path)
+    tables = {"--labels": labels, "--preprocess": images.preprocess}
+    inputs = Inputs({"DENSE": model}, {"--data": data, "--test": test}, tables)
+    outputs = Outputs.of(terminal, inputs, table=output, report=report, plot=plot)
+    preprocessing, drawing = images.preprocessing(), outputs.path("--plot")
     if workers is not None and cluster is not None:
         raise OptionError("--workers counts processes of this machine, --cluster names other ones: give one of them")
+    source = given_model(model, external_links)
     with terminal.progress() as progress:
         result = run(
-            model,
+            source,
             data,
             grid,
             replace(settings, repair=repair.settled()),
             preprocessing=preprocessing,
             test=test,
             labels=labels,
-            results=target,
+            results=output,
             workers=workers,
             cluster=cluster,
             execution=machine.execution(terminal.verbose, progress),
         )
-    files = {"model": model, "data": data, "test": test, "output": str(target)}
+    files = {"model": model, "data": data, "test": test, "output": output}
     if drawing is not None:
         from onnx_asr.report.sweep_figure import write_plot
 
         write_plot(result, drawing)
-    page.write(lambda run: sweep_data(run, result), files, preprocessing)
+    outputs.write_page(outputs.page(partial(sweep_data, result=result), files, preprocessing))
     values = {**files, "preprocessing": preprocessing, **plain(result)}
-    terminal.result(values, *show.sweep(result, str(target)), plot=drawing, report=page.path)
+    outputs.terminal.result(values, *show.sweep(result, output), plot=drawing, report=outputs.path("--report"))
     failed = sum(map(len, result.failures.values()))
     if failed:
         say("warning", f"{failed} of {len(result.cells)} cells failed, for: {'; '.join(result.failures)}")

@@ -16,7 +16,7 @@ import onnx
 from onnx_asr.data import PRESETS
 from onnx_asr.engine.loading import load
 from onnx_asr.errors import ModelError, OptionError, OutputError
-from onnx_asr.graph.files import check_writable
+from onnx_asr.graph.files import Destination
 from onnx_asr.graph.model_io import save
 from onnx_asr.json_values import MERGED, key
 from onnx_asr.measuring.evaluation import evaluate
@@ -92,7 +92,7 @@ def run_demo(folder: Path, model: str, sparsity: float, execution: Execution) ->
     except OSError as error:
         raise OutputError(f"cannot make the folder '{folder}': {error.strerror}; choose another with -o") from error
     stem = folder / files[model].stem
-    pruned_path, repaired_path = check_writable(f"{stem}_pruned.onnx"), check_writable(f"{stem}_repaired.onnx")
+    pruned_path, repaired_path = (Destination.of(f"{stem}_{what}.onnx").path for what in ("pruned", "repaired"))
     preprocessing = PRESETS[manifest["preprocessing"]["preset"]]
     calibration, validation = (models / manifest["data"][name] for name in ("calibration_folder", "validation_npz"))
     dense, quiet = load(files[model]), replace(execution, progress=silent)

@@ -1,18 +1,23 @@
-"""The outcome of a command: its report, the model it writes, its exit code."""
+"""The files and the exit code of a command: models read once, outputs checked before the work begins, then written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnx_asr.cli.terminal import Terminal, say
+from onnx_asr.errors import OptionError
+from onnx_asr.graph.files import Destination, size_text
 
 if TYPE_CHECKING:
     import onnx
 
     from onnx_asr.data import Preprocessing
+    from onnx_asr.graph.model_io import ModelSource
     from onnx_asr.repairing.result import RepairResult
     from onnx_asr.report.data import ReportValues, Run
 
@@ -20,39 +25,124 @@ DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 @dataclass(frozen=True)
-class Page:
-    """The report of a command, if one is wanted."""
+class Inputs:
+    """What a command reads, by the names of the options.
+
+    Attributes:
+        models: Models, whose weights may be in further files.
+        data: Folders of images, or files.
+        tables: Other files.
+        edited: The model that the command writes a new version of, which may replace it.
+    """
+
+    models: Mapping[str, str | None] = field(default_factory=dict)
+    data: Mapping[str, str | None] = field(default_factory=dict)
+    tables: Mapping[str, str | None] = field(default_factory=dict)
+    edited: str | None = None
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a command writes: all of it is checked before any work is done.
+
+    Attributes:
+        terminal: Prints the results: on stderr where an output takes stdout.
+        places: The destinations, by the names of the options.
+    """
 
     terminal: Terminal
-    path: Path | None
+    places: Mapping[str, Destination]
 
     @classmethod
-    def of(cls, terminal: Terminal, report: str | None, output: Path | None) -> Page:
-        """From ``--report``; what is in its way shows before any work is done."""
-        from onnx_asr.report import check_report
+    def of(
+        cls,
+        terminal: Terminal,
+        inputs: Inputs,
+        *,
+        model: str | None = None,
+        table: str | None = None,
+        report: str | None = None,
+        plot: str | None = None,
+    ) -> Outputs:
+        """From the paths that were given; ``model`` and ``table`` are what --output is in different commands.
 
-        return cls(terminal, None if report is None else check_report(report, output))
+        Raises:
+            OptionError: A library is missing, the format of a plot is unknown, an output is an input or another
+                output, or stdout would have to take two of them.
+            OutputError: An output cannot be written.
+        """
+        places = {} if model is None else {"--output": Destination.of(model)}
+        if report is not None or plot is not None:
+            from onnx_asr.report import check_format, check_libraries
 
-    def write(
+            for option in (name for name, path in {"--report": report, "--plot": plot}.items() if path is not None):
+                check_libraries(option)
+            if plot is not None:
+                check_format(plot)
+        texts = {"--output": table, "--report": report, "--plot": plot}
+        places |= {option: Destination.of(path, text=True) for option, path in texts.items() if path is not None}
+        for (first, one), (second, other) in combinations(places.items(), 2):
+            if one.is_at(other.path) or (one.descriptor is not None and one.descriptor == other.descriptor):
+                raise OptionError(f"{second} and {first} both name '{other.path}': give each its own file")
+        for option, place in places.items():
+            _check_inputs_stay(option, place, inputs)
+        if inputs.edited is not None and model is not None and not places["--output"].takes_data:
+            _check_fits(inputs.edited, places["--output"])
+        taken = next((option for option, place in places.items() if place.descriptor == 1), None)
+        if taken is not None and terminal.json:
+            raise OptionError(f"--json prints on standard output, and {taken} writes there: drop one of them")
+        for option in (option for option, place in places.items() if place.is_fifo):
+            say("warning", f"{option} '{places[option].path}' is a pipe: writing it waits until something reads it")
+        return cls(replace(terminal, aside=taken is not None), places)
+
+    def path(self, option: str) -> Path | None:
+        """Where an output goes, if it is wanted."""
+        place = self.places.get(option)
+        return None if place is None else place.path
+
+    def write_model(self, result: onnx.ModelProto, source: str) -> str:
+        """Write a model, with its weights beside it where the given model has them so; its path."""
+        from onnx_asr.graph.external import data_files
+        from onnx_asr.graph.model_io import is_external, save
+
+        place = self.places["--output"]
+        before = frozenset() if place.file is None else data_files(place.file)
+        save(result, place.path, external_data=is_external(source))
+        if before and place.file is not None:
+            for file in sorted(before - data_files(place.file)):
+                if file.exists():
+                    what = f"'{file}' ({size_text(file.stat().st_size)})"
+                    say("warning", f"{what} is no longer read by '{place.path}': remove it if nothing else reads it")
+        return str(place.path)
+
+    def page(
         self,
         gather: Callable[[Run], ReportValues],
         files: dict[str, str | None],
         preprocessing: Preprocessing | None = None,
-    ) -> None:
-        """Gather what the report says about this call, and write it; nothing happens where none is wanted."""
-        if self.path is None:
-            return
+    ) -> ReportValues | None:
+        """What the report says about this call; None where none is wanted."""
+        if "--report" not in self.places:
+            return None
         from onnx_asr.report.data import Run
-        from onnx_asr.report.html import write_report
 
-        write_report(gather(Run(self.terminal.command, self.terminal.line, files, preprocessing)), self.path)
+        return gather(Run(self.terminal.command, self.terminal.line, files, preprocessing))
+
+    def write_page(self, values: ReportValues | None) -> None:
+        """Write the report, if one is wanted."""
+        if values is not None:
+            from onnx_asr.report.html import write_report
+
+            write_report(values, self.places["--report"].path)
 
 
-def written(result: onnx.ModelProto, target: Path, source: str, *, wanted: bool = True) -> str | None:
-    """Write a model if it is wanted, with its weights beside it where the given model has them so; its path."""
-    from onnx_asr.graph.model_io import is_external, save
+def given_model(model: str, external_links: bool) -> ModelSource:
+    """A model as the library takes it: a path, or what a pipe, which can be read only once, or links lead to."""
+    if not external_links and not Path(model).is_fifo():
+        return model
+    from onnx_asr.engine.loading import load
 
-    return str(save(result, target, external_data=is_external(source))) if wanted else None
+    return load(model, external_links=external_links)
 
 
 def verdict(result: RepairResult, what: str, before: str, target: Path, force: bool) -> int:
@@ -65,3 +155,51 @@ def verdict(result: RepairResult, what: str, before: str, target: Path, force: b
     else:
         say("warning", f"no {what} is as close to the dense model as {before}, which is given back unchanged; {kept}")
     return CHECK_FAILED
+
+
+def _check_inputs_stay(option: str, place: Destination, inputs: Inputs) -> None:
+    """Refuse an output that is one of the inputs, by whatever links.
+
+    Raises:
+        OptionError: Naming both.
+    """
+    from onnx_asr.graph.external import data_files
+
+    edited = {} if option == "--output" or inputs.edited is None else {"the given model": inputs.edited}
+    for name, path in {**edited, **inputs.models, **inputs.data, **inputs.tables}.items():
+        if path is not None and place.is_at(path):
+            raise OptionError(f"{option} would replace '{path}', which is read ({name}): give another file")
+    for model in (path for path in (inputs.edited, *inputs.models.values()) if path is not None):
+        if any(place.is_at(file) for file in data_files(Path(model))):
+            raise OptionError(
+                f"{option} would replace '{place.path}', which holds weights of '{model}': give another file"
+            )
+    for name, path in inputs.data.items():
+        if path is not None and any(place.is_at(file) for file in _images(place, Path(path))):
+            raise OptionError(f"{option} '{place.path}' is an image in the folder of {name}: give a file elsewhere")
+
+
+def _images(place: Destination, folder: Path) -> Iterator[Path]:
+    """Images in a folder of samples, if the output can be one: it is there, or would be a new image in the folder."""
+    from onnx_asr.data.labels import IMAGE_SUFFIXES
+    from onnx_asr.data.sources import images_in
+
+    if place.file is None or not folder.is_dir():
+        return
+    if place.file.exists():
+        yield from images_in(folder)
+    elif place.file.suffix.lower() in IMAGE_SUFFIXES and _within(place.file, folder):
+        yield place.file
+
+
+def _within(file: Path, folder: Path) -> bool:
+    return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))
+
+
+def _check_fits(model: str, place: Destination) -> None:
+    """Refuse a pipe for a model that needs a file for its weights, where that can be told without reading the pipe."""
+    from onnx_asr.engine.loading import load
+    from onnx_asr.graph.model_io import check_embeddable
+
+    if Path(model).is_file():
+        check_embeddable(load(model), place)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 from cyclopts import Group, Parameter, default_name_transform
 
 from onnx_asr.cli.supervision import native_call
-from onnx_asr.cli.values import SEPARATED, byte_count, input_shape, read_by, share_or_bytes
+from onnx_asr.cli.values import SEPARATED, byte_count, input_shape, read_by, share_or_bytes, standard_output
 from onnx_asr.data import PRESETS, Preprocessing
 from onnx_asr.errors import OptionError
 from onnx_asr.pruning.options import SENSITIVITY_SPARSITIES, ChannelPruneOptions, PruneOptions, SensitivityOptions
@@ -22,6 +22,7 @@ from onnx_asr.repairing.options import RefitRecipe, RepairOptions
 from onnx_asr.sweeping.grid import SweepGrid
 
 if TYPE_CHECKING:
+    from onnx_asr.graph.model_io import ModelSource
     from onnx_asr.networks.execution import Execution, Progress
     from onnx_asr.networks.latency import Stopwatch
 
@@ -79,7 +80,10 @@ def resolved(options: type[T]) -> type[T]:
 Model = Annotated[str, Parameter(name="MODEL", help="The model, an .onnx file.")]
 DenseModel = Annotated[str, Parameter(name="DENSE", help="The dense model, an .onnx file.")]
 Pruned = Annotated[str, Parameter(name="PRUNED", help="The pruned model, an .onnx file.")]
-Output = Annotated[str, Parameter(name=("--output", "-o"), help="Where to write the result.")]
+_FILE = read_by(standard_output)
+Output = Annotated[
+    str, _FILE, Parameter(name=("--output", "-o"), help='Where to write the result; "-" for standard output.')
+]
 Dense = Annotated[str | None, Parameter(help="The dense model that the given one was made from.")]
 Data = Annotated[
     str,
@@ -98,8 +102,8 @@ Labels = Annotated[
 LabelOffset = Annotated[
     int, Parameter(help="Number to add to a label to get the model's class; 1 where class 0 is the background.")
 ]
-Report = Annotated[str | None, Parameter(help="Write an HTML report too; needs the extra 'report'.")]
-Plot = Annotated[str | None, Parameter(help="Draw the table too: .svg or .png; needs the extra 'report'.")]
+Report = Annotated[str | None, _FILE, Parameter(help="Write an HTML report too; needs the extra 'report'.")]
+Plot = Annotated[str | None, _FILE, Parameter(help="Draw the table too: .svg or .png; needs the extra 'report'.")]
 Force = Annotated[
     bool, Parameter(help="Write the result even if it is further from the dense model than its input.", negative="")
 ]
@@ -111,6 +115,19 @@ ForceRepair = Annotated[
     ),
 ]
 ForceOrder = Annotated[bool, Parameter(name="--force", help=f"{_EXCHANGED.capitalize()}.", negative="")]
+Results = Annotated[
+    str,
+    _FILE,
+    Parameter(name=("--output", "-o"), help="A JSON file for the cells; finished ones that it holds are kept."),
+]
+ExternalLinks = Annotated[
+    bool,
+    Parameter(
+        help="Read weights through symbolic links that lead into the folder where the model itself really is, as in "
+        "the cache of Hugging Face.",
+        negative="",
+    ),
+]
 Samples = Annotated[int | None, Parameter(help="Number of samples to draw from the data.")]
 BatchSize = Annotated[int | None, Parameter(help="Samples per run; by default chosen by the size of the input.")]
 Seed = Annotated[int, Parameter(help="Seed of every random choice.")]
@@ -298,7 +315,7 @@ class Timing:
             raise OptionError("input-shapes names an input twice: give each once, as name:1,3,224,224")
         return shapes
 
-    def stopwatch(self, model: str, execution: Execution) -> Stopwatch | None:
+    def stopwatch(self, model: ModelSource, execution: Execution) -> Stopwatch | None:
         """A stopwatch that holds the given model, if latency is to be measured; made first, as it may be refused."""
         if not self.measure_latency:
             return None

@@ -318,7 +318,9 @@ def _repaired(result: RepairResult, before: str, after: str, verbose: bool) -> S
 
 
 def _written(path: str | None) -> str:
-    return "nothing was written" if path is None else f"written: {path} ({size_text(os.path.getsize(path))})"
+    if path is None:
+        return "nothing was written"
+    return f"written: {path} ({size_text(os.path.getsize(path))})" if os.path.isfile(path) else f"written into {path}"
 
 
 def _remarks(skips: Sequence[Skip], notes: Sequence[str], verbose: bool) -> Iterator[str]:

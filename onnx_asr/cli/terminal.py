@@ -32,6 +32,7 @@ class Terminal:
         verbose: Show every layer, and the warnings of onnxruntime.
         quiet: Print errors and warnings only.
         debug: Show the traceback of an error.
+        aside: Print results on stderr, as an output takes stdout.
         command: Name of the command.
         line: The whole command line.
     """
@@ -40,6 +41,7 @@ class Terminal:
     verbose: Annotated[bool, Parameter(alias="-v")] = False
     quiet: Annotated[bool, Parameter(alias="-q")] = False
     debug: bool = False
+    aside: Annotated[bool, Parameter(parse=False)] = False
     command: Annotated[str, Parameter(parse=False)] = ""
     line: Annotated[str, Parameter(parse=False)] = ""
 
@@ -52,7 +54,8 @@ class Terminal:
             if self.json:
                 print(dumps(plain({"command": self.command, **values, **files}), indent=2, allow_nan=False))
             elif not self.quiet:
-                console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+                width = None if (sys.stderr if self.aside else sys.stdout).isatty() else _PLAIN_WIDTH
+                console = Console(stderr=self.aside, highlight=False, emoji=False, width=width)
                 lines = (f"{what}: {path}" for what, path in files.items() if path is not None)
                 for item in (*shown, *lines):
                     console.print(item, soft_wrap=isinstance(item, str), markup=False)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import NoReturn
 
 from onnx_asr.cli.supervision import end_with
@@ -41,7 +42,9 @@ def serving(models: Sequence[str], *, port: int | None = None, browse: bool = Tr
     if port is not None and not 1 <= port <= _LAST_PORT + 1 - len(models):
         raise OptionError(f"port {port} is out of range: give 1 to {_LAST_PORT + 1 - len(models)}")
     for model in models:
-        opened(model)
+        if Path(model).is_fifo():
+            raise OptionError(f"'{model}' is a pipe, which Netron cannot open: write the model into a file first")
+        opened(model, external_links=True)
     with ExitStack() as stack:
         ports = [""] * len(models) if port is None else map(str, range(port, port + len(models)))
         yield dict(_start(stack, model, place, browse) for model, place in zip(models, ports, strict=True))

@@ -133,6 +133,15 @@ def _open_folder(
     return FolderDataset(root, names, classes, spec, preprocessing or Preprocessing(), list(bad))
 
 
+def images_in(folder: Path) -> list[Path]:
+    """The files of a folder that are read as images.
+
+    Raises:
+        DataError: When a folder in it cannot be listed.
+    """
+    return [folder / name for name in _find_images(folder)]
+
+
 def _find_images(root: Path) -> list[str]:
     """List the image files under a folder, hidden ones aside, as sorted paths with forward slashes."""
 

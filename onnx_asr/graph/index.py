@@ -226,6 +226,14 @@ def subgraphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
             yield from attribute.graphs
 
 
+def bodies(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.GraphProto]:
+    """Subgraphs of nodes, and those inside them."""
+    for node in nodes:
+        for body in subgraphs(node):
+            yield body
+            yield from bodies(body.node)
+
+
 def captured(graph: onnx.GraphProto) -> Iterator[str]:
     """Names that a subgraph reads from outside itself."""
     local = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}

@@ -2,14 +2,14 @@
 
 A model is written beside its destination and then renamed over it, so that an existing file is either kept whole or
 replaced whole. External data goes into a separate file whose name carries a digest: the old pair stays valid until the
-rename.
+rename, and the old data file goes after it if this package wrote it and nothing else refers to it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
+from collections import Counter
 from pathlib import Path
 from typing import TypeAlias
 
@@ -17,25 +17,22 @@ import numpy as np
 import onnx
 import onnx.inliner
 from google.protobuf.message import DecodeError
-from onnx.external_data_helper import load_external_data_for_model, uses_external_data
 
 from onnx_asr.errors import ModelError, OutputError
 from onnx_asr.graph.edit import set_metadata
-from onnx_asr.graph.files import cannot_write, check_writable, permissions, write_through
+from onnx_asr.graph.external import data_files, read_external, remove_obsolete
+from onnx_asr.graph.files import Destination, beside, cannot_write, permissions, write_through
 from onnx_asr.graph.foreign import ForeignModel, exported
-from onnx_asr.graph.index import FLOAT_TYPES, STANDARD_DOMAINS, GraphIndex, is_standard, subgraphs
+from onnx_asr.graph.index import FLOAT_TYPES, STANDARD_DOMAINS, GraphIndex, bodies, is_standard, subgraphs
 from onnx_asr.graph.layers import LAYERS, NORMALIZATION
 from onnx_asr.graph.order import topologically_sorted
 from onnx_asr.graph.tensors import (
-    can_be_left,
     content_of,
     detached,
     is_left,
     is_self_contained,
-    leave,
     location_of,
     point_to,
-    weights_fit,
 )
 
 ModelSource: TypeAlias = "onnx.ModelProto | str | os.PathLike[str] | ForeignModel"
@@ -47,7 +44,7 @@ _WITH_SUBGRAPHS = frozenset({"If", "Loop", "Scan", "SequenceMap"})  # onnx check
 _ALIGNMENT = 4096  # of weights in a data file: they can be memory-mapped
 
 
-def opened(source: ModelSource) -> tuple[onnx.ModelProto, str]:
+def opened(source: ModelSource, *, external_links: bool = False) -> tuple[onnx.ModelProto, str]:
     """Load a model as :func:`onnx_asr.engine.loading.load` does, but without a judgement on operators unknown to onnx.
 
     Returns:
@@ -58,28 +55,49 @@ def opened(source: ModelSource) -> tuple[onnx.ModelProto, str]:
         ModelError: There is no such file, it is not an ONNX model, or the object cannot be exported to one.
     """
     if isinstance(source, (str, os.PathLike)):
-        model = _read(Path(source))
+        model = _read(Path(source), external_links)
     else:
         model = source if isinstance(source, onnx.ModelProto) else exported(source)
         missing = [tensor.name for tensor in model.graph.initializer if is_left(tensor) and not location_of(tensor)[0]]
         if missing:
             raise ModelError(f"the value of '{missing[0]}' is external data that was not loaded; give the model's path")
-    if not model.graph.node or not model.opset_import:
-        what = "opset" if model.graph.node else "nodes"
-        raise ModelError(
-            f"{named(source)} is not an ONNX model, or an empty one: it has no {what}; give an exported network"
-        )
+    _check_whole(model, source)
     model = topologically_sorted(_inlined(model) if model.functions else model)
     return model, _check_valid(model, source)
 
 
-def _read(path: Path) -> onnx.ModelProto:
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+def _check_whole(model: onnx.ModelProto, source: ModelSource) -> None:
+    """Refuse a model without nodes, without versions of its operators, or with two values for one name."""
+    if not model.graph.node:
+        raise ModelError(
+            f"{named(source)} is not an ONNX model, or an empty one: it has no nodes; give an exported network"
+        )
+    imported = {entry.domain or "ai.onnx" for entry in model.opset_import}
+    missing = [node for node in model.graph.node if (node.domain or "ai.onnx") not in imported]
+    if missing or not imported:
+        which = f" for the domain '{missing[0].domain or 'ai.onnx'}'" if missing and imported else ""
+        raise ModelError(
+            f"{named(source)} has no opset_import{which}, so the version of its operators is unknown: export it "
+            "again, or add the version that it was made for"
+        )
+    for graph in (model.graph, *bodies(model.graph.node)):
+        names = [tensor.name for tensor in graph.initializer]
+        names += [tensor.values.name for tensor in graph.sparse_initializer]
+        repeated = [name for name, count in Counter(names).items() if count > 1]
+        if repeated:
+            raise ModelError(
+                f"{named(source)} holds the tensor '{repeated[0]}' twice (initializers of one name), so its value is "
+                "ambiguous: export it again, or remove one of the two"
+            )
+
+
+def _read(path: Path, external_links: bool) -> onnx.ModelProto:
+    if not (path.is_file() or path.is_fifo()):
+        what = "is a folder" if path.is_dir() else "is a device or socket" if path.exists() else "does not exist"
         raise ModelError(f"model file '{path}' {what}; give the path of an .onnx file")
     try:
         model = onnx.load(path, format="protobuf", load_external_data=False)
-        _load_external_data(model, path.parent)
+        read_external(model, path, external_links)
     except (DecodeError, ValueError, TypeError) as error:
         raise ModelError(f"'{path}' is not an ONNX model ({error}); give a file written by an ONNX exporter") from error
     except (OSError, RuntimeError, onnx.checker.ValidationError) as error:
@@ -101,16 +119,6 @@ def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
         result.opset_import.remove(item)
     set_metadata(result, _INLINED, ", ".join(f"{item.domain}::{item.name}" for item in model.functions))
     return result
-
-
-def _load_external_data(model: onnx.ModelProto, folder: Path) -> None:
-    left = [] if weights_fit(model) else [tensor for tensor in model.graph.initializer if can_be_left(tensor)]
-    for tensor in left:
-        leave(tensor, folder)
-        tensor.data_location = onnx.TensorProto.DEFAULT
-    load_external_data_for_model(model, str(folder))
-    for tensor in left:
-        tensor.data_location = onnx.TensorProto.EXTERNAL
 
 
 def _check_valid(model: onnx.ModelProto, source: ModelSource) -> str:
@@ -196,20 +204,48 @@ def digest(model: onnx.ModelProto) -> str:
 
 
 def save(model: onnx.ModelProto, path: str | os.PathLike[str], *, external_data: bool = False) -> Path:
-    """Write a model atomically, with external data on request or where it is over protobuf's 2 GB.
+    """Write a model: a file whole or not at all, behind symbolic links where the path is one; into a device or pipe.
+
+    External data is written on request, or where the model is over protobuf's 2 GB. Into a pipe, and through a link
+    into another folder, the weights go with the model. A data file that an earlier call wrote for this path is removed
+    if no file of the folder refers to it any more.
 
     Raises:
         OutputError: It cannot be written; an existing file is unchanged.
     """
-    target = check_writable(path)
-    external = external_data or not is_self_contained(model)
-    new = target.with_name(f".{target.name}.{os.getpid()}.onnx")
+    destination = Destination.of(path)
+    if not destination.takes_data:
+        check_embeddable(model, destination)
+        external_data = False
+    if destination.file is None:
+        destination.write(model.SerializeToString())
+        return destination.path
+    _save(model, destination.file, external_data or not is_self_contained(model))
+    return destination.path
+
+
+def check_embeddable(model: onnx.ModelProto, destination: Destination) -> None:
+    """Refuse a destination beside which no data file can be, for a model that needs one.
+
+    Raises:
+        OutputError: When the weights of the model do not fit one message.
+    """
+    if not destination.takes_data and not is_self_contained(model):
+        raise OutputError(
+            f"'{destination.path}' is a pipe, a device or a link into another folder, and a model over 2 GB needs a "
+            "second file beside it for its weights: give the path of a file"
+        )
+
+
+def _save(model: onnx.ModelProto, target: Path, external: bool) -> None:
+    old = data_files(target)
+    new = beside(target, "onnx")
     leftovers = [new]  # listed before they exist: an interrupt may come at any time
     whole = False
     try:
         if external:
             data = target.with_name(f"{target.name}.{digest(model)[:12]}.data")
-            part = target.with_name(f".{data.name}.{os.getpid()}.tmp")
+            part = beside(data, "tmp")
             leftovers.append(part)
             model = _write_data(model, part, data.name)
             if not data.exists():
@@ -231,7 +267,8 @@ def save(model: onnx.ModelProto, path: str | os.PathLike[str], *, external_data:
                 f"cannot write '{target}': {error}; keep large constants as initializers, which may be external data"
             ) from error
         raise
-    return target
+    if old:
+        remove_obsolete(old - data_files(target), target)
 
 
 def _write_data(model: onnx.ModelProto, path: Path, location: str) -> onnx.ModelProto:
@@ -249,7 +286,4 @@ def _write_data(model: onnx.ModelProto, path: Path, location: str) -> onnx.Model
 
 def is_external(path: str | os.PathLike[str]) -> bool:
     """Whether a model file keeps its weights in external data files."""
-    with contextlib.suppress(DecodeError, OSError):
-        model = onnx.load(path, format="protobuf", load_external_data=False)
-        return any(uses_external_data(tensor) for tensor in model.graph.initializer)
-    return False
+    return bool(data_files(Path(path)))

@@ -14,7 +14,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from onnx_asr.arrays import Floats
-from onnx_asr.graph.files import write_bytes
+from onnx_asr.graph.files import write_bytes, write_text
 
 _LOWEST, _HIGHEST = -4.0, 1.5  # log10 of the variance ratios shown; others are drawn at the edge
 WIDTH, _ROW, _ROWS, _MARGIN = 4.6, 0.19, 8.0, 1.05  # inches: narrow enough for a phone, all rows on a printed page
@@ -107,13 +107,13 @@ def svg(figure: Figure) -> str:
 
 
 def write_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure as SVG or PNG, by the suffix of the file.
+    """Write a figure as PNG where the suffix of the path says so, else as SVG.
 
     Raises:
         OutputError: When it cannot be written.
     """
-    if path.suffix == ".svg":
-        return write_bytes(svg(figure).encode(), path)
+    if path.suffix != ".png":
+        return write_text(svg(figure), path)
     with io.BytesIO() as buffer:
         figure.savefig(buffer, format="png", dpi=_RESOLUTION)
         return write_bytes(buffer.getvalue(), path)

@@ -55,7 +55,8 @@ def sweep(
         labels: A table of labels for the scored samples, where they are a folder of images.
         preprocessing: Of images.
         results: A JSON file that is rewritten after every cell. An existing file is continued: its finished cells are
-            kept, those of another grid too, and failed ones are tried again.
+            kept, those of another grid too, and failed ones are tried again. A device or pipe is written into once, at
+            the end.
         workers: Processes to run cells in; 1 for this process, None for one per core, at most 8. More than one needs
             the extra "distributed", and in a script a guard ``if __name__ == "__main__"``.
         cluster: Address of a Dask scheduler to run cells on instead, as "tcp://host:8786". Its workers, and local ones,
@@ -89,8 +90,10 @@ def sweep(
             cells[cell] = outcome
             done = len(cells) - kept
             execution.progress(f"{done} of {len(wanted)} cells done, last: {cell}", done / len(wanted))
-            if store is not None:
+            if store is not None and store.keeps:
                 store.write(_result(workspace, cells))
+    if store is not None and not store.keeps:
+        store.write(_result(workspace, cells))
     execution.progress("done", 1.0)
     return _result(workspace, cells)
 

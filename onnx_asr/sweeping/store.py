@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onnx_asr.errors import OutputError
-from onnx_asr.graph.files import check_writable, write_text
+from onnx_asr.graph.files import Destination, write_text
 from onnx_asr.json_values import plain
 from onnx_asr.repairing.options import flattened
 from onnx_asr.sweeping.grid import Cell
@@ -22,13 +22,18 @@ _FEW, _LONG = 3, 24  # differences listed in an error, and characters of a value
 class ResultsFile:
     """A results file.
 
+    Attributes:
+        keeps: Whether it can be replaced after every cell and read again; False for a device or a pipe.
+
     Raises:
         OutputError: When the file exists but is not a results file, or cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path = check_writable(path)
-        self._conditions, self._cells = _read(self._path)
+        destination = Destination.of(path, text=True)
+        self.keeps = destination.file is not None
+        self._path = destination.path
+        self._conditions, self._cells = _read(self._path) if self.keeps else (None, {})
 
     def finished(self, conditions: Mapping[str, Any]) -> dict[Cell, Outcome]:
         """The cells that earlier runs finished under the same conditions, whatever their grid, without failed ones.
@@ -53,7 +58,7 @@ class ResultsFile:
         return {cell: outcome for cell, outcome in self._cells.items() if outcome.error is None}
 
     def write(self, result: SweepResult) -> None:
-        """Replace the file.
+        """Replace the file, or write into the device or pipe.
 
         Raises:
             OutputError: When it cannot be written; it then stays as it was.
