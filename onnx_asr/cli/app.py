@@ -19,10 +19,11 @@ from cyclopts import App, ArgumentCollection, CoercionError, CycloptsError, Para
 from onnx_asr.blas import BLAS_THREADS
 from onnx_asr.cli import commands
 from onnx_asr.cli.outcome import BAD_INPUT, DONE, INTERRUPTED
-from onnx_asr.cli.parameters import PANELS
+from onnx_asr.cli.parameters import OUTPUTS, PANELS
 from onnx_asr.cli.supervision import announce, supervised
 from onnx_asr.cli.terminal import Terminal, drop_stdout, leave_progress, say
 from onnx_asr.errors import OnnxAsrError, OptionError, is_interrupt
+from onnx_asr.graph.files import STDIN, STDOUT
 from onnx_asr.ownership import DISTRIBUTION, check_owner
 from onnx_asr.version import __version__
 
@@ -115,9 +116,21 @@ def run(arguments: Sequence[str]) -> int:
 
     def work() -> int:
         check_owner()
-        return _dispatch(list(arguments))
+        return _dispatch(_with_streams(arguments))
 
     return _code_of(work, "--debug" in arguments)
+
+
+def _with_streams(arguments: Sequence[str]) -> list[str]:
+    """The arguments with a path for "-": standard output after an option for an output, elsewhere standard input."""
+    found: list[str] = []
+    for argument in arguments:
+        option, equals, value = argument.rpartition("=")
+        if value == "-":
+            name = option or (found[-1] if found else "")
+            value = str(STDOUT if name in OUTPUTS else STDIN)
+        found.append(f"{option}{equals}{value}")
+    return found
 
 
 def _dispatch(arguments: list[str]) -> int:

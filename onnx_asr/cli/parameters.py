@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 from cyclopts import Group, Parameter, default_name_transform
 
 from onnx_asr.cli.supervision import native_call
-from onnx_asr.cli.values import SEPARATED, byte_count, input_shape, read_by, share_or_bytes, standard_output
+from onnx_asr.cli.values import SEPARATED, byte_count, input_shape, read_by, share_or_bytes
 from onnx_asr.data import PRESETS, Preprocessing
 from onnx_asr.errors import OptionError
 from onnx_asr.pruning.options import SENSITIVITY_SPARSITIES, ChannelPruneOptions, PruneOptions, SensitivityOptions
@@ -80,10 +80,8 @@ def resolved(options: type[T]) -> type[T]:
 Model = Annotated[str, Parameter(name="MODEL", help="The model, an .onnx file.")]
 DenseModel = Annotated[str, Parameter(name="DENSE", help="The dense model, an .onnx file.")]
 Pruned = Annotated[str, Parameter(name="PRUNED", help="The pruned model, an .onnx file.")]
-_FILE = read_by(standard_output)
-Output = Annotated[
-    str, _FILE, Parameter(name=("--output", "-o"), help='Where to write the result; "-" for standard output.')
-]
+OUTPUTS = ("--output", "-o", "--report", "--plot")
+Output = Annotated[str, Parameter(name=("--output", "-o"), help='Where to write the result; "-" for standard output.')]
 Dense = Annotated[str | None, Parameter(help="The dense model that the given one was made from.")]
 Data = Annotated[
     str,
@@ -102,8 +100,8 @@ Labels = Annotated[
 LabelOffset = Annotated[
     int, Parameter(help="Number to add to a label to get the model's class; 1 where class 0 is the background.")
 ]
-Report = Annotated[str | None, _FILE, Parameter(help="Write an HTML report too; needs the extra 'report'.")]
-Plot = Annotated[str | None, _FILE, Parameter(help="Draw the table too: .svg or .png; needs the extra 'report'.")]
+Report = Annotated[str | None, Parameter(help="Write an HTML report too; needs the extra 'report'.")]
+Plot = Annotated[str | None, Parameter(help="Draw the table too: .svg or .png; needs the extra 'report'.")]
 Force = Annotated[
     bool, Parameter(help="Write the result even if it is further from the dense model than its input.", negative="")
 ]
@@ -117,7 +115,6 @@ ForceRepair = Annotated[
 ForceOrder = Annotated[bool, Parameter(name="--force", help=f"{_EXCHANGED.capitalize()}.", negative="")]
 Results = Annotated[
     str,
-    _FILE,
     Parameter(name=("--output", "-o"), help="A JSON file for the cells; finished ones that it holds are kept."),
 ]
 ExternalLinks = Annotated[

@@ -8,7 +8,6 @@ from typing import Any
 from cyclopts import Parameter, Token, convert
 
 from onnx_asr.errors import OptionError
-from onnx_asr.graph.files import STDOUT
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -57,11 +56,6 @@ def input_shape(text: str) -> tuple[str, list[int]]:
     if not name:
         raise OptionError(f"--input-shapes '{text}' is not the shape of an input: give name:1,3,224,224")
     return name, shape
-
-
-def standard_output(text: str) -> str:
-    """A path; "-" is standard output."""
-    return str(STDOUT) if text == "-" else text
 
 
 def separated(kind: Any, tokens: Sequence[Token]) -> Any:

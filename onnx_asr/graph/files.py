@@ -11,7 +11,7 @@ from pathlib import Path
 
 from onnx_asr.errors import OutputError
 
-STDOUT = Path("/dev/stdout")
+STDIN, STDOUT = Path("/dev/stdin"), Path("/dev/stdout")
 _STREAMS = {STDOUT: 1, Path("/dev/stderr"): 2}
 _MOST_LINKS = 40
 

@@ -24,7 +24,7 @@ from onnx_asr.errors import OptionError, OutputError
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Fidelity
 from onnx_asr.repairing.options import RefitRecipe, RepairOptions
-from onnx_asr.report import check_report
+from onnx_asr.report import check_format, check_libraries
 from onnx_asr.report.data import Run, compress_data, inspect_data, prune_data, repair_data
 from onnx_asr.report.html import render, write_report
 from onnx_asr.report.sweep_data import sweep_data
@@ -259,16 +259,17 @@ def test_it_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_obstacles_are_reported_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "a.onnx"
-    assert check_report(tmp_path / "a.html", target) == tmp_path / "a.html"
-    with pytest.raises(OptionError, match="its own file"):
-        check_report(tmp_path / "." / "a.onnx", target)
-    with pytest.raises(OutputError, match="does not exist"):
-        check_report(tmp_path / "missing" / "a.html", target)
+    check_libraries("--report")
     found = importlib.util.find_spec
     monkeypatch.setattr("onnx_asr.report.find_spec", lambda name: None if name == "jinja2" else found(name))
     with pytest.raises(OptionError, match=r"needs jinja2, .*: pip install onnx-resuscitate\[report\]"):
-        check_report(tmp_path / "a.html", target)
+        check_libraries("--report")
+    check_libraries("--plot")
+    for good in ("a.svg", "a.png", "/dev/null"):
+        check_format(good)
+    for bad in (tmp_path / "a.pdf", tmp_path / "a"):
+        with pytest.raises(OptionError, match=r"ends in \.svg or \.png"):
+            check_format(bad)
 
 
 def chromium() -> str:
