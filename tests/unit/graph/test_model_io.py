@@ -16,9 +16,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from onnx_asr import files
 from onnx_asr.engine.loading import load
 from onnx_asr.errors import ModelError, OutputError
-from onnx_asr.graph import files, model_io, tensors
+from onnx_asr.graph import model_io, tensors
 from onnx_asr.graph.external import data_files
 from onnx_asr.graph.model_io import check_finite, digest, is_external, save
 from tests.graphs import images, index, net, parameter, residual_net, run, set_parameter
