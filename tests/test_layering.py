@@ -11,7 +11,8 @@ from tests.layering import PACKAGE, PAGE, TABLE, floor, imports, modules, page_w
 
 FLOORS = (
     {"arrays", "errors", "json_values", "version", "blas"},
-    {"ownership", "numerics", "graph", "data"},
+    {"ownership", "numerics", "data", "files"},
+    {"graph"},
     {"channels", "engine"},
     {"pairing"},
     {"networks"},

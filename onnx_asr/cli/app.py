@@ -23,7 +23,7 @@ from onnx_asr.cli.parameters import OUTPUTS, PANELS
 from onnx_asr.cli.supervision import announce, supervised
 from onnx_asr.cli.terminal import Terminal, drop_stdout, leave_progress, say
 from onnx_asr.errors import OnnxAsrError, OptionError, is_interrupt
-from onnx_asr.files import STDIN, STDOUT
+from onnx_asr.files.outputs import STDIN, STDOUT
 from onnx_asr.ownership import DISTRIBUTION, check_owner
 from onnx_asr.version import __version__
 

@@ -16,7 +16,7 @@ import onnx
 from onnx_asr.data import PRESETS
 from onnx_asr.engine.loading import load
 from onnx_asr.errors import ModelError, OptionError, OutputError
-from onnx_asr.files import Destination
+from onnx_asr.files.outputs import Destination
 from onnx_asr.graph.model_io import save
 from onnx_asr.json_values import MERGED, key
 from onnx_asr.measuring.evaluation import evaluate

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from onnx_asr.cli.terminal import Terminal, say
 from onnx_asr.errors import OptionError
-from onnx_asr.files import Destination, size_text
+from onnx_asr.files.outputs import Destination, size_text
 
 if TYPE_CHECKING:
     import onnx

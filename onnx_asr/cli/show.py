@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.table import Table
 
-from onnx_asr.files import size_text
+from onnx_asr.files.outputs import size_text
 
 if TYPE_CHECKING:
     from onnx_asr.cli.demo import DemoResult, DemoRow

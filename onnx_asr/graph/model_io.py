@@ -19,7 +19,7 @@ import onnx.inliner
 from google.protobuf.message import DecodeError
 
 from onnx_asr.errors import ModelError, OutputError
-from onnx_asr.files import Destination, beside, cannot_write, permissions, write_through
+from onnx_asr.files.outputs import Destination, beside, cannot_write, permissions, write_through
 from onnx_asr.graph.edit import set_metadata
 from onnx_asr.graph.external import data_files, read_external, remove_obsolete
 from onnx_asr.graph.foreign import ForeignModel, exported

@@ -14,7 +14,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from onnx_asr.arrays import Floats
-from onnx_asr.files import write_bytes, write_text
+from onnx_asr.files.outputs import write_bytes, write_text
 
 _LOWEST, _HIGHEST = -4.0, 1.5  # log10 of the variance ratios shown; others are drawn at the edge
 WIDTH, _ROW, _ROWS, _MARGIN = 4.6, 0.19, 8.0, 1.05  # inches: narrow enough for a phone, all rows on a printed page

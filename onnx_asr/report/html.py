@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from onnx_asr.files import size_text, write_text
+from onnx_asr.files.outputs import size_text, write_text
 from onnx_asr.report.figures import heat_map, strip, svg
 from onnx_asr.report.sweep_figure import draw
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onnx_asr.errors import OutputError
-from onnx_asr.files import Destination, write_text
+from onnx_asr.files.outputs import Destination, write_text
 from onnx_asr.json_values import plain
 from onnx_asr.repairing.options import flattened
 from onnx_asr.sweeping.grid import Cell

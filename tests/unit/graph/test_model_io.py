@@ -16,9 +16,9 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from onnx_asr import files
 from onnx_asr.engine.loading import load
 from onnx_asr.errors import ModelError, OutputError
+from onnx_asr.files import outputs
 from onnx_asr.graph import model_io, tensors
 from onnx_asr.graph.external import data_files
 from onnx_asr.graph.model_io import check_finite, digest, is_external, save
@@ -113,7 +113,7 @@ def interrupted(function: Callable[[], object], count: int) -> bool:
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
         nonlocal left
-        if frame.f_code.co_filename not in (model_io.__file__, files.__file__):
+        if frame.f_code.co_filename not in (model_io.__file__, outputs.__file__):
             return None
         left -= event == "line"
         if event == "line" and left == 0:

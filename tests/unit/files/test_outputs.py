@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from onnx_asr.errors import OutputError
-from onnx_asr.files import Destination, permissions, write_bytes, write_text
+from onnx_asr.files.outputs import Destination, permissions, write_bytes, write_text
 
 
 def names(folder: Path) -> list[str]:
