@@ -126,7 +126,7 @@ def inspection(result: Inspection, verbose: bool) -> Shown:
         )
     else:
         yield _table(result.layers, _CONTENTS)
-    yield from _remarks(result.skips, (), verbose)
+    yield from _remarks(result.skips, result.notes, verbose)
     yield from result.advice
     for key, value in result.metadata.items():
         yield f"{key}: {value}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -124,6 +124,7 @@ class Inspection:
         methods: With and without the dense model, by method of ``repair``: the reason why it cannot run, or None.
         metadata: Entries that this package wrote into the file earlier.
         samples: Number of samples that the damage was measured on; 0 where it was not.
+        notes: Notes for the user.
     """
 
     derived: ClassVar = ("sparsity", "batchnorm")
@@ -138,6 +139,7 @@ class Inspection:
     methods: dict[str, dict[str, str | None]] = field(metadata=key("repair"))
     metadata: dict[str, str]
     samples: int
+    notes: tuple[str, ...]
 
     @property
     def sparsity(self) -> float:
@@ -235,7 +237,7 @@ def inspect(
         if not np.isfinite([channels.dense_std, channels.std]).all():
             raise overflow(point)
     execution.progress("done", 1.0)
-    return describe(network, damage, calibration.count)
+    return replace(describe(network, damage, calibration.count), notes=pair.notes)
 
 
 def describe(model: onnx.ModelProto, damage: Mapping[int, PointDamage] | None = None, samples: int = 0) -> Inspection:
@@ -261,6 +263,7 @@ def describe(model: onnx.ModelProto, damage: Mapping[int, PointDamage] | None = 
         methods={"with_dense": _methods(found, dense=True), "without_dense": _methods(found, dense=False)},
         metadata={item.key: item.value for item in model.metadata_props if item.key.startswith("onnx_asr.")},
         samples=samples,
+        notes=(),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -9,9 +10,9 @@ from functools import cached_property
 import numpy as np
 import onnx
 
-from onnx_asr.arrays import Array, Floats
+from onnx_asr.arrays import Array, Floats, Mask
 from onnx_asr.channels.rules import trace
-from onnx_asr.channels.units import missing_units, read_kept, remove
+from onnx_asr.channels.units import KEPT_CHANNELS, Channels, missing_units, read_kept, remove
 from onnx_asr.data import InputSpec
 from onnx_asr.engine.lane import Chunk
 from onnx_asr.errors import ModelError, StructureError
@@ -26,6 +27,7 @@ from onnx_asr.networks.samples import input_specs
 from onnx_asr.numerics.gains import BatchNormParameters
 from onnx_asr.pairing.match import Pairing, match, refoldings
 from onnx_asr.pairing.refolding import KeptChannels, refold
+from onnx_asr.pairing.survivors import Survivors, survivors
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class Pair:
         parameters: Parameters of the dense network; where channels were removed, of those that are left.
         pairing: For nodes and tensors of the pruned network, those of the dense one.
         kept: Tensor of the dense network to its channel axis and the channels that are left, where some were removed.
+        survivors: Which channels are left, where the pruned model has no record of them that fits.
     """
 
     pruned: Network
@@ -111,6 +114,7 @@ class Pair:
     parameters: Draft
     pairing: Pairing
     kept: KeptChannels
+    survivors: Survivors | None = None
 
     @classmethod
     def of(cls, pruned: onnx.ModelProto, dense: onnx.ModelProto) -> Pair:
@@ -134,11 +138,28 @@ class Pair:
         Raises:
             StructureError: When the two are not the same network.
         """
+        try:
+            return cls._recorded(pruned, dense)
+        except StructureError as error:
+            try:
+                found = survivors(pruned.index, dense)
+            except StructureError as reason:
+                raise (error if read_kept(pruned.index.model) else reason) from reason
+            if found is None:
+                raise
+        return replace(cls._without(pruned, dense, found.channels, found.drop), survivors=found)
+
+    @classmethod
+    def _recorded(cls, pruned: Network, dense: GraphIndex) -> Pair:
+        """Pair with what the pruned model's record says is left of the dense network."""
         kept = read_kept(pruned.index.model)
         if kept == read_kept(dense.model):
             return cls._matched(pruned, dense, dense, {})
         channels = trace(dense)
-        drop = missing_units(dense, channels, kept)
+        return cls._without(pruned, dense, channels, missing_units(dense, channels, kept))
+
+    @classmethod
+    def _without(cls, pruned: Network, dense: GraphIndex, channels: Channels, drop: Mask) -> Pair:
         left = GraphIndex.of(remove(dense, channels, drop))
         return cls._matched(pruned, dense, left, channels.kept(drop))
 
@@ -178,6 +199,16 @@ class Pair:
         names = [value.name for value in index.inputs] + [name for node in index.nodes for name in node.output]
         pairing = Pairing({position: position for position in range(len(index.nodes))}, {name: name for name in names})
         return cls(dense, index.model, index, Draft(index), pairing, {})
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes for the user about what was paired."""
+        return () if self.survivors is None else (self.survivors.note,)
+
+    @property
+    def missing_metadata(self) -> dict[str, str]:
+        """The record of its channels that the pruned model lacks."""
+        return {} if self.survivors is None else {KEPT_CHANNELS: json.dumps(read_kept(self.parameters.index.model))}
 
     def dense_tensor(self, name: str) -> str:
         """The dense network's counterpart of a tensor."""

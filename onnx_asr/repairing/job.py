@@ -109,7 +109,7 @@ class RepairJob:
             after = weight_of(pruned.index, point)
             before = np.ones_like(after) if pair is None else pair.dense_weight(point)
             sparsities.append(LayerSparsity.of(point, before, after))
-        notes = [*pruned.notes, *([] if pair else [_NO_DENSE]), *samples.notes]
+        notes = [*pruned.notes, *(pair.notes if pair else [_NO_DENSE]), *samples.notes]
         if options.method in ("asr", "raw", "layerwise") and options.bn == "exact":
             notes.append(
                 f"before an exactly re-estimated BatchNormalization the gains of '{options.method}' cancel, so the "
@@ -133,4 +133,5 @@ class RepairJob:
         }
         if self.pair is not None:
             metadata["onnx_asr.dense_sha256"] = digest(self.pair.source)
+            metadata |= self.pair.missing_metadata
         return draft.model(metadata)

@@ -58,7 +58,7 @@ def inspect_data(run: Run, inspection: Inspection) -> ReportValues:
         skipped=inspection.skips,
         damage_samples=inspection.samples,
         options={"opset": inspection.opset, "inputs": ", ".join(inspection.inputs), **inspection.metadata},
-        notes=inspection.advice,
+        notes=(*inspection.notes, *inspection.advice),
     )
 
 

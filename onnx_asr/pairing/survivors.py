@@ -1,0 +1,497 @@
+"""Which channels of a dense graph are left in a smaller one, told by their weights.
+
+Every constant that has an entry per channel is evidence: the rows of the weights that make a channel, the columns of
+those that read it, biases, BatchNormalization. For a channel ``p`` of the smaller graph and a channel ``d`` of the
+dense one, with the entries ``P`` and ``D`` of all constants together,
+
+    distance(p, d) = sum over P != 0 of (P - D)^2 / v / (2 n)
+
+where ``v`` is the variance over the dense channels of the constant that an entry belongs to, and ``n`` the number of
+entries: 0 for the same channel, also if weights of it were set to zero, and about 1 for two channels that have nothing
+in common. Rows can be compared at the input channels that are known already, so channels become known from the inputs
+of the graph on, and from its outputs back. A channel is known when its nearest counterpart is near and no other one
+comes close.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
+from math import prod
+
+import numpy as np
+
+from onnx_asr.arrays import Array, Floats, Integers, Mask
+from onnx_asr.channels.rules import trace
+from onnx_asr.channels.units import KEPT_CHANNELS, Channels
+from onnx_asr.errors import StructureError
+from onnx_asr.graph.index import GraphIndex, attribute, input_name, is_standard
+from onnx_asr.graph.layers import BN_MEAN, BN_VAR, LAYERS, NORMALIZATION, Layer
+from onnx_asr.pairing.match import Refolding, counterparts
+from onnx_asr.pairing.refolding import refold
+from onnx_asr.pairing.stretches import Equation, Groups, Stretch, Stretches, numbers_left
+from onnx_asr.pairing.tails import Tail
+
+_UNTOLD = (
+    "the pruned model is smaller than the dense one, and which channels it kept cannot be told: it has no record of "
+    f"them that fits ('{KEPT_CHANNELS}' in metadata_props), and by the weights"
+)
+_ADVICE = (
+    "give the dense file that the pruned one was made from; if prune or shrink removed the channels and another tool "
+    "dropped that entry, copy it back; if the model was trained after the channels were removed, repair it before that"
+)
+_NEAR = 0.1  # a distance; weights that differ by a third, root mean square
+_MARGIN = 4.0  # the second nearest has to be so many times as far
+_EQUAL = 1e-12  # a distance of rounding errors of float64
+_FEW = 16  # entries: fewer have to be equal, not only near
+_ENTRIES = 1024  # of a constant that are compared per channel
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """The channels of a dense graph that are left in a smaller one.
+
+    Attributes:
+        channels: Of the dense graph.
+        drop: [units] that are missing.
+        total: Number of units in the groups that lost some.
+        left: How many of these are left.
+        difference: Root mean square of the differences between the weights that are left and the dense ones, as a
+            share of that between unrelated channels; of the group in which it is largest.
+    """
+
+    channels: Channels
+    drop: Mask
+    total: int
+    left: int
+    difference: float
+
+    @property
+    def note(self) -> str:
+        """A sentence for the user."""
+        close = "equal" if self.difference == 0.0 else f"within {100 * self.difference:.2g}% of"
+        return (
+            f"channels were removed without a record that fits: told by the weights, {self.left} of {self.total} "
+            f"channels are left where some were removed; their weights are {close} the dense model's"
+        )
+
+
+def survivors(pruned: GraphIndex, dense: GraphIndex) -> Survivors | None:
+    """Find out which channels of a dense graph are left in a smaller one; None where no weight is smaller.
+
+    Raises:
+        StructureError: When the two differ in more than numbers of channels, or the channels cannot be told.
+    """
+    nodes, changes = counterparts(pruned, dense)
+    if not any(_is_smaller(pruned, position, dense, node) for position, node in nodes.items()):
+        return None
+    channels = trace(dense)
+    try:
+        if not changes:
+            return _told_apart(pruned, dense, channels, nodes)
+        plain = _without_tails(pruned, [change.pruned for change in changes])
+        whole = _without_tails(dense, [change.dense for change in changes])
+        found = _told_apart(plain, whole, trace(whole), counterparts(plain, whole)[0])
+    except StructureError as error:
+        raise StructureError(f"{_UNTOLD}: {error}; {_ADVICE}") from error
+    drop = np.zeros(channels.units, bool)
+    for name, (_, positions) in found.channels.kept(found.drop).items():
+        if name in channels.tensors:
+            drop[np.delete(channels.tensors[name].ids, positions)] = True
+    return replace(found, channels=channels, drop=drop)
+
+
+def _is_smaller(pruned: GraphIndex, position: int, dense: GraphIndex, node: int) -> bool:
+    if not is_standard(pruned.nodes[position], *LAYERS) or not is_standard(dense.nodes[node], *LAYERS):
+        return False
+    mine, its = Layer.of(pruned, position), Layer.of(dense, node)
+    return isinstance(mine, Layer) and isinstance(its, Layer) and prod(mine.layout.shape) < prod(its.layout.shape)
+
+
+def _told_apart(pruned: GraphIndex, dense: GraphIndex, channels: Channels, nodes: Mapping[int, int]) -> Survivors:
+    groups = Groups(channels)
+    constants, counts = _constants(pruned, dense, channels, groups, nodes)
+    frozen = {
+        number: next(channels.frozen[unit] for unit in units.tolist() if unit in channels.frozen)
+        for number, units in enumerate(groups.units)
+        if not channels.removable[units].any()
+    }
+    equations = [equation for constant in constants for equation in constant.equations]
+    left = numbers_left(groups, frozen, [*equations, *counts])
+    lost = [number for number, units in enumerate(groups.units) if left[number] < len(units)]
+    search = _Search(groups, left, constants)
+    search.run()
+    drop = np.zeros(channels.units, bool)
+    for number in lost:
+        drop[groups.units[number]] = True
+        drop[groups.units[number][search.known[number]]] = False
+    stuck = next((channels.frozen[unit] for unit in np.flatnonzero(drop).tolist() if unit in channels.frozen), None)
+    if stuck is not None:
+        raise StructureError(f"channels are missing that cannot be removed: {stuck}")
+    total = sum(len(groups.units[number]) for number in lost)
+    return Survivors(channels, drop, total, sum(left[number] for number in lost), search.difference)
+
+
+def _without_tails(index: GraphIndex, tails: list[Tail]) -> GraphIndex:
+    """A copy with tails folded into their layers."""
+    return GraphIndex.of(refold(index, [Refolding(replace(tail, nodes=()), tail) for tail in tails], {})[0])
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """A channel axis of a constant; ``stretches`` is None where it cannot be divided into them."""
+
+    axis: int
+    stretches: Stretches | None
+
+    def starts(self, sizes: list[int]) -> list[int]:
+        """Where its stretches begin, in a graph whose groups have ``sizes`` units."""
+        lengths = [stretch.times * sizes[stretch.group] for stretch in self.stretches or ()]
+        return [0, *accumulate(lengths)][:-1]
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """A constant of the dense graph with one or two channel axes, and its counterpart.
+
+    Attributes:
+        where: The node of the smaller graph that reads it, for messages.
+        is_statistic: Whether it is a running mean or variance, which tools measure again after pruning.
+    """
+
+    where: str
+    pruned: Array
+    dense: Array
+    axes: tuple[_Axis, ...]
+    is_statistic: bool
+
+    @property
+    def equations(self) -> Iterator[Equation]:
+        """The sizes of its axes."""
+        for item in self.axes:
+            if item.stretches is not None:
+                yield Equation(item.stretches, self.pruned.shape[item.axis], self.where)
+
+
+def _constants(
+    pruned: GraphIndex, dense: GraphIndex, channels: Channels, groups: Groups, nodes: Mapping[int, int]
+) -> tuple[list[_Constant], list[Equation]]:
+    """The evidence, and the sizes that are written in attributes and constant inputs.
+
+    Raises:
+        StructureError: When a constant has lost entries that are no channels.
+    """
+    back = {counterpart: position for position, counterpart in nodes.items()}
+    axes: dict[tuple[int, int], dict[int, Stretches | None]] = {}
+    for item in channels.slices:
+        axes.setdefault((item.node, item.slot), {})[item.axis] = groups.stretches(item.ids)
+    constants = []
+    for (node, slot), found in axes.items():
+        name = input_name(dense.nodes[node], slot)
+        if node not in back or not name:
+            continue
+        value = dense.value(name)
+        other = _counterpart(pruned, back[node], dense, node, slot)
+        if other is None or other.ndim != value.ndim:
+            continue
+        is_weight = is_standard(dense.nodes[node], *LAYERS) and value.ndim > 1
+        if not is_weight and any(other.shape[axis] == 1 < value.shape[axis] for axis in found):
+            continue  # one value for all channels
+        where = f"node {pruned.label(back[node])}"
+        for axis, (size, full) in enumerate(zip(other.shape, value.shape, strict=True)):
+            if axis not in found and size != full:
+                raise StructureError(
+                    f"{where} has a parameter of shape {other.shape}, {dense.label(node)} in the dense model one of "
+                    f"shape {value.shape}, and along axis {axis} no channels can be removed"
+                )
+        is_statistic = is_standard(dense.nodes[node], NORMALIZATION) and slot in (BN_MEAN, BN_VAR)
+        constants.append(_Constant(where, other, value, tuple(_Axis(*pair) for pair in found.items()), is_statistic))
+    counts = []
+    for count in channels.counts:
+        stretches = groups.stretches(count.ids)
+        if count.node in back and stretches is not None:
+            size = _written(pruned, back[count.node], dense, count.node, count.where, count.entry)
+            if size is not None and 0 <= size <= len(count.ids):
+                counts.append(Equation(stretches, size, f"node {pruned.label(back[count.node])}"))
+    return constants, counts
+
+
+def _counterpart(pruned: GraphIndex, position: int, dense: GraphIndex, node: int, slot: int) -> Array | None:
+    """The value of the smaller graph that a constant input of the dense one corresponds to, laid out alike."""
+    mine, its = pruned.nodes[position], dense.nodes[node]
+    if is_standard(its, *LAYERS):
+        layer, other = Layer.of(dense, node), Layer.of(pruned, position) if is_standard(mine, *LAYERS) else None
+        if not isinstance(layer, Layer) or not isinstance(other, Layer):
+            return None
+        if slot == layer.weight_slot:
+            value = pruned.value(mine.input[other.weight_slot])
+            return value if layer.layout.inputs_first == other.layout.inputs_first else value.T
+        name = other.bias_name(mine)
+        return pruned.value(name) if name and pruned.is_constant(name) else None
+    if mine.op_type != its.op_type:
+        return None
+    slots = [slot] if len(its.input) != 2 else [slot, 1 - slot]  # the operands of a sum or product may be exchanged
+    found = [input_name(mine, number) for number in slots if pruned.is_constant(input_name(mine, number))]
+    if not found:
+        return None
+    value, rank = pruned.value(found[0]), dense.value(its.input[slot]).ndim
+    return value.reshape((1,) * (rank - value.ndim) + value.shape) if value.ndim < rank else value
+
+
+def _written(
+    pruned: GraphIndex, position: int, dense: GraphIndex, node: int, where: int | str, entry: int
+) -> int | None:
+    """A number of channels that the smaller graph states where the dense one does."""
+    mine = pruned.nodes[position]
+    if mine.op_type != dense.nodes[node].op_type or is_standard(mine, "Reshape", "Resize"):
+        return None  # these may copy or infer it
+    if isinstance(where, str):
+        value = np.atleast_1d(attribute(mine, where, ()))
+    else:
+        name = input_name(mine, where)
+        if not name or not pruned.is_constant(name):
+            return None
+        value = pruned.value(name).reshape(-1)
+    return int(value[entry]) if entry < len(value) else None
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A stretch of a channel axis of a constant."""
+
+    constant: _Constant
+    axis: _Axis
+    number: int
+
+
+@dataclass(frozen=True)
+class _Distances:
+    """Distances between the channels of a group.
+
+    Attributes:
+        near: [k, n] between the k channels that are left and the n dense ones, where the former are not zero.
+        full: [k, n] the same with zeros.
+        entries: [k] that ``near`` is based on.
+        size: Entries that ``full`` is based on.
+    """
+
+    near: Floats
+    full: Floats
+    entries: Floats
+    size: int
+
+
+@dataclass
+class _Search:
+    """The search for the channels that are left.
+
+    Attributes:
+        left: How many of every group are left.
+        known: [k] per group: number of the dense unit; -1 for those that are not known yet.
+        difference: See :class:`Survivors`; of the group in which it is largest.
+    """
+
+    groups: Groups
+    left: list[int]
+    constants: list[_Constant]
+    known: list[Integers] = field(init=False)
+    difference: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.known = [
+            np.arange(count) if count == len(units) else np.full(count, -1, np.int64)
+            for count, units in zip(self.left, self.groups.units, strict=True)
+        ]
+        self._full = [len(units) for units in self.groups.units]
+        self._lost = [group for group, count in enumerate(self.left) if 0 < count < self._full[group]]
+        self._readers: dict[int, list[_Site]] = {}
+        for constant in self.constants:
+            for axis in constant.axes:
+                for number, stretch in enumerate(axis.stretches or ()):
+                    self._readers.setdefault(stretch.group, []).append(_Site(constant, axis, number))
+
+    def run(self) -> None:
+        """Identify all channels, then check them by all evidence.
+
+        Raises:
+            StructureError: Naming the channels that cannot be told, and why.
+        """
+        while True:
+            before = self._unknown()
+            for group in self._lost:
+                if (self.known[group] < 0).any():
+                    self._identify(group, self._distances(group))
+            if self._unknown() == before:
+                break
+        for group in self._lost:
+            self._settle(group)
+
+    def _unknown(self) -> int:
+        return sum(int((known < 0).sum()) for known in self.known)
+
+    def _identify(self, group: int, distances: _Distances | None) -> None:
+        """Assign those channels of a group whose counterpart is clear."""
+        if distances is None:
+            return
+        known = self.known[group]
+        everywhere = np.arange(self._full[group])
+        for channel in np.flatnonzero(known < 0):
+            known[channel] = _clear(distances, int(channel), everywhere)
+        self._check_order(group)
+        for channel in np.flatnonzero(known < 0):
+            between = self._candidates(group, int(channel))
+            known[channel] = between[0] if len(between) == 1 else _clear(distances, int(channel), between)
+        self._check_order(group)
+
+    def _check_order(self, group: int) -> None:
+        """Refuse channels that are there twice, or so arranged that the others have no place between them."""
+        fixed = self._fixed(group)
+        if len(fixed) > 2 + len({unit for _, unit in fixed[1:-1]}):
+            raise StructureError(f"{self._name(group)} has the same channel of the dense model twice")
+        if any(last - first < after - before for (before, first), (after, last) in pairwise(fixed)):
+            raise StructureError(f"{self._name(group)} has the channels of the dense model in another order")
+
+    def _fixed(self, group: int) -> list[tuple[int, int]]:
+        """Channels that are known and what they are, between the ends of both."""
+        known = self.known[group]
+        inner = [(int(channel), int(known[channel])) for channel in np.flatnonzero(known >= 0)]
+        return [(-1, -1), *inner, (len(known), self._full[group])]
+
+    def _candidates(self, group: int, channel: int) -> Integers:
+        """Dense units that a channel can be, since the order is kept."""
+        (before, low), (after, high) = next(
+            (first, second) for first, second in pairwise(self._fixed(group)) if first[0] < channel < second[0]
+        )
+        return np.arange(low + channel - before, high - (after - channel) + 1)
+
+    def _settle(self, group: int) -> None:
+        """Decide between channels that are alike in every respect, and check all by all evidence."""
+        distances = self._distances(group)
+        known = self.known[group]
+        for channel in np.flatnonzero(known < 0):
+            between = self._candidates(group, int(channel))
+            row = np.zeros(len(between)) if distances is None else distances.near[channel, between]
+            nearest = between[row <= row.min() + _EQUAL]
+            others = row[row > row.min() + _EQUAL]
+            separate = row.min() <= _NEAR and (others >= _MARGIN * row.min()).all()
+            if not separate or not self._are_twins(group, nearest):
+                raise StructureError(self._doubt(group, int(channel), between[np.argsort(row, kind="stable")], row))
+            known[channel] = nearest[0]
+        self._check_order(group)
+        if distances is None:
+            return
+        own = distances.near[np.arange(len(known)), known]
+        wrong = np.flatnonzero((own > _NEAR) | (own > _MARGIN * distances.near.min(axis=1) + _EQUAL))
+        if len(wrong):
+            order = np.argsort(distances.near[wrong[0]], kind="stable")
+            raise StructureError(self._doubt(group, int(wrong[0]), order, distances.near[wrong[0]]))
+        self.difference = max(self.difference, self._difference(group))
+
+    def _difference(self, group: int) -> float:
+        """The difference between all channels of a group and their counterparts, root mean square."""
+        total, entries = 0.0, 0
+        for pruned, dense in self._evidence(group, _ENTRIES):
+            variance, support = float(dense.var(axis=0).mean()), pruned != 0
+            if variance > 0.0:
+                total += float(np.square(pruned - dense[self.known[group]])[support].sum()) / variance / 2
+                entries += int(support.sum())
+        return float(np.sqrt(total / max(1, entries)))
+
+    def _doubt(self, group: int, channel: int, order: Integers, distances: Floats) -> str:
+        share = [f"{100 * min(1.0, float(value)) ** 0.5:.2g}%" for value in np.sort(distances)[:2]]
+        text = f"channel {channel} of {self._name(group)}"
+        if np.sort(distances)[0] > _NEAR or len(share) < 2:
+            return f"{text} is none of the dense model's (the nearest differs by {share[0]})"
+        return (
+            f"{text} could be channel {order[0]} of the dense model or channel {order[1]} (the weights differ by "
+            f"{share[0]} and {share[1]})"
+        )
+
+    def _name(self, group: int) -> str:
+        return self._readers[group][0].constant.where
+
+    def _are_twins(self, group: int, units: Integers) -> bool:
+        """Whether dense channels are equal in all that makes and reads them."""
+        return all((dense[units] == dense[units[0]]).all() for _, dense in self._evidence(group))
+
+    def _distances(self, group: int) -> _Distances | None:
+        """Distances by what is known now; None without evidence."""
+        shape = self.left[group], self._full[group]
+        near, full = np.zeros(shape), np.zeros(shape)
+        counts, size = np.zeros(shape[0]), 0
+        for pruned, dense in self._evidence(group, _ENTRIES):
+            variance = float(dense.var(axis=0).mean())
+            if variance == 0.0:
+                continue
+            support, center = (pruned != 0).astype(np.float64), dense.mean(axis=0)
+            pruned, dense = pruned - center, dense - center  # a - b loses digits where both are large
+            own, squares = support * pruned, np.square(dense)
+            near += (np.square(own).sum(axis=1)[:, None] - 2 * own @ dense.T + support @ squares.T) / variance
+            full += (np.square(pruned).sum(axis=1)[:, None] - 2 * pruned @ dense.T + squares.sum(axis=1)) / variance
+            counts += support.sum(axis=1)
+            size += dense.shape[1]
+        if not size:
+            return None
+        near, full = np.maximum(near, 0.0), np.maximum(full, 0.0)
+        return _Distances(near / (2 * np.maximum(counts, 1.0))[:, None], full / (2 * size), counts, size)
+
+    def _evidence(self, group: int, entries: int | None = None) -> Iterator[tuple[Floats, Floats]]:
+        """Entries [k, m] of the smaller graph and [n, m] of the dense one, constant by constant.
+
+        Entries that belong to other channels, too, are compared where these are known; ``entries`` limits m, and leaves
+        out statistics.
+        """
+        for site in self._readers.get(group, ()):
+            constant, own = site.constant, site.axis
+            others = [axis for axis in constant.axes if axis is not own]
+            if any(axis.stretches is None for axis in others) or (entries is not None and constant.is_statistic):
+                continue
+            assert own.stretches is not None
+            stretch = own.stretches[site.number]
+            pruned, dense = constant.pruned, constant.dense
+            rest = stretch.times * dense.size // prod(dense.shape[axis.axis] for axis in constant.axes)
+            for other in others:
+                kept, full = self._known_places(other)
+                if entries is not None and len(kept) * rest > entries:
+                    chosen = np.linspace(0, len(kept) - 1, max(1, entries // rest)).astype(np.int64)
+                    kept, full = kept[chosen], full[chosen]
+                pruned, dense = pruned.take(kept, other.axis), dense.take(full, other.axis)
+            if dense.size:
+                starts = own.starts(self.left)[site.number], own.starts(self._full)[site.number]
+                yield (
+                    _per_channel(pruned, own.axis, stretch, starts[0], self.left[group]),
+                    _per_channel(dense, own.axis, stretch, starts[1], self._full[group]),
+                )
+
+    def _known_places(self, axis: _Axis) -> tuple[Integers, Integers]:
+        """Entries of all known channels along an axis, in both graphs."""
+        kept, full = [np.arange(0)], [np.arange(0)]
+        assert axis.stretches is not None
+        for stretch, start, begin in zip(axis.stretches, axis.starts(self.left), axis.starts(self._full), strict=True):
+            known = self.known[stretch.group]
+            ranks = np.flatnonzero(known >= 0)
+            kept.append(stretch.places(start, self.left[stretch.group], ranks).reshape(-1))
+            full.append(stretch.places(begin, self._full[stretch.group], known[ranks]).reshape(-1))
+        return np.concatenate(kept), np.concatenate(full)
+
+
+def _per_channel(value: Array, axis: int, stretch: Stretch, start: int, count: int) -> Floats:
+    """The entries of every channel of a stretch, [count, m]."""
+    part = np.moveaxis(value, axis, 0)[start : start + stretch.times * count]
+    blocks = part.reshape(stretch.outer, count, -1).swapaxes(0, 1)
+    return np.asarray(blocks.reshape(count, -1), np.float64)
+
+
+def _clear(distances: _Distances, channel: int, units: Integers) -> int:
+    """The dense unit that a channel clearly is, of some; -1 where none is."""
+    near, full = distances.near[channel, units], distances.full[channel, units]
+    is_few = distances.entries[channel] < _FEW
+    for row, limit in ((near, _EQUAL if is_few else _NEAR), (full, _EQUAL)):
+        if not distances.entries[channel] and row is near:
+            continue
+        order = np.argsort(row, kind="stable")
+        first, second = row[order[0]], row[order[1]] if len(order) > 1 else np.inf
+        if first <= limit and second > max(_MARGIN * first, 10 * _EQUAL):
+            return int(units[order[0]])
+    return -1
