@@ -141,12 +141,15 @@ class Pair:
         try:
             return cls._recorded(pruned, dense)
         except StructureError as error:
-            try:
-                found = survivors(pruned.index, dense)
-            except StructureError as reason:
-                raise (error if read_kept(pruned.index.model) else reason) from reason
-            if found is None:
+            unfit = error
+        try:
+            found = survivors(pruned.index, dense)
+        except StructureError:
+            if not read_kept(pruned.index.model):
                 raise
+            found = None
+        if found is None:
+            raise unfit
         return replace(cls._without(pruned, dense, found.channels, found.drop), survivors=found)
 
     @classmethod

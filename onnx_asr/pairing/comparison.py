@@ -7,7 +7,6 @@ from typing import Any
 
 import onnx
 
-from onnx_asr.channels.units import KEPT_CHANNELS
 from onnx_asr.errors import StructureError
 from onnx_asr.graph.index import GraphIndex, captured, is_standard
 from onnx_asr.graph.layers import CONVOLUTIONS, NORMALIZATION
@@ -19,11 +18,6 @@ _OTHER_FILE = "give the dense file that the pruned one was made from, exported t
 _FOLDED = (
     "a tool seems to have folded BatchNormalization in only one of them: fold it in both or in neither, or give the "
     "dense file that the pruned one was made from"
-)
-_UNRECORDED = (
-    f"the pruned model is smaller but has no record of the channels it kept ('{KEPT_CHANNELS}' in metadata_props): "
-    "if a tool dropped it after prune or shrink, copy that entry back; if another tool removed the channels, the two "
-    "models cannot be paired; else give the dense file that the pruned one was made from"
 )
 _EXCHANGED = (
     "the dense model is the smaller one: exchange the two files if you gave the one for the other, else give the dense "
@@ -72,20 +66,15 @@ def compare(pruned: Side, position: int, dense: Side, counterpart: int) -> tuple
         if not fits and max(len(shape), len(other_shape)) > 1:
             raise differ(
                 f"{here} has a parameter of shape {shape}, {there} one of shape {other_shape}",
-                _cause(pruned.index, shape, other_shape),
+                _cause(shape, other_shape),
             )
     return form, partner
 
 
-def _cause(pruned: GraphIndex, shape: tuple[int, ...], other: tuple[int, ...]) -> str:
-    """What to do about weights of two shapes, of which one may lack channels (axes 0 and 1)."""
-    if len(shape) == len(other) and shape[2:] == other[2:]:
-        recorded = any(entry.key == KEPT_CHANNELS for entry in pruned.model.metadata_props)
-        if all(map(le, shape, other)) and not recorded:
-            return _UNRECORDED
-        if all(map(le, other, shape)):
-            return _EXCHANGED
-    return _OTHER_FILE
+def _cause(shape: tuple[int, ...], other: tuple[int, ...]) -> str:
+    """What to do about weights of two shapes, of which the dense one may lack channels (axes 0 and 1)."""
+    lacks = len(shape) == len(other) and shape[2:] == other[2:] and all(map(le, other, shape))
+    return _EXCHANGED if lacks else _OTHER_FILE
 
 
 def _shown(value: Any) -> Any:

@@ -70,10 +70,11 @@ class Survivors:
     @property
     def note(self) -> str:
         """A sentence for the user."""
-        close = "equal" if self.difference == 0.0 else f"within {100 * self.difference:.2g}% of"
+        share = f"{100 * self.difference:.2g}%"
+        close = "equal the dense model's" if self.difference == 0.0 else f"differ from the dense model's by {share}"
         return (
-            f"channels were removed without a record that fits: told by the weights, {self.left} of {self.total} "
-            f"channels are left where some were removed; their weights are {close} the dense model's"
+            "the pruned model has no record of its removed channels that fits: told by the weights, "
+            f"{self.left} of {self.total} channels are left where some were removed; their weights {close}"
         )
 
 
