@@ -169,6 +169,13 @@ def test_another_training_is_refused(name: str) -> None:
             Pair.of(cut, other)
 
 
+def test_weights_that_moved_too_far_are_refused() -> None:
+    """Even where no other channel comes close."""
+    dense = digits("resnet")
+    with pytest.raises(StructureError, match=UNTOLD + "channel .* is none of the dense model's"):
+        Pair.of(noisy(without_record(smaller(dense)), 0.6), dense)
+
+
 TWO = "g (float[N,3,5,5] x) => (float[N,2,5,5] y) { a = Conv (x, v)  r = Relu (a)  y = Conv (r, w) }"
 
 
@@ -236,6 +243,14 @@ def test_one_channel_that_is_all_zero_is_found_by_its_readers() -> None:
     some = v.copy()
     some[4] = 0.0
     assert kept_of(two(some[[0, 2, 4]], w[:, [0, 2, 4]]), two(v, w)) == [0, 2, 4]
+
+
+def test_one_channel_that_is_all_zero_and_never_read_is_refused() -> None:
+    v, w = weights()
+    some, read = v.copy(), w.copy()
+    some[4], read[:, 4] = 0.0, 0.0
+    with pytest.raises(StructureError, match=UNTOLD + "channel 1 of node .* could be channel 1 of the dense model or"):
+        Pair.of(two(some[[0, 4, 5]], read[:, [0, 4, 5]]), two(v, w))
 
 
 @pytest.mark.parametrize("flattening", ["Flatten", "Reshape"])
