@@ -15,18 +15,32 @@ import onnx
 
 from onnx_asr.arrays import Array
 from onnx_asr.errors import ModelError
-from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex, Slot, ancestors, attribute, is_standard, node_reads, subgraphs
+from onnx_asr.graph.index import (
+    FLOAT_TYPES,
+    GraphIndex,
+    Slot,
+    ancestors,
+    attribute,
+    input_name,
+    is_standard,
+    node_reads,
+    subgraphs,
+)
 from onnx_asr.graph.layers import LAYERS, NORMALIZATION, PER_CHANNEL_SLOTS, Layer, LayerKind, is_channel_bias
 from onnx_asr.graph.skips import Reason, Skip
 
-_QUANTIZED = frozenset({
-    "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger",
-    "MatMulInteger", "QLinearAdd", "QGemm", "QAttention",
-})  # fmt: skip
+_QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "DequantizeBFP"})
+_QUANTIZED_LAYERS = {
+    "QLinearConv": (3,), "QLinearMatMul": (0, 3), "ConvInteger": (1,), "MatMulInteger": (0, 1), "QGemm": (3,),
+    "QLinearConvTranspose": (3,), "QAttention": (1,), "MatMulIntegerToFloat": (0, 1), "DynamicQuantizeMatMul": (1,),
+    "DynamicQuantizeLSTM": (1,), "MatMulNBits": (1,), "MatMulBnb4": (1,), "MatMulFpQ4": (1,),
+}  # fmt: skip
+"""Operators, of whatever domain, whose weights are integers, and the input slots of these."""
 _OTHER_LAYERS = frozenset({
     "DeformConv", "Einsum", "GRU", "LSTM", "RNN", "FusedConv", "FusedGemm", "FusedMatMul", "NhwcConv", "NhwcFusedConv",
 })  # fmt: skip
 
+WEIGHT_QUANTIZED = Reason("weight-quantized", "its weights are quantized to integers, and stay as they are")
 READS_NO_DATA = Reason("reads-only-constants", "reads only constants, no data")
 NOT_READ = Reason("no-output-depends-on-it", "no output of the model depends on it")
 WEIGHT_NOT_FLOAT = Reason("weight-not-floating-point", "weight is not a floating-point tensor")
@@ -147,14 +161,8 @@ def survey(index: GraphIndex) -> Survey:
     """Find the correction points of a graph and number their levels.
 
     Raises:
-        ModelError: When the graph is already quantized.
+        ModelError: When weights are quantized, and no layer has others.
     """
-    for position, node in enumerate(index.nodes):
-        if node.op_type in _QUANTIZED:
-            raise ModelError(
-                f"the model is already quantized (node {index.label(position)} is a {node.op_type}): its weights "
-                "are integers that cannot be repaired; repair the float model first, then quantize the result"
-            )
     points: list[Point] = []
     skips: list[Skip] = []
     level: dict[str, int] = {}
@@ -175,7 +183,14 @@ def survey(index: GraphIndex) -> Survey:
                 depth += 1
         for name in node.output:
             level[name] = depth
-    return Survey(tuple(points), tuple(skips))
+    result = Survey(tuple(points), tuple(skips))
+    quantized = next((skip for skip in skips if skip.code == WEIGHT_QUANTIZED.code), None)
+    if quantized is not None and not result.layers:
+        raise ModelError(
+            f"the model is already quantized (node {quantized.name}, a {quantized.op_type}, has integers for weights): "
+            "prune and repair the float model first, then quantize the result"
+        )
+    return result
 
 
 def without_selected(index: GraphIndex, found: Survey) -> Survey:
@@ -200,7 +215,11 @@ def skip(point: Point, reason: Reason) -> Skip:
 
 def _examine(index: GraphIndex, position: int, level: int) -> Point | Reason | None:
     node = index.nodes[position]
-    if is_standard(node, *LAYERS):
+    layer = is_standard(node, *LAYERS)
+    slots = (0, 1) if layer else _QUANTIZED_LAYERS.get(node.op_type, ())
+    if any(_is_quantized(index, input_name(node, slot), in_integers=not layer) for slot in slots):
+        return WEIGHT_QUANTIZED
+    if layer:
         return _layer_point(index, position, level)
     if is_standard(node, NORMALIZATION):
         reason = _batchnorm_obstacle(index, position)
@@ -212,6 +231,17 @@ def _examine(index: GraphIndex, position: int, level: int) -> Point | Reason | N
         return OTHER_OPERATOR.format(operator=node.op_type)
     inner = next((item for item in _inner_nodes(node) if is_standard(item, *LAYERS, NORMALIZATION)), None)
     return None if inner is None else IN_SUBGRAPH.format(operator=node.op_type, inner=inner.op_type)
+
+
+def _is_quantized(index: GraphIndex, name: str, *, in_integers: bool) -> bool:
+    """Whether a tensor is a weight that reaches its node through a quantizer, or as it is a node ``in_integers``."""
+    if not name or index.is_constant(name):
+        return bool(name) and in_integers
+    before = [index.nodes[position] for position in ancestors(index, [name])]
+    inputs = {value.name for value in index.inputs}
+    if name in inputs or any(not inputs.isdisjoint(node_reads(node)) for node in before):
+        return False
+    return in_integers or any(node.op_type in _QUANTIZERS for node in before)
 
 
 def _inner_nodes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
@@ -279,6 +309,8 @@ def _batchnorm_obstacle(index: GraphIndex, position: int) -> Reason | None:
     if attribute(node, "spatial", 1) != 1:
         return NOT_SPATIAL
     parameters = [node.input[slot] for slot in PER_CHANNEL_SLOTS[NORMALIZATION]]
+    if any(_is_quantized(index, name, in_integers=False) for name in parameters):
+        return WEIGHT_QUANTIZED
     if not all(map(index.is_constant, parameters)):
         return STATISTICS_COMPUTED
     return SIZES_DIFFER if len({index.value(name).size for name in parameters}) > 1 else None

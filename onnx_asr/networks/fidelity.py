@@ -64,7 +64,8 @@ def collect_outputs(
 ) -> Outputs:
     """Run a model over samples; one array per output, in the model's order, samples along the first axis.
 
-    Outputs behind a NonMaxSuppression, whose number depends on the data, are replaced by the boxes and scores it reads.
+    Outputs behind a NonMaxSuppression, whose number depends on the data, are replaced by the boxes and scores it reads,
+    and integers that a QuantizeLinear makes by what it reads.
 
     Raises:
         ModelError: When onnxruntime cannot run the model.
@@ -84,6 +85,9 @@ def compared_outputs(index: GraphIndex) -> list[str]:
     """Outputs; in place of those behind a NonMaxSuppression, whose number depends on the data, what it reads."""
     names: list[str] = []
     for output in index.outputs:
+        quantizer = index.made_by(output, "QuantizeLinear")
+        if quantizer is not None:
+            output = index.nodes[quantizer].input[0]
         behind = sorted(ancestors(index, [output]))
         selections = [index.nodes[p] for p in behind if is_standard(index.nodes[p], "NonMaxSuppression")]
         read = [name for node in selections for name in node.input if name and not index.is_constant(name)]

@@ -359,21 +359,55 @@ def test_convolutions_inside_subgraphs_are_reported() -> None:
     assert "subgraph" in skip.reason
 
 
-def test_quantized_graphs_are_refused() -> None:
-    model = net(
-        """
-        g (float[N,4] x) => (float[N,4] y) {
-          q = QuantizeLinear (x, scale, zero)
-          d = DequantizeLinear (q, scale, zero)
-          y = Gemm (d, w)
-        }
-        """,
-        w=(4, 4),
-        scale=np.float32(0.1),
-        zero=np.uint8(0),
-    )
+QUANTIZED = {
+    "dequantized": "d = DequantizeLinear (i, scale)  t = Transpose <perm=[1,0]> (d)  y = Gemm (x, t)",
+    "quantized on the way": "q = QuantizeLinear (w, scale)  d = DequantizeLinear (q, scale)  y = MatMul (x, d)",
+    "on the left": "d = DequantizeLinear (i, scale)  y = MatMul (d, x)",
+    "integers": "a, s, o = DynamicQuantizeLinear (x)  m = MatMulInteger (a, i, o)  y = Cast <to=1> (m)",
+    "linear": """a = QuantizeLinear (x, scale, zero)  m = QLinearMatMul (a, scale, zero, i, scale, zero8, scale, zero)
+        y = DequantizeLinear (m, scale, zero)""",
+}
+CONSTANTS = {
+    "w": (4, 4),
+    "i": np.arange(16, dtype=np.int8).reshape(4, 4),
+    "scale": np.float32(0.1),
+    "zero": np.uint8(0),
+    "zero8": np.int8(0),
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_quantized_weight_is_skipped(name: str) -> None:
+    text = f"g (float[4,4] x) => (float[4,4] z) {{ {QUANTIZED[name]}  z = MatMul (y, v) }}"
+    found = points_of(text, v=(4, 4), **CONSTANTS)
+    assert [point.name for point in found.points] == ["MatMul:z"]
+    (skip,) = found.skips
+    assert skip.code == "weight-quantized"
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_graph_whose_layers_are_all_quantized_is_refused(name: str) -> None:
     with pytest.raises(ModelError, match="already quantized"):
-        survey(index(model))
+        points_of(f"g (float[4,4] x) => (float[4,4] y) {{ {QUANTIZED[name]} }}", **CONSTANTS)
+
+
+def test_quantized_activations_are_no_obstacle() -> None:
+    text = """g (float[N,4] x) => (uint8[N,N] y) {
+        q = QuantizeLinear (x, scale, zero)  d = DequantizeLinear (q, scale, zero)  h = Gemm (d, w)
+        p = QuantizeLinear (h, scale, zero)  e = DequantizeLinear (p, scale, zero)  t = Transpose <perm=[1,0]> (e)
+        m = MatMul (e, t)  y = QuantizeLinear (m, scale, zero) }"""
+    found = points_of(text, **CONSTANTS)
+    assert [point.name for point in found.points] == ["Gemm:h"]
+    assert [skip.code for skip in found.skips] == ["no-constant-weight"]
+
+
+def test_quantized_parameters_of_a_batchnorm_are_skipped() -> None:
+    text = """g (float[N,4,5] x) => (float[N,4,5] y) {
+        g8 = QuantizeLinear (n_gamma, scale)  g = DequantizeLinear (g8, scale)  c = Conv (x, v)
+        y = BatchNormalization (c, g, n_beta, n_mean, n_var) }"""
+    found = points_of(text, scale=np.float32(0.1), v=(4, 4, 1), **bn("n", channels=4))
+    assert [(point.name, point.batchnorm) for point in found.points] == [("Conv:c", None)]
+    assert [skip.code for skip in found.skips] == ["weight-quantized"]
 
 
 def test_same_names_in_other_domains_are_not_operators_of_the_standard() -> None:
