@@ -111,9 +111,13 @@ def sparse_value(tensor: onnx.SparseTensorProto) -> Array:
 
 
 def set_sparse_value(tensor: onnx.SparseTensorProto, value: Array) -> bool:
-    """Write a value if it is zero wherever the sparse tensor is; return whether it is."""
+    """Write a value of another shape, or that is zero wherever the sparse tensor is; return whether it is written."""
     flat, places = value.ravel(), _places(tensor)
-    if np.count_nonzero(flat[places]) != np.count_nonzero(flat):
+    if tuple(tensor.dims) != value.shape:
+        places = np.flatnonzero(flat)
+        tensor.indices.CopyFrom(numpy_helper.from_array(places.astype(np.int64), tensor.indices.name))
+        tensor.dims[:] = value.shape
+    elif np.count_nonzero(flat[places]) != np.count_nonzero(flat):
         return False
     tensor.values.CopyFrom(numpy_helper.from_array(flat[places], tensor.values.name))
     return True

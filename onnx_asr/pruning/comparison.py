@@ -75,8 +75,7 @@ class Reference:
             ModelError: It is more than rounding explains.
         """
         error = self._tensors.error(self._values, self._run(smaller, self._runtime))
-        half = any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in self._given.model.graph.initializer)
-        limit = MAX_HALF_ERROR if half else MAX_ERROR
+        limit = MAX_HALF_ERROR if _holds_half(self._given.model.graph) else MAX_ERROR
         if not error <= limit:
             plain = self._run(self._given.model, replace(self._runtime, optimized=False))
             limit = max(limit, _NOISE * self._tensors.error(self._values, plain))
@@ -142,6 +141,15 @@ def _in_front(index: GraphIndex, output: str) -> list[str]:
         else:
             front[name] = None
     return list(front) if found else []
+
+
+def _holds_half(graph: onnx.GraphProto) -> bool:
+    """Whether any constant is float16."""
+    tensors = [*graph.initializer, *(item.values for item in graph.sparse_initializer)]
+    for node in graph.node:
+        if is_standard(node, "Constant"):
+            tensors += [value for item in node.attribute for value in (item.t, item.sparse_tensor.values)]
+    return any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in tensors)
 
 
 def _unknown(values: Mapping[str, Array]) -> float:

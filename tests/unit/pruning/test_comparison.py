@@ -8,6 +8,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from onnx import helper
+from onnx.numpy_helper import from_array
 
 import onnx_asr.pruning.channels
 from onnx_asr.engine.session import Runtime
@@ -144,3 +146,21 @@ def test_outputs_that_are_no_tensors_are_named() -> None:
     model = dead_net("z = Conv (s, wy, by) y = SplitToSequence (z)")
     with pytest.raises(ModelError, match=r"output 'y' of .* is a list, but only tensors can be compared"):
         Reference(GraphIndex.of(model), RUNTIME)
+
+
+def test_float16_is_allowed_its_rounding_wherever_it_is_held() -> None:
+    half = {name: np.random.default_rng(0).normal(0, 0.3, shape).astype(np.float16) for name, shape in SHAPES.items()}
+    half["wa"][[1, 4]] = half["ba"][[1, 4]] = 0
+    text = f"g (float16[1,4,16,16] x) => (y) {{ {BODY.format(end='y = Conv (s, wy)')} }}"
+    model = net(text, **half)
+    nodes = [helper.make_node("Constant", [], [name], value=from_array(value)) for name, value in half.items()]
+    del model.graph.initializer[:]
+    rest = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes, *rest])
+    result = shrink(model)
+    assert [group.kept for group in result.layers] == [4]
+    reference = Reference(index(model), RUNTIME)
+    changed = copy(model)
+    changed.graph.node[4].attribute[0].t.CopyFrom(from_array(half["wy"] * np.float16(1.002)))
+    assert 1e-5 < reference.error(changed) < 4e-3
