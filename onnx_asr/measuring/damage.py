@@ -19,7 +19,7 @@ from typing import ClassVar
 import numpy as np
 
 from onnx_asr.arrays import Floats, Integers, Mask
-from onnx_asr.data import Dataset
+from onnx_asr.data import Dataset, InputSpec
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.points import Point
 from onnx_asr.json_values import key
@@ -30,7 +30,6 @@ from onnx_asr.networks.samples import (
     Calibration,
     batch_size_for,
     fixed_batch,
-    input_specs,
     load_calibration,
     whole_batches,
 )
@@ -135,14 +134,13 @@ class PointDamage:
 
 
 def draw_samples(
-    dataset: Dataset, indices: Integers, index: GraphIndex, samples: int, seed: int, batch_size: int | None
+    dataset: Dataset, indices: Integers, specs: Sequence[InputSpec], samples: int, seed: int, batch_size: int | None
 ) -> Calibration:
     """A seeded sample in random order, so that both halves of its chunks stand for the whole, in two chunks at least.
 
     Raises:
         DataError: When the samples do not fit, or do not fill a batch that the model fixes.
     """
-    specs = input_specs(index)
     size = batch_size_for(specs, batch_size)
     fixed = fixed_batch(specs) is not None
     order = np.random.default_rng(seed).permutation(indices)[: max(samples, size) if fixed else samples]

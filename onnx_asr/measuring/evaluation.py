@@ -17,9 +17,10 @@ from onnx_asr.engine.loading import load
 from onnx_asr.errors import DataError, OptionError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource
+from onnx_asr.networks.batching import sampled_inputs, settled_inputs
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Fidelity, Outputs, accuracy, collect_outputs, compare, is_classifier
-from onnx_asr.networks.samples import input_specs, whole_batches
+from onnx_asr.networks.samples import batch_size_for, whole_batches
 from onnx_asr.networks.sparsity import check_order
 from onnx_asr.repairing.options import check_at_least
 
@@ -75,21 +76,22 @@ def evaluate(
     versions = [GraphIndex.of(version) for version in (network, reference) if version is not None]
     if reference is not None and not force:
         check_order(*versions)
-    specs = [input_specs(version) for version in versions]
-    dataset, classes = _open(data, specs[0], labels, preprocessing)
+    dataset, classes = _open(data, sampled_inputs(versions[0]), labels, preprocessing)
     if classes is None and reference is None:
         raise OptionError(
             "there is nothing to compare the model with: give the dense model (--dense), or labels (one sub-folder of "
             "images per class, --labels TABLE for a folder, or 'labels' in an .npz)"
         )
     indices = np.arange(len(dataset)) if samples is None else sample_indices(len(dataset), samples, seed)
+    specs = [settled_inputs(version, dataset, execution.runtime, batch_size) for version in versions]
     indices = whole_batches(indices, *specs)
     execution.progress("running the model", 0.0)
-    outputs = collect_outputs(network, dataset, indices, execution.runtime, batch_size)
+    outputs = collect_outputs(network, dataset, indices, execution.runtime, batch_size_for(specs[0], batch_size))
     dense_outputs = None
     if reference is not None:
         execution.progress("running the dense model", 0.5)
-        dense_outputs = collect_outputs(reference, dataset, indices, execution.runtime, batch_size)
+        size = batch_size_for(specs[1], batch_size)
+        dense_outputs = collect_outputs(reference, dataset, indices, execution.runtime, size)
     if labels is None and dense_outputs is not None and not is_classifier(outputs):
         classes = None  # they only came with the data
     result = measure(outputs, dense_outputs, None if classes is None else classes[indices], label_offset)

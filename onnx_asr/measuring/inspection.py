@@ -23,6 +23,7 @@ from onnx_asr.graph.points import LayerPoint, Point, Survey, survey, weight_of
 from onnx_asr.graph.skips import Skip
 from onnx_asr.json_values import key, plain
 from onnx_asr.measuring.damage import DAMAGE_SAMPLES, PointDamage, draw_samples, measure_damage
+from onnx_asr.networks.batching import settled_inputs
 from onnx_asr.networks.cost import compressed_size
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Pair, overflow
@@ -230,7 +231,8 @@ def inspect(
     pair = Pair.of(network, reference)
     pruned = pair.pruned.index
     dataset = open_data(data, pair.pruned.inputs, preprocessing=preprocessing)
-    calibration = draw_samples(dataset, np.arange(len(dataset)), pruned, samples, seed, batch_size)
+    specs = settled_inputs(pruned, dataset, execution.sessions, batch_size)
+    calibration = draw_samples(dataset, np.arange(len(dataset)), specs, samples, seed, batch_size)
     (damage,) = measure_damage(pair, [pruned], calibration, execution)
     for point in pair.pruned.survey.points:
         channels = damage[point.node]

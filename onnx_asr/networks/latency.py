@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +81,21 @@ def random_feeds(index: GraphIndex, input_shapes: InputShapes | None = None) -> 
     return feeds
 
 
+@contextmanager
+def fed_with(feeds: Chunk) -> Iterator[None]:
+    """Add what a model is fed with to the error of a block that loads it and runs it on :func:`random_feeds`.
+
+    Raises:
+        ModelError: When onnxruntime cannot load it or run it.
+    """
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(
+            f"{error}; it was fed with {shapes_text(feeds)}: give shapes that it takes (--input-shapes)"
+        ) from error
+
+
 class Stopwatch:
     """A dense model that is loaded once, to time others against it.
 
@@ -91,13 +107,9 @@ class Stopwatch:
     def __init__(self, dense: GraphIndex, runtime: Runtime | None = None, input_shapes: InputShapes | None = None):
         self._runtime = runtime or Runtime()
         self._feeds = random_feeds(dense, input_shapes)
-        self._session = Session(dense.model, self._runtime)
-        try:
+        with fed_with(self._feeds):
+            self._session = Session(dense.model, self._runtime)
             self._session.run(self._feeds)
-        except ModelError as error:
-            raise ModelError(
-                f"{error}; it was fed with {shapes_text(self._feeds)}: give shapes that it takes (--input-shapes)"
-            ) from error
 
     def time(self, model: onnx.ModelProto, seconds: float = SECONDS) -> Latency:
         """Run the dense model and another one in turns, on the same random input."""

@@ -23,8 +23,8 @@ import onnx
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import GraphIndex, attribute, is_standard, node_label, subgraphs
-from onnx_asr.graph.shapes import InputShapes, Shape, shapes_text, typical_shapes
-from onnx_asr.networks.latency import random_feeds
+from onnx_asr.graph.shapes import InputShapes, Shape, typical_shapes
+from onnx_asr.networks.latency import fed_with, random_feeds
 
 Sizes = Callable[[str], Shape]
 _Count = Callable[[onnx.NodeProto, Sizes], int]
@@ -58,12 +58,8 @@ class Probe:
             model.graph.node.add(op_type="Shape", input=[name], output=[output])
             model.graph.output.add(name=output)
         feeds = random_feeds(index, self.shapes)
-        try:
+        with fed_with(feeds):
             found = Session(model, self.runtime).run(feeds, list(outputs))
-        except ModelError as error:
-            raise ModelError(
-                f"{error}; it was fed with {shapes_text(feeds)}: give shapes that it takes (--input-shapes)"
-            ) from error
         return {name: tuple(found[output].tolist()) for output, name in outputs.items()}
 
 
@@ -90,6 +86,8 @@ class Operations:
             ModelError: When shape inference fails.
         """
         shapes = typical_shapes(index, probe.shapes)
+        if _contradicts(index, shapes):
+            shapes = {}
         counted, gap = _counted(index)
         unknown = _unknown(index, counted, shapes)
         if unknown and gap is None:
@@ -127,6 +125,13 @@ class Operations:
         if self.gap is not None:
             raise ModelError(f"the model's FLOPs are unknown: {self.gap}; or choose another target")
         return sum(counts.values())
+
+
+def _contradicts(index: GraphIndex, shapes: dict[str, Shape]) -> bool:
+    """Whether a Reshape changes the number of elements, because sizes for another input are written into it."""
+    reshapes = (node for node in index.nodes if is_standard(node, "Reshape"))
+    pairs = ((shapes.get(node.input[0]), shapes.get(node.output[0])) for node in reshapes)
+    return any(old is not None and new is not None and math.prod(old) != math.prod(new) for old, new in pairs)
 
 
 def _counted(index: GraphIndex) -> tuple[dict[int, _Count], str | None]:

@@ -22,8 +22,8 @@ from onnx_asr.graph.layers import Layer
 from onnx_asr.graph.model_io import check_finite, inlined_functions
 from onnx_asr.graph.points import LayerPoint, Point, Survey, skip, survey, weight_of, without_selected
 from onnx_asr.graph.skips import Reason, Skip
+from onnx_asr.networks.batching import sampled_inputs
 from onnx_asr.networks.draft import Draft
-from onnx_asr.networks.samples import input_specs
 from onnx_asr.numerics.gains import BatchNormParameters
 from onnx_asr.pairing.match import Pairing, match, refoldings
 from onnx_asr.pairing.refolding import KeptChannels, refold
@@ -76,8 +76,12 @@ class Network:
 
     @cached_property
     def inputs(self) -> list[InputSpec]:
-        """The model's inputs."""
-        return input_specs(self.index)
+        """The model's inputs, fed with samples along their first axes.
+
+        Raises:
+            ModelError: When the samples of one lie along another axis.
+        """
+        return sampled_inputs(self.index)
 
     @cached_property
     def first_layers(self) -> set[int]:

@@ -69,7 +69,7 @@ def whole_batches(indices: Integers, *inputs: Sequence[InputSpec]) -> Integers:
     usable = len(indices) - len(indices) % step
     if usable == 0:
         raise DataError(
-            f"{len(indices)} samples do not fill one batch: the model's input fixes batches of {step}; "
+            f"{len(indices)} samples do not fill one batch: the model fixes batches of {step}; "
             f"give at least {step} samples, or export the model with a dynamic batch axis"
         )
     return indices[:usable]

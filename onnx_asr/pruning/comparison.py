@@ -19,9 +19,9 @@ from onnx_asr.arrays import Array, Floats
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import GraphIndex, is_standard
-from onnx_asr.graph.shapes import InputShapes, shapes_text
+from onnx_asr.graph.shapes import InputShapes
 from onnx_asr.networks.fidelity import compared_outputs, with_outputs
-from onnx_asr.networks.latency import random_feeds
+from onnx_asr.networks.latency import fed_with, random_feeds
 
 MAX_ERROR, MAX_HALF_ERROR = 1e-5, 4e-3
 """Largest error that rounding always explains; the second for float16 weights."""
@@ -44,12 +44,7 @@ class Reference:
     def __init__(self, given: GraphIndex, runtime: Runtime, input_shapes: InputShapes | None = None) -> None:
         self._given, self._runtime, self._tensors = given, runtime, _Tensors.of(given)
         self._feeds = random_feeds(given, input_shapes)
-        try:
-            self._values = self._run(given.model, runtime)
-        except ModelError as error:
-            raise ModelError(
-                f"{error}; it was fed with {shapes_text(self._feeds)}: give shapes that it takes (--input-shapes)"
-            ) from error
+        self._values = self._run(given.model, runtime)
         unknown = _unknown(self._values)
         if unknown:
             normal = self._feeds, self._values
@@ -88,7 +83,8 @@ class Reference:
         return error
 
     def _run(self, model: onnx.ModelProto, runtime: Runtime) -> Mapping[str, Array]:
-        return Session(with_outputs(model, self._tensors.names), runtime).run(self._feeds)
+        with fed_with(self._feeds):
+            return Session(with_outputs(model, self._tensors.names), runtime).run(self._feeds)
 
 
 @dataclass(frozen=True)

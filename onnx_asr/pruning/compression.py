@@ -128,7 +128,7 @@ def compress(
     round_seconds: dict[str, float] = {}
     with timed(seconds, "load"):
         dense = Network.of(load(model), "dense", compared=True)
-        samples = Samples.of(data, dense.inputs, settings, preprocessing, verify=True)
+        samples = Samples.of(data, dense, settings, preprocessing, execution, verify=True)
         execution.progress("loading data", 0.0)
         calibration = samples.load()
     probe = Probe({**samples.shapes, **(input_shapes or {})}, execution.runtime)

@@ -137,7 +137,7 @@ def sensitivity(
     shares = tuple(sorted(set(options.sparsities)))
     dense = Network.of(load(model), "dense", compared=True)
     weights, skips = prunable_weights(dense.index, dense.everything, options.include, options.exclude)
-    samples = Samples.of(data, dense.inputs, options.repair, preprocessing, verify=True)
+    samples = Samples.of(data, dense, options.repair, preprocessing, execution, verify=True)
     calibration = samples.load()
     points = [weight.points[0] for weight in weights]
     scores = weight_scores(dense, points, options.score, calibration, execution, options.repair.seed)

@@ -134,7 +134,7 @@ def prune(
         held_out = RepairOptions.verify_samples if options.scope == "sensitivity" else 0
         settings = RepairOptions("refit", samples=options.samples, verify_samples=held_out, seed=options.seed)
         network = Network.of(dense, "dense", compared=True)
-        drawn = Samples.of(data, network.inputs, settings, preprocessing, verify=True)
+        drawn = Samples.of(data, network, settings, preprocessing, execution, verify=True)
         probe = replace(probe, shapes={**drawn.shapes, **probe.shapes})
         scores, costs = _measured(network, drawn, weights, options, probe, execution)
 

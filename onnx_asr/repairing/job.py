@@ -95,7 +95,7 @@ class RepairJob:
         pair = None if dense is None else Pair.of(model, dense)
         pruned = Network.of(model, "pruned", compared=False) if pair is None else pair.pruned
         check_method(options.method, dense=pair is not None, batchnorm=pruned.survey.has_batchnorm)
-        samples = Samples.of(data, pruned.inputs, options, preprocessing, verify=pair is not None)
+        samples = Samples.of(data, pruned, options, preprocessing, execution, verify=pair is not None)
         job = cls.on(pruned, pair, samples, options, execution)
         return replace(job, notes=(*job.notes, *collapse_note(job.sparsities)))
 

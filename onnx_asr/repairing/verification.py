@@ -14,9 +14,11 @@ from onnx_asr.arrays import Integers
 from onnx_asr.data import Dataset, InputSpec, Preprocessing, open_data, sample_indices
 from onnx_asr.data.sources import DataSource
 from onnx_asr.engine.session import Runtime
-from onnx_asr.errors import ModelError
+from onnx_asr.errors import ModelError, OptionError
+from onnx_asr.networks.batching import settled_inputs
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Fidelity, Noise, Outputs, collect_outputs, compare
+from onnx_asr.networks.pair import Network
 from onnx_asr.networks.samples import Calibration, batch_size_for, fixed_batch, load_calibration, whole_batches
 from onnx_asr.repairing.options import RepairOptions
 
@@ -29,7 +31,7 @@ class Samples:
 
     Attributes:
         dataset: All samples.
-        inputs: Inputs of the network.
+        inputs: Inputs of the network, with the batch size that its graph fixes if it does.
         options: Numbers of samples, seed, batch size.
         chosen: Integers of the calibration samples.
         held_out: Integers of the samples to verify on.
@@ -45,9 +47,10 @@ class Samples:
     def of(
         cls,
         data: DataSource,
-        inputs: Sequence[InputSpec],
+        network: Network,
         options: RepairOptions,
         preprocessing: Preprocessing | None,
+        execution: Execution,
         *,
         verify: bool,
     ) -> Samples:
@@ -55,10 +58,19 @@ class Samples:
 
         Raises:
             DataError: Missing, broken or unfitting data.
-            OptionError: Preprocessing that does not fit the data.
+            ModelError: When onnxruntime runs the network on no batch of samples.
+            OptionError: Preprocessing that does not fit the data, or batches for ``--bn ema`` that do not fit the
+                network's.
         """
         skip = options.skip_bad_images
-        dataset = open_data(data, inputs, preprocessing=preprocessing, skip_bad_images=skip)
+        dataset = open_data(data, network.inputs, preprocessing=preprocessing, skip_bad_images=skip)
+        inputs = settled_inputs(network.index, dataset, execution.sessions, options.batch_size)
+        fixed = fixed_batch(inputs) or 1
+        if options.bn == "ema" and options.ema_batch_size % fixed:
+            raise OptionError(
+                f"ema-batch-size {options.ema_batch_size} is no multiple of {fixed}, the number of samples that the "
+                "model takes at once: give one that is"
+            )
         return cls(dataset, inputs, options, *split_samples(len(dataset), options, verify))
 
     @property
@@ -66,6 +78,24 @@ class Samples:
         """Shapes of the inputs for the smallest run on these samples: one, or a batch of the size that is fixed."""
         sample, batch = self.dataset.load(0), fixed_batch(self.inputs) or 1
         return {name: (batch, *value.shape) for name, value in sample.items()}
+
+    @property
+    def batch_size(self) -> int:
+        """Samples per run."""
+        return batch_size_for(self.inputs, self.options.batch_size)
+
+    @property
+    def verified(self) -> Integers:
+        """The samples to verify on, in whole batches.
+
+        Raises:
+            DataError: When they do not fill one.
+        """
+        return whole_batches(self.held_out, self.inputs)
+
+    def outputs(self, model: onnx.ModelProto, runtime: Runtime) -> Outputs:
+        """The outputs of a version of the network on the samples to verify on."""
+        return collect_outputs(model, self.dataset, self.verified, runtime, self.batch_size)
 
     @property
     def is_held_out(self) -> bool:
@@ -84,6 +114,9 @@ class Samples:
         if skipped := self.dataset.unreadable:
             few = ", ".join(skipped[:_FEW_NAMES]) + (", ..." if len(skipped) > _FEW_NAMES else "")
             notes.append(f"{len(skipped)} images cannot be read and were skipped: {few}")
+        fixed = fixed_batch(self.inputs) or 1
+        if rest := len(self.chosen) % fixed + len(self.held_out) % fixed:
+            notes.append(f"the model takes {fixed} samples at once: {rest} that do not fill a batch are left out")
         if not self.is_held_out:
             notes.append("too few samples to hold any out: the verification used calibration samples")
         return notes
@@ -94,7 +127,7 @@ class Samples:
         Raises:
             DataError: When a sample is broken, or there are too few for a batch of the size that the model fixes.
         """
-        batch_size = batch_size_for(self.inputs, self.options.batch_size)
+        batch_size = self.batch_size
         if self.options.bn == "ema":
             batch_size = math.gcd(batch_size, self.options.ema_batch_size)
         return load_calibration(self.dataset, whole_batches(self.chosen, self.inputs), batch_size)
@@ -114,25 +147,21 @@ class Verifier:
         Raises:
             ModelError: When onnxruntime cannot run the model, or its outputs do not fit the dense one's.
         """
-        fidelity = compare(self._reference, self._outputs(model, self.execution.sessions))
-        return replace(fidelity, samples=len(whole_batches(self.samples.held_out, self.samples.inputs)))
+        fidelity = compare(self._reference, self.samples.outputs(model, self.execution.sessions))
+        return replace(fidelity, samples=len(self.samples.verified))
 
     @cached_property
     def noise(self) -> Noise:
         """How far rounding moves distances from the dense model: one more run of it, without graph optimisations."""
         runtime = replace(self.execution.sessions, optimized=False)
         try:
-            return Noise.between(self._reference, self._outputs(self.dense, runtime))
+            return Noise.between(self._reference, self.samples.outputs(self.dense, runtime))
         except ModelError:  # it runs in no other way than the usual one
             return Noise.between(self._reference, None)
 
     @cached_property
     def _reference(self) -> Outputs:
-        return self._outputs(self.dense, self.execution.sessions)
-
-    def _outputs(self, model: onnx.ModelProto, runtime: Runtime) -> Outputs:
-        samples = self.samples
-        return collect_outputs(model, samples.dataset, samples.held_out, runtime, samples.options.batch_size)
+        return self.samples.outputs(self.dense, self.execution.sessions)
 
 
 def split_samples(count: int, options: RepairOptions, verify: bool) -> tuple[Integers, Integers]:

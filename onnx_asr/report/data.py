@@ -21,7 +21,7 @@ from onnx_asr.measuring.damage import COLLAPSED_RATIO, DAMAGE_SAMPLES, PointDama
 from onnx_asr.measuring.evaluation import measure
 from onnx_asr.measuring.inspection import Inspection, Layer, describe
 from onnx_asr.networks.execution import Execution
-from onnx_asr.networks.fidelity import Fidelity, collect_outputs, is_classifier
+from onnx_asr.networks.fidelity import Fidelity, is_classifier
 from onnx_asr.pruning.compression import CompressResult
 from onnx_asr.pruning.zeros import PruneResult
 from onnx_asr.repairing.job import RepairJob
@@ -105,7 +105,7 @@ def repair_data(
     if job.pair is not None:
         seed, batch_size = result.options.seed, result.options.batch_size
         calibration = draw_samples(
-            job.samples.dataset, job.samples.chosen, job.pruned.index, DAMAGE_SAMPLES, seed, batch_size
+            job.samples.dataset, job.samples.chosen, job.samples.inputs, DAMAGE_SAMPLES, seed, batch_size
         )
         versions = [job.pruned.index, GraphIndex.of(result.model)]
         before, after = measure_damage(job.pair, versions, calibration, execution)
@@ -189,12 +189,12 @@ def _fidelities(
 ) -> tuple[dict[str, Fidelity], list[str]]:
     """Fidelities of the verification; where the data have labels, with top-1 and for the dense model too."""
     known = {} if verification is None else dict(zip(models, (verification.before, verification.after), strict=True))
-    dataset, held_out = job.samples.dataset, job.samples.held_out
-    if job.pair is None or dataset.labels is None or not known:
+    classes = job.samples.dataset.labels
+    if job.pair is None or classes is None or not known:
         return known, []
-    labels = dataset.labels[held_out]
+    labels = classes[job.samples.verified]
     outputs = {
-        name: collect_outputs(model, dataset, held_out, execution.sessions)
+        name: job.samples.outputs(model, execution.sessions)
         for name, model in {"dense": job.pair.source, **models}.items()
     }
     if not is_classifier(outputs["dense"]):

@@ -70,13 +70,13 @@ class Workspace:
             raise OptionError("verify-samples 0 leaves no samples to score on: give at least 1, or --test")
         network = Network.of(self.dense, "dense", compared=True)
         data = self._opened(setup.data, network, setup.labels if setup.test is None else None)
-        samples = Samples.of(data, network.inputs, options, None, verify=True)
+        samples = Samples.of(data, network, options, None, execution, verify=True)
         self.calibration, self._chosen = data, len(samples.chosen)
         self.scored, indices = data, samples.held_out
         if setup.test is not None:
             self.scored = self._opened(setup.test, network, setup.labels)
             indices = np.arange(len(self.scored))
-        self._indices = whole_batches(indices, network.inputs)
+        self._indices, self._batch_size = whole_batches(indices, samples.inputs), samples.batch_size
         execution.progress("running the dense model", 0.0)
         self._reference = self._outputs(self.dense, execution)
         self._labels, common = None, asdict(settings)
@@ -173,8 +173,7 @@ class Workspace:
         return open_data(data, network.inputs, preprocessing=preprocessing, labels=labels, skip_bad_images=skip)
 
     def _outputs(self, model: onnx.ModelProto, execution: Execution) -> Outputs:
-        batch_size = self.setup.settings.repair.batch_size
-        return collect_outputs(model, self.scored, self._indices, execution.sessions, batch_size)
+        return collect_outputs(model, self.scored, self._indices, execution.sessions, self._batch_size)
 
     def _measured(self, outputs: Outputs) -> Fidelity:
         fidelity = measure(outputs, self._reference, self._labels, self.setup.settings.label_offset)

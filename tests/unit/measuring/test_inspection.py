@@ -148,7 +148,7 @@ def test_several_versions_in_one_walk_and_a_bias_that_a_repair_added() -> None:
     pair = Pair.of(model, dense)
     pruned = pair.pruned.index
     data = TensorDataset([{"x": rows}], "rows", pair.pruned.inputs)
-    calibration = draw_samples(data, np.arange(64), pruned, 64, 0, None)
+    calibration = draw_samples(data, np.arange(64), pair.pruned.inputs, 64, 0, None)
     before, after = measure_damage(pair, [pruned, GraphIndex.of(repaired)], calibration, Execution())
     alone = onnx_asr.inspect(model, dense=dense, data={"x": rows}, samples=64)
     for layer, first, second in zip(alone.layers, before.values(), after.values(), strict=True):

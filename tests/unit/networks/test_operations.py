@@ -105,7 +105,7 @@ def test_a_run_that_fails_leaves_them_unknown() -> None:
     model = behind("c = Reshape (m, shape)  b = com.microsoft.Gelu (c)", shape=np.array([0, 4, 8, 8]))
     found = count(model)
     assert found.gap is not None
-    assert "node Conv:y" in found.gap
+    assert "node Conv:a" in found.gap
     assert "it was fed with x:1,3,224,224: give shapes that it takes (--input-shapes)" in found.gap
     assert cost(index(model), Probe()).flops is None
     with pytest.raises(ModelError, match=r"FLOPs are unknown: .*--input-shapes"):
@@ -115,6 +115,24 @@ def test_a_run_that_fails_leaves_them_unknown() -> None:
     assert count(model, x=(1, 3, 8, 8)).total == 2 * 64 * (4 * 27 + 4 * 4 + 5 * 4)
     with pytest.raises(OptionError, match="cannot have shape"):
         count(model, x=(1, 4, 8, 8))
+
+
+def test_a_batch_size_that_contradicts_a_reshape_leaves_them_unknown() -> None:
+    """One sample for the convolution and four for the matrix product would be a count of nothing."""
+    model = net(
+        """
+        g (float[N,3,4,4] x) => (float[M,5] y) {
+          a = Conv <pads=[1,1,1,1]> (x, w)
+          f = Reshape (a, shape)
+          y = MatMul (f, v)
+        }
+        """,
+        w=(6, 3, 3, 3),
+        v=(96, 5),
+        shape=np.array([4, 96]),
+    )
+    assert "fed with x:1,3,4,4: give shapes that it takes" in str(count(model).gap)
+    assert count(model, x=(4, 3, 4, 4)).total == 2 * 4 * (16 * 6 * 27 + 96 * 5)
 
 
 def test_samples_say_how_large_inputs_are() -> None:

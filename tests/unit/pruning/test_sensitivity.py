@@ -35,7 +35,7 @@ def test_the_refit_takes_part_of_the_damage_back(make: Callable[[], onnx.ModelPr
         layer.name for layer in prune(model, options=PruneOptions(0.5)).layers
     ]
     network = Network.of(model, "dense", compared=True)
-    samples = Samples.of(x, network.inputs, FEW, None, verify=True)
+    samples = Samples.of(x, network, FEW, None, onnx_asr.Execution(), verify=True)
     verifier = Verifier(model, samples, onnx_asr.Execution())
     alone = refitted = 0.0
     for layer in result.layers:
