@@ -215,7 +215,7 @@ class Grid(SweepGrid):
 
 
 @Parameter(name="*")
-@given(Preprocessing, mean=SEPARATED, std=SEPARATED)
+@given(Preprocessing, mean=SEPARATED, std=SEPARATED, exif=Parameter(show_default="on"))
 class Changes:
     """Attributes of a preprocessing to replace."""
 

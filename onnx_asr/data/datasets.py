@@ -31,6 +31,16 @@ _DIGEST_CHUNK = 64  # samples held at once while hashing
 _MAX_DECODERS = 8
 # Whatever the suffix: other decoders may start programs (EPS).
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _EIGHT_BITS = ("|b1", "|u1")  # types of pixels; those of mode "1" become 0 and 255
 
 
@@ -53,7 +63,8 @@ class Dataset(ABC):
     Attributes:
         names: Name of each sample in messages: "cat/1.jpg" or "#17".
         labels: Class index of each sample, if known.
-        preprocessing: How images are prepared, with the layout resolved; None for ready tensors.
+        preprocessing: How images are prepared, with the layout resolved; for ready tensors None, unless they are whole
+            numbers that it scales.
         unreadable: Files that were skipped because they cannot be read as images.
     """
 
@@ -206,7 +217,7 @@ def _framed(image: Image.Image, steps: Preprocessing, name: str) -> Image.Image:
 class FolderDataset(_ImageDataset):
     """Image files of a folder, named by their paths in it and read on demand.
 
-    As in training pipelines, only the first frame is used, transparency is dropped and orientation tags are ignored.
+    As in training pipelines, only the first frame is used, and transparency is dropped.
 
     Raises:
         DataError: The first image does not fit the model.
@@ -227,7 +238,7 @@ class FolderDataset(_ImageDataset):
         self._samples([0])
 
     def _image(self, index: int) -> Image.Image:
-        return _read_image(self._root / self.names[index], self._mode)
+        return _read_image(self._root / self.names[index], self._mode, upright=self._steps.exif)
 
 
 def unreadable_images(root: Path, names: Sequence[str]) -> dict[str, DataError]:
@@ -235,7 +246,7 @@ def unreadable_images(root: Path, names: Sequence[str]) -> dict[str, DataError]:
 
     def attempt(name: str) -> DataError | None:
         try:
-            _read_image(root / name, "RGB")
+            _read_image(root / name, "RGB", upright=False)
         except DataError as error:
             return error
         return None
@@ -243,20 +254,29 @@ def unreadable_images(root: Path, names: Sequence[str]) -> dict[str, DataError]:
     return {name: error for name, error in zip(names, _decoded(attempt, names), strict=True) if error is not None}
 
 
-def _read_image(path: Path, wanted: str) -> Image.Image:
+def _read_image(path: Path, wanted: str, *, upright: bool) -> Image.Image:
     if not path.is_file():  # reading from a pipe might never end
         raise DataError(f"{path} cannot be read as an image: it is missing or not a plain file. Replace or remove it")
     try:
         with Image.open(path, formats=_FORMATS) as image:
             mode = image.mode
             converted: Image.Image = image.convert(wanted)
+            turn = _turn(image) if upright else None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{path} is too large to open safely: {error} Scale it down or remove it") from error
     except Exception as error:  # Pillow's decoders raise many kinds on broken files
         raise DataError(f"{path} cannot be read as an image: {error}. Replace or remove it") from error
     if ImageMode.getmode(mode).typestr not in _EIGHT_BITS:  # Pillow clips 16-bit values to 255
         raise DataError(f"{path} has pixels of mode {mode}: convert it to 8 bits per channel")
-    return converted
+    return converted if turn is None else converted.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """How to turn a decoded image upright, by its EXIF orientation; broken EXIF data counts as none."""
+    try:
+        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # Pillow raises many kinds
+        return None
 
 
 class PixelDataset(_ImageDataset):
@@ -288,10 +308,12 @@ class PixelDataset(_ImageDataset):
 class TensorDataset(Dataset):
     """Ready tensors: feeds (arrays by input name, with a leading batch axis), addressed sample by sample.
 
-    Messages call the data ``where``.
+    Whole numbers for a floating-point input become (value * scale - mean) / std. Messages call the data ``where``.
 
     Raises:
-        DataError: A feed does not fit the inputs, or labels and samples differ in number.
+        DataError: A feed does not fit the inputs, its whole numbers come without a scale, or labels and samples differ
+            in number.
+        OptionError: The preprocessing asks for more than a scale, mean and standard deviation.
     """
 
     def __init__(
@@ -300,12 +322,14 @@ class TensorDataset(Dataset):
         where: str,
         specs: Sequence[InputSpec],
         labels: NDArray[np.int64] | None = None,
+        preprocessing: Preprocessing | None = None,
     ) -> None:
         self._rows: list[tuple[Mapping[str, Array], int]] = []
         for number, feed in enumerate(feeds):
-            length = _check_feed(feed, where if len(feeds) == 1 else f"feed {number} of {where}", specs)
+            name = where if len(feeds) == 1 else f"feed {number} of {where}"
+            length = _check_feed(feed, name, specs, preprocessing)
             self._rows += [(feed, row) for row in range(length)]
-        super().__init__([f"#{index}" for index in range(len(self._rows))], labels, None)
+        super().__init__([f"#{index}" for index in range(len(self._rows))], labels, preprocessing)
         self._specs = specs
 
     def _samples(self, indices: Indices) -> list[Sample]:
@@ -313,11 +337,31 @@ class TensorDataset(Dataset):
         for index in indices:
             feed, row = self._rows[index]
             name = f"sample {self.names[index]}"
-            samples.append({spec.name: _cast(feed[spec.name][row], spec, name) for spec in self._specs})
+            samples.append({spec.name: self._value(feed, row, spec, name) for spec in self._specs})
         return samples
 
+    def _value(self, feed: Mapping[str, Array], row: int, spec: InputSpec, name: str) -> Array:
+        value = feed[spec.name][row]
+        if self.preprocessing is None or not is_unscaled(feed, spec):
+            return _cast(value, spec, name)
+        scaled = value * np.float64(self.preprocessing.scale or 1.0)
+        axis = self.preprocessing.channel_axis(spec, value.shape)
+        shape = [3 if position == axis else 1 for position in range(value.ndim)]
+        mean, std = (
+            np.broadcast_to(np.array(values), 1 if axis is None else 3).reshape(shape)
+            for values in (self.preprocessing.mean, self.preprocessing.std)
+        )
+        return _cast((scaled - mean) / std, spec, name)
 
-def _check_feed(feed: Mapping[str, Array], where: str, specs: Sequence[InputSpec]) -> int:
+
+def is_unscaled(feed: Mapping[str, Array], spec: InputSpec) -> bool:
+    """Whether a feed has whole numbers, or truth values, for a floating-point input."""
+    return spec.name in feed and feed[spec.name].dtype.kind in "biu" and spec.dtype.kind in "fV"
+
+
+def _check_feed(
+    feed: Mapping[str, Array], where: str, specs: Sequence[InputSpec], preprocessing: Preprocessing | None
+) -> int:
     """Check names, shapes and types of one feed against the model's inputs; return its number of samples."""
     wanted, given = {spec.name for spec in specs}, set(feed)
     if wanted != given:
@@ -332,8 +376,17 @@ def _check_feed(feed: Mapping[str, Array], where: str, specs: Sequence[InputSpec
                 f"{where} has an array of shape {value.shape} for model input {spec.name!r}, which expects "
                 f"{spec.sample_shape()} per sample: give that shape behind a batch axis"
             )
+        if is_unscaled(feed, spec):
+            if preprocessing is None or preprocessing.scale is None:
+                raise DataError(
+                    f"{where} has an array of {value.dtype} for model input {spec.name!r}, which expects {spec.dtype}, "
+                    "and nothing says how to scale whole numbers: pass --preset, or --scale with --mean and --std "
+                    "(--scale 1 takes them as they are), or give the values that the model was trained on"
+                )
+            preprocessing.channel_axis(spec, value.shape[1:])
+            continue
         kinds = value.dtype.kind + spec.dtype.kind
-        if value.dtype != spec.dtype and kinds != "ff" and not (kinds[0] in "biu" and kinds[1] in "iuf"):
+        if value.dtype != spec.dtype and kinds != "ff" and not (kinds[0] in "biu" and kinds[1] in "iu"):
             raise DataError(
                 f"{where} has an array of {value.dtype} for model input {spec.name!r}, which expects {spec.dtype}: "
                 "convert it with .astype"

@@ -1,6 +1,6 @@
 """How an image becomes a model input.
 
-    pixels (H, W, C) in 0..255
+    pixels (H, W, C) in 0..255, upright
       -> short side to `resize` (bilinear, antialiased)  -> centre crop to `crop` x `crop`
       -> y = (x * scale - mean) / std                    -> RGB or BGR, channels first or last
 
@@ -53,11 +53,14 @@ class Preprocessing:
     Attributes:
         resize: Length of the short side after resizing; by default the size is kept.
         crop: Side of the square cut from the centre; by default nothing is cut.
-        scale: Factor on pixel values 0..255, such as 0.00392157 (1/255); only an integer input needs none.
+        scale: Factor on pixel values 0..255, such as 0.00392157 (1/255), and on ready tensors of whole numbers for a
+            floating-point input; only an integer input needs none.
         mean: Subtracted after scaling: one value, or one per channel as red,green,blue, whatever the channel order.
         std: Divided by after that, in the same form.
         layout: Where the channels go; by default read from the model, and NCHW where the model leaves it open.
         channel_order: Order in which the model expects the channels.
+        exif: Turn and mirror image files as the orientation in their EXIF data says, as cameras mean it. (Pillow always
+            turns TIFF.)
     """
 
     resize: int | None = None
@@ -67,6 +70,7 @@ class Preprocessing:
     std: tuple[float, ...] = (1.0,)
     layout: Layout | None = None
     channel_order: ChannelOrder = "RGB"
+    exif: bool = True
 
     def __post_init__(self) -> None:
         for key in ("resize", "crop"):
@@ -89,6 +93,8 @@ class Preprocessing:
             raise OptionError(f"layout is {self.layout!r}: give NCHW or NHWC")
         if self.channel_order not in ("RGB", "BGR"):
             raise OptionError(f"channel order is {self.channel_order!r}: give RGB or BGR")
+        if not isinstance(self.exif, bool):
+            raise OptionError(f"exif is {self.exif!r}: give true or false")
 
     @classmethod
     def from_options(
@@ -155,6 +161,28 @@ class Preprocessing:
                     f"{key} has {len(values)} values, but {what} has 1 channel: pass --{key} with one value"
                 )
         return dataclasses.replace(self, layout=layout), channels
+
+    def channel_axis(self, spec: InputSpec, shape: tuple[int, ...]) -> int | None:
+        """The channel axis of one sample of whole numbers, to which ``scale``, ``mean`` and ``std`` are applied.
+
+        None where mean and std are the same for all channels.
+
+        Raises:
+            OptionError: This asks for what applies to images alone, or has means of channels that are not there.
+        """
+        what = f"ready tensors of shape {shape} for model input {spec.name!r}"
+        sides = shape[:2] if self.layout == "NHWC" or (len(shape) == 3 and shape[0] not in (1, 3)) else shape[1:]
+        resized = self.resize is not None and self.crop is None and min(sides, default=0) != self.resize
+        if resized or (self.crop is not None and tuple(sides) != (self.crop, self.crop)):
+            raise OptionError(f"{what} are not resized or cropped: give --scale, --mean and --std alone, or images")
+        if self.channel_order != "RGB":
+            raise OptionError(f"{what} keep the order of their channels: drop --channel-order, or give images")
+        if len(self.mean) == len(self.std) == 1:
+            return None
+        axis = 0 if sides == shape[1:] else 2
+        if len(shape) != 3 or shape[axis] != 3:
+            raise OptionError(f"{what} have no 3 channels: give --mean and --std with one value each")
+        return axis
 
 
 def _is_number(value: object) -> bool:

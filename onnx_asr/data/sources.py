@@ -1,7 +1,8 @@
 """Open data of any supported form.
 
 There are three kinds of dataset: image files, decoded on demand; images in one uint8 array (N, H, W, C); and ready
-tensors, from arrays, feeds or a reader, which are used unchanged.
+tensors, from arrays, feeds or a reader, which are used unchanged; only whole numbers for a floating-point input are
+scaled as the preprocessing says, or refused.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from onnx_asr.arrays import Array, Integers
-from onnx_asr.data.datasets import Dataset, FolderDataset, PixelDataset, TensorDataset, unreadable_images
+from onnx_asr.data.datasets import (
+    Dataset,
+    FolderDataset,
+    PixelDataset,
+    TensorDataset,
+    is_unscaled,
+    unreadable_images,
+)
 from onnx_asr.data.labels import IMAGE_SUFFIXES, read_labels
 from onnx_asr.data.preprocessing import InputSpec, Preprocessing
 from onnx_asr.errors import DataError, OptionError
@@ -53,7 +61,8 @@ def open_data(
             `CalibrationDataReader`, both of which are read to the end at once. A lone uint8 array counts as images
             if the input is of another type or a preprocessing is given. A Dataset is returned as it is.
         inputs: The model's inputs.
-        preprocessing: How to prepare images; not needed for an input of integers.
+        preprocessing: How to prepare images; not needed for an input of integers. Its scale, mean and std also apply to
+            ready tensors of integers for an input of floats, which are refused without.
         labels: For a folder, a table of file name and class index. Without it, each sub-folder is a class: its name
             if all names are whole numbers, else its position in sorted order.
         skip_bad_images: Read all files of a folder once and skip those that cannot be read as images; the dataset
@@ -103,12 +112,12 @@ def open_data(
         feeds = [arrays]
     else:
         feeds = _read_feeds(value)
-    if preprocessing is not None:
+    if preprocessing is not None and not any(is_unscaled(feed, spec) for feed in feeds for spec in inputs):
         raise OptionError(
             f"{where} holds ready tensors, to which the given preprocessing does not apply: drop it, or give images "
             "(uint8, named 'images')"
         )
-    dataset = TensorDataset(feeds, where, inputs, classes)
+    dataset = TensorDataset(feeds, where, inputs, classes, preprocessing)
     if len(dataset) == 0:
         raise DataError(f"{where} holds no samples: give at least one (and rewind a reader that was used before)")
     return dataset
@@ -213,8 +222,10 @@ def _load_numpy(path: Path) -> Array | dict[str, Array]:
 
 
 def _are_images(array: Array, spec: InputSpec, preprocessing: Preprocessing | None) -> bool:
-    """Whether an array that could be a ready tensor holds pixels."""
-    return array.dtype == np.uint8 and len(spec.shape) == 4 and (preprocessing is not None or spec.dtype != np.uint8)
+    """Whether an array that could be a ready tensor holds pixels; one that only fits as a tensor does not."""
+    if array.dtype != np.uint8 or len(spec.shape) != 4 or (preprocessing is None and spec.dtype == np.uint8):
+        return False
+    return array.ndim != 4 or array.shape[3] in (1, 3) or not spec.fits(array.shape[1:])
 
 
 def _pixels(images: Array, spec: InputSpec, where: str) -> NDArray[np.uint8]:

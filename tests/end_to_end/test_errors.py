@@ -131,6 +131,27 @@ def test_bad_data(tmp_path, output):
     assert not output.exists()
 
 
+def test_whole_numbers_for_a_floating_point_input(tmp_path, output):
+    arrays = np.load(VALIDATION)
+    pixels = arrays["images"].transpose(0, 3, 1, 2)
+    np.savez(tmp_path / "whole.npz", input=pixels, labels=arrays["labels"])
+    data = ("--data", tmp_path / "whole.npz")
+    words = "array of uint8 for model input 'input', which expects float32, and nothing says how to scale"
+    for line in (
+        ("repair", DENSE, "--dense", DENSE, "-o", output),
+        ("compress", DENSE, "--sparsity", 0.5, "-o", output),
+        ("prune", DENSE, "--sparsity", 0.5, "--score", "activation", "-o", output),
+        ("sweep", DENSE, "--sparsities", 0.5, "-o", output),
+        ("sensitivity", DENSE),
+        ("inspect", DENSE, "--dense", DENSE),
+        ("evaluate", DENSE),
+    ):
+        assert words in cli(*line, *data).error
+    assert not output.exists()
+    scaled = cli("evaluate", DENSE, *data, "--json", "--preset", "digits").json
+    assert scaled["top1"] == cli("evaluate", DENSE, "--data", VALIDATION, *PRESET, "--json").json["top1"]
+
+
 def test_labels_missing(tmp_path):
     flat = images(tmp_path / "flat", (8, 8))
     assert "labels" in cli("evaluate", DENSE, "--data", flat, *PRESET).error

@@ -37,6 +37,50 @@ def test_image_formats(tmp_path: Path, suffix: str) -> None:
     np.testing.assert_allclose(value, 200, atol=2)  # JPEG and WebP lose a little
 
 
+UPRIGHT = {
+    1: lambda stored: stored,
+    2: np.fliplr,
+    3: lambda stored: np.rot90(stored, 2),
+    4: np.flipud,
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: np.rot90(stored, -1),
+    7: lambda stored: np.rot90(stored, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+"""What the values of the orientation tag mean (EXIF 2.32, 4.6.4): where the first row and column of the image are."""
+
+
+@pytest.mark.parametrize("orientation", [*UPRIGHT, 0, 9, None])
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_images_are_turned_upright(tmp_path: Path, suffix: str, orientation: int | None) -> None:
+    stored = pixels(8, 6, 3)
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    Image.fromarray(stored).save(tmp_path / f"a.{suffix}", exif=exif, lossless=True)
+    for wanted, steps in (
+        (UPRIGHT.get(orientation or 1, UPRIGHT[1])(stored), Preprocessing(scale=1.0)),
+        (stored, Preprocessing(scale=1.0, exif=False)),
+    ):
+        dataset = open_data(tmp_path, [ANY], preprocessing=steps)
+        assert np.array_equal(dataset.load(0)["input"], np.moveaxis(wanted, -1, 0))
+        assert dataset.thumbnail(0).size == wanted.shape[1::-1]
+
+
+def test_tiff_is_turned_once(tmp_path: Path) -> None:
+    stored = pixels(8, 6, 3)
+    Image.fromarray(stored).save(tmp_path / "a.tif", tiffinfo={0x0112: 6})
+    value = open_data(tmp_path, [ANY], preprocessing=Preprocessing(scale=1.0)).load(0)["input"]
+    assert np.array_equal(value, np.moveaxis(np.rot90(stored, -1), -1, 0))
+
+
+def test_broken_exif_data_turn_nothing(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png", pixels(8, 8, 3))
+    whole = open_data(tmp_path, [RGB8], preprocessing=UNIT).load(0)["input"]
+    Image.open(tmp_path / "a.png").save(tmp_path / "a.png", exif=b"Exif\0\0MM\0*\0\0")
+    assert np.array_equal(open_data(tmp_path, [RGB8], preprocessing=UNIT).load(0)["input"], whole)
+
+
 def test_class_folders(tmp_path: Path) -> None:
     for name in ("dog/1.png", "cat/deep/2.png", "cat/1.png"):
         write_image(tmp_path / name, pixels(8, 8, 3))

@@ -145,6 +145,7 @@ def test_options_build_on_a_preset_or_a_file(tmp_path: Path) -> None:
         "std": [0.1, 0.2, 0.3],
         "layout": "NHWC",
         "channel_order": "RGB",
+        "exif": True,
     }
     file = tmp_path / "steps.toml"
     file.write_text('resize = 300\nscale = 1\nmean = [1, 2, 3]\nstd = 2\nchannel_order = "BGR"\n')
@@ -166,6 +167,7 @@ def test_options_build_on_a_preset_or_a_file(tmp_path: Path) -> None:
         ({"mean": "0.5"}, r"mean is '0.5'"),
         ({"std": (1.0, 0.0, 1.0)}, r"std is \(1.0, 0.0, 1.0\): give values above 0"),
         ({"layout": "HWC"}, r"layout is 'HWC': give NCHW or NHWC"),
+        ({"exif": 1}, r"exif is 1: give true or false"),
         ({"channel_order": "GBR"}, r"channel order is 'GBR': give RGB or BGR"),
     ],
 )

@@ -122,8 +122,8 @@ def test_ready_tensors(tmp_path: Path) -> None:
         (np.float32, np.float16),
         (np.float16, np.float32),
         (np.int64, np.int32),
-        (np.uint8, np.float32),
         (bool, np.uint8),
+        (bool, bool),
         (">f4", "<f4"),
     ],
 )
@@ -142,7 +142,21 @@ def test_casts_that_keep_values(have: Any, want: Any) -> None:
         (np.array([["a"] * 4]), np.float32, r"array of <U1"),
         (np.array([[1, 2, 3, None]]), np.float32, r"array of object"),
         (np.array([[1, 2, 3, 300]]), np.uint8, r"sample #0 has values from 1 to 300, which uint8.*cannot hold"),
-        (np.array([[0, 0, 0, 2**24 + 1]]), np.float32, r"which float32 of model input 'x' cannot hold"),
+        (
+            np.array([[0, 0, 0, 7]]),
+            np.float32,
+            r"int64 for model input 'x', which expects float32, .* pass --preset",
+        ),
+        (
+            np.ones((1, 4), np.uint8),
+            np.float16,
+            r"uint8 for model input 'x', which expects float16, .* pass --preset",
+        ),
+        (
+            np.ones((1, 4), bool),
+            np.float32,
+            r"bool for model input 'x', which expects float32, .* pass --preset",
+        ),
         (np.full((1, 4), 1e5), np.float16, r"sample #0 has values from 100000.0 to 100000.0, which float16"),
         (np.array([[0, 0, 0, np.nan]]), np.float32, r"sample #0 has NaN or infinite values for model input 'x'"),
         (np.array([[0, 0, 0, np.inf]], np.float32), np.float32, r"sample #0 has NaN or infinite values"),
@@ -151,6 +165,53 @@ def test_casts_that_keep_values(have: Any, want: Any) -> None:
 def test_values_refused(value: np.ndarray, want: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         open_data(value, [InputSpec("x", np.dtype(want), (None, 4))]).load(0)
+
+
+@pytest.mark.parametrize("have", [np.uint8, np.int16, np.int64, bool])
+def test_whole_numbers_are_scaled_as_pixels_are(have: Any) -> None:
+    values = pixels(2, 3, 8, 8).astype(have)
+    steps = Preprocessing(scale=1 / 255, mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3))
+    dataset = open_data({"input": values}, [RGB8], preprocessing=steps)
+    mean, std = (np.array(numbers).reshape(3, 1, 1) for numbers in (steps.mean, steps.std))
+    expected = ((values.astype(np.float64) * (1 / 255) - mean) / std).astype(np.float32)
+    batch = dataset.batch([0, 1])["input"]
+    assert batch.dtype == np.float32
+    np.testing.assert_array_equal(batch, expected)
+    assert dataset.preprocessing == steps
+    if have is np.uint8:
+        images = open_data({"images": np.moveaxis(values, 1, -1)}, [RGB8], preprocessing=steps)
+        np.testing.assert_array_equal(batch, images.batch([0, 1])["input"])
+        np.testing.assert_array_equal(batch, open_data(values, [RGB8], preprocessing=steps).batch([0, 1])["input"])
+    last = InputSpec("input", FLOAT, (None, 8, 8, 3))
+    turned = open_data([{"input": np.moveaxis(values, 1, -1)}], [last], preprocessing=steps).batch([0, 1])["input"]
+    np.testing.assert_array_equal(np.moveaxis(turned, -1, 1), expected)
+
+
+def test_only_whole_numbers_for_floats_are_scaled() -> None:
+    count, steps = InputSpec("n", np.dtype(np.int64), (None,)), Preprocessing(scale=2.0, mean=(1.0,))
+    feed = {"x": np.ones((1, 4), np.int8), "n": np.array([5])}
+    sample = open_data([feed], [VECTOR, count], preprocessing=steps).load(0)
+    assert sample["x"].tolist() == [1.0] * 4
+    assert sample["n"] == 5
+    with pytest.raises(OptionError, match="holds ready tensors, to which the given preprocessing does not apply"):
+        open_data([{**feed, "x": np.ones((1, 4), np.float32)}], [VECTOR, count], preprocessing=steps)
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (Preprocessing(mean=(1.0,)), "pass --preset, or --scale"),
+        (PRESETS["imagenet"], "are not resized or cropped"),
+        (Preprocessing(scale=1.0, resize=9), "are not resized or cropped"),
+        (Preprocessing(scale=1.0, channel_order="BGR"), "drop --channel-order"),
+        (Preprocessing(scale=1.0, mean=(1.0, 2.0, 3.0), layout="NHWC"), "have no 3 channels"),
+    ],
+)
+def test_other_steps_do_not_apply_to_whole_numbers(steps: Preprocessing, message: str) -> None:
+    with pytest.raises((DataError, OptionError), match=message):
+        open_data({"input": pixels(2, 3, 8, 8)}, [RGB8], preprocessing=steps)
+    fitting = Preprocessing(scale=1.0, resize=9, crop=8)  # as of a preset that made these tensors
+    assert len(open_data({"input": pixels(2, 3, 8, 8)}, [RGB8], preprocessing=fitting)) == 2
 
 
 @pytest.mark.parametrize(

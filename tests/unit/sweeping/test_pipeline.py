@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import onnx_asr
 from onnx_asr import SweepGrid, SweepResult, SweepSettings, sweep
@@ -243,6 +244,24 @@ def test_labels_are_a_condition_too(tmp_path: Path) -> None:
     sweep(digits("vgg"), {"input": pixels, "labels": labels}, grid, SETTINGS, results=path)
     with pytest.raises(OutputError, match=r"scored.labels_sha256 is [0-9a-f]{24}\.\.\. there, None now"):
         sweep(digits("vgg"), {"input": pixels}, grid, SETTINGS, results=path)
+
+
+def test_the_orientation_of_images_is_a_condition_where_it_matters(tmp_path: Path) -> None:
+    folder, grid = tmp_path / "images", SweepGrid((0.5,), methods=("none",))
+    folder.mkdir()
+    exif = Image.Exif()
+    for tagged in (False, True):
+        exif[0x0112] = 3 if tagged else 1
+        for number, pixels in enumerate(np.load(MODELS / "data" / "digits_calibration.npz")["images"][:88]):
+            Image.fromarray(pixels[..., 0]).save(folder / f"{number}.png", exif=exif)
+        results = tmp_path / f"{tagged}.json"
+        upright, stored = PRESETS["digits"], replace(PRESETS["digits"], exif=False)
+        sweep(digits("vgg"), folder, grid, SETTINGS, preprocessing=upright, results=results)
+        if tagged:
+            with pytest.raises(OutputError, match=r"calibration\.sha256 is"):
+                sweep(digits("vgg"), folder, grid, SETTINGS, preprocessing=stored, results=results)
+        else:
+            sweep(digits("vgg"), folder, grid, SETTINGS, preprocessing=stored, results=results)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"kind": "onnx-resuscitate sweep"}', '{"a": 1}', "\xff", None])
