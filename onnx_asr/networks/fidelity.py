@@ -183,7 +183,10 @@ class Noise:
         found = None if again is None else compare(outputs[compared], again[compared])
         if not floating:
             return cls(0.0 if found is None else _LEVELS * found.distance)
-        error = 0.0 if found is None or found.snr_db is None else float(10 ** (-found.snr_db / 20))
+        error = 0.0
+        if found is not None and found.snr_db not in (None, -math.inf):  # the latter where a value is not finite
+            assert found.snr_db is not None
+            error = float(10 ** (-found.snr_db / 20))
         relative = max(_LEVELS * error, _STEPS, *(float(np.finfo(kind).eps) / 2 for kind in floating))
         if not classifier:
             return cls(relative)

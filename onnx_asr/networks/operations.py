@@ -68,7 +68,7 @@ class Operations:
     """Operations of a network, node by node.
 
     Attributes:
-        by_node: All operations of every node that multiplies.
+        by_node: All operations of every node that multiplies; not all of them where there is a gap.
         nonzero_by_node: Those without the multiplications by a zero of a weight.
         gap: Why not all could be counted; None where all were.
     """
@@ -97,10 +97,14 @@ class Operations:
                 place = next(iter(unknown.values()))
                 gap = f"the sizes at node {index.label(place)} are not known before a run, and {error}"
         by_node, nonzero = {}, {}
-        for position, count in counted.items():
-            if unknown.keys().isdisjoint(_reads(index, position)) or unknown.keys() <= shapes.keys():
+        for position, count in counted.items() if gap is None else ():
+            try:
                 by_node[position] = 2 * count(index.nodes[position], _sizes_of(index, shapes))
                 nonzero[position] = round(by_node[position] * _density(index, position))
+            except (IndexError, ValueError):  # an operator that no runtime would run
+                gap = (
+                    gap or f"the inputs of node {index.label(position)} do not fit its operator; export the model again"
+                )
         return cls(by_node, nonzero, gap)
 
     @property
@@ -163,8 +167,8 @@ def _multiplying(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
 def _reads(index: GraphIndex, position: int) -> list[str]:
     """Tensors whose sizes a node's operations follow from."""
     node = index.nodes[position]
-    names = [*node.input[:3]] if node.op_type in _RECURRENT else [*node.input[:2], node.output[0]]
-    return [name for name in names if not index.is_constant(name)]
+    names = [*node.input[:3]] if node.op_type in _RECURRENT else [*node.input[:2], *node.output[:1]]
+    return [name for name in names if name and not index.is_constant(name)]
 
 
 def _unknown(index: GraphIndex, positions: Iterable[int], shapes: dict[str, Shape]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from onnx_asr.graph.model_io import ModelSource
 from onnx_asr.graph.skips import Skip
 from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution, timed
-from onnx_asr.networks.fidelity import Verdict
+from onnx_asr.networks.fidelity import Fidelity, Noise, Verdict
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.sparsity import check_order, share_of_zeros
 from onnx_asr.repairing.channelwise import Track, batchnorm_track, gain_track, paired_track, run_tracks
@@ -33,6 +34,10 @@ _INTACT = (
 )
 _NO_CLOSER = (
     "what the repair changed in the distance from the dense model is rounding: the pruned model is returned unchanged"
+)
+_NOT_FINITE = (
+    "NaN or infinite outputs leave nothing to compare: the pruned model is returned unchanged (--verify-samples 0 "
+    "repairs without comparing)"
 )
 _FURTHER = "auto: nothing tried came closer to the dense model than the pruned model, which is returned unchanged"
 REFIT_COST = 8.0
@@ -159,8 +164,7 @@ def verified(job: RepairJob, result: RepairResult, execution: Execution, *, keep
         return result
     execution.progress("verifying", 0.0)
     before, after = (verifier.fidelity(model) for model in (job.pruned.index.model, result.model))
-    intact = verifier.noise.covers(before)
-    verdict: Verdict = "equal" if intact else verifier.noise.verdict(before, after)
+    verdict, note = _judged(verifier.noise, before, after)
     verification = Verification(before, after, job.samples.is_held_out, verdict)
     if verdict == "closer" or (verdict == "further" and keep_worse):
         return replace(result, verification=verification)
@@ -168,9 +172,19 @@ def verified(job: RepairJob, result: RepairResult, execution: Execution, *, keep
         result,
         model=Draft(job.pruned.index).model(),
         points=(),
-        notes=(*result.notes, _INTACT if intact else _NO_CLOSER if verdict == "equal" else _FURTHER),
+        notes=(*result.notes, note),
         verification=replace(verification, after=before),
     )
+
+
+def _judged(noise: Noise, before: Fidelity, after: Fidelity) -> tuple[Verdict, str]:
+    """What a repair brought, and the note where the pruned model is given back for it."""
+    if noise.covers(before):
+        return "equal", _INTACT
+    if math.isinf(before.distance) and math.isinf(after.distance):
+        return "equal", _NOT_FINITE
+    verdict = noise.verdict(before, after)
+    return verdict, _FURTHER if verdict == "further" else _NO_CLOSER
 
 
 def _choose(job: RepairJob, calibration: Calibration, execution: Execution) -> tuple[RepairJob, list[Candidate]]:

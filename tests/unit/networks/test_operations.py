@@ -174,3 +174,10 @@ def test_what_is_not_counted_is_named() -> None:
     )
     assert count(branch).gap == "the operations of node MatMul:z (MatMul) in a subgraph of node If:y are not counted"
     assert cost(index(branch), Probe()).parameters == 2 * 24
+
+
+@pytest.mark.parametrize("text", ['y = Einsum <equation="ab,bcd->ad"> (x, w)', 'y = Einsum <equation="ab->ab"> (x, w)'])
+def test_operands_that_do_not_fit_are_named(text: str) -> None:
+    found = count(net(f"g (float[2,8] x) => (float[2,3] y) {{ {text} }}", w=(8, 3)))
+    assert found.gap is not None
+    assert "Einsum:y" in found.gap

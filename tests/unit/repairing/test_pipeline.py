@@ -529,6 +529,18 @@ def test_auto_gives_back_what_it_cannot_improve() -> None:
     assert "nothing tried came closer" in result.notes[-1]
 
 
+def test_outputs_that_are_not_finite_cannot_be_compared() -> None:
+    model = net(
+        "g (float[N,4] x) => (float[N,3] y) { a = Gemm (x, w)  y = Log (a) }", w=(4, 3)
+    )  # of negative numbers
+    x = np.random.default_rng(0).standard_normal((48, 4)).astype(np.float32)
+    damaged = pruned(model, 0.3)
+    result = repair(damaged, x, RepairOptions("paired", samples=32, verify_samples=16), dense=model)
+    assert result.verification is not None
+    assert (result.verification.verdict, result.modified) == ("equal", False)
+    assert "NaN or infinite outputs" in result.notes[-1]
+
+
 def test_small_improvements_count() -> None:
     """At sparsity 1% there is little to repair, but it is more than rounding."""
     model, damaged = model_of("digits_resnet"), pruned_of("digits_resnet", 0.01)
