@@ -192,9 +192,8 @@ class Pair:
         index = self.pruned.index
 
         def fixed(point: LayerPoint) -> Reason | None:
-            own, dense = weight_of(index, point), self.dense_weight(point)
-            reason = fixed_operator(index, point, dense)
-            return reason if np.array_equal(own, dense.astype(own.dtype)) else None
+            own, reason = weight_of(index, point), self._fixed_in_dense(point)
+            return reason if np.array_equal(own, self.dense_weight(point).astype(own.dtype)) else None
 
         found = without_fixed(index, without_selected(index, self.pruned.everything), fixed)
         return replace(self, pruned=replace(self.pruned, survey=found))
@@ -207,10 +206,19 @@ class Pair:
         pairing = Pairing({position: position for position in range(len(index.nodes))}, {name: name for name in names})
         return cls(dense, index.model, index, Draft(index), pairing, {})
 
+    def _fixed_in_dense(self, point: LayerPoint) -> Reason | None:
+        """Why a point of the pruned network is a fixed operator in the dense one, if it is."""
+        return fixed_operator(self.pruned.index, point, self.dense_weight(point))
+
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the user about what was paired."""
-        return () if self.survivors is None else (self.survivors.note,)
+        changed = [point.name for point in self.pruned.survey.layers if self._fixed_in_dense(point) is not None]
+        pruned = (
+            f"{', '.join(changed)}: never trained, and pruned all the same; repaired as any layer, but it is better to "
+            "prune the dense model without it",
+        )
+        return (pruned if changed else ()) + (() if self.survivors is None else (self.survivors.note,))
 
     @property
     def missing_metadata(self) -> dict[str, str]:

@@ -130,6 +130,7 @@ def test_a_fixed_operator_that_was_pruned_is_repaired_as_any_layer() -> None:
     pruned = onnx_asr.prune(dense, options=PruneOptions(0.5, scope="layer", include=("^mean$", "^w$"))).model
     result = onnx_asr.repair(pruned, samples(), replace(SETTINGS, method="refit"), dense=dense)
     assert fixed_skips(result.skips) == ["Conv:b", "Conv:s"]
+    assert [note for note in result.notes if note.startswith("Conv:y: never trained")]
     assert "Conv:y" in {point.name for point in result.points}
     zeros = constant(pruned, "mean") == 0
     np.testing.assert_array_equal(constant(result.model, "mean") == 0, zeros)

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -427,6 +427,14 @@ def line(row: Row) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def replace_table(page: Path, name: str, lines: Sequence[str]) -> None:
+    """Put lines between the two marks of a name on a page."""
+    mark = f"<!-- {name} -->\n"
+    text = page.read_text(encoding="utf-8")
+    table = "\n".join(lines) + "\n"
+    page.write_text(re.sub(f"{mark}.*{mark}", lambda _: mark + table + mark, text, flags=re.DOTALL), encoding="utf-8")
+
+
 HEADER = """\
 | graph | origin | opset | points | skipped, with reasons | Conv | SNR pruned | `paired` | `refit` | seconds | checks |
 |---|---|---|---|---|---|---|---|---|---|---|"""
@@ -451,10 +459,7 @@ def main() -> None:
         lines.append(line(check(case, arguments.calibration, arguments.held_out, arguments.threads)))
         print(lines[-1], flush=True)
     if arguments.markdown:
-        mark = "<!-- table -->\n"
-        text = arguments.markdown.read_text()
-        table = "\n".join(lines) + "\n"
-        arguments.markdown.write_text(re.sub(f"{mark}.*{mark}", lambda _: mark + table + mark, text, flags=re.DOTALL))
+        replace_table(arguments.markdown, "table", lines)
 
 
 if __name__ == "__main__":
