@@ -136,6 +136,8 @@ def _elementwise(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
     carried = [labels.constant for labels in found]
     values = _evaluated(tracer, position, node, first, carried) if constant else varying(len(first.ids))
     tracer.labels[node.output[0]] = replace(first, constant=values)
+    for name in filter(None, node.output[1:]):  # the mask of a Dropout
+        tracer.labels[name] = first.constant_where(False)
 
 
 def _evaluated(

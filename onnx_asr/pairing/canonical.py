@@ -153,7 +153,7 @@ def form_of(index: GraphIndex, position: int) -> Form:
         return _resized(index, plain, node)
     if is_standard(node, *CONVOLUTIONS):
         parameters = {name: value for name, value in plain.parameters.items() if name != "kernel_shape"}
-        return replace(plain, parameters=parameters, inputs=plain.inputs[:2])
+        return replace(plain, parameters=parameters, inputs=[*plain.inputs[:2], *_computed_bias(index, node)])
     return plain
 
 
@@ -261,7 +261,13 @@ def _linear_form(index: GraphIndex, position: int, bias: int) -> Form | None:
         return None
     factors, data = {"alpha": layer.alpha, "beta": layer.beta}, index.nodes[position].input[layer.data_slot]
     shape = layer.layout.outputs, layer.layout.inputs
-    return Form(("", "Gemm"), factors, {}, [data], position, bias, weight_shape=shape)
+    inputs = [data, *_computed_bias(index, index.nodes[position])]
+    return Form(("", "Gemm"), factors, {}, inputs, position, bias, weight_shape=shape)
+
+
+def _computed_bias(index: GraphIndex, node: onnx.NodeProto) -> list[str]:
+    """The bias of a layer if it is no constant: then the graph goes on behind it."""
+    return [name for name in node.input[2:] if name and not index.is_constant(name)]
 
 
 def _view(index: GraphIndex, last: Form, node: onnx.NodeProto) -> Form:

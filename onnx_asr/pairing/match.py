@@ -116,6 +116,8 @@ class _Walk:
 
     def _step(self, name: str, dense_name: str) -> list[tuple[str, str]]:
         """Pair two tensors and the nodes that make them; return the tensors that these read, pair by pair."""
+        if not name and not dense_name:  # an optional input that both leave out
+            return []
         pruned, dense = self.pruned.index, self.dense.index
         source, dense_source = through(pruned, name), through(dense, dense_name)
         self.tensors[name], self.tensors[source] = dense_name, dense_source

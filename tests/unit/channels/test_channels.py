@@ -392,6 +392,7 @@ FROZEN: dict[str, tuple[str, dict[str, Any], str]] = {
         {"c": np.array(True)},
         "computes with their number",
     ),
+    "mask": ("a = Conv (x, wa) d, m = Dropout (a) y = Not (m)", {}, "Not:y: it is not known to keep channels apart"),
     "spread": ("a = Conv (x, w1) b = Conv (x, wa) y = Mul (a, b)", {"w1": (1, 4, 1, 1)}, "broadcasts one channel"),
 }
 

@@ -206,6 +206,29 @@ def test_a_bias_may_be_missing_in_one() -> None:
     assert match(index(without), index(with_bias)).nodes == {0: 0}
 
 
+@pytest.mark.parametrize("layer", ["Gemm (x, w, r)", "Conv (x, w, r)"])
+def test_a_bias_that_is_computed_is_followed(layer: str) -> None:
+    shape, w = ("N,3", (3, 4)) if layer.startswith("Gemm") else ("N,3,1,1", (4, 3, 1, 1))
+    text = f"g (float[{shape}] x, float[4] z) => (y) {{ a = Mul (z, s)  r = Relu (a)  y = {layer} }}"
+    model = index(net(text, w=w, s=(4,)))
+    assert match(model, model).nodes == {0: 0, 1: 1, 2: 2}
+    other = index(net(text.replace("Relu", "Neg"), w=w, s=(4,)))
+    with pytest.raises(StructureError, match="Relu"):
+        match(model, other)
+
+
+def test_inputs_that_are_left_out_are_left_out_in_both() -> None:
+    text = "g (float[N,3] x) => (y) {{ a = Sigmoid (x) y = local.Any (a, {}, a) }}"
+    models = [net(text.format(name)) for name in ('""', "x")]
+    for model in models:
+        model.opset_import.append(helper.make_opsetid("local", 1))
+    models[0].graph.node[1].input[1] = ""
+    left_out, given = map(index, models)
+    assert match(left_out, left_out).nodes == {0: 0, 1: 1}
+    with pytest.raises(StructureError):
+        match(left_out, given)
+
+
 def test_a_stated_default_equals_an_omitted_one() -> None:
     text = "g (float[N,4,4,4] x) => (float[N,4,4,4] y) {{ y = Conv {} (x, w) }}"
     plain = index(net(text.format(""), w=(4, 4, 1, 1)))
