@@ -169,7 +169,7 @@ def _plain(index: GraphIndex, position: int) -> Form:
     parameters |= {
         item.name: numpy_helper.to_array(item.t).tolist()
         for item in node.attribute
-        if item.type == onnx.AttributeProto.TENSOR
+        if item.type == onnx.AttributeProto.TENSOR and not is_standard(node, "Constant")
     }
     if is_standard(node, *_PARAMETER_INPUTS):
         for name, slot in _PARAMETER_INPUTS[node.op_type].items():

@@ -2,7 +2,8 @@
 
 Both graphs are walked backward together from their outputs. Operators, attributes, the order of the inputs and the
 shapes of the weights have to agree. Node names, node order, tensor names, where constants are stored, the order of a
-sum's or product's operands and whatever ``canonical.py`` reduces to one form may differ, and one may lack a bias.
+sum's or product's operands and whatever ``canonical.py`` reduces to one form may differ, one may lack a bias, and equal
+nodes may be one node.
 """
 
 from __future__ import annotations
@@ -133,21 +134,16 @@ class _Walk:
             (self.pruned, self.dense, source, dense_source),
             (self.dense, self.pruned, dense_source, source),
         ):
-            inner = _unchanged(side, mine)
+            inner = side.unchanged(mine)
             if inner is not None and _operator(other, its) != VIEW:
                 return [(inner, dense_name) if side is self.pruned else (name, inner)]
         if number is not None or dense_number is not None:
             raise differ(f"the pruned model has tensor '{source}' where the dense model has '{dense_source}'")
         if source not in pruned.producer or dense_source not in dense.producer:
             raise differ(f"'{source}' ('{dense_source}' in the dense model) is produced in only one of them")
-        position, counterpart = pruned.producer[source], dense.producer[dense_source]
-        places = (
-            list(pruned.nodes[position].output).index(source),
-            list(dense.nodes[counterpart].output).index(dense_source),
-        )
-        if places[0] != places[1]:
+        if self.pruned.place(source) != self.dense.place(dense_source):
             raise differ(f"the pruned model has tensor '{source}' where the dense model has '{dense_source}'")
-        return self._pair(position, counterpart)
+        return self._pair(pruned.producer[source], dense.producer[dense_source])
 
     def _pair(self, position: int, counterpart: int) -> list[tuple[str, str]]:
         if self.found is not None:
@@ -197,14 +193,6 @@ class _Walk:
 def _operator(side: Side, name: str) -> tuple[str, str] | None:
     position = side.index.producer.get(name)
     return None if position is None else side.form(position).operator
-
-
-def _unchanged(side: Side, name: str) -> str | None:
-    """What a reshape to the shape that its data have already reads."""
-    if _operator(side, name) != VIEW:
-        return None
-    read = side.form(side.index.producer[name]).inputs[0]
-    return read if side.shape(read) is not None and side.shape(read) == side.shape(name) else None
 
 
 def _compare_interfaces(pruned: GraphIndex, dense: GraphIndex) -> None:

@@ -87,6 +87,19 @@ class Side:
         except (ModelError, OptionError):
             return {}
 
+    def place(self, name: str) -> int | None:
+        """Which output of its node a tensor is."""
+        position = self.index.producer.get(name)
+        return None if position is None else list(self.index.nodes[position].output).index(name)
+
+    def unchanged(self, name: str) -> str | None:
+        """What a reshape reads that makes a tensor, where its data have that shape already; None for anything else."""
+        position = self.index.producer.get(name)
+        if position is None or self.form(position).operator != VIEW:
+            return None
+        read = self.form(position).inputs[0]
+        return read if self.shape(read) is not None and self.shape(read) == self.shape(name) else None
+
     def is_fixed(self, name: str) -> bool:
         """Whether a tensor depends on nothing but constants and the shapes of others."""
         stack = [name]
@@ -122,20 +135,31 @@ class Side:
             form, partner = self.form(one), self.form(two)
             if form.operator != partner.operator or len(form.inputs) != len(partner.inputs):
                 return False
-            if form.parameters != partner.parameters or form.is_computed or any(subgraphs(self.index.nodes[one])):
+            if form.parameters != partner.parameters and self.resolved(one).parameters != self.resolved(two).parameters:
                 return False
-            for first, second in zip(self._reads(form), self._reads(partner), strict=True):
+            if form.is_computed or any(subgraphs(self.index.nodes[one])):
+                return False
+            reads, others = self._reads(form), self._reads(partner)
+            if len(reads) != len(others):
+                return False
+            if form.commutative:
+                reads, others = (sorted(names, key=self._rank) for names in (reads, others))
+            for first, second in zip(reads, others, strict=True):
                 left, right = through(self.index, first), through(self.index, second)
                 if left == right:
                     continue
                 if self.index.is_constant(left) and self.index.is_constant(right):
                     if not np.array_equal(self.index.value(left), self.index.value(right)):
                         return False
-                elif left in self.index.producer and right in self.index.producer:
+                elif (place := self.place(left)) is not None and place == self.place(right):
                     stack.append((self.index.producer[left], self.index.producer[right]))
                 else:
                     return False
         return True
+
+    def _rank(self, name: str) -> tuple[int, str]:
+        """Sorts the operands of a sum or product."""
+        return self.structure(name), through(self.index, name)
 
     def _reads(self, form: Form) -> list[str]:
         """All inputs of a form, those of its layer with their parameters."""
@@ -163,6 +187,8 @@ class Side:
         form, tail = self.form(position), self.tail(position) if self.folded else None
         if tail is not None and tail.nodes:
             return self._structures[tail.layer_end]
+        if form.operator == VIEW:  # which may be one that changes nothing
+            return self._known(form.inputs[0])
         operands = [self._known(operand) for operand in form.inputs]
         if form.commutative:
             operands.sort()
@@ -218,7 +244,7 @@ def _alike(pruned: Side, name: str, dense: Side, dense_name: str) -> float:
     queue, seen = [(name, dense_name)], set()
     while queue and weights < _LAYERS_COMPARED:
         one, two = queue.pop(0)
-        source, dense_source = through(pruned.index, one), through(dense.index, two)
+        source, dense_source = _behind_views(pruned, one), _behind_views(dense, two)
         if pruned.index.is_constant(source) and dense.index.is_constant(dense_source):
             weights += 1
             score += _cosine(pruned.index.value(source), dense.index.value(dense_source))
@@ -241,6 +267,14 @@ def _alike(pruned: Side, name: str, dense: Side, dense_name: str) -> float:
             score += _cosine(_rows(pruned.index, form), _rows(dense.index, partner))
         queue.extend((read, other) for read, other in zip(form.inputs, partner.inputs, strict=True) if read and other)
     return score
+
+
+def _behind_views(side: Side, name: str) -> str:
+    """The tensor behind everything that changes no value, reshapes included."""
+    name = through(side.index, name)
+    while (inner := side.unchanged(name)) is not None:
+        name = through(side.index, inner)
+    return name
 
 
 def _rows(index: GraphIndex, form: Form) -> Array:
