@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -34,6 +35,7 @@ def read_labels(path: Path, names: Sequence[str]) -> Integers:
         DataError: The file cannot be read, does not cover every image, or is ambiguous.
     """
     rows = _read_rows(path)
+    names = [os.fsencode(name).decode(errors="surrogateescape") for name in names]  # as the table has them
     # A row of data holds a class index, so a whole number.
     header = [] if any(map(_is_index, rows[0])) else [cell.lower() for cell in rows.pop(0)]
     columns = list(zip(*rows, strict=True))

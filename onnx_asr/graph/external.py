@@ -15,7 +15,7 @@ from onnx.external_data_helper import ExternalDataInfo, load_external_data_for_t
 
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import bodies
-from onnx_asr.graph.tensors import can_be_left, leave, weights_fit
+from onnx_asr.graph.tensors import can_be_left, leave, real_path, stored_path, weights_fit
 
 
 def read_external(model: onnx.ModelProto, path: Path, external_links: bool) -> None:
@@ -30,7 +30,7 @@ def read_external(model: onnx.ModelProto, path: Path, external_links: bool) -> N
         leave(tensor, _folder_of(tensor, path, external_links))
         tensor.data_location = onnx.TensorProto.DEFAULT
     for tensor in external_tensors(model):
-        load_external_data_for_tensor(tensor, str(_folder_of(tensor, path, external_links)))
+        load_external_data_for_tensor(tensor, stored_path(_folder_of(tensor, path, external_links)))
     for tensor in left:
         tensor.data_location = onnx.TensorProto.EXTERNAL
 
@@ -49,7 +49,7 @@ def _folder_of(tensor: onnx.TensorProto, path: Path, external_links: bool) -> Pa
             f"the model in the pipe '{path}' keeps its weights in other files, which cannot be found from there: give "
             "the path of the model file"
         )
-    location = ExternalDataInfo(tensor).location
+    location = real_path(ExternalDataInfo(tensor).location)
     file, folder = (path.parent / location).resolve(), path.resolve().parent
     if file == path.parent.resolve() / os.path.normpath(location) or not (
         file.is_file() and file.is_relative_to(folder)
@@ -62,7 +62,7 @@ def _folder_of(tensor: onnx.TensorProto, path: Path, external_links: bool) -> Pa
         )
     for entry in tensor.external_data:
         if entry.key == "location":
-            entry.value = str(file.relative_to(folder))
+            entry.value = stored_path(file.relative_to(folder))
     return folder
 
 
@@ -95,7 +95,7 @@ def data_files(path: Path) -> frozenset[Path]:
     if path.is_file():
         with contextlib.suppress(DecodeError, OSError, ValueError):
             model = onnx.load(path, format="protobuf", load_external_data=False)
-            found = {path.parent / ExternalDataInfo(tensor).location for tensor in external_tensors(model)}
+            found = {path.parent / real_path(ExternalDataInfo(tensor).location) for tensor in external_tensors(model)}
     return frozenset(file for file in found if file.is_file())
 
 

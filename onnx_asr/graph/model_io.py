@@ -33,6 +33,7 @@ from onnx_asr.graph.tensors import (
     is_self_contained,
     location_of,
     point_to,
+    stored_path,
 )
 
 ModelSource: TypeAlias = "onnx.ModelProto | str | os.PathLike[str] | ForeignModel"
@@ -247,7 +248,7 @@ def _save(model: onnx.ModelProto, target: Path, external: bool) -> None:
             data = target.with_name(f"{target.name}.{digest(model)[:12]}.data")
             part = beside(data, "tmp")
             leftovers.append(part)
-            model = _write_data(model, part, data.name)
+            model = _write_data(model, part, stored_path(data.name))
             if not data.exists():
                 leftovers.append(data)
             part.replace(data)

@@ -7,6 +7,7 @@ a memory map, which takes no memory before it is read.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection, Container, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,25 @@ WEIGHT_LIMIT = 2**31 - 2**26
 
 LARGE = 1 << 20
 _MAPPABLE = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE}
+
+
+def stored_path(path: str | Path) -> str:
+    """A path as models store it: in UTF-8, whatever the encoding of file names in this process.
+
+    Raises:
+        ModelError: When its bytes are not UTF-8.
+    """
+    try:
+        return os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        raise ModelError(
+            f"the path '{path}' is not in UTF-8, so no model can refer to it: rename the file or folder"
+        ) from None
+
+
+def real_path(stored: str) -> Path:
+    """The path of this process that a stored one means."""
+    return Path(os.fsdecode(stored.encode()))
 
 
 def dtype_of(element_type: int, what: str) -> np.dtype[Any]:
@@ -74,7 +94,7 @@ def leave(tensor: onnx.TensorProto, folder: Path) -> None:
         ModelError: When the file does not hold it.
     """
     info = ExternalDataInfo(tensor)
-    path = (folder / info.location).resolve()
+    path = (folder / real_path(info.location)).resolve()
     if not path.is_relative_to(folder.resolve()) or not path.is_file():
         raise ModelError(
             f"the data of tensor '{tensor.name}' should be in '{info.location}' in the folder of the model, but that "
@@ -84,7 +104,7 @@ def leave(tensor: onnx.TensorProto, folder: Path) -> None:
         raise ModelError(
             f"'{path}' is too short for tensor '{tensor.name}': the external data is incomplete, copy it again"
         )
-    tensor.external_data.add(key="basepath", value=str(folder.resolve()))
+    tensor.external_data.add(key="basepath", value=stored_path(folder.resolve()))
 
 
 def location_of(tensor: onnx.TensorProto) -> tuple[str, dict[str, Any]]:
@@ -99,7 +119,7 @@ def value_of(tensor: onnx.TensorProto) -> Array:
         return numpy_helper.to_array(tensor)
     folder, place = location_of(tensor)
     dtype = dtype_of(tensor.data_type, f"tensor '{tensor.name}'")
-    return np.memmap(Path(folder, place["location"]), dtype, "r", place["offset"], tuple(tensor.dims))
+    return np.memmap(real_path(folder) / real_path(place["location"]), dtype, "r", place["offset"], tuple(tensor.dims))
 
 
 def sparse_value(tensor: onnx.SparseTensorProto) -> Array:
