@@ -94,6 +94,8 @@ def fixed_operator(index: GraphIndex, point: LayerPoint, weight: Array) -> Reaso
     blocks, kernel = point.layer.layout.to_blocks(weight).astype(np.float64), weight.shape[2:]
     tolerance = 2e-3 if weight.dtype.itemsize == 2 else 1e-5
     groups, outputs, inputs, taps = blocks.shape
+    if not np.isfinite(blocks).all():
+        return None
     what = None
     if groups == 1 and taps == 1:
         matrix = blocks[0, :, :, 0]
@@ -208,7 +210,7 @@ def _converts_colours(matrix: Floats) -> bool:
     """Whether a matrix [3, 3] makes luma and two differences, or undoes that; or [1, 3] makes luma."""
     if len(matrix) == 1:
         return _is_luma(matrix[0])
-    if len(matrix) != 3 or np.linalg.cond(matrix) > 1e3:
+    if len(matrix) != 3 or not np.linalg.cond(matrix) < 1e3:
         return False
     for candidate in (matrix, np.linalg.inv(matrix)):
         luma = [_is_luma(row) for row in candidate]

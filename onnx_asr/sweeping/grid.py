@@ -119,7 +119,8 @@ class SweepSettings:
     Attributes:
         scope: Where ``prune`` compares scores.
         score: Score by which ``prune`` ranks weights.
-        include: Prune only nodes or weights whose name matches one of these regular expressions; empty for all.
+        include: Prune only nodes or weights whose name matches one of these regular expressions; empty for all that
+            were trained, which leaves out blur kernels and the like.
         exclude: Spare nodes or weights whose name matches one of these regular expressions.
         rounds: Mask rounds of ``compress``.
         repair: Samples, seed and settings of the methods; the method itself is the cell's.
