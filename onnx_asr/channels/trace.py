@@ -13,7 +13,7 @@ import onnx
 from onnx_asr.arrays import Array
 from onnx_asr.channels.units import ChannelLabels, Channels, Counted, Ids, Read, Sliced
 from onnx_asr.graph.index import GraphIndex, attribute, input_name, is_standard, node_label, node_reads, subgraphs
-from onnx_asr.graph.shapes import Shape, typical_shapes
+from onnx_asr.graph.shapes import InputShapes, Shape, typical_shapes
 
 _Numbered = TypeVar("_Numbered", ChannelLabels, Sliced, Counted)
 
@@ -55,9 +55,15 @@ def from_the_front(axes: Sequence[int] | None, rank: int) -> list[int]:
 class Tracer:
     """Passes units from node to node, in file order."""
 
-    def __init__(self, index: GraphIndex, rules: Mapping[str, OperatorRule], evaluate: Evaluate) -> None:
+    def __init__(
+        self,
+        index: GraphIndex,
+        rules: Mapping[str, OperatorRule],
+        evaluate: Evaluate,
+        input_shapes: InputShapes | None,
+    ) -> None:
         self.index, self._rules, self.evaluate = index, rules, evaluate
-        self.shapes = typical_shapes(index)
+        self.shapes = typical_shapes(index, input_shapes)
         self.labels: dict[str, ChannelLabels] = {}
         self.made: list[str] = []
         self.sizes: dict[str, list[int | Ids | None]] = {}  # integer vectors with an entry that counts channels

@@ -25,9 +25,12 @@ from onnx_asr.arrays import Array, Floats, Integers, Mask
 from onnx_asr.errors import ModelError, StructureError
 from onnx_asr.graph.edit import EditPlan, apply, set_metadata, stored
 from onnx_asr.graph.index import GraphIndex, Slot, attribute, input_name
+from onnx_asr.graph.shapes import InputShapes
 
 KEPT_CHANNELS = "onnx_asr.kept_channels"
 """Key of the metadata entry in which a model with removed channels records those that it kept."""
+INPUT_SHAPES = "onnx_asr.input_shapes"
+"""Key of the entry for the shapes of inputs that its channels were traced for."""
 
 Ids: TypeAlias = Integers
 Kept: TypeAlias = dict[str, list[int]]
@@ -224,6 +227,27 @@ def unread(index: GraphIndex, channels: Channels, drop: Mask) -> onnx.ModelProto
         np.moveaxis(value, columns.axis, 0)[drop[columns.ids]] = 0
         plan.values[columns.node, columns.slot] = value
     return apply(index, plan)
+
+
+def record_shapes(model: onnx.ModelProto, shapes: InputShapes | None) -> None:
+    """Record the shapes of inputs that channels were traced for, if any were given."""
+    if shapes:
+        set_metadata(model, INPUT_SHAPES, json.dumps({name: list(shape) for name, shape in shapes.items()}))
+
+
+def read_shapes(model: onnx.ModelProto) -> InputShapes | None:
+    """The shapes of inputs that the channels of a model were traced for.
+
+    Raises:
+        ModelError: When the metadata entry is damaged.
+    """
+    text = next((entry.value for entry in model.metadata_props if entry.key == INPUT_SHAPES), "{}")
+    try:
+        return {str(name): tuple(map(int, shape)) for name, shape in json.loads(text).items()} or None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"metadata entry '{INPUT_SHAPES}' is damaged ({error}): prune the dense model again"
+        ) from error
 
 
 def read_kept(model: onnx.ModelProto) -> Kept:

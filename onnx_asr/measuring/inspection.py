@@ -24,7 +24,7 @@ from onnx_asr.graph.skips import Skip
 from onnx_asr.json_values import key, plain
 from onnx_asr.measuring.damage import DAMAGE_SAMPLES, PointDamage, draw_samples, measure_damage
 from onnx_asr.networks.batching import settled_inputs
-from onnx_asr.networks.cost import compressed_size
+from onnx_asr.networks.cost import byte_size, compressed_size
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Pair, overflow
 from onnx_asr.networks.samples import input_specs
@@ -258,7 +258,7 @@ def describe(model: onnx.ModelProto, damage: Mapping[int, PointDamage] | None = 
             f"{spec.name}: {spec.dtype}[{','.join('?' if size is None else str(size) for size in spec.shape)}]"
             for spec in input_specs(index)
         ),
-        file_bytes=model.ByteSize(),
+        file_bytes=byte_size(model),
         compressed_bytes=compressed_size(model),
         layers=tuple(_layer(index, point, (damage or {}).get(point.node)) for point in found.points),
         skips=found.skips,

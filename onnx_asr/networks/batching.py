@@ -6,7 +6,7 @@ yet declare an open one. What a graph takes is therefore tried on a sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,13 +16,12 @@ from onnx_asr.data import Dataset, InputSpec
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import GraphIndex
-from onnx_asr.graph.shapes import Shape
+from onnx_asr.graph.shapes import Shape, written_batches
 from onnx_asr.networks.fidelity import compared_outputs, with_outputs
 from onnx_asr.networks.samples import feeds, fixed_batch, input_specs
 
 _PROBES = (3, 5, 7, 11)
 """Batch sizes that are rarely written into a graph."""
-_MOST_WRITTEN = 8
 
 Dim = int | str
 """A declared dimension: its size, or its name, which may be empty."""
@@ -61,7 +60,7 @@ def settled_inputs(index: GraphIndex, data: Dataset, runtime: Runtime, asked: in
     if declared is not None:
         trial.check_first_axis(specs, declared)
         return specs
-    written = _written_sizes(index)
+    written = written_batches(index)
     probe = next((size for size in _PROBES if size not in written), _PROBES[0])
     sizes = list(dict.fromkeys(filter(None, (probe, asked, 1, *written))))
     for size in sizes:
@@ -142,22 +141,3 @@ def _is_batch(dim: Dim) -> bool:
 def _has_batch(shape: Shape, size: int) -> bool:
     """Whether an output has an axis of the batch, or its first axis holds a multiple of it."""
     return size in shape or (len(shape) > 0 and shape[0] > 0 and shape[0] % size == 0)
-
-
-def _written_sizes(index: GraphIndex) -> list[int]:
-    """Sizes above 1 that may be a batch: written as a first one of a shape, or of a constant with three axes."""
-    return sorted(set(_written(index)))[:_MOST_WRITTEN]
-
-
-def _written(index: GraphIndex) -> Iterator[int]:
-    for node in index.nodes:
-        for slot, name in enumerate(node.input):
-            if not name or not index.is_constant(name):
-                continue
-            shape = index.shape(name)
-            if node.op_type in ("Reshape", "Expand") and slot == 1:
-                yield from (int(size) for size in index.value(name).ravel()[:1] if size > 1)
-            elif node.op_type in ("RNN", "GRU", "LSTM") and slot > 4:
-                yield from (size for size in shape[1:2] if size > 1)
-            elif node.op_type in ("Concat", "Add", "Mul", "MatMul") and len(shape) > 2 and shape[0] > 1:
-                yield shape[0]

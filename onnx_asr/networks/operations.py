@@ -23,7 +23,7 @@ import onnx
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import GraphIndex, attribute, is_standard, node_label, subgraphs
-from onnx_asr.graph.shapes import InputShapes, Shape, typical_shapes
+from onnx_asr.graph.shapes import InputShapes, Shape, contradicts, typical_shapes
 from onnx_asr.networks.latency import fed_with, random_feeds
 
 Sizes = Callable[[str], Shape]
@@ -86,7 +86,7 @@ class Operations:
             ModelError: When shape inference fails.
         """
         shapes = typical_shapes(index, probe.shapes)
-        if _contradicts(index, shapes):
+        if contradicts(index, shapes):
             shapes = {}
         counted, gap = _counted(index)
         unknown = _unknown(index, counted, shapes)
@@ -129,13 +129,6 @@ class Operations:
         if self.gap is not None:
             raise ModelError(f"the model's FLOPs are unknown: {self.gap}; or choose another target")
         return sum(counts.values())
-
-
-def _contradicts(index: GraphIndex, shapes: dict[str, Shape]) -> bool:
-    """Whether a Reshape changes the number of elements, because sizes for another input are written into it."""
-    reshapes = (node for node in index.nodes if is_standard(node, "Reshape"))
-    pairs = ((shapes.get(node.input[0]), shapes.get(node.output[0])) for node in reshapes)
-    return any(old is not None and new is not None and math.prod(old) != math.prod(new) for old, new in pairs)
 
 
 def _counted(index: GraphIndex) -> tuple[dict[int, _Count], str | None]:

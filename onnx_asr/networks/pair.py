@@ -12,7 +12,7 @@ import onnx
 
 from onnx_asr.arrays import Array, Floats, Mask
 from onnx_asr.channels.rules import trace
-from onnx_asr.channels.units import KEPT_CHANNELS, Channels, missing_units, read_kept, remove
+from onnx_asr.channels.units import KEPT_CHANNELS, Channels, missing_units, read_kept, read_shapes, remove
 from onnx_asr.data import InputSpec
 from onnx_asr.engine.lane import Chunk
 from onnx_asr.errors import ModelError, StructureError
@@ -162,7 +162,7 @@ class Pair:
         kept = read_kept(pruned.index.model)
         if kept == read_kept(dense.model):
             return cls._matched(pruned, dense, dense, {})
-        channels = trace(dense)
+        channels = trace(dense, input_shapes=read_shapes(pruned.index.model))
         return cls._without(pruned, dense, channels, missing_units(dense, channels, kept))
 
     @classmethod

@@ -22,7 +22,7 @@ import onnx
 
 from onnx_asr.arrays import Floats, Mask
 from onnx_asr.channels.rules import trace
-from onnx_asr.channels.units import Channels, Ids, remove, unread
+from onnx_asr.channels.units import Channels, Ids, record_shapes, remove, unread
 from onnx_asr.engine.loading import load
 from onnx_asr.engine.session import Runtime
 from onnx_asr.errors import ModelError
@@ -136,7 +136,7 @@ def prune_channels(
     check_finite(index, "dense")
     probe = Probe(input_shapes or {}, execution.runtime)
     before = cost(index, probe)
-    cutter = _Cutter(index, options)
+    cutter = _Cutter(index, options, input_shapes)
     budget, share, latency = options.budget, options.sparsity, None
     if budget is not None and budget.measure == "latency":
         stopwatch = Stopwatch(index, execution.runtime, input_shapes)
@@ -182,11 +182,14 @@ class _Cutter:
         ModelError: When no channel of the chosen layers can be removed.
     """
 
-    def __init__(self, index: GraphIndex, options: ChannelPruneOptions) -> None:
+    def __init__(self, index: GraphIndex, options: ChannelPruneOptions, input_shapes: InputShapes | None) -> None:
         found = survey(index)
         weights, self.skips = prunable_weights(index, found, options.include, options.exclude)
-        channels, chosen = trace(index), {point.node for weight in weights for point in weight.points}
-        self._index, self._options, self._channels = index, options, channels
+        channels, chosen = (
+            trace(index, input_shapes=input_shapes),
+            {point.node for weight in weights for point in weight.points},
+        )
+        self._index, self._options, self._channels, self._shapes = index, options, channels, input_shapes
         firsts = {skip.node for skip in self.skips if skip.code == FIXED.code}
         tensors = {index.nodes[point.node].input[point.weight[1]] for point in found.layers if point.node in firsts}
         fixed = {point.node for point in found.layers if index.nodes[point.node].input[point.weight[1]] in tensors}
@@ -220,6 +223,7 @@ class _Cutter:
         """The smaller model."""
         model = remove(self._index, self._channels, self.drop(sparsity))
         set_metadata(model, "onnx_asr.version", __version__)
+        record_shapes(model, self._shapes)
         return model
 
     def unread(self, sparsity: float) -> onnx.ModelProto:

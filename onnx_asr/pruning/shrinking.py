@@ -23,7 +23,7 @@ import onnx
 from onnx_asr.arrays import Mask
 from onnx_asr.channels.computing import pads
 from onnx_asr.channels.rules import trace
-from onnx_asr.channels.units import Channels, remove
+from onnx_asr.channels.units import Channels, record_shapes, remove
 from onnx_asr.engine.evaluation import evaluate
 from onnx_asr.engine.loading import load
 from onnx_asr.engine.session import Runtime
@@ -90,7 +90,7 @@ def shrink(
     probe = Probe(input_shapes or {}, execution.runtime)
     before = cost(given, probe)
     execution.progress("removing channels", 0.0)
-    index, channels, held = _without_idle(given, execution.runtime)
+    index, channels, held = _without_idle(given, execution.runtime, input_shapes)
     layers = []
     for point in survey(given).layers:
         kept = len(channels.tensors[point.tensor].ids) if point.tensor in channels.tensors else point.channels
@@ -110,14 +110,17 @@ def shrink(
         )
     if layers:
         set_metadata(index.model, "onnx_asr.version", __version__)
+        record_shapes(index.model, input_shapes)
     execution.progress("done", 1.0)
     return ShrinkResult(index.model, tuple(layers), tuple(notes), error, before, cost(index, probe))
 
 
-def _without_idle(index: GraphIndex, runtime: Runtime) -> tuple[GraphIndex, Channels, int]:
+def _without_idle(
+    index: GraphIndex, runtime: Runtime, input_shapes: InputShapes | None
+) -> tuple[GraphIndex, Channels, int]:
     """The graph without its idle channels, the channels left, and the second result of :func:`_idle`."""
     while True:
-        channels, draft = trace(index, partial(evaluate, index, runtime)), Draft(index)
+        channels, draft = trace(index, partial(evaluate, index, runtime), input_shapes), Draft(index)
         points = {point.node: point for point in survey(index).layers}
         drop, held = _idle(draft, points, channels)
         if not drop.any():

@@ -10,6 +10,7 @@ from onnx import helper
 import onnx_asr
 from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.networks.cost import cost
+from onnx_asr.networks.latency import measure_latency
 from onnx_asr.networks.operations import Operations, Probe
 from tests.graphs import index, net, run, vision_transformer
 
@@ -117,7 +118,8 @@ def test_a_run_that_fails_leaves_them_unknown() -> None:
         count(model, x=(1, 4, 8, 8))
 
 
-def test_a_batch_size_that_contradicts_a_reshape_leaves_them_unknown() -> None:
+@pytest.mark.parametrize("shape", [(4, 96), (4, -1)])
+def test_the_batch_is_one_that_is_written_into_the_graph(shape: tuple[int, ...]) -> None:
     """One sample for the convolution and four for the matrix product would be a count of nothing."""
     model = net(
         """
@@ -129,10 +131,21 @@ def test_a_batch_size_that_contradicts_a_reshape_leaves_them_unknown() -> None:
         """,
         w=(6, 3, 3, 3),
         v=(96, 5),
-        shape=np.array([4, 96]),
+        shape=np.array(shape),
     )
-    assert "fed with x:1,3,4,4: give shapes that it takes" in str(count(model).gap)
-    assert count(model, x=(4, 3, 4, 4)).total == 2 * 4 * (16 * 6 * 27 + 96 * 5)
+    assert count(model).total == 2 * 4 * (16 * 6 * 27 + 96 * 5)
+    assert "fed with x:1,3,4,4: give shapes that it takes" in str(count(model, x=(1, 3, 4, 4)).gap)
+    assert measure_latency(model, model, seconds=0).shapes == {"x": (4, 3, 4, 4)}
+
+
+def test_sizes_that_a_matrix_product_contradicts_leave_them_unknown() -> None:
+    model = net(
+        "g (float[N,3,H,W] x) => (float[N,5] y) { a = Conv (x, w)  f = Flatten (a)  y = Gemm <transB=1> (f, v) }",
+        w=(6, 3, 1, 1),
+        v=(5, 96),
+    )
+    assert "fed with x:1,3,224,224: give shapes that it takes" in str(count(model).gap)
+    assert count(model, x=(1, 3, 4, 4)).total == 2 * (16 * 6 * 3 + 96 * 5)
 
 
 def test_samples_say_how_large_inputs_are() -> None:

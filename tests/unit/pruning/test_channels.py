@@ -126,3 +126,43 @@ def test_a_net_that_lost_only_unread_channels_keeps_its_function() -> None:
     data = digit_images()[0]
     result = onnx_asr.repair(smaller, data, options, dense=dense)
     np.testing.assert_allclose(first_output(result.model, data[:8]), first_output(dense, data[:8]), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("size", "target", "shapes"),
+    [
+        ("4,4", (4, 128), None),
+        ("4,4", (4, -1), None),
+        ("4,4", (1, -1), None),
+        ("H,W", (-1, 128), {"x": (1, 3, 4, 4)}),
+        ("H,W", (4, 128), {"x": (4, 3, 4, 4)}),
+    ],
+)
+def test_sizes_that_are_written_into_the_graph(size: str, target: tuple[int, ...], shapes: Any) -> None:
+    """A batch size is found, others are given, and recorded for the repair."""
+    model = net(
+        f"""
+        g (float[N,3,{size}] x) => (float[M,5] y) {{
+          a = Conv <pads=[1,1,1,1]> (x, w)
+          r = Relu (a)
+          f = Reshape (r, target)
+          y = Gemm (f, v, b)
+        }}
+        """,
+        w=(8, 3, 3, 3),
+        v=(128, 5),
+        b=(5,),
+        target=np.array(target),
+    )
+    smaller = onnx_asr.prune_channels(model, onnx_asr.ChannelPruneOptions(0.5), input_shapes=shapes).model
+    assert parameter(smaller, 0, 1).shape == (4, 3, 3, 3)
+    assert parameter(smaller, 3, 1).shape == (64, 5)
+    options = onnx_asr.RepairOptions("refit", samples=32, verify_samples=12)
+    x = np.random.default_rng(0).standard_normal((48, 3, 4, 4)).astype(np.float32)
+    repaired = onnx_asr.repair(smaller, x, options, dense=model)
+    assert repaired.verification is not None
+    assert repaired.verification.verdict == "closer"
+    if shapes is not None:
+        del smaller.metadata_props[[entry.key for entry in smaller.metadata_props].index("onnx_asr.input_shapes")]
+        with pytest.raises(ModelError):
+            onnx_asr.repair(smaller, x, options, dense=model)

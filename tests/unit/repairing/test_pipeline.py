@@ -530,9 +530,7 @@ def test_auto_gives_back_what_it_cannot_improve() -> None:
 
 
 def test_outputs_that_are_not_finite_cannot_be_compared() -> None:
-    model = net(
-        "g (float[N,4] x) => (float[N,3] y) { a = Gemm (x, w)  y = Log (a) }", w=(4, 3)
-    )  # of negative numbers
+    model = net("g (float[N,4] x) => (float[N,3] y) { a = Gemm (x, w)  y = Log (a) }", w=(4, 3))  # of negative numbers
     x = np.random.default_rng(0).standard_normal((48, 4)).astype(np.float32)
     damaged = pruned(model, 0.3)
     result = repair(damaged, x, RepairOptions("paired", samples=32, verify_samples=16), dense=model)
