@@ -26,7 +26,7 @@ from onnx_asr.arrays import Array, Floats, Integers, Mask
 from onnx_asr.channels.rules import trace
 from onnx_asr.channels.units import KEPT_CHANNELS, Channels
 from onnx_asr.errors import StructureError
-from onnx_asr.graph.index import GraphIndex, attribute, input_name, is_standard
+from onnx_asr.graph.index import GraphIndex, ancestors, attribute, input_name, is_standard
 from onnx_asr.graph.layers import BN_MEAN, BN_VAR, LAYERS, NORMALIZATION, Layer
 from onnx_asr.pairing.match import Refolding, counterparts
 from onnx_asr.pairing.refolding import refold
@@ -34,8 +34,8 @@ from onnx_asr.pairing.stretches import Equation, Groups, Stretch, Stretches, num
 from onnx_asr.pairing.tails import Tail
 
 _UNTOLD = (
-    "the pruned model is smaller than the dense one, and which channels it kept cannot be told: it has no record of "
-    f"them that fits ('{KEPT_CHANNELS}' in metadata_props), and by the weights"
+    "the pruned model is smaller than the dense one, and which channels it kept is unknown: it has no record of them "
+    f"that fits ('{KEPT_CHANNELS}' in metadata_props), and the weights do not tell"
 )
 _ADVICE = (
     "give the dense file that the pruned one was made from; if prune or shrink removed the channels and another tool "
@@ -204,7 +204,8 @@ def _constants(
             if axis not in found and size != full:
                 raise StructureError(
                     f"{where} has a parameter of shape {other.shape}, {dense.label(node)} in the dense model one of "
-                    f"shape {value.shape}, and along axis {axis} no channels can be removed"
+                    f"shape {value.shape}, but along axis {axis} no channels can be missing"
+                    f"{_reason(dense, channels, node)}"
                 )
         is_statistic = is_standard(dense.nodes[node], NORMALIZATION) and slot in (BN_MEAN, BN_VAR)
         constants.append(_Constant(where, other, value, tuple(_Axis(*pair) for pair in found.items()), is_statistic))
@@ -216,6 +217,17 @@ def _constants(
             if size is not None and 0 <= size <= len(count.ids):
                 counts.append(Equation(stretches, size, f"node {pruned.label(back[count.node])}"))
     return constants, counts
+
+
+def _reason(dense: GraphIndex, channels: Channels, node: int) -> str:
+    """Why the channels that a node reads cannot be removed, if something before it is the reason."""
+    for position in sorted(ancestors(dense, dense.nodes[node].input), reverse=True):
+        for name in dense.nodes[position].output:
+            units = channels.tensors[name].ids.tolist() if name in channels.tensors else []
+            reason = next((channels.frozen[unit] for unit in units if unit in channels.frozen), None)
+            if reason is not None:
+                return f": {reason}"
+    return ""
 
 
 def _counterpart(pruned: GraphIndex, position: int, dense: GraphIndex, node: int, slot: int) -> Array | None:

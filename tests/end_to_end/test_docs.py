@@ -22,7 +22,7 @@ from tools.paths import ROOT
 
 DOCS = ROOT / "docs"
 SECTIONS = re.findall(r"^## (.*)\n((?:(?!^## ).*\n)*)", (DOCS / "howto.md").read_text(), re.MULTILINE)
-QUANTIZE, OPENVINO, TENSORRT, GRAPHSURGEON = (text for _, text in SECTIONS)
+QUANTIZE, OPENVINO, TENSORRT, GRAPHSURGEON, _ = (text for _, text in SECTIONS)
 
 
 def agreement(path: Path, dense: str) -> float:

@@ -88,7 +88,7 @@ def test_channels_removed_by_another_tool(tmp_path, output):
             tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
     onnx.save(model, small)
     error = refused("repair", small, "--dense", DENSE, *DATA, output=output)
-    assert "which channels it kept cannot be told" in error
+    assert "which channels it kept is unknown" in error
     assert "give the dense file that the pruned one was made from" in error
 
 

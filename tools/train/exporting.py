@@ -12,11 +12,11 @@ from torch import nn
 OPSET = 17
 
 
-def exported(net: nn.Module, shape: tuple[int, ...]) -> bytes:
+def exported(net: nn.Module, shape: tuple[int, ...], *, fold: bool = False) -> bytes:
     """The file of a net in evaluation mode, which goes to the CPU for it, for inputs [N, *shape] with any N.
 
-    `TrainingMode.EVAL` would fold BatchNormalization into the convolutions; `PRESERVE` on a net in evaluation mode does
-    not.
+    `TrainingMode.EVAL` folds BatchNormalization into the convolutions, if asked for; `PRESERVE` on a net in evaluation
+    mode does not.
 
     Raises:
         SystemExit: When BatchNormalization was folded all the same, or stands there in training form.
@@ -30,7 +30,7 @@ def exported(net: nn.Module, shape: tuple[int, ...]) -> bytes:
             content,
             opset_version=OPSET,
             dynamo=False,
-            training=torch.onnx.TrainingMode.PRESERVE,
+            training=torch.onnx.TrainingMode.EVAL if fold else torch.onnx.TrainingMode.PRESERVE,
             input_names=["input"],
             output_names=["logits"],
             dynamic_axes={"input": {0: "N"}, "logits": {0: "N"}},
@@ -38,7 +38,7 @@ def exported(net: nn.Module, shape: tuple[int, ...]) -> bytes:
     model = onnx.load_from_string(content.getvalue())
     onnx.checker.check_model(model, full_check=True)
     norms = [node for node in model.graph.node if node.op_type == "BatchNormalization"]
-    if len(norms) != sum(isinstance(module, nn.BatchNorm2d) for module in net.modules()):
+    if not fold and len(norms) != sum(isinstance(module, nn.BatchNorm2d) for module in net.modules()):
         raise SystemExit("the exporter folded BatchNormalization nodes away: use another torch")
     if any(len(node.output) != 1 or any(a.name == "training_mode" and a.i for a in node.attribute) for node in norms):
         raise SystemExit("a BatchNormalization node was exported in training form: use another torch")

@@ -17,7 +17,7 @@ from onnx_asr.pruning.options import ChannelPruneOptions
 from tests.graphs import copy, dense_net, digits, folded, index, net, pruned, random_net, residual_net
 
 NETS = {name: (lambda name=name: digits(name)) for name in ("resnet", "densenet", "mobilenet", "vgg")}
-UNTOLD = "which channels it kept cannot be told: .* by the weights: "
+UNTOLD = "which channels it kept is unknown: .* the weights do not tell: "
 
 
 def without_record(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -232,9 +232,20 @@ def test_outputs_cannot_have_lost_channels() -> None:
         Pair.of(two(v[:4], w[:1, :4]), two(v, w))
 
 
+def test_operators_that_mix_channels_are_named() -> None:
+    v, w = weights()
+    text = TWO.replace("r = Relu (a)", "r = LRN <size=3> (a)")
+    cut = net(text, v=v[:4].astype(np.float32), w=w[:, :4].astype(np.float32))
+    dense = net(text, v=v.astype(np.float32), w=w.astype(np.float32))
+    with pytest.raises(
+        StructureError, match="along axis 1 no channels can be missing: LRN:r: it is not known to keep channels apart"
+    ):
+        Pair.of(cut, dense)
+
+
 def test_inputs_cannot_have_lost_channels() -> None:
     v, w = weights()
-    with pytest.raises(StructureError, match=r"of shape \(4, 2, 1, 1\), .* along axis 1 no channels can be removed"):
+    with pytest.raises(StructureError, match=r"of shape \(4, 2, 1, 1\), .* along axis 1 no channels can be missing;"):
         Pair.of(two(v[:4, :2], w[:, :4]), two(v, w))
 
 
