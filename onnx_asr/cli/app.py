@@ -21,7 +21,7 @@ from onnx_asr.cli import commands
 from onnx_asr.cli.outcome import BAD_INPUT, DONE, INTERRUPTED
 from onnx_asr.cli.parameters import OUTPUTS, PANELS
 from onnx_asr.cli.supervision import announce, supervised
-from onnx_asr.cli.terminal import Terminal, drop_stdout, leave_progress, say
+from onnx_asr.cli.terminal import Terminal, drop_stdout, leave_progress, replace_closed_streams, say
 from onnx_asr.errors import OnnxAsrError, OptionError, is_interrupt
 from onnx_asr.files.outputs import STDIN, STDOUT
 from onnx_asr.ownership import DISTRIBUTION, check_owner
@@ -83,6 +83,7 @@ def _overview(*, terminal: Annotated[Terminal, Parameter(parse="^(?!json$)")] = 
 
 def main() -> NoReturn:
     """Run the command line, supervised, and leave the process."""
+    replace_closed_streams()
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
 

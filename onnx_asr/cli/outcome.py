@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from onnx_asr.cli.terminal import Terminal, say
 from onnx_asr.errors import OptionError
-from onnx_asr.files.outputs import Destination, size_text
+from onnx_asr.files.outputs import STDIN, Destination, size_text
 
 if TYPE_CHECKING:
     import onnx
@@ -102,14 +102,16 @@ class Outputs:
 
     def write_model(self, result: onnx.ModelProto, source: str) -> str:
         """Write a model, with its weights beside it where the given model has them so; its path."""
-        from onnx_asr.graph.external import data_files
+        from onnx_asr.graph.external import data_files, remove_obsolete
         from onnx_asr.graph.model_io import is_external, save
 
         place = self.places["--output"]
         before = frozenset() if place.file is None else data_files(place.file)
         save(result, place.path, external_data=is_external(source))
         if before and place.file is not None:
-            for file in sorted(before - data_files(place.file)):
+            old = before - data_files(place.file)
+            remove_obsolete(old, place.file)
+            for file in sorted(old):
                 if file.exists():
                     what = f"'{file}' ({size_text(file.stat().st_size)})"
                     say("warning", f"{what} is no longer read by '{place.path}': remove it if nothing else reads it")
@@ -138,7 +140,7 @@ class Outputs:
 
 def given_model(model: str, external_links: bool) -> ModelSource:
     """A model as the library takes it: a path, or what a pipe, which can be read only once, or links lead to."""
-    if not external_links and not Path(model).is_fifo():
+    if not external_links and Path(model).is_file() and Path(model) != STDIN:
         return model
     from onnx_asr.engine.loading import load
 

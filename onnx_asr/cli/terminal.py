@@ -90,6 +90,18 @@ def leave_progress() -> None:
         console.show_cursor()
 
 
+def replace_closed_streams() -> None:
+    """Give the process the standard streams that it was started without, before other files get their numbers.
+
+    What is printed is lost; an output that names such a stream is refused, as it cannot be written to.
+    """
+    closed = [name for name in ("stdin", "stdout", "stderr") if getattr(sys, name) is None]
+    for _ in closed:
+        os.open(os.devnull, os.O_RDONLY)  # has the lowest number that is free
+    for name in closed:
+        setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r" if name == "stdin" else "w"))
+
+
 def drop_stdout() -> None:
     """Discard what is still written to a stdout that nobody reads."""
     with suppress(OSError, ValueError):

@@ -89,12 +89,17 @@ def _parts(tensors: Iterable[onnx.SparseTensorProto]) -> Iterator[onnx.TensorPro
         yield from (tensor.values, tensor.indices)
 
 
-def data_files(path: Path) -> frozenset[Path]:
-    """The files in which a model file keeps weights; none where there is no such model."""
+def data_files(path: Path, *, read_whole: bool = False) -> frozenset[Path]:
+    """The files in which a model file keeps weights; none where there is no such model.
+
+    With ``read_whole`` also none where the model is over 2 GB, as models that were loaded from it read them later.
+    """
     found = set()
     if path.is_file():
         with contextlib.suppress(DecodeError, OSError, ValueError):
             model = onnx.load(path, format="protobuf", load_external_data=False)
+            if read_whole and not weights_fit(model):
+                return frozenset()
             found = {path.parent / real_path(ExternalDataInfo(tensor).location) for tensor in external_tensors(model)}
     return frozenset(file for file in found if file.is_file())
 
@@ -111,7 +116,7 @@ def _is_ours(file: Path, model: Path) -> bool:
     """Whether a data file is one that was written for a model file, and has no other name."""
     if not re.fullmatch(re.escape(model.name) + r"\.[0-9a-f]{12}\.data", file.name) or file.parent != model.parent:
         return False
-    return not file.is_symlink() and file.stat().st_nlink == 1
+    return file.is_file() and not file.is_symlink() and file.stat().st_nlink == 1
 
 
 def _is_mentioned(file: Path) -> bool:

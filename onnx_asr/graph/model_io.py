@@ -209,7 +209,7 @@ def save(model: onnx.ModelProto, path: str | os.PathLike[str], *, external_data:
 
     External data is written on request, or where the model is over protobuf's 2 GB. Into a pipe, and through a link
     into another folder, the weights go with the model. A data file that an earlier call wrote for this path is removed
-    if no file of the folder refers to it any more.
+    if no model of the folder refers to it any more; one over 2 GB stays, as models in memory may read it later.
 
     Raises:
         OutputError: It cannot be written; an existing file is unchanged.
@@ -239,7 +239,7 @@ def check_embeddable(model: onnx.ModelProto, destination: Destination) -> None:
 
 
 def _save(model: onnx.ModelProto, target: Path, external: bool) -> None:
-    old = data_files(target)
+    old = data_files(target, read_whole=True)
     new = beside(target, "onnx")
     leftovers = [new]  # listed before they exist: an interrupt may come at any time
     whole = False

@@ -110,6 +110,16 @@ def test_a_terminal_gets_no_model() -> None:
     assert b"is a terminal" in done.stderr
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_may_be_closed(tmp_path: Path, pruned: bytes, closed: str) -> None:
+    done = piped(f"tool prune {DENSE} -o o.onnx --sparsity 0.5 {closed}", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "o.onnx").read_bytes() == pruned
+    done = piped(f"tool prune {DENSE} -o /dev/stdout --sparsity 0.5 {closed} | cat", cwd=tmp_path)
+    assert done.stdout == (b"" if ">&-" in closed.split() else pruned)
+    assert os.listdir(tmp_path) == ["o.onnx"]
+
+
 def test_a_reader_that_leaves_is_an_error(tmp_path: Path) -> None:
     done = piped(f"tool prune {DENSE} -o - --sparsity 0.5 -q | true; exit ${{PIPESTATUS[0]}}", cwd=tmp_path)
     assert done.returncode == 2

@@ -190,6 +190,17 @@ def test_a_data_file_that_may_be_needed_stays(tmp_path: Path, keeper: str) -> No
     assert old.read_bytes() == content
 
 
+def test_a_data_file_that_a_loaded_model_reads_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = save(residual_net(), tmp_path / "m.onnx", external_data=True)
+    monkeypatch.setattr(tensors, "WEIGHT_LIMIT", 1000)
+    monkeypatch.setattr(tensors, "LARGE", 1000)
+    model = load(target)
+    assert any(tensors.is_left(tensor) for tensor in model.graph.initializer)
+    save(another("1"), target)
+    for read, stored in zip(model.graph.initializer, residual_net().graph.initializer, strict=True):
+        np.testing.assert_array_equal(tensors.value_of(read), numpy_helper.to_array(stored))
+
+
 def test_a_data_file_of_another_name_stays(tmp_path: Path) -> None:
     target = tmp_path / "m.onnx"
     for location in ("weights.bin", "other.onnx.0123456789ab.data", "m.onnx.data"):
