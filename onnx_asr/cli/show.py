@@ -284,8 +284,9 @@ def _layers(layers: Sequence[LayerSparsity]) -> Table:
 
 def _candidates(result: RepairResult) -> Table:
     """The methods that auto tried, the chosen one marked."""
-    classifier = all(item.fidelity.kl is not None for item in result.candidates)
-    scores = ("agreement", "kl") if classifier else ("snr_db",)
+    first = result.candidates[0].fidelity
+    scores = ["snr_db"] if first.kl is None and first.snr_db is not None else ["agreement"]
+    scores += ["kl"] if first.kl is not None else []
     table = _columns("auto tried", *(f">{_SCORES[name][0]}" for name in scores), ">seconds", "")
     for item in result.candidates:
         values = (_SCORES[name][1].format(getattr(item.fidelity, name)) for name in scores)

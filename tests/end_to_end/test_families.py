@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 import onnx_asr
 from onnx_asr import PruneOptions, RepairOptions
+from tests.end_to_end.conftest import cli
 from tests.graphs import run
 from tools.check.families import COLUMNS, MORE, Trial, table
 from tools.check.twins import FAMILIES, Twin, twins
@@ -59,6 +61,19 @@ def test_every_command_on_one_of_them(tmp_path: Path) -> None:
     assert float(trial.outcomes["auto"].cell) > float(trial.outcomes["50%"].cell) + 3
     assert set(trial.outcomes) == {*COLUMNS, *MORE} - {"refit", "paired", "bn"}
     assert any("YOLOv8" in line and "| - |" in line for line in table([trial]))
+
+
+def test_auto_shows_what_it_tried_where_outputs_are_integers(tmp_path: Path) -> None:
+    twin = ONE["DeepLab"]
+    (tmp_path / "dense.onnx").write_bytes(twin.model.SerializeToString())
+    pruned = onnx_asr.prune(twin.model, options=PruneOptions(0.7)).model
+    (tmp_path / "pruned.onnx").write_bytes(pruned.SerializeToString())
+    np.savez(tmp_path / "data.npz", **twin.samples(48, seed=0))  # type: ignore[arg-type]
+    done = cli(
+        *["repair", "pruned.onnx", "--dense", "dense.onnx", "--data", "data.npz", "-o", "repaired.onnx"], cwd=tmp_path
+    )
+    assert done.code == 0
+    assert re.search(r"auto tried +agreement +seconds", done.out)
 
 
 def test_a_fault_is_one(tmp_path: Path) -> None:

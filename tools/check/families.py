@@ -113,7 +113,9 @@ class Trial:
         if "Traceback" in done.stderr or done.returncode not in (0, 1, 2):
             self.outcomes[column] = Outcome("FAULT", f"exit code {done.returncode}: {lines[-1] if lines else ''}")
         elif done.returncode and written:
-            self.outcomes[column] = Outcome("FAULT", f"exit code {done.returncode}, and a file")
+            self.outcomes[column] = Outcome(
+                "FAULT", f"exit code {done.returncode}, and a file: {lines[-1] if lines else ''}"
+            )
         elif done.returncode == 2:
             error = next((line for line in lines if line.startswith("error: ")), "")
             self.outcomes[column] = Outcome("refused" if error else "FAULT", error.removeprefix("error: "))
