@@ -129,7 +129,8 @@ class RowSampler:
             return self._matrix_rows(source, rows)[:, None, :], lambda tensor: self._matrix_rows(tensor, rows)
         if len(source) != shape[0]:
             raise unequal(self.point)
-        images = len(source) // samples  # more than 1 where the model has cut its input into windows
+        # more than 1 where the model has cut its input into windows; rounded up where it mixes the samples of a batch
+        images = -(-len(source) // samples)
         shapes = source.shape[2:], shape[2:]
         if self._shapes != shapes:
             geometry = conv_geometry(self._pair.pruned.index, self.point, *shapes)
@@ -139,7 +140,8 @@ class RowSampler:
             self._positions = patches.sample_positions(total, math.prod(shape[2:]), count, self._seed)
             self._table = patches.input_positions(geometry, *shapes)
             self._shapes = shapes
-        positions = self._positions[self._seen * images : self._seen * images + len(source)]
+        first = min(self._seen * images, len(self._positions) - len(source))
+        positions = self._positions[first : first + len(source)]
         x = patches.gather_patches(source, self._table, positions, layer.layout.groups)
         return x, lambda tensor: patches.gather_outputs(tensor, positions)
 

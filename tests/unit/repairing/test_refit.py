@@ -327,6 +327,22 @@ def test_windows_of_one_sample_are_images_of_their_own() -> None:
     assert np.square(after - reference).mean() < 0.7 * np.square(before - reference).mean()
 
 
+@pytest.mark.parametrize("mixing", ["ReduceMean <axes=[0]> (r)", "Transpose <perm=[1,0,2,3]> (r)"])
+def test_maps_of_a_mixed_batch_are_images_of_their_own(mixing: str) -> None:
+    """A layer that reads fewer or more maps than the batch has samples, which is 4 here."""
+    layers = f"a = Conv (x, wa) r = Relu (a) m = {mixing} y = Conv (m, wb)"
+    text = f"g (float[4,6,5,5] x) => (float[M,3,5,5] y) {{ {layers} }}"
+    dense = net(text, wa=(6, 6, 1, 1), wb=(3, 6 if "Reduce" in mixing else 4, 1, 1))
+    damaged = onnx_asr.prune(dense, options=PruneOptions(0.5)).model
+    x = images(16, seed=0, shape=(6, 5, 5))
+    result = refitted(damaged, dense, x)
+    before, after, expected = (
+        np.concatenate([run(model, {"x": x[i : i + 4]})["y"] for i in range(0, 16, 4)])
+        for model in (damaged, result, dense)
+    )
+    assert np.square(after - expected).sum() < np.square(before - expected).sum()
+
+
 def two_layers(with_bn: bool) -> onnx.ModelProto:
     text = """
     g (float[N,3,6,6] x) => (float[N,4,6,6] y) {{
