@@ -32,6 +32,8 @@ def _layer(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
     added: Floats | float = 0.0
     if bias is not None:
         per_channel = bias.size == (bias.shape[-1] if bias.ndim else 1)
+        if per_channel and bias.size not in (1, layout.channels):
+            raise Obstacle(f"it has {layout.channels} channels, but a bias for {bias.size}")
         added = layer.beta * bias.reshape(-1) if per_channel else varying(len(ids))
     constant = constant + added
     in_axis = layout.input_axis

@@ -56,6 +56,8 @@ def _split(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
             raise Obstacle("its parts differ in size")
         sizes = [len(labels.ids) // len(node.output)] * len(node.output)
         tracer.join_groups(labels.ids, len(node.output))
+    if len(sizes) != len(node.output) or sum(sizes) != len(labels.ids):
+        raise Obstacle(f"its sizes do not divide {len(labels.ids)} channels")
     bounds = itertools.pairwise(np.cumsum([0, *sizes]))
     for entry, (name, (start, stop)) in enumerate(zip(node.output, bounds, strict=True)):
         part = ChannelLabels(labels.axis, labels.ids[start:stop], labels.constant[start:stop])

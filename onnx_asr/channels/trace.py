@@ -127,12 +127,16 @@ class Tracer:
 
     def join(self, first: Ids, second: Ids) -> None:
         """Make one unit of each pair."""
+        if len(first) != len(second):
+            raise Obstacle(f"it combines {len(first)} channels with {len(second)}")
         for a, b in zip(first.tolist(), second.tolist(), strict=True):
             low, high = sorted((self._find(a), self._find(b)))
             self._parent[high] = low
 
     def join_groups(self, ids: Ids, groups: int) -> None:
         """Join position ``j`` of all groups."""
+        if len(ids) % groups:
+            raise Obstacle(f"it divides {len(ids)} channels into {groups} groups")
         grouped = ids.reshape(groups, -1)
         for other in grouped[1:]:
             self.join(grouped[0], other)

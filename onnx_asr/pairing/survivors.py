@@ -10,14 +10,14 @@ where ``v`` is the variance over the dense channels of the constant that an entr
 entries: 0 for the same channel, also if weights of it were set to zero, and about 1 for two channels that have nothing
 in common. Rows can be compared at the input channels that are known already, so channels become known from the inputs
 of the graph on, and from its outputs back. A channel is known when its nearest counterpart is near and no other one
-comes close.
+comes close: by the weights, or else with biases, scales and the like.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 from math import prod
 
 import numpy as np
@@ -46,6 +46,7 @@ _MARGIN = 4.0  # the second nearest has to be so many times as far
 _EQUAL = 1e-12  # a distance of rounding errors of float64
 _FEW = 16  # entries: fewer have to be equal, not only near
 _ENTRIES = 1024  # of a constant that are compared per channel
+_STATISTIC, _OTHER, _WEIGHT = range(3)
 
 
 @dataclass(frozen=True)
@@ -158,14 +159,15 @@ class _Constant:
 
     Attributes:
         where: The node of the smaller graph that reads it, for messages.
-        is_statistic: Whether it is a running mean or variance, which tools measure again after pruning.
+        trust: How far tools leave it as it was: ``_WEIGHT``; ``_OTHER`` for scales and biases, which take over what
+            removed channels contributed; ``_STATISTIC`` for a running mean or variance, which is measured again.
     """
 
     where: str
     pruned: Array
     dense: Array
     axes: tuple[_Axis, ...]
-    is_statistic: bool
+    trust: int
 
     @property
     def equations(self) -> Iterator[Equation]:
@@ -208,7 +210,8 @@ def _constants(
                     f"{_reason(dense, channels, node)}"
                 )
         is_statistic = is_standard(dense.nodes[node], NORMALIZATION) and slot in (BN_MEAN, BN_VAR)
-        constants.append(_Constant(where, other, value, tuple(_Axis(*pair) for pair in found.items()), is_statistic))
+        trust = _WEIGHT if is_weight else _STATISTIC if is_statistic else _OTHER
+        constants.append(_Constant(where, other, value, tuple(_Axis(*pair) for pair in found.items()), trust))
     counts = []
     for count in channels.counts:
         stretches = groups.stretches(count.ids)
@@ -332,9 +335,9 @@ class _Search:
         """
         while True:
             before = self._unknown()
-            for group in self._lost:
+            for group, trust in product(self._lost, (_WEIGHT, _OTHER)):
                 if (self.known[group] < 0).any():
-                    self._identify(group, self._distances(group))
+                    self._identify(group, self._distances(group, trust))
             if self._unknown() == before:
                 break
         for group in self._lost:
@@ -380,31 +383,40 @@ class _Search:
 
     def _settle(self, group: int) -> None:
         """Decide between channels that are alike in every respect, and check all by all evidence."""
-        distances = self._distances(group)
-        known = self.known[group]
+        known, distances = self.known[group], self._final_distances(group)
         for channel in np.flatnonzero(known < 0):
             between = self._candidates(group, int(channel))
-            row = np.zeros(len(between)) if distances is None else distances.near[channel, between]
+            row = distances[channel, between]
             nearest = between[row <= row.min() + _EQUAL]
             others = row[row > row.min() + _EQUAL]
             separate = row.min() <= _NEAR and (others >= _MARGIN * row.min()).all()
-            if not separate or not self._are_twins(group, nearest):
+            if not separate or not (self._is_dead(group, int(channel)) or self._are_twins(group, nearest)):
                 raise StructureError(self._doubt(group, int(channel), between[np.argsort(row, kind="stable")], row))
             known[channel] = nearest[0]
         self._check_order(group)
-        if distances is None:
-            return
-        own = distances.near[np.arange(len(known)), known]
-        wrong = np.flatnonzero((own > _NEAR) | (own > _MARGIN * distances.near.min(axis=1) + _EQUAL))
-        if len(wrong):
-            order = np.argsort(distances.near[wrong[0]], kind="stable")
-            raise StructureError(self._doubt(group, int(wrong[0]), order, distances.near[wrong[0]]))
+        own = distances[np.arange(len(known)), known]
+        for channel in np.flatnonzero((own > _NEAR) | (own > _MARGIN * distances.min(axis=1) + _EQUAL)):
+            row = distances[channel]
+            raise StructureError(self._doubt(group, int(channel), np.argsort(row, kind="stable"), row))
         self.difference = max(self.difference, self._difference(group))
+
+    def _final_distances(self, group: int) -> Floats:
+        """[k, n] distances by the weights alone where these are many, or those of a dense channel."""
+        weights, everything = (self._distances(group, trust) for trust in (_WEIGHT, _OTHER))
+        if weights is None or everything is None:
+            found = weights or everything
+            return np.zeros((self.left[group], self._full[group])) if found is None else found.near
+        suffice = (weights.entries >= _FEW) | ((weights.entries > 0) & (weights.near.min(axis=1) <= _EQUAL))
+        return np.where(suffice[:, None], weights.near, everything.near)
+
+    def _is_dead(self, group: int, channel: int) -> bool:
+        """Whether no weight makes or reads a channel, so that it does not matter which one it is."""
+        return not any(pruned[channel].any() for pruned, _ in self._evidence(group, _WEIGHT))
 
     def _difference(self, group: int) -> float:
         """The difference between all channels of a group and their counterparts, root mean square."""
         total, entries = 0.0, 0
-        for pruned, dense in self._evidence(group, _ENTRIES):
+        for pruned, dense in self._evidence(group, _OTHER, _ENTRIES):
             variance, support = float(dense.var(axis=0).mean()), pruned != 0
             if variance > 0.0:
                 total += float(np.square(pruned - dense[self.known[group]])[support].sum()) / variance / 2
@@ -426,14 +438,14 @@ class _Search:
 
     def _are_twins(self, group: int, units: Integers) -> bool:
         """Whether dense channels are equal in all that makes and reads them."""
-        return all((dense[units] == dense[units[0]]).all() for _, dense in self._evidence(group))
+        return all((dense[units] == dense[units[0]]).all() for _, dense in self._evidence(group, _STATISTIC))
 
-    def _distances(self, group: int) -> _Distances | None:
+    def _distances(self, group: int, trust: int) -> _Distances | None:
         """Distances by what is known now; None without evidence."""
         shape = self.left[group], self._full[group]
         near, full = np.zeros(shape), np.zeros(shape)
         counts, size = np.zeros(shape[0]), 0
-        for pruned, dense in self._evidence(group, _ENTRIES):
+        for pruned, dense in self._evidence(group, trust, _ENTRIES):
             variance = float(dense.var(axis=0).mean())
             if variance == 0.0:
                 continue
@@ -449,16 +461,15 @@ class _Search:
         near, full = np.maximum(near, 0.0), np.maximum(full, 0.0)
         return _Distances(near / (2 * np.maximum(counts, 1.0))[:, None], full / (2 * size), counts, size)
 
-    def _evidence(self, group: int, entries: int | None = None) -> Iterator[tuple[Floats, Floats]]:
-        """Entries [k, m] of the smaller graph and [n, m] of the dense one, constant by constant.
+    def _evidence(self, group: int, trust: int, entries: int | None = None) -> Iterator[tuple[Floats, Floats]]:
+        """Entries [k, m] of the smaller graph and [n, m] of the dense one, constant by constant of at least some trust.
 
-        Entries that belong to other channels, too, are compared where these are known; ``entries`` limits m, and leaves
-        out statistics.
+        Entries that belong to other channels, too, are compared where these are known; ``entries`` limits m.
         """
         for site in self._readers.get(group, ()):
             constant, own = site.constant, site.axis
             others = [axis for axis in constant.axes if axis is not own]
-            if any(axis.stretches is None for axis in others) or (entries is not None and constant.is_statistic):
+            if constant.trust < trust or any(axis.stretches is None for axis in others):
                 continue
             assert own.stretches is not None
             stretch = own.stretches[site.number]

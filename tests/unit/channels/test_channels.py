@@ -393,6 +393,22 @@ FROZEN: dict[str, tuple[str, dict[str, Any], str]] = {
         "computes with their number",
     ),
     "mask": ("a = Conv (x, wa) d, m = Dropout (a) y = Not (m)", {}, "Not:y: it is not known to keep channels apart"),
+    "unfit bias": (
+        "a = Conv (x, wa) y = Conv (a, wy, bias)",
+        {"wy": (5, 6, 1, 1), "bias": (3,)},
+        "it has 5 channels, but a bias for 3",
+    ),
+    "unfit sizes": (
+        "a = Conv (x, wa) b, c = Split <axis=1> (a, sizes) y = Conv (b, wy)",
+        {"wy": (5, 2, 1, 1), "sizes": np.array([2, 3])},
+        "its sizes do not divide 6 channels",
+    ),
+    "unfit groups": (
+        "a = Conv (x, wa) y = Conv <group=4> (a, wy)",
+        {"wy": (4, 2, 1, 1)},
+        "it divides 6 channels into 4 groups",
+    ),
+    "unfit parts": ("a = Conv (x, wa) b = Conv (x, wb) y = Concat <axis=2> (a, b)", {}, "combines 6 channels with 4"),
     "spread": ("a = Conv (x, w1) b = Conv (x, wa) y = Mul (a, b)", {"w1": (1, 4, 1, 1)}, "broadcasts one channel"),
 }
 

@@ -9,11 +9,13 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from onnx_asr.channels.units import read_kept
 from onnx_asr.errors import StructureError
 from onnx_asr.networks.pair import Network, Pair
 from onnx_asr.pairing.survivors import survivors
 from onnx_asr.pruning.channels import prune_channels
 from onnx_asr.pruning.options import ChannelPruneOptions
+from onnx_asr.pruning.shrinking import shrink
 from tests.graphs import copy, dense_net, digits, folded, index, net, pruned, random_net, residual_net
 
 NETS = {name: (lambda name=name: digits(name)) for name in ("resnet", "densenet", "mobilenet", "vgg")}
@@ -256,12 +258,35 @@ def test_one_channel_that_is_all_zero_is_found_by_its_readers() -> None:
     assert kept_of(two(some[[0, 2, 4]], w[:, [0, 2, 4]]), two(v, w)) == [0, 2, 4]
 
 
-def test_one_channel_that_is_all_zero_and_never_read_is_refused() -> None:
+def test_which_one_a_dead_channel_is_does_not_matter() -> None:
+    """Neither made nor read by any weight; without those, nothing told it."""
     v, w = weights()
     some, read = v.copy(), w.copy()
     some[4], read[:, 4] = 0.0, 0.0
+    assert kept_of(two(some[[0, 4, 5]], read[:, [0, 4, 5]]), two(v, w)) == [0, 1, 5]
+
+
+def test_dense_channels_that_nothing_tells_apart_but_their_statistics_are_refused() -> None:
+    text = """g (float[N,3,5,5] x) => (float[N,2,5,5] y) {
+        a = Conv (x, v)  n = BatchNormalization (a, n_gamma, n_beta, n_mean, n_var)  y = Conv (n, w) }"""
+    v, w = weights()
+    v[3], w[:, 3] = v[1], w[:, 1]
+    values = {"n_gamma": np.ones(6), "n_beta": np.zeros(6), "n_mean": np.arange(6.0), "n_var": np.ones(6)}
+    values = {name: value.astype(np.float32) for name, value in (values | {"v": v, "w": w}).items()}
+    rows = [0, 3, 4]
+    cut = {name: value[:, rows] if name == "w" else value[rows] for name, value in values.items()}
     with pytest.raises(StructureError, match=UNTOLD + "channel 1 of node .* could be channel 1 of the dense model or"):
-        Pair.of(two(some[[0, 4, 5]], read[:, [0, 4, 5]]), two(v, w))
+        Pair.of(net(text, **cut), net(text, **values))
+
+
+@pytest.mark.parametrize("sparsity", [0.8, 0.9, 0.95])
+@pytest.mark.parametrize("name", ["densenet", "mobilenet"])
+@pytest.mark.parametrize("fold", [False, True])
+def test_what_shrink_leaves_is_told(name: str, fold: bool, sparsity: float) -> None:
+    """Of dead channels, whose constants went into the biases of what reads them."""
+    dense = folded(NETS[name]()) if fold else NETS[name]()
+    cut = shrink(pruned(dense, sparsity)).model
+    assert read_kept(Pair.of(without_record(cut), dense).parameters.index.model).keys() == read_kept(cut).keys()
 
 
 @pytest.mark.parametrize("flattening", ["Flatten", "Reshape"])
