@@ -87,7 +87,10 @@ class Outputs:
         for option, place in places.items():
             _check_inputs_stay(option, place, inputs)
         if inputs.edited is not None and model is not None and not places["--output"].takes_data:
-            _check_fits(inputs.edited, places["--output"])
+            from onnx_asr.graph.external import fits_one_file
+            from onnx_asr.graph.model_io import check_embeddable
+
+            check_embeddable(fits_one_file(Path(inputs.edited)), places["--output"])
         taken = next((option for option, place in places.items() if place.descriptor == 1), None)
         if taken is not None and terminal.json:
             raise OptionError(f"--json prints on standard output, and {taken} writes there: drop one of them")
@@ -171,7 +174,8 @@ def _check_inputs_stay(option: str, place: Destination, inputs: Inputs) -> None:
     for name, path in {**edited, **inputs.models, **inputs.data, **inputs.tables}.items():
         if path is not None and place.is_at(path):
             raise OptionError(f"{option} would replace '{path}', which is read ({name}): give another file")
-    for model in (path for path in (inputs.edited, *inputs.models.values()) if path is not None):
+    models = (inputs.edited, *inputs.models.values()) if place.path.exists() else ()
+    for model in (path for path in models if path is not None):
         if any(place.is_at(file) for file in data_files(Path(model))):
             raise OptionError(
                 f"{option} would replace '{place.path}', which holds weights of '{model}': give another file"
@@ -196,12 +200,3 @@ def _images(place: Destination, folder: Path) -> Iterator[Path]:
 
 def _within(file: Path, folder: Path) -> bool:
     return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))
-
-
-def _check_fits(model: str, place: Destination) -> None:
-    """Refuse a pipe for a model that needs a file for its weights, where that can be told without reading the pipe."""
-    from onnx_asr.engine.loading import load
-    from onnx_asr.graph.model_io import check_embeddable
-
-    if Path(model).is_file():
-        check_embeddable(load(model), place)

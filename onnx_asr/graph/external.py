@@ -104,6 +104,14 @@ def data_files(path: Path, *, read_whole: bool = False) -> frozenset[Path]:
     return frozenset(file for file in found if file.is_file())
 
 
+def fits_one_file(path: Path) -> bool:
+    """Whether the weights of a model file are under 2 GB; of what cannot be read, and of a pipe, it is supposed."""
+    if path.is_file():
+        with contextlib.suppress(DecodeError, OSError, ValueError):
+            return weights_fit(onnx.load(path, format="protobuf", load_external_data=False))
+    return True
+
+
 def remove_obsolete(files: Iterable[Path], model: Path) -> None:
     """Remove data files that this package wrote for a model file, unless something may still refer to them."""
     for file in files:

@@ -216,7 +216,7 @@ def save(model: onnx.ModelProto, path: str | os.PathLike[str], *, external_data:
     """
     destination = Destination.of(path)
     if not destination.takes_data:
-        check_embeddable(model, destination)
+        check_embeddable(is_self_contained(model), destination)
         external_data = False
     if destination.file is None:
         destination.write(model.SerializeToString())
@@ -225,13 +225,13 @@ def save(model: onnx.ModelProto, path: str | os.PathLike[str], *, external_data:
     return destination.path
 
 
-def check_embeddable(model: onnx.ModelProto, destination: Destination) -> None:
-    """Refuse a destination beside which no data file can be, for a model that needs one.
+def check_embeddable(fits: bool, destination: Destination) -> None:
+    """Refuse a destination beside which no data file can be, for a model that does not fit one file.
 
     Raises:
-        OutputError: When the weights of the model do not fit one message.
+        OutputError: When the model needs a data file.
     """
-    if not destination.takes_data and not is_self_contained(model):
+    if not destination.takes_data and not fits:
         raise OutputError(
             f"'{destination.path}' is a pipe, a device or a link into another folder, and a model over 2 GB needs a "
             "second file beside it for its weights: give the path of a file"

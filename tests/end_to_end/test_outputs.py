@@ -237,4 +237,6 @@ def test_weights_behind_links_need_an_option(tmp_path: Path) -> None:
         ("shrink", path, "-o", tmp_path / "s.onnx"),
     ):
         assert cli(*line, "--external-links").code == 0
+    done = piped(f"tool prune {path} -o - --sparsity 0.5 -q --external-links | cat", cwd=tmp_path)
+    assert (done.stderr, onnx.load_model_from_string(done.stdout).graph.name) == (b"", model.graph.name)
     assert sorted(os.listdir(blobs)) == ["ab", "cd"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import struct
 import zipfile
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import helper, numpy_helper
+from onnx import helper, numpy_helper, parser
 from PIL import Image
 
 from onnx_asr.cli.app import run as command
@@ -183,6 +184,40 @@ def test_a_negative_input_size_counts_as_open(tmp_path: Path) -> None:
     model = net(text, w=(4, 3, 3, 3), **bounds)
     model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = -(2**31)
     assert np.count_nonzero(constant(prune(model, options=PruneOptions(0.5)).model, "w") == 0) == 54
+
+
+def test_a_tensor_that_is_stored_twice() -> None:
+    """onnxruntime would take the last value; with this package, each reader could take another one."""
+    model = residual_net()
+    model.graph.initializer.append(first_initializer(model))
+    name = re.escape(first_initializer(model).name)
+    with pytest.raises(ModelError, match=rf"holds the tensor '{name}' twice .* remove one of the two"):
+        load(model)
+    model = residual_net()
+    sparse = model.graph.sparse_initializer.add()
+    sparse.values.name = first_initializer(model).name
+    with pytest.raises(ModelError, match=rf"holds the tensor '{name}' twice"):
+        load(model)
+
+
+def test_a_tensor_that_is_stored_twice_in_a_subgraph() -> None:
+    body = parser.parse_graph("b () => (float[1] z) <float[1] k = {1}, float[1] l = {2}> { z = Add (k, l) }")
+    body.initializer[1].name = "k"
+    model = net(
+        "g (float[N,3,8,8] x, bool c) => (float[N,4,8,8] y) { y = Conv (x, w) z = Identity (c) }", w=(4, 3, 1, 1)
+    )
+    model.graph.node[1].CopyFrom(onnx.helper.make_node("If", ["c"], ["z"], then_branch=body, else_branch=body))
+    with pytest.raises(ModelError, match="holds the tensor 'k' twice"):
+        load(model)
+
+
+def test_operators_of_no_version(tmp_path: Path) -> None:
+    model = residual_net()
+    del model.opset_import[:]
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ModelError, match=r"m\.onnx' has no opset_import, so the version of its operators is unknown"):
+        load(path)
 
 
 def test_an_operator_of_a_domain_that_is_not_imported() -> None:
