@@ -8,6 +8,7 @@ one opset and constant inputs in another; and what changes nothing may be there 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from onnx_asr.graph.index import (
     is_standard,
     subgraphs,
 )
-from onnx_asr.graph.layers import CONVOLUTIONS, Layer, is_channel_bias
+from onnx_asr.graph.layers import CONVOLUTIONS, LAYERS, NORMALIZATION, Layer, is_channel_bias
 
 VIEW = ("", "Reshape")
 MEAN = ("", "GlobalAveragePool")
@@ -139,7 +140,7 @@ def form_of(index: GraphIndex, position: int) -> Form:
     if is_standard(node, *_VIEWS):
         return _view(index, plain, node)
     if is_standard(node, "ReduceMean") and _are_spatial(plain.parameters.get("axes")):
-        flat = () if plain.parameters["keepdims"] else ("flattened",)
+        flat = () if plain.parameters.get("keepdims", 1) else ("flattened",)
         return replace(plain, operator=MEAN, parameters=dict.fromkeys(flat, 1))
     if is_standard(node, "Relu", "Clip"):
         return _clipped(index, plain)
@@ -148,12 +149,13 @@ def form_of(index: GraphIndex, position: int) -> Form:
     if is_standard(node, "Slice"):
         return _sliced(index, plain)
     if is_standard(node, "Mul"):
-        return _hard_swish(index, plain)
+        return _scaled(index, _hard_swish(index, plain))
     if is_standard(node, *_RESIZES):
         return _resized(index, plain, node)
     if is_standard(node, *CONVOLUTIONS):
         parameters = {name: value for name, value in plain.parameters.items() if name != "kernel_shape"}
-        return replace(plain, parameters=parameters, inputs=[*plain.inputs[:2], *_computed_bias(index, node)])
+        inputs = [*plain.inputs[:2], *_computed_bias(index, node)]
+        return _padded(index, replace(plain, parameters=parameters, inputs=inputs))
     return plain
 
 
@@ -190,7 +192,7 @@ def _plain(index: GraphIndex, position: int) -> Form:
 def _unify(index: GraphIndex, node: onnx.NodeProto, parameters: dict[str, Any]) -> None:
     """Parameters that opsets state differently, in place."""
     if is_standard(node, *_SOFTMAXES) and _version(index, "") < 13:
-        parameters[COERCED] = parameters.pop("axis")
+        parameters[COERCED] = parameters.pop("axis", 1)
     if is_standard(node, "Split"):
         parameters.pop("num_outputs", None)
         sizes = parameters.get("split")
@@ -383,6 +385,50 @@ def _cuts(form: Form) -> dict[int, tuple[int, int, int]] | None:
     if len({len(starts), len(ends), len(axes), len(steps)}) > 1:
         return None
     return dict(zip(axes, zip(starts, ends, steps, strict=True), strict=True))
+
+
+def _padded(index: GraphIndex, layer: Form) -> Form:
+    """A Conv that pads its data itself; zeros that a Pad puts around them may be in front of it."""
+    inner = index.made_by(through(index, layer.inputs[0]), "Pad")
+    if inner is None or layer.operator != ("", "Conv") or layer.parameters.get("auto_pad") is not None:
+        return layer
+    if not index.is_constant(layer.inputs[1]):
+        return layer
+    pad, axes = _plain(index, inner), len(index.shape(layer.inputs[1])) - 2
+    added, pads = pad.parameters.get("pads"), list(layer.parameters.get("pads") or [0] * 2 * axes)
+    if not isinstance(added, dict) or len(pads) != 2 * axes:
+        return layer
+    if pad.parameters.get("mode") != b"constant" or pad.parameters.get("value") not in (None, 0.0):
+        return layer
+    for axis, amounts in added.items():
+        place = axis % (axes + 2) - 2
+        if place < 0 or min(amounts) < 0:
+            return layer
+        pads[place] += amounts[0]
+        pads[place + axes] += amounts[1]
+    return replace(layer, parameters=layer.parameters | {"pads": pads}, inputs=[pad.inputs[0], *layer.inputs[1:]])
+
+
+def _scaled(index: GraphIndex, product: Form) -> Form:
+    """A chain of products with constants as one; behind a layer each of them stands for itself, as it may be folded."""
+    factors, data, form = [], "", product
+    while (factor := _constant_operand(index, form)) is not None:
+        factors.append(factor)
+        data = next(name for name in form.inputs if name != factor)
+        inner = index.made_by(through(index, data), "Mul")
+        if inner is None:
+            break
+        form = _plain(index, inner)
+    if len(factors) < 2 or index.made_by(through(index, data), *LAYERS, NORMALIZATION, "Add") is not None:
+        return product
+    largest = max(factors, key=lambda name: math.prod(index.shape(name)))
+    return replace(product, inputs=[data, largest])
+
+
+def _constant_operand(index: GraphIndex, product: Form) -> str | None:
+    """The one constant of two operands."""
+    constants = [name for name in product.inputs if name and index.is_constant(name)]
+    return constants[0] if len(constants) == 1 and len(set(product.inputs)) == 2 else None
 
 
 def _hard_swish(index: GraphIndex, product: Form) -> Form:

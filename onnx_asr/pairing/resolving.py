@@ -37,7 +37,7 @@ def resolved(form: Form, shape: Shape, kernel: tuple[int, ...]) -> Form:
     if parameters.get("auto_pad") in _SAME:
         parameters |= _pads(parameters, shape, kernel)
     if form.operator == ("", "ReduceMean") and parameters.get("axes") == list(range(2, rank)):
-        flat = () if parameters["keepdims"] else ("flattened",)
+        flat = () if parameters.get("keepdims", 1) else ("flattened",)
         return replace(form, operator=MEAN, parameters=dict.fromkeys(flat, 1))
     return replace(form, parameters=parameters)
 

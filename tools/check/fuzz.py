@@ -6,8 +6,9 @@
 Every mutation is a function of its number. It is a real graph, of models/ or of ../shared/assets if that exists (see
 MANIFEST.md there), with broken bytes (flipped, truncated, spliced, noise) or broken fields (attributes, dimensions,
 names, operators, opsets, types, nodes removed, doubled or moved, weights in other files); or a sound graph with broken
-data (array files, image folders). Each goes through load, prune and repair in its own process with a time limit. The
-outcome must be a sound file or a clear error.
+data (array files, image folders). Each goes through load, prune and repair in its own process with a time limit, some
+with channels removed, or spelled differently in one of the two files. The outcome must be a sound file or a clear
+error.
 
     ok       a result that the onnx checker takes, with finite weights
     refused  an OnnxAsrError
@@ -45,12 +46,14 @@ from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex
 from onnx_asr.graph.model_io import save
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.samples import input_specs
-from onnx_asr.pruning.options import PruneOptions
+from onnx_asr.pruning.channels import prune_channels
+from onnx_asr.pruning.options import ChannelPruneOptions, PruneOptions
 from onnx_asr.pruning.zeros import prune
 from onnx_asr.repairing.options import METHODS, RepairOptions
 from onnx_asr.repairing.pipeline import repair
 from tools.arguments import script_parser
 from tools.check.hostile_data import BYTES, outside, reads_outside, remove, spoilt_arrays, spoilt_images
+from tools.check.rewritings import SPELLINGS
 from tools.paths import ASSETS, MODELS
 
 DIGITS = MODELS / "digits_vgg.onnx"
@@ -236,6 +239,18 @@ class Case:
         return path, DATA[self.kind](rng, folder) if self.kind in DATA else None
 
 
+def respelled(rng: random.Random, model: onnx.ModelProto) -> onnx.ModelProto:
+    """In half of the cases another spelling of a model, as another exporter or a simplifier would write it."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    for _ in range(rng.choice([0, 0, 0, 1, 2, 4])):
+        try:
+            rng.choice(sorted(SPELLINGS.items()))[1](rng, result)
+        except Exception:  # a rewriting that a broken model does not allow
+            return model
+    return result
+
+
 def attempt(case: Case, folder: Path) -> tuple[str, str]:
     """Run the tool on a mutation; return the outcome and the message."""
     rng = random.Random(f"attempt {case.number}")
@@ -249,6 +264,11 @@ def attempt(case: Case, folder: Path) -> tuple[str, str]:
             pruned, dense = prune(spoilt, options=PruneOptions(0.6)).model, load(spoilt)
         else:
             pruned, dense = load(spoilt), intact
+        if rng.random() < 0.2:
+            pruned = prune_channels(pruned, ChannelPruneOptions(0.3)).model
+            if rng.random() < 0.5:
+                del pruned.metadata_props[:]
+        pruned, dense = respelled(rng, pruned), respelled(rng, dense)
         skip = data is not None and rng.random() < 0.5
         options = RepairOptions(rng.choice(METHODS), samples=SAMPLES - 2, verify_samples=2, skip_bad_images=skip)
         execution = Execution(Runtime(threads=1))

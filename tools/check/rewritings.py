@@ -231,6 +231,24 @@ def bias_apart(rng: random.Random, model: onnx.ModelProto) -> bool:
     return False
 
 
+def padding_apart(rng: random.Random, model: onnx.ModelProto) -> bool:
+    """The padding of a convolution by a Pad in front of it."""
+    nodes = list(model.graph.node)
+    for node in _nodes(rng, model, "Conv"):
+        pads = list(attribute(node, "pads", []))
+        if not any(pads):
+            continue
+        half = len(pads) // 2
+        name = _constant(model, "pads", [0, 0, *pads[:half], 0, 0, *pads[half:]], np.int64)
+        padded = _fresh(model, "padded")
+        nodes.insert(nodes.index(node), helper.make_node("Pad", [node.input[0], name], [padded]))
+        node.input[0] = padded
+        _set(node, "pads", [0] * len(pads))
+        _set_nodes(model, nodes)
+        return True
+    return False
+
+
 def tails_of(index: GraphIndex) -> list[Tail]:
     """The longest tails of a graph, those of length zero left out."""
     found = [tail_of(index, lambda place: form_of(index, place), position) for position in range(len(index.nodes))]
@@ -272,6 +290,7 @@ SPELLINGS: dict[str, Rewriting] = {
     "activation twice": activation_twice,
     "computed twice": computed_twice,
     "bias apart": bias_apart,
+    "padding apart": padding_apart,
     "folded": folded,
     "another opset": another_opset,
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+
 import numpy as np
 import onnx
 import pytest
@@ -11,6 +14,7 @@ from onnx_asr.errors import StructureError
 from onnx_asr.networks.pair import Pair
 from tests.graphs import (
     bn,
+    copy,
     dense_net,
     first_output,
     folded,
@@ -23,6 +27,7 @@ from tests.graphs import (
     run,
     set_parameter,
 )
+from tools.check.rewritings import padding_apart
 
 
 def paired_values(pair: Pair, x: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -185,13 +190,20 @@ def test_removed_channels_are_unfolded_with_those_that_are_left(make: type) -> N
     assert len(plain.kept) > 3
 
 
-def test_a_repair_is_that_of_two_files_that_agree() -> None:
+def padded_apart(model: onnx.ModelProto) -> onnx.ModelProto:
+    result = copy(model)
+    assert all(padding_apart(random.Random(seed), result) for seed in range(3))
+    return result
+
+
+@pytest.mark.parametrize("spelling", [folded, padded_apart])
+def test_a_repair_is_that_of_two_files_that_agree(spelling: Callable[[onnx.ModelProto], onnx.ModelProto]) -> None:
     dense = residual_net()
     pruned = onnx_asr.prune(dense, options=onnx_asr.PruneOptions(0.6)).model
     data = {"x": images(48, seed=4)}
     for method in ("paired", "refit", "bn"):
         options = onnx_asr.RepairOptions(method, samples=32, verify_samples=16)
-        alike, other = (onnx_asr.repair(pruned, data, options, dense=file) for file in (dense, folded(dense)))
+        alike, other = (onnx_asr.repair(pruned, data, options, dense=file) for file in (dense, spelling(dense)))
         x = images(8, seed=5)
         np.testing.assert_allclose(first_output(other.model, x), first_output(alike.model, x), atol=2e-3)
         assert [node.op_type for node in other.model.graph.node] == [node.op_type for node in pruned.graph.node]

@@ -186,6 +186,15 @@ SAME: dict[str, tuple[Spelling, ...]] = {
         spelled("y = Conv <pads=[0,0,1,1], strides=[2,2]> (c, w3)", w3=(2, 4, 3, 3)),
         spelled('y = Conv <auto_pad="SAME_UPPER", strides=[2,2], kernel_shape=[3,3]> (c, w3)', w3=(2, 4, 3, 3)),
     ),
+    "padding in front of a convolution": (
+        spelled("y = Conv <pads=[1,2,1,0]> (c, w3)", w3=(2, 4, 3, 3)),
+        spelled("p = Pad (c, n) y = Conv <pads=[0,1,1,0]> (p, w3)", w3=(2, 4, 3, 3), n=ints(0, 0, 1, 1, 0, 0, 0, 0)),
+        spelled('p = Pad (c, n, "", a) y = Conv (p, w3)', 18, w3=(2, 4, 3, 3), n=ints(1, 2, 1, 0), a=ints(2, -1)),
+    ),
+    "two factors": (
+        spelled("s = Sigmoid (c) t = Mul (s, k) y = Mul (v, t)", k=np.float32(0.1), v=MATRIX[None, :, :1, None]),
+        spelled("s = Sigmoid (c) y = Mul (s, v)", v=np.float32(0.1) * MATRIX[None, :, :1, None]),
+    ),
     "normalized": (
         spelled("y = BatchNormalization (c, g, b, m, v)", 8, g=(4,), b=(4,), m=(4,), v=(4,)),
         spelled(
@@ -243,6 +252,10 @@ OTHER: dict[str, tuple[Spelling, Spelling]] = {
     "padding counted": (
         spelled("y = AveragePool <kernel_shape=[2,2], pads=[1,1,0,0]> (c)"),
         spelled("y = AveragePool <kernel_shape=[2,2], pads=[1,1,0,0], count_include_pad=1> (c)"),
+    ),
+    "padded with ones": (
+        spelled("y = Conv <pads=[1,1,1,1]> (c, w3)", w3=(2, 4, 3, 3)),
+        spelled("p = Pad (c, n, v) y = Conv (p, w3)", w3=(2, 4, 3, 3), n=ints(0, 0, 1, 1, 0, 0, 1, 1), v=np.float32(1)),
     ),
     "pads exchanged": (
         spelled("y = Pad (c, p)", p=ints(0, 0, 1, 0, 0, 0, 0, 1)),
