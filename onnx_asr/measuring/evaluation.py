@@ -19,7 +19,15 @@ from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource
 from onnx_asr.networks.batching import sampled_inputs, settled_inputs
 from onnx_asr.networks.execution import Execution
-from onnx_asr.networks.fidelity import Fidelity, Outputs, accuracy, collect_outputs, compare, is_classifier
+from onnx_asr.networks.fidelity import (
+    Fidelity,
+    Outputs,
+    accuracy,
+    check_reference,
+    collect_outputs,
+    compare,
+    is_classifier,
+)
 from onnx_asr.networks.samples import batch_size_for, whole_batches
 from onnx_asr.networks.sparsity import check_order
 from onnx_asr.repairing.options import check_at_least
@@ -62,7 +70,8 @@ def evaluate(
         are dropped; ``samples`` is the number of the others.
 
     Raises:
-        ModelError: A model that cannot be read or run, or has no scores to compare with labels.
+        ModelError: A model that cannot be read or run, or has no scores to compare with labels; a dense model that
+            puts out NaN.
         DataError: Missing, broken or unfitting data or labels.
         OptionError: Neither labels nor a dense model, a number out of range, or a dense model that seems to be the
             pruned one.
@@ -92,6 +101,7 @@ def evaluate(
         execution.progress("running the dense model", 0.5)
         size = batch_size_for(specs[1], batch_size)
         dense_outputs = collect_outputs(reference, dataset, indices, execution.runtime, size)
+        check_reference(dense_outputs)
     if labels is None and dense_outputs is not None and not is_classifier(outputs):
         classes = None  # they only came with the data
     result = measure(outputs, dense_outputs, None if classes is None else classes[indices], label_offset)

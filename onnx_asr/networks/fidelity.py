@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -113,6 +113,7 @@ def _joined(parts: Sequence[Array]) -> Array:
     return np.concatenate(parts)
 
 
+@np.errstate(invalid="ignore")
 def compare(dense: Outputs, other: Outputs) -> Fidelity:
     """Agreement, KL divergence and SNR of a model's outputs against the dense model's, without labels.
 
@@ -142,6 +143,27 @@ def compare(dense: Outputs, other: Outputs) -> Fidelity:
     elif snr is None and dense:
         agreement = float(np.mean(dense[0] == other[0]))
     return Fidelity(len(dense[0]), agreement=agreement, kl=kl, snr_db=snr)
+
+
+def check_reference(dense: Outputs) -> None:
+    """Refuse outputs of a dense model that no others can be compared with.
+
+    Raises:
+        ModelError: When they are not even equal to themselves, since they hold NaN or infinities.
+    """
+    if not math.isfinite(compare(dense, dense).distance):
+        raise ModelError(
+            f"{not_finite(dense):.1%} of what the dense model itself puts out on these samples is NaN or infinite, so "
+            "no other model can be compared with it: check the samples and their preprocessing, or look for the first "
+            "node whose output is not finite"
+        )
+
+
+def not_finite(outputs: Iterable[Array]) -> float:
+    """Share of the floating-point values that are NaN or infinite."""
+    masks = [np.isfinite(value) for value in outputs if np.issubdtype(value.dtype, np.floating)]
+    total = sum(mask.size for mask in masks)
+    return 1 - sum(int(mask.sum()) for mask in masks) / total if total else 0.0
 
 
 Verdict = Literal["closer", "equal", "further"]
@@ -216,6 +238,8 @@ class Noise:
 def accuracy(outputs: Outputs, labels: Integers, label_offset: int = 0) -> tuple[float, float | None]:
     """Top-1 and (from six classes up) top-5 of a classifier's first output; class = argmax - ``label_offset``.
 
+    A sample with NaN among its scores has no class.
+
     Raises:
         ModelError: When the first output is not one score per class.
     """
@@ -226,6 +250,7 @@ def accuracy(outputs: Outputs, labels: Integers, label_offset: int = 0) -> tuple
         )
     scores = outputs[0]
     wanted = labels[: len(scores)] + label_offset
+    wanted = np.where(np.isnan(scores).any(axis=1), -1, wanted)
     top1 = float(np.mean(scores.argmax(axis=1) == wanted))
     if scores.shape[1] <= 5:
         return top1, None

@@ -267,7 +267,8 @@ def overflow(point: Point) -> ModelError:
     """The error for activations that are not finite."""
     return ModelError(
         f"activations at {point.name} are infinite, NaN or beyond 1e19 on the calibration samples: check the samples, "
-        "or repair a float32 version of the model (float16 ends at 65504)"
+        "run both models on them in onnxruntime to see where NaN begins, or repair a float32 version of the model "
+        "(float16 ends at 65504)"
     )
 
 

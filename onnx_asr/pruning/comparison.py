@@ -20,7 +20,7 @@ from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import GraphIndex, is_standard
 from onnx_asr.graph.shapes import InputShapes
-from onnx_asr.networks.fidelity import compared_outputs, with_outputs
+from onnx_asr.networks.fidelity import compared_outputs, not_finite, with_outputs
 from onnx_asr.networks.latency import fed_with, random_feeds
 
 MAX_ERROR, MAX_HALF_ERROR = 1e-5, 4e-3
@@ -45,14 +45,14 @@ class Reference:
         self._given, self._runtime, self._tensors = given, runtime, _Tensors.of(given)
         self._feeds = random_feeds(given, input_shapes)
         self._values = self._run(given.model, runtime)
-        unknown = _unknown(self._values)
+        unknown = not_finite(self._values.values())
         if unknown:
             normal = self._feeds, self._values
             self._feeds = {name: np.abs(value) for name, value in self._feeds.items()}
             self._values = self._run(given.model, runtime)
-            if _unknown(self._values) >= unknown:
+            if not_finite(self._values.values()) >= unknown:
                 self._feeds, self._values = normal
-            unknown = _unknown(self._values)
+            unknown = not_finite(self._values.values())
         if unknown == 1:
             raise ModelError(
                 "the given model puts out nothing but NaN or infinite values on random input, so no smaller one can be "
@@ -146,13 +146,6 @@ def _holds_half(graph: onnx.GraphProto) -> bool:
         if is_standard(node, "Constant"):
             tensors += [value for item in node.attribute for value in (item.t, item.sparse_tensor.values)]
     return any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in tensors)
-
-
-def _unknown(values: Mapping[str, Array]) -> float:
-    """Share of the values that are not finite."""
-    finite = [np.isfinite(value) for value in values.values() if np.issubdtype(value.dtype, np.floating)]
-    total = sum(mask.size for mask in finite)
-    return 1 - sum(int(mask.sum()) for mask in finite) / total if total else 0.0
 
 
 def _error(expected: Array, found: Array, bounded: bool = False) -> float:

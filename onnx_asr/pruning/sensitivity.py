@@ -180,6 +180,7 @@ def fidelity_by_weight(
         One fidelity for each sparsity of each weight.
     """
     verifier = Verifier(dense.index.model, samples, execution)
+    verifier.check_reference()
     results: list[list[Fidelity]] = [[] for _ in weights]
     weight_number = {point.node: number for number, weight in enumerate(weights) for point in weight.points}
     waiting: list[list[RowSampler]] = [[] for _ in weights]

@@ -17,7 +17,7 @@ from onnx_asr.engine.session import Runtime
 from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.networks.batching import settled_inputs
 from onnx_asr.networks.execution import Execution
-from onnx_asr.networks.fidelity import Fidelity, Noise, Outputs, collect_outputs, compare
+from onnx_asr.networks.fidelity import Fidelity, Noise, Outputs, check_reference, collect_outputs, compare
 from onnx_asr.networks.pair import Network
 from onnx_asr.networks.samples import Calibration, batch_size_for, fixed_batch, load_calibration, whole_batches
 from onnx_asr.repairing.options import RepairOptions
@@ -149,6 +149,14 @@ class Verifier:
         """
         fidelity = compare(self._reference, self.samples.outputs(model, self.execution.sessions))
         return replace(fidelity, samples=len(self.samples.verified))
+
+    def check_reference(self) -> None:
+        """Refuse a dense model that nothing can be compared with.
+
+        Raises:
+            ModelError: When it puts out NaN or infinities.
+        """
+        check_reference(self._reference)
 
     @cached_property
     def noise(self) -> Noise:

@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
+import onnx_asr
 from onnx_asr.data.datasets import TensorDataset
 from onnx_asr.engine.session import Runtime
 from onnx_asr.errors import DataError, ModelError
@@ -211,6 +212,33 @@ def test_a_fixed_batch_drops_an_incomplete_last_batch():
     np.testing.assert_array_equal(found, np.maximum(x[:8], 0))
     with pytest.raises(DataError, match="do not fill"):
         collect_outputs(model, data, np.arange(3), Runtime(threads=1))
+
+
+def test_a_sample_with_nan_among_its_scores_has_no_class():
+    scores = np.tile(np.arange(6, dtype=np.float32), (4, 1))
+    scores[:2, 0] = np.nan
+    labels = np.array([0, 5, 5, 0])
+    assert accuracy([scores], labels) == (0.25, 0.25)
+
+
+@pytest.mark.parametrize("end", ["y = Log (g)", "y = Sqrt (g)", "l = Log (g) y = Unsqueeze (l, axes)"])
+def test_a_dense_model_that_puts_out_nan_is_named_as_such(end):
+    axes = {"axes": np.array([2])} if "axes" in end else {}
+    model = net(f"g (float[N,6] x) => (y) {{ g = Gemm (x, w) {end} }}", w=(6, 7), **axes)
+    x = np.random.default_rng(0).standard_normal((48, 6)).astype(np.float32)
+    words = r"\d\d\.\d% of what the dense model itself puts out on these samples is NaN or infinite"
+    with pytest.raises(ModelError, match=words):
+        onnx_asr.evaluate(pruned(model, 0.5), x, dense=model)
+    with pytest.raises(ModelError, match=words):
+        onnx_asr.sensitivity(model, x)
+
+
+def test_an_infinite_mask_beside_class_scores_leaves_them_comparable():
+    model = net("g (float[N,6] x) => (y, z) { y = Gemm (x, w) p = Relu (x) z = Log (p) }", w=(6, 7))
+    x = np.random.default_rng(0).standard_normal((48, 6)).astype(np.float32)
+    found = onnx_asr.evaluate(pruned(model, 0.5), x, dense=model)
+    assert found.kl > 0
+    assert found.snr_db == -math.inf
 
 
 def test_distance_needs_a_dense_model():
