@@ -1,17 +1,18 @@
 """Small networks with the structure of well-known families, with seeded random weights.
 
 Each is built node by node as its exporter writes it, at a size that runs in milliseconds. Kernels are drawn so that
-signals keep their size from layer to layer.
+signals keep their size from layer to layer, and the statistics of BatchNormalization are those of the samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
+import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -276,14 +277,33 @@ def family(name: str, structure: str) -> Callable[[Recipe], Recipe]:
     return enter
 
 
-def twins(names: Iterable[str] = ()) -> list[Twin]:
-    """The families whose names contain one of these, or all."""
-    wanted = tuple(names) or ("",)
-    return [
-        Twin(name, structure, (built := recipe()).model(), built.inputs)
-        for name, (structure, recipe) in FAMILIES.items()
-        if any(part in name for part in wanted)
-    ]
+def twin(name: str) -> Twin:
+    """The network of a family, whose BatchNormalization holds the statistics of its samples."""
+    structure, recipe = FAMILIES[name]
+    built = recipe()
+    result = Twin(name, structure, built.model(), built.inputs)
+    samples = result.samples(1 if built.batch == 1 else 32, seed=2)
+    values = {item.name: item for item in result.model.graph.initializer}
+    for node in result.model.graph.node:
+        if node.op_type == "BatchNormalization":
+            x = _tensor(result.model, node.input[0], samples).astype(np.float64)
+            axes = (0, *range(2, x.ndim))
+            for slot, moment in ((3, x.mean(axis=axes)), (4, x.var(axis=axes))):
+                stored = values[node.input[slot]]
+                stored.CopyFrom(
+                    numpy_helper.from_array(moment.astype(numpy_helper.to_array(stored).dtype), stored.name)
+                )
+    return result
+
+
+def _tensor(model: onnx.ModelProto, name: str, samples: dict[str, NDArray[Any]]) -> NDArray[Any]:
+    """The value of any tensor."""
+    exposed = onnx.ModelProto.FromString(model.SerializeToString())
+    exposed.graph.output.append(onnx.ValueInfoProto(name=name))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(exposed.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run([name], samples)[0])
 
 
 # Detection
