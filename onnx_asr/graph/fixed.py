@@ -38,9 +38,9 @@ _IMAGE_CHANNELS = 4
 
 _SHAPING = (
     "Identity", "Cast", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Dropout", "Split", "Slice",
-    "QuantizeLinear", "DequantizeLinear",
+    "Concat", "QuantizeLinear", "DequantizeLinear",
 )  # fmt: skip
-_PREPARING = (*_SHAPING, "Add", "Sub", "Mul", "Div", "Clip", "Concat", "Gather", "Pad", "Resize", "Constant")
+_PREPARING = (*_SHAPING, "Add", "Sub", "Mul", "Div", "Clip", "Gather", "Pad", "Resize", "Constant")
 
 _LUMA = np.array([
     [0.299, 0.587, 0.114],  # BT.601

@@ -110,6 +110,7 @@ class Pair:
         pairing: For nodes and tensors of the pruned network, those of the dense one.
         kept: Tensor of the dense network to its channel axis and the channels that are left, where some were removed.
         survivors: Which channels are left, where the pruned model has no record of them that fits.
+        changed: Layers that are fixed operators in the dense network, and not in the pruned one.
     """
 
     pruned: Network
@@ -119,6 +120,7 @@ class Pair:
     pairing: Pairing
     kept: KeptChannels
     survivors: Survivors | None = None
+    changed: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, pruned: onnx.ModelProto, dense: onnx.ModelProto) -> Pair:
@@ -189,14 +191,21 @@ class Pair:
 
     def _without_fixed(self) -> Pair:
         """The pair without the layers that are fixed operators in both networks."""
-        index = self.pruned.index
+        index, changed = self.pruned.index, []
 
         def fixed(point: LayerPoint) -> Reason | None:
-            own, reason = weight_of(index, point), self._fixed_in_dense(point)
-            return reason if np.array_equal(own, self.dense_weight(point).astype(own.dtype)) else None
+            dense = self.dense_weight(point)
+            reason = fixed_operator(index, point, dense)
+            if reason is None:
+                return None
+            own = weight_of(index, point)
+            if np.array_equal(own, dense.astype(own.dtype)):
+                return reason
+            changed.append(point.name)
+            return None
 
         found = without_fixed(index, without_selected(index, self.pruned.everything), fixed)
-        return replace(self, pruned=replace(self.pruned, survey=found))
+        return replace(self, pruned=replace(self.pruned, survey=found), changed=tuple(changed))
 
     @classmethod
     def with_itself(cls, dense: Network) -> Pair:
@@ -206,19 +215,14 @@ class Pair:
         pairing = Pairing({position: position for position in range(len(index.nodes))}, {name: name for name in names})
         return cls(dense, index.model, index, Draft(index), pairing, {})
 
-    def _fixed_in_dense(self, point: LayerPoint) -> Reason | None:
-        """Why a point of the pruned network is a fixed operator in the dense one, if it is."""
-        return fixed_operator(self.pruned.index, point, self.dense_weight(point))
-
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes for the user about what was paired."""
-        changed = [point.name for point in self.pruned.survey.layers if self._fixed_in_dense(point) is not None]
-        pruned = (
-            f"{', '.join(changed)}: never trained, and pruned all the same; repaired as any layer, but it is better to "
-            "prune the dense model without it",
+        changed = (
+            f"{', '.join(self.changed)}: never trained, and pruned all the same; repaired as any layer, but better "
+            "left alone when the dense model is pruned",
         )
-        return (pruned if changed else ()) + (() if self.survivors is None else (self.survivors.note,))
+        return (changed if self.changed else ()) + (() if self.survivors is None else (self.survivors.note,))
 
     @property
     def missing_metadata(self) -> dict[str, str]:
