@@ -16,8 +16,8 @@ from onnx_asr.pairing.sides import Side, operands
 
 _OTHER_FILE = "give the dense file that the pruned one was made from, exported the same way"
 _FOLDED = (
-    "a tool seems to have folded BatchNormalization in only one of them: fold it in both or in neither, or give the "
-    "dense file that the pruned one was made from"
+    "a tool seems to have folded BatchNormalization in only one of them, and not into the layer in front of it: fold "
+    "it in both or in neither, or give the dense file that the pruned one was made from"
 )
 _EXCHANGED = (
     "the dense model is the smaller one: exchange the two files if you gave the one for the other, else give the dense "
@@ -42,10 +42,10 @@ def compare(pruned: Side, position: int, dense: Side, counterpart: int) -> tuple
     if form.operator != partner.operator:
         form, partner = pruned.resolved(position), dense.resolved(counterpart)
     if form.operator != partner.operator:
-        counts = [sum(is_standard(node, NORMALIZATION) for node in side.index.nodes) for side in (pruned, dense)]
-        folded = NORMALIZATION in form.operator + partner.operator and counts[0] != counts[1]
+        operators = form.operator + partner.operator
         raise differ(
-            f"the pruned model has node {here} where the dense model has {there}", _FOLDED if folded else _OTHER_FILE
+            f"the pruned model has node {here} where the dense model has {there}",
+            _suspected(pruned.index, dense.index, operators),
         )
     here, there = f"node {here}", f"{there} in the dense model"
     if [bool(name) for name in form.inputs] != [bool(name) for name in partner.inputs]:
@@ -69,6 +69,20 @@ def compare(pruned: Side, position: int, dense: Side, counterpart: int) -> tuple
                 _cause(shape, other_shape),
             )
     return form, partner
+
+
+def _suspected(pruned: GraphIndex, dense: GraphIndex, operators: tuple[str, ...]) -> str:
+    """What to do about two nodes of different operators, by the operators that the two models have."""
+    layers, norms = (
+        [sum(is_standard(node, *kinds) for node in index.nodes) for index in (pruned, dense)]
+        for kinds in (CONVOLUTIONS, (NORMALIZATION,))
+    )
+    if layers[0] != layers[1]:
+        return (
+            f"convolutions: {layers[0]} in the pruned model, {layers[1]} in the dense one, so they seem to be two "
+            "networks; give the dense file that the pruned one was made from"
+        )
+    return _FOLDED if NORMALIZATION in operators and norms[0] != norms[1] else _OTHER_FILE
 
 
 def _cause(shape: tuple[int, ...], other: tuple[int, ...]) -> str:

@@ -135,9 +135,7 @@ class Side:
             form, partner = self.form(one), self.form(two)
             if form.operator != partner.operator or len(form.inputs) != len(partner.inputs):
                 return False
-            if form.parameters != partner.parameters and self.resolved(one).parameters != self.resolved(two).parameters:
-                return False
-            if form.is_computed or any(subgraphs(self.index.nodes[one])):
+            if not self._parameters_agree(one, two) or any(subgraphs(self.index.nodes[one])):
                 return False
             reads, others = self._reads(form), self._reads(partner)
             if len(reads) != len(others):
@@ -156,6 +154,16 @@ class Side:
                 else:
                     return False
         return True
+
+    def _parameters_agree(self, one: int, two: int) -> bool:
+        """Whether two nodes of one operator have the same parameters, and reshapes lead to one shape."""
+        form, partner = self.form(one), self.form(two)
+        if form.operator == VIEW:
+            shapes = [self.shape(self.index.nodes[place].output[0]) for place in (one, two)]
+            return shapes[0] is not None and shapes[0] == shapes[1]
+        if form.is_computed:
+            return False
+        return form.parameters == partner.parameters or self.resolved(one).parameters == self.resolved(two).parameters
 
     def _rank(self, name: str) -> tuple[int, str]:
         """Sorts the operands of a sum or product."""

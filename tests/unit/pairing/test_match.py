@@ -442,6 +442,17 @@ def test_folded_and_unfolded_do_not_match() -> None:
             match(*map(index, pair))
 
 
+def test_two_networks_are_suspected_where_their_layers_differ_in_number() -> None:
+    text = "g (float[N,3,4,4] x) => (float[N,3,4,4] y) {{ {} }}"
+    weights = {"v": (3, 3, 1, 1), "w": (3, 3, 1, 1)}
+    one = index(net(text.format("c = Conv (x, v)  y = Relu (c)"), **weights))
+    two = index(net(text.format("c = Conv (x, v)  r = Relu (c)  y = Conv (r, w)"), **weights))
+    with pytest.raises(
+        StructureError, match="convolutions: 1 in the pruned model, 2 in the dense one, so they seem to be two"
+    ):
+        match(one, two)
+
+
 def test_batchnorm_is_only_suspected_where_one_of_the_two_has_less_of_it() -> None:
     text = "g (float[N,3,4,4] x) => (float[N,3,4,4] y) {{ {} }}"
     shapes = {f"n_{part}": (3,) for part in ("gamma", "beta", "mean", "var")}
