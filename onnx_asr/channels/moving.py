@@ -68,14 +68,16 @@ def _split(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
 
 def _slice(tracer: Tracer, position: int, node: onnx.NodeProto, labels: ChannelLabels) -> ChannelLabels:
     axes, _ = tracer.integers(position, 3, "axes")
-    order = from_the_front(axes, len(tracer.shape(node.input[0])))
-    if labels.axis not in order:
-        return labels
     starts, start_where = tracer.integers(position, 1, "starts")
     ends, end_where = tracer.integers(position, 2, "ends")
     steps, _ = tracer.integers(position, 4, "steps")
     assert starts is not None
     assert ends is not None
+    order = from_the_front(axes, len(tracer.shape(node.input[0])))[: len(starts)]
+    if labels.axis not in order:
+        return labels
+    if len(ends) != len(starts):
+        raise Obstacle("it has not as many ends as starts")
     entry = order.index(labels.axis)
     if steps is not None and steps[entry] != 1:
         raise Obstacle("its step is not 1")

@@ -11,6 +11,13 @@ entries: 0 for the same channel, also if weights of it were set to zero, and abo
 in common. Rows can be compared at the input channels that are known already, so channels become known from the inputs
 of the graph on, and from its outputs back. A channel is known when its nearest counterpart is near and no other one
 comes close: by the weights, or else with biases, scales and the like.
+
+Where statistics were measured again and BatchNormalization was folded, or a repair gave each channel a gain, rows of
+weights have other lengths. So where that fails, only the rows that make a channel count, up to a positive factor a,
+
+    distance(p, d) = min over a >= 0 of |P - a D|^2 / |P|^2 = 1 - max(0, cos(P, D))^2
+
+over the entries ``P != 0``, averaged over the weights that make it.
 """
 
 from __future__ import annotations
@@ -44,6 +51,7 @@ _ADVICE = (
 _NEAR = 0.1  # a distance; weights that differ by a third, root mean square
 _MARGIN = 4.0  # the second nearest has to be so many times as far
 _EQUAL = 1e-12  # a distance of rounding errors of float64
+_ROUNDING = 1e-6  # a difference
 _FEW = 16  # entries: fewer have to be equal, not only near
 _ENTRIES = 1024  # of a constant that are compared per channel
 _STATISTIC, _OTHER, _WEIGHT = range(3)
@@ -60,6 +68,7 @@ class Survivors:
         left: How many of these are left.
         difference: Root mean square of the differences between the weights that are left and the dense ones, as a
             share of that between unrelated channels; of the group in which it is largest.
+        has_factors: Whether that is so apart from a factor for each channel.
     """
 
     channels: Channels
@@ -67,15 +76,18 @@ class Survivors:
     total: int
     left: int
     difference: float
+    has_factors: bool
 
     @property
     def note(self) -> str:
         """A sentence for the user."""
-        share = f"{100 * self.difference:.2g}%"
-        close = "equal the dense model's" if self.difference == 0.0 else f"differ from the dense model's by {share}"
+        close = f"differ from the dense model's by {100 * self.difference:.2g}%"
+        if self.difference < _ROUNDING:
+            close = "equal the dense model's" + (" up to rounding" if self.difference else "")
+        apart = ", apart from a factor for each channel," if self.has_factors else ""
         return (
             "the pruned model has no record of its removed channels that fits: told by the weights, "
-            f"{self.left} of {self.total} channels are left where some were removed; their weights {close}"
+            f"{self.left} of {self.total} channels are left where some were removed; their weights{apart} {close}"
         )
 
 
@@ -132,7 +144,8 @@ def _told_apart(pruned: GraphIndex, dense: GraphIndex, channels: Channels, nodes
     if stuck is not None:
         raise StructureError(f"channels are missing that cannot be removed: {stuck}")
     total = sum(len(groups.units[number]) for number in lost)
-    return Survivors(channels, drop, total, sum(left[number] for number in lost), search.difference)
+    remaining = sum(left[number] for number in lost)
+    return Survivors(channels, drop, total, remaining, search.difference, search.has_factors)
 
 
 def _without_tails(index: GraphIndex, tails: list[Tail]) -> GraphIndex:
@@ -161,6 +174,7 @@ class _Constant:
         where: The node of the smaller graph that reads it, for messages.
         trust: How far tools leave it as it was: ``_WEIGHT``; ``_OTHER`` for scales and biases, which take over what
             removed channels contributed; ``_STATISTIC`` for a running mean or variance, which is measured again.
+        rows: The axis of a weight along which lie the channels that it makes.
     """
 
     where: str
@@ -168,6 +182,7 @@ class _Constant:
     dense: Array
     axes: tuple[_Axis, ...]
     trust: int
+    rows: int | None
 
     @property
     def equations(self) -> Iterator[Equation]:
@@ -211,7 +226,11 @@ def _constants(
                 )
         is_statistic = is_standard(dense.nodes[node], NORMALIZATION) and slot in (BN_MEAN, BN_VAR)
         trust = _WEIGHT if is_weight else _STATISTIC if is_statistic else _OTHER
-        constants.append(_Constant(where, other, value, tuple(_Axis(*pair) for pair in found.items()), trust))
+        layer = Layer.of(dense, node) if is_weight else None
+        rows = None
+        if isinstance(layer, Layer):
+            rows = layer.layout.output_axis if layer.layout.output_axis in found else 0  # 0: a depthwise ConvTranspose
+        constants.append(_Constant(where, other, value, tuple(_Axis(*pair) for pair in found.items()), trust, rows))
     counts = []
     for count in channels.counts:
         stretches = groups.stretches(count.ids)
@@ -313,6 +332,7 @@ class _Search:
     constants: list[_Constant]
     known: list[Integers] = field(init=False)
     difference: float = 0.0
+    has_factors: bool = False
 
     def __post_init__(self) -> None:
         self.known = [
@@ -335,13 +355,16 @@ class _Search:
         """
         while True:
             before = self._unknown()
-            for group, trust in product(self._lost, (_WEIGHT, _OTHER)):
+            for group, trust in product(self._lost, (_WEIGHT, _OTHER, None)):
                 if (self.known[group] < 0).any():
-                    self._identify(group, self._distances(group, trust))
+                    self._identify(
+                        group, self._row_distances(group) if trust is None else self._distances(group, trust)
+                    )
             if self._unknown() == before:
                 break
         for group in self._lost:
             self._settle(group)
+        self.difference = max(map(self._difference, self._lost), default=0.0)
 
     def _unknown(self) -> int:
         return sum(int((known < 0).sum()) for known in self.known)
@@ -394,11 +417,16 @@ class _Search:
                 raise StructureError(self._doubt(group, int(channel), between[np.argsort(row, kind="stable")], row))
             known[channel] = nearest[0]
         self._check_order(group)
-        own = distances[np.arange(len(known)), known]
-        for channel in np.flatnonzero((own > _NEAR) | (own > _MARGIN * distances.min(axis=1) + _EQUAL)):
+        wrong = _wrong(distances, known)
+        by_rows = self._row_distances(group) if wrong.any() else None
+        if by_rows is not None:
+            self.has_factors = True
+            equal = by_rows.near[np.arange(len(known)), known] <= _EQUAL
+            suffice = (by_rows.entries >= _FEW) | ((by_rows.entries > 0) & equal)
+            wrong &= ~suffice | _wrong(by_rows.near, known)
+        for channel in np.flatnonzero(wrong):
             row = distances[channel]
             raise StructureError(self._doubt(group, int(channel), np.argsort(row, kind="stable"), row))
-        self.difference = max(self.difference, self._difference(group))
 
     def _final_distances(self, group: int) -> Floats:
         """[k, n] distances by the weights alone where these are many, or those of a dense channel."""
@@ -415,6 +443,10 @@ class _Search:
 
     def _difference(self, group: int) -> float:
         """The difference between all channels of a group and their counterparts, root mean square."""
+        by_rows = self._row_distances(group) if self.has_factors else None
+        if by_rows is not None:
+            own = by_rows.near[np.arange(self.left[group]), self.known[group]]
+            return float(np.sqrt((own * by_rows.entries).sum() / max(1.0, by_rows.entries.sum())))
         total, entries = 0.0, 0
         for pruned, dense in self._evidence(group, _OTHER, _ENTRIES):
             variance, support = float(dense.var(axis=0).mean()), pruned != 0
@@ -461,13 +493,33 @@ class _Search:
         near, full = np.maximum(near, 0.0), np.maximum(full, 0.0)
         return _Distances(near / (2 * np.maximum(counts, 1.0))[:, None], full / (2 * size), counts, size)
 
-    def _evidence(self, group: int, trust: int, entries: int | None = None) -> Iterator[tuple[Floats, Floats]]:
+    def _row_distances(self, group: int) -> _Distances | None:
+        """Distances of the rows that make channels, up to a factor each; None where no weight makes them."""
+        shape = self.left[group], self._full[group]
+        total, counts = np.zeros(shape), np.zeros(shape[0])
+        for pruned, dense in self._evidence(group, _WEIGHT, _ENTRIES, rows_only=True):
+            support = (pruned != 0).astype(np.float64)
+            lengths = np.square(pruned).sum(axis=1)[:, None] * (support @ np.square(dense).T)
+            cosine = np.maximum(pruned @ dense.T, 0.0) / np.sqrt(np.maximum(lengths, np.finfo(np.float64).tiny))
+            free = np.maximum(support.sum(axis=1) - 1, 0.0)
+            total += free[:, None] * np.maximum(1 - np.square(cosine), 0.0)
+            counts += free
+        if not counts.any():
+            return None
+        near = np.where(counts[:, None] > 0, total / np.maximum(counts, 1.0)[:, None], 1.0)
+        return _Distances(near, np.full(shape, np.inf), counts / 2, 0)
+
+    def _evidence(
+        self, group: int, trust: int, entries: int | None = None, *, rows_only: bool = False
+    ) -> Iterator[tuple[Floats, Floats]]:
         """Entries [k, m] of the smaller graph and [n, m] of the dense one, constant by constant of at least some trust.
 
         Entries that belong to other channels, too, are compared where these are known; ``entries`` limits m.
         """
         for site in self._readers.get(group, ()):
             constant, own = site.constant, site.axis
+            if rows_only and own.axis != constant.rows:
+                continue
             others = [axis for axis in constant.axes if axis is not own]
             if constant.trust < trust or any(axis.stretches is None for axis in others):
                 continue
@@ -505,6 +557,12 @@ def _per_channel(value: Array, axis: int, stretch: Stretch, start: int, count: i
     part = np.moveaxis(value, axis, 0)[start : start + stretch.times * count]
     blocks = part.reshape(stretch.outer, count, -1).swapaxes(0, 1)
     return np.asarray(blocks.reshape(count, -1), np.float64)
+
+
+def _wrong(distances: Floats, known: Integers) -> Mask:
+    """Which channels [k] are not near the dense ones that they were taken for, or others are nearer [k, n]."""
+    own = distances[np.arange(len(known)), known]
+    return np.asarray((own > _NEAR) | (own > _MARGIN * distances.min(axis=1) + _EQUAL))
 
 
 def _clear(distances: _Distances, channel: int, units: Integers) -> int:

@@ -335,6 +335,13 @@ def test_a_cut_in_an_old_file_where_constants_are_inputs() -> None:
     assert [d.dim_value for d in smaller.graph.input[1].type.tensor_type.shape.dim] == [4, 4, 1, 1]
 
 
+def test_a_slice_without_axes_cuts_the_first_ones() -> None:
+    text = "g (float[2,4,8,8] x) => (float[1,5,8,8] y) { a = Conv (x, wa)  b = Slice (a, s, e)  y = Conv (b, wy) }"
+    model = net(text, wa=(6, 4, 1, 1), wy=(5, 6, 1, 1), s=np.array([0]), e=np.array([1]))
+    for seed in range(3):
+        assert_cut_equals_mask(typed(model), {"x": images(2, seed=0, shape=(4, 8, 8))}, seed)
+
+
 def test_sizes_in_attributes_follow() -> None:
     model = net(
         """
@@ -407,6 +414,11 @@ FROZEN: dict[str, tuple[str, dict[str, Any], str]] = {
         "a = Conv (x, wa) y = Conv <group=4> (a, wy)",
         {"wy": (4, 2, 1, 1)},
         "it divides 6 channels into 4 groups",
+    ),
+    "unfit ends": (
+        "a = Conv (x, wa) y = Slice (a, s, e, c)",
+        {"s": np.array([0, 1]), "e": np.array([6]), "c": np.array([0, 1])},
+        "it has not as many ends as starts",
     ),
     "unfit parts": ("a = Conv (x, wa) b = Conv (x, wb) y = Concat <axis=2> (a, b)", {}, "combines 6 channels with 4"),
     "spread": ("a = Conv (x, w1) b = Conv (x, wa) y = Mul (a, b)", {"w1": (1, 4, 1, 1)}, "broadcasts one channel"),

@@ -16,7 +16,19 @@ from onnx_asr.pairing.survivors import survivors
 from onnx_asr.pruning.channels import prune_channels
 from onnx_asr.pruning.options import ChannelPruneOptions
 from onnx_asr.pruning.shrinking import shrink
-from tests.graphs import copy, dense_net, digits, folded, index, net, pruned, random_net, residual_net
+from tests.graphs import (
+    copy,
+    dense_net,
+    digit_images,
+    digits,
+    folded,
+    index,
+    net,
+    pruned,
+    random_net,
+    recalibrated,
+    residual_net,
+)
 
 NETS = {name: (lambda name=name: digits(name)) for name in ("resnet", "densenet", "mobilenet", "vgg")}
 UNTOLD = "which channels it kept is unknown: .* the weights do not tell: "
@@ -124,6 +136,21 @@ def test_statistics_that_were_measured_again_do_not_hide_them() -> None:
                     value = numpy_helper.to_array(tensor)
                     tensor.CopyFrom(numpy_helper.from_array(generator.permutation(value), tensor.name))
     assert same(Pair.of(other, dense), Pair.of(cut, dense))
+
+
+@pytest.mark.parametrize("sparsity", [0.2, 0.5])
+@pytest.mark.parametrize("name", NETS)
+def test_statistics_measured_again_and_folded(name: str, sparsity: float) -> None:
+    """Each channel has got a factor."""
+    dense = NETS[name]()
+    cut = smaller(dense, sparsity)
+    other = folded(recalibrated(without_record(cut), {"input": digit_images()[0][:64]}))
+    recorded = Pair.of(cut, dense)
+    for pair in (Pair.of(other, dense), Pair.of(pruned(other, 0.3), folded(dense))):
+        common = pair.kept.keys() & recorded.kept.keys()
+        assert len(common) > 5
+        assert all(np.array_equal(pair.kept[tensor][1], recorded.kept[tensor][1]) for tensor in common)
+        assert pair.notes[0].endswith("apart from a factor for each channel, equal the dense model's up to rounding")
 
 
 def test_batchnorm_folded_in_the_dense_file_only() -> None:
