@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from onnx_asr.cli.terminal import Terminal, say
 from onnx_asr.errors import OptionError
-from onnx_asr.files.outputs import STDIN, Destination, size_text
+from onnx_asr.files.outputs import READER_PATIENCE, STDIN, Destination, size_text
 
 if TYPE_CHECKING:
     import onnx
@@ -95,7 +95,8 @@ class Outputs:
         if taken is not None and terminal.json:
             raise OptionError(f"--json prints on standard output, and {taken} writes there: drop one of them")
         for option in (option for option, place in places.items() if place.is_fifo):
-            say("warning", f"{option} '{places[option].path}' is a pipe: writing it waits until something reads it")
+            what = f"{option} '{places[option].path}' is a pipe"
+            say("warning", f"{what}: when the work is done, something has to read it within {READER_PATIENCE} seconds")
         return cls(replace(terminal, aside=taken is not None), places)
 
     def path(self, option: str) -> Path | None:

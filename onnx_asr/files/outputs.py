@@ -6,6 +6,7 @@ import errno
 import os
 import select
 import stat
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from onnx_asr.errors import OutputError
 STDIN, STDOUT = Path("/dev/stdin"), Path("/dev/stdout")
 _STREAMS = {STDOUT: 1, Path("/dev/stderr"): 2}
 _MOST_LINKS = 40
+READER_PATIENCE = 60
+"""Seconds that writing into a FIFO waits for somebody who reads it."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Destination:
 
     @property
     def is_fifo(self) -> bool:
-        """Whether it is a pipe with a name: opening it waits for somebody who reads it."""
+        """Whether it is a pipe with a name, which somebody has to read."""
         return self.file is None and self.descriptor is None and self.path.is_fifo()
 
     def is_at(self, path: str | os.PathLike[str]) -> bool:
@@ -100,7 +103,7 @@ class Destination:
             raise cannot_write(self.path, error) from error
 
     def _stream(self, content: bytes) -> None:
-        descriptor = os.open(self.path, os.O_WRONLY | _NOT_OURS) if self.descriptor is None else self.descriptor
+        descriptor = self._opened() if self.descriptor is None else self.descriptor
         try:
             rest = memoryview(content)
             while rest:
@@ -111,6 +114,28 @@ class Destination:
         finally:
             if self.descriptor is None:
                 os.close(descriptor)
+
+    def _opened(self) -> int:
+        """Open a device, or a FIFO as soon as somebody reads it.
+
+        Raises:
+            OutputError: When nobody does.
+        """
+        deadline = time.monotonic() + READER_PATIENCE
+        while True:
+            try:
+                descriptor = os.open(self.path, os.O_WRONLY | _NOT_OURS | (os.O_NONBLOCK if self.is_fifo else 0))
+                os.set_blocking(descriptor, True)
+                return descriptor
+            except OSError as error:
+                if error.errno != errno.ENXIO or not self.is_fifo:
+                    raise
+                if time.monotonic() > deadline:
+                    raise OutputError(
+                        f"cannot write '{self.path}': it is a pipe that nothing read for {READER_PATIENCE} seconds; start "
+                        "a reader first, or give the name of a file"
+                    ) from error
+            time.sleep(0.1)
 
     def _is_terminal(self) -> bool:
         """Whether a stream is one; a device is opened to tell, a FIFO is not, as whoever reads it would notice.

@@ -129,7 +129,7 @@ def test_a_reader_that_leaves_is_an_error(tmp_path: Path) -> None:
 def test_a_named_pipe_is_announced(tmp_path: Path, pruned: bytes) -> None:
     done = piped(f"mkfifo f; cat f > o.onnx & tool prune {DENSE} -o f --sparsity 0.5 -q; wait", cwd=tmp_path)
     assert done.returncode == 0
-    assert done.stderr == b"warning: --output 'f' is a pipe: writing it waits until something reads it\n"
+    assert done.stderr.startswith(b"warning: --output 'f' is a pipe: when the work is done, something has to read it")
     assert (tmp_path / "o.onnx").read_bytes() == pruned
     assert (tmp_path / "f").is_fifo()
 

@@ -7,6 +7,7 @@ import pty
 import socket
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from onnx_asr.errors import OutputError
+from onnx_asr.files import outputs
 from onnx_asr.files.outputs import Destination, permissions, write_bytes, write_text
 
 
@@ -127,6 +129,20 @@ def test_a_pipe_is_written_into(tmp_path: Path) -> None:
         assert Destination.of(path).is_fifo
     assert stat.S_ISFIFO(fifo.stat().st_mode)
     assert names(tmp_path) == ["fifo", "link"]
+
+
+def test_a_pipe_waits_for_its_reader_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    writer = threading.Thread(target=write_bytes, args=(b"bytes", fifo))
+    writer.start()
+    time.sleep(0.3)
+    assert fifo.read_bytes() == b"bytes"
+    writer.join()
+    monkeypatch.setattr(outputs, "READER_PATIENCE", 0.2)
+    with pytest.raises(OutputError, match=r"it is a pipe that nothing read for 0\.2 seconds"):
+        write_bytes(b"bytes", fifo)
+    assert fifo.is_fifo()
 
 
 def test_a_device_is_written_into(tmp_path: Path) -> None:
