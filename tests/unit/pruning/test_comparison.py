@@ -128,7 +128,7 @@ def test_a_model_that_puts_out_nothing_but_nan_is_named_as_the_given_one() -> No
     assert "not checked on random input: the given model puts out nothing but NaN" in result.notes[0]
 
 
-def test_a_model_that_cannot_be_run_on_random_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_run_on_random_input() -> None:
     """It is returned if nothing had to be removed; pruned channels go unchecked; else the shapes are named."""
     end = "z = Conv (s, wy, by) f = Reshape (z, shape) y = Relu (f)"
     model = dead_net(end, shape=np.array([7, -1]))
