@@ -138,7 +138,7 @@ class _Writer:
         self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
         self.sparse = {tensor.values.name: tensor for tensor in model.graph.sparse_initializer}
         self.taken = {*index.producer, *index.initializers, *index.sparse, *(item.name for item in model.graph.input)}
-        self.taken.update(name for node in self.nodes for name in _names_within(node))
+        self.taken.update(name for node in self.nodes for name in names_within(node))
         self.replaced: set[str] = set()
         self.written: dict[tuple[str, int], str] = {}
 
@@ -218,12 +218,12 @@ class _Writer:
         self.model.graph.node.insert(place + 1, add)
 
 
-def _names_within(node: onnx.NodeProto) -> Iterator[str]:
+def names_within(node: onnx.NodeProto) -> Iterator[str]:
     """Names of the tensors that a node's subgraphs make themselves: no outer tensor may have them."""
     for graph in subgraphs(node):
         yield from (item.name for item in (*graph.input, *graph.initializer))
         for inner in graph.node:
-            yield from (*inner.output, *_names_within(inner))
+            yield from (*inner.output, *names_within(inner))
 
 
 def _remove_named(items: Any, name: str) -> None:

@@ -69,14 +69,24 @@ def _timed(session: Session, feeds: Mapping[str, Array]) -> float:
 
 
 def random_feeds(index: GraphIndex, input_shapes: InputShapes | None = None) -> Chunk:
-    """Standard normal values, and integers 0 and 1, of :func:`onnx_asr.graph.shapes.fed_shapes`."""
+    """Standard normal values, and integers 0 and 1, of :func:`onnx_asr.graph.shapes.fed_shapes`.
+
+    Raises:
+        ModelError: When they do not fit into memory.
+    """
     generator = np.random.default_rng(0)
     shapes = fed_shapes(index, input_shapes)
     feeds = {}
     for spec in input_specs(index):
         shape = shapes[spec.name]
         floating = np.issubdtype(spec.dtype, np.floating)
-        values = generator.standard_normal(shape) if floating else generator.integers(0, 2, shape)
+        try:
+            values = generator.standard_normal(shape) if floating else generator.integers(0, 2, shape)
+        except (MemoryError, ValueError) as error:  # numpy counts in 64 bits
+            raise ModelError(
+                f"input '{spec.name}' of shape {list(shape)} does not fit into memory: give smaller shapes "
+                "(--input-shapes), or export the model with others"
+            ) from error
         feeds[spec.name] = values.astype(spec.dtype)
     return feeds
 

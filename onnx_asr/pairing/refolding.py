@@ -18,7 +18,7 @@ import onnx
 from onnx import numpy_helper
 
 from onnx_asr.arrays import Floats, Integers
-from onnx_asr.graph.edit import EditPlan, apply, unique_name
+from onnx_asr.graph.edit import EditPlan, apply, names_within, unique_name
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.layers import NORMALIZATION
 from onnx_asr.pairing.canonical import form_of
@@ -51,7 +51,7 @@ def refold(dense: GraphIndex, changes: Sequence[Refolding], kept: KeptChannels) 
     writer = _Writer(apply(dense, plan), kept)
     for tail, steps in targets:
         writer.replace(tail, steps)
-    return writer.model, writer.kept
+    return writer.written(), writer.kept
 
 
 def _same_tail(dense: GraphIndex, tail: Tail) -> Tail:
@@ -96,31 +96,37 @@ class _Writer:
     """Replaces tails in a copy of an indexed model."""
 
     def __init__(self, model: onnx.ModelProto, kept: KeptChannels) -> None:
-        self.model, self.kept = model, dict(kept)
+        self._model, self.kept = model, dict(kept)
         graph = model.graph
+        self._nodes = list(graph.node)
         self._taken = {item.name for item in (*graph.input, *graph.initializer, *graph.value_info)}
         self._taken.update(item.values.name for item in graph.sparse_initializer)
-        self._taken.update(name for node in graph.node for name in node.output)
+        self._taken.update(name for node in graph.node for name in (*node.output, *names_within(node)))
 
     def replace(self, tail: Tail, steps: Sequence[Step]) -> None:
         """Put ``steps`` between a layer and the end of its tail."""
         old = {name for position in tail.nodes for name in tail.index.nodes[position].output}
-        nodes = [node for node in self.model.graph.node if old.isdisjoint(node.output)]
-        place = next(i for i, node in enumerate(nodes) if tail.layer_end in node.output)
+        self._nodes = [node for node in self._nodes if old.isdisjoint(node.output)]
+        place = next(i for i, node in enumerate(self._nodes) if tail.layer_end in node.output)
         tensor = tail.layer_end
         if steps and not tail.nodes:
             tensor = self._new_tensor(tail, "layer")
-            nodes[place].output[0] = tensor
+            self._nodes[place].output[0] = tensor
         new: list[onnx.NodeProto] = []
         for number, step in enumerate(steps, start=1):
             output = tail.end if number == len(steps) else self._new_tensor(tail, f"step{number}")
-            new.extend(self._nodes(tail, step, tensor, output))
+            new.extend(self._step(tail, step, tensor, output))
             tensor = output
         if tensor != tail.end:
             new.append(onnx.helper.make_node("Identity", [tensor], [tail.end]))
-        nodes[place + 1 : place + 1] = new
-        del self.model.graph.node[:]
-        self.model.graph.node.extend(nodes)
+        self._nodes[place + 1 : place + 1] = new
+
+    def written(self) -> onnx.ModelProto:
+        """The model with what was replaced."""
+        nodes = onnx.GraphProto(node=self._nodes).node
+        self._model.graph.ClearField("node")
+        self._model.graph.node.MergeFrom(nodes)
+        return self._model
 
     def _new_tensor(self, tail: Tail, what: str) -> str:
         name = unique_name(self._taken, f"{tail.end}_{what}")
@@ -128,7 +134,7 @@ class _Writer:
             self.kept[name] = self.kept[tail.layer_end]
         return name
 
-    def _nodes(self, tail: Tail, step: Step, source: str, output: str) -> Iterator[onnx.NodeProto]:
+    def _step(self, tail: Tail, step: Step, source: str, output: str) -> Iterator[onnx.NodeProto]:
         """The node of a step, behind the constants that it reads, in the type of the layer's weight."""
         weight = tail.index.nodes[tail.form.node].input[tail.layer.weight_slot]
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tail.index.element_type(weight))

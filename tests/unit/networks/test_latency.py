@@ -124,3 +124,9 @@ def test_a_shape_that_the_model_does_not_take_is_named() -> None:
     with pytest.raises(ModelError, match=r"x:1,3,224,224.*--input-shapes"):
         measure_latency(model, model)
     assert measure_latency(model, model, input_shapes={"x": [1, 3, 10, 10]}, seconds=0).pairs == 9
+
+
+def test_shapes_beyond_memory_are_refused() -> None:
+    huge = index(net(f"g (float[{2**40},3,4,4] x) => (float y) {{ y = Conv (x, w) }}", w=(3, 3, 1, 1)))
+    with pytest.raises(ModelError, match=r"input 'x' of shape \[1099511627776, 3, 4, 4\] does not fit into memory"):
+        random_feeds(huge)
