@@ -132,8 +132,8 @@ class Destination:
                     raise
                 if time.monotonic() > deadline:
                     raise OutputError(
-                        f"cannot write '{self.path}': it is a pipe that nothing read for {READER_PATIENCE} seconds; start "
-                        "a reader first, or give the name of a file"
+                        f"cannot write '{self.path}': it is a pipe that nothing read for {READER_PATIENCE} seconds; "
+                        "start a reader first, or give the name of a file"
                     ) from error
             time.sleep(0.1)
 
