@@ -24,20 +24,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, pairwise, product
+from itertools import pairwise, product
 from math import prod
 
 import numpy as np
 
 from onnx_asr.arrays import Array, Floats, Integers, Mask
 from onnx_asr.channels.rules import trace
+from onnx_asr.channels.stretches import Groups, Stretch, numbers_left
 from onnx_asr.channels.units import KEPT_CHANNELS, Channels
 from onnx_asr.errors import StructureError
-from onnx_asr.graph.index import GraphIndex, ancestors, attribute, input_name, is_standard
-from onnx_asr.graph.layers import BN_MEAN, BN_VAR, LAYERS, NORMALIZATION, Layer
+from onnx_asr.graph.index import GraphIndex, is_standard
+from onnx_asr.graph.layers import LAYERS, Layer
+from onnx_asr.pairing.evidence import OTHER, STATISTIC, WEIGHT, Axis, Constant, read_evidence
 from onnx_asr.pairing.match import Refolding, counterparts
 from onnx_asr.pairing.refolding import refold
-from onnx_asr.pairing.stretches import Equation, Groups, Stretch, Stretches, numbers_left
 from onnx_asr.pairing.tails import Tail
 
 _UNTOLD = (
@@ -54,7 +55,6 @@ _EQUAL = 1e-12  # a distance of rounding errors of float64
 _ROUNDING = 1e-6  # a difference
 _FEW = 16  # entries: fewer have to be equal, not only near
 _ENTRIES = 1024  # of a constant that are compared per channel
-_STATISTIC, _OTHER, _WEIGHT = range(3)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _is_smaller(pruned: GraphIndex, position: int, dense: GraphIndex, node: int)
 
 def _told_apart(pruned: GraphIndex, dense: GraphIndex, channels: Channels, nodes: Mapping[int, int]) -> Survivors:
     groups = Groups(channels)
-    constants, counts = _constants(pruned, dense, channels, groups, nodes)
+    constants, counts = read_evidence(pruned, dense, channels, groups, nodes)
     frozen = {
         number: next(channels.frozen[unit] for unit in units.tolist() if unit in channels.frozen)
         for number, units in enumerate(groups.units)
@@ -154,149 +154,11 @@ def _without_tails(index: GraphIndex, tails: list[Tail]) -> GraphIndex:
 
 
 @dataclass(frozen=True)
-class _Axis:
-    """A channel axis of a constant; ``stretches`` is None where it cannot be divided into them."""
-
-    axis: int
-    stretches: Stretches | None
-
-    def starts(self, sizes: list[int]) -> list[int]:
-        """Where its stretches begin, in a graph whose groups have ``sizes`` units."""
-        lengths = [stretch.times * sizes[stretch.group] for stretch in self.stretches or ()]
-        return [0, *accumulate(lengths)][:-1]
-
-
-@dataclass(frozen=True)
-class _Constant:
-    """A constant of the dense graph with one or two channel axes, and its counterpart.
-
-    Attributes:
-        where: The node of the smaller graph that reads it, for messages.
-        trust: How far tools leave it as it was: ``_WEIGHT``; ``_OTHER`` for scales and biases, which take over what
-            removed channels contributed; ``_STATISTIC`` for a running mean or variance, which is measured again.
-        rows: The axis of a weight along which lie the channels that it makes.
-    """
-
-    where: str
-    pruned: Array
-    dense: Array
-    axes: tuple[_Axis, ...]
-    trust: int
-    rows: int | None
-
-    @property
-    def equations(self) -> Iterator[Equation]:
-        """The sizes of its axes."""
-        for item in self.axes:
-            if item.stretches is not None:
-                yield Equation(item.stretches, self.pruned.shape[item.axis], self.where)
-
-
-def _constants(
-    pruned: GraphIndex, dense: GraphIndex, channels: Channels, groups: Groups, nodes: Mapping[int, int]
-) -> tuple[list[_Constant], list[Equation]]:
-    """The evidence, and the sizes that are written in attributes and constant inputs.
-
-    Raises:
-        StructureError: When a constant has lost entries that are no channels.
-    """
-    back = {counterpart: position for position, counterpart in nodes.items()}
-    axes: dict[tuple[int, int], dict[int, Stretches | None]] = {}
-    for item in channels.slices:
-        axes.setdefault((item.node, item.slot), {})[item.axis] = groups.stretches(item.ids)
-    constants = []
-    for (node, slot), found in axes.items():
-        name = input_name(dense.nodes[node], slot)
-        if node not in back or not name:
-            continue
-        value = dense.value(name)
-        other = _counterpart(pruned, back[node], dense, node, slot)
-        if other is None or other.ndim != value.ndim:
-            continue
-        is_weight = is_standard(dense.nodes[node], *LAYERS) and value.ndim > 1
-        if not is_weight and any(other.shape[axis] == 1 < value.shape[axis] for axis in found):
-            continue  # one value for all channels
-        where = f"node {pruned.label(back[node])}"
-        for axis, (size, full) in enumerate(zip(other.shape, value.shape, strict=True)):
-            if axis not in found and size != full:
-                raise StructureError(
-                    f"{where} has a parameter of shape {other.shape}, {dense.label(node)} in the dense model one of "
-                    f"shape {value.shape}, but along axis {axis} no channels can be missing"
-                    f"{_reason(dense, channels, node)}"
-                )
-        is_statistic = is_standard(dense.nodes[node], NORMALIZATION) and slot in (BN_MEAN, BN_VAR)
-        trust = _WEIGHT if is_weight else _STATISTIC if is_statistic else _OTHER
-        layer = Layer.of(dense, node) if is_weight else None
-        rows = None
-        if isinstance(layer, Layer):
-            rows = layer.layout.output_axis if layer.layout.output_axis in found else 0  # 0: a depthwise ConvTranspose
-        constants.append(_Constant(where, other, value, tuple(_Axis(*pair) for pair in found.items()), trust, rows))
-    counts = []
-    for count in channels.counts:
-        stretches = groups.stretches(count.ids)
-        if count.node in back and stretches is not None:
-            size = _written(pruned, back[count.node], dense, count.node, count.where, count.entry)
-            if size is not None and 0 <= size <= len(count.ids):
-                counts.append(Equation(stretches, size, f"node {pruned.label(back[count.node])}"))
-    return constants, counts
-
-
-def _reason(dense: GraphIndex, channels: Channels, node: int) -> str:
-    """Why the channels that a node reads cannot be removed, if something before it is the reason."""
-    for position in sorted(ancestors(dense, dense.nodes[node].input), reverse=True):
-        for name in dense.nodes[position].output:
-            units = channels.tensors[name].ids.tolist() if name in channels.tensors else []
-            reason = next((channels.frozen[unit] for unit in units if unit in channels.frozen), None)
-            if reason is not None:
-                return f": {reason}"
-    return ""
-
-
-def _counterpart(pruned: GraphIndex, position: int, dense: GraphIndex, node: int, slot: int) -> Array | None:
-    """The value of the smaller graph that a constant input of the dense one corresponds to, laid out alike."""
-    mine, its = pruned.nodes[position], dense.nodes[node]
-    if is_standard(its, *LAYERS):
-        layer, other = Layer.of(dense, node), Layer.of(pruned, position) if is_standard(mine, *LAYERS) else None
-        if not isinstance(layer, Layer) or not isinstance(other, Layer):
-            return None
-        if slot == layer.weight_slot:
-            value = pruned.value(mine.input[other.weight_slot])
-            return value if layer.layout.inputs_first == other.layout.inputs_first else value.T
-        name = other.bias_name(mine)
-        return pruned.value(name) if name and pruned.is_constant(name) else None
-    if mine.op_type != its.op_type:
-        return None
-    slots = [slot] if len(its.input) != 2 else [slot, 1 - slot]  # the operands of a sum or product may be exchanged
-    found = [input_name(mine, number) for number in slots if pruned.is_constant(input_name(mine, number))]
-    if not found:
-        return None
-    value, rank = pruned.value(found[0]), dense.value(its.input[slot]).ndim
-    return value.reshape((1,) * (rank - value.ndim) + value.shape) if value.ndim < rank else value
-
-
-def _written(
-    pruned: GraphIndex, position: int, dense: GraphIndex, node: int, where: int | str, entry: int
-) -> int | None:
-    """A number of channels that the smaller graph states where the dense one does."""
-    mine = pruned.nodes[position]
-    if mine.op_type != dense.nodes[node].op_type or is_standard(mine, "Reshape", "Resize"):
-        return None  # these may copy or infer it
-    if isinstance(where, str):
-        value = np.atleast_1d(attribute(mine, where, ()))
-    else:
-        name = input_name(mine, where)
-        if not name or not pruned.is_constant(name):
-            return None
-        value = pruned.value(name).reshape(-1)
-    return int(value[entry]) if entry < len(value) else None
-
-
-@dataclass(frozen=True)
 class _Site:
     """A stretch of a channel axis of a constant."""
 
-    constant: _Constant
-    axis: _Axis
+    constant: Constant
+    axis: Axis
     number: int
 
 
@@ -329,7 +191,7 @@ class _Search:
 
     groups: Groups
     left: list[int]
-    constants: list[_Constant]
+    constants: list[Constant]
     known: list[Integers] = field(init=False)
     difference: float = 0.0
     has_factors: bool = False
@@ -355,7 +217,7 @@ class _Search:
         """
         while True:
             before = self._unknown()
-            for group, trust in product(self._lost, (_WEIGHT, _OTHER, None)):
+            for group, trust in product(self._lost, (WEIGHT, OTHER, None)):
                 if (self.known[group] < 0).any():
                     self._identify(
                         group, self._row_distances(group) if trust is None else self._distances(group, trust)
@@ -430,7 +292,7 @@ class _Search:
 
     def _final_distances(self, group: int) -> Floats:
         """[k, n] distances by the weights alone where these are many, or those of a dense channel."""
-        weights, everything = (self._distances(group, trust) for trust in (_WEIGHT, _OTHER))
+        weights, everything = (self._distances(group, trust) for trust in (WEIGHT, OTHER))
         if weights is None or everything is None:
             found = weights or everything
             return np.zeros((self.left[group], self._full[group])) if found is None else found.near
@@ -439,7 +301,7 @@ class _Search:
 
     def _is_dead(self, group: int, channel: int) -> bool:
         """Whether no weight makes or reads a channel, so that it does not matter which one it is."""
-        return not any(pruned[channel].any() for pruned, _ in self._evidence(group, _WEIGHT))
+        return not any(pruned[channel].any() for pruned, _ in self._evidence(group, WEIGHT))
 
     def _difference(self, group: int) -> float:
         """The difference between all channels of a group and their counterparts, root mean square."""
@@ -448,7 +310,7 @@ class _Search:
             own = by_rows.near[np.arange(self.left[group]), self.known[group]]
             return float(np.sqrt((own * by_rows.entries).sum() / max(1.0, by_rows.entries.sum())))
         total, entries = 0.0, 0
-        for pruned, dense in self._evidence(group, _OTHER, _ENTRIES):
+        for pruned, dense in self._evidence(group, OTHER, _ENTRIES):
             variance, support = float(dense.var(axis=0).mean()), pruned != 0
             if variance > 0.0:
                 total += float(np.square(pruned - dense[self.known[group]])[support].sum()) / variance / 2
@@ -470,7 +332,7 @@ class _Search:
 
     def _are_twins(self, group: int, units: Integers) -> bool:
         """Whether dense channels are equal in all that makes and reads them."""
-        return all((dense[units] == dense[units[0]]).all() for _, dense in self._evidence(group, _STATISTIC))
+        return all((dense[units] == dense[units[0]]).all() for _, dense in self._evidence(group, STATISTIC))
 
     def _distances(self, group: int, trust: int) -> _Distances | None:
         """Distances by what is known now; None without evidence."""
@@ -497,7 +359,7 @@ class _Search:
         """Distances of the rows that make channels, up to a factor each; None where no weight makes them."""
         shape = self.left[group], self._full[group]
         total, counts = np.zeros(shape), np.zeros(shape[0])
-        for pruned, dense in self._evidence(group, _WEIGHT, _ENTRIES, rows_only=True):
+        for pruned, dense in self._evidence(group, WEIGHT, _ENTRIES, rows_only=True):
             support = (pruned != 0).astype(np.float64)
             lengths = np.square(pruned).sum(axis=1)[:, None] * (support @ np.square(dense).T)
             cosine = np.maximum(pruned @ dense.T, 0.0) / np.sqrt(np.maximum(lengths, np.finfo(np.float64).tiny))
@@ -540,7 +402,7 @@ class _Search:
                     _per_channel(dense, own.axis, stretch, starts[1], self._full[group]),
                 )
 
-    def _known_places(self, axis: _Axis) -> tuple[Integers, Integers]:
+    def _known_places(self, axis: Axis) -> tuple[Integers, Integers]:
         """Entries of all known channels along an axis, in both graphs."""
         kept, full = [np.arange(0)], [np.arange(0)]
         assert axis.stretches is not None
