@@ -80,7 +80,8 @@ def _written(index: GraphIndex) -> Iterator[int]:
         constants = [(slot, name) for slot, name in enumerate(node.input) if name and index.is_constant(name)]
         for slot, name in constants:
             if node.op_type in ("Reshape", "Expand") and slot == 1:
-                yield from (int(size) for size in index.value(name).ravel()[:1] if size > 1)
+                target = index.value(name).ravel()[:1]
+                yield from (int(size) for size in target if target.dtype.kind == "i" and size > 1)
             elif node.op_type in ("RNN", "GRU", "LSTM") and slot > 4:
                 yield from (size for size in index.shape(name)[1:2] if size > 1)
             elif node.op_type in ("Concat", "Add", "Mul", "MatMul") and len(index.shape(name)) > 2:

@@ -198,15 +198,12 @@ def _unify(index: GraphIndex, node: onnx.NodeProto, parameters: dict[str, Any]) 
         sizes = parameters.get("split")
         if isinstance(sizes, list) and len(set(sizes)) == 1 and len(sizes) == len(node.output):
             parameters["split"] = None
-    if is_standard(node, "Pad") and isinstance(parameters.get("axes"), list) and isinstance(parameters["pads"], list):
-        count = len(parameters["axes"])
-        begins, ends = parameters["pads"][:count], parameters["pads"][count:]
-        pads = zip(parameters.pop("axes"), begins, ends, strict=False)
-        parameters["pads"] = {axis: (begin, end) for axis, begin, end in pads if begin or end}
-    elif is_standard(node, "Pad") and isinstance(parameters.get("pads"), list):
-        count = len(parameters["pads"]) // 2
-        pads = zip(range(count), parameters["pads"][:count], parameters["pads"][count:], strict=False)
-        parameters["pads"] = {axis: (begin, end) for axis, begin, end in pads if begin or end}
+    pads, axes = parameters.get("pads"), parameters.get("axes")
+    if is_standard(node, "Pad") and isinstance(pads, list) and axes != COMPUTED:
+        half = len(pads) // 2
+        amounts = zip(axes or range(half), pads[:half], pads[half:], strict=False)
+        parameters["pads"] = {axis: (before, after) for axis, before, after in amounts if before or after}
+        parameters.pop("axes", None)
     if is_standard(node, *_REDUCTIONS, "Squeeze", "Unsqueeze") and isinstance(parameters.get("axes"), list):
         parameters["axes"] = sorted(parameters["axes"])
     if parameters.get("auto_pad") == b"VALID":
@@ -235,6 +232,8 @@ def _constant(index: GraphIndex, tensor: str, parameter: str) -> Any:
     if not index.is_constant(tensor):
         return COMPUTED
     value = index.value(tensor)
+    if value.dtype.kind not in "iufb":
+        return COMPUTED
     return value.ravel().tolist() if parameter in _VECTORS else value.tolist()
 
 
@@ -355,7 +354,7 @@ def _transposed(index: GraphIndex, last: Form) -> Form:
     while order and (inner := index.made_by(through(index, form.inputs[0]), "Transpose")) is not None:
         previous = _plain(index, inner)
         before = previous.parameters.get("perm")
-        if before is None or len(before) != len(order):
+        if before is None or not sorted(before) == sorted(order) == list(range(len(order))):
             break
         order, form = [before[axis] for axis in order], previous
     if order == list(range(len(order or ())))[::-1]:
@@ -396,7 +395,7 @@ def _padded(index: GraphIndex, layer: Form) -> Form:
         return layer
     pad, axes = _plain(index, inner), len(index.shape(layer.inputs[1])) - 2
     added, pads = pad.parameters.get("pads"), list(layer.parameters.get("pads") or [0] * 2 * axes)
-    if not isinstance(added, dict) or len(pads) != 2 * axes:
+    if not isinstance(added, dict) or len(pads) != 2 * axes or axes < 1:
         return layer
     if pad.parameters.get("mode") != b"constant" or pad.parameters.get("value") not in (None, 0.0):
         return layer

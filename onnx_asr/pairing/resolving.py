@@ -22,8 +22,10 @@ def resolved(form: Form, shape: Shape, kernel: tuple[int, ...]) -> Form:
     """
     parameters = dict(form.parameters)
     rank = len(shape)
+    if rank == 0:
+        return form
     if isinstance(parameters.get(COERCED), int):
-        first = parameters.pop(COERCED) % max(rank, 1)
+        first = parameters.pop(COERCED) % rank
         wide = [axis for axis in range(first, rank) if shape[axis] != 1]
         parameters |= {"axis": wide[0] if wide else first} if len(wide) < 2 else {COERCED: first}
     if isinstance(parameters.get("axis"), int) and form.operator[1] != "OneHot":
@@ -46,7 +48,7 @@ def _axes(parameters: dict[str, Any], rank: int) -> Any:
     axes = parameters.get("axes")
     if axes is None or axes == []:
         return [] if parameters.get("noop_with_empty_axes") else list(range(rank))
-    return sorted(axis % rank for axis in axes) if isinstance(axes, list) and rank else axes
+    return sorted(axis % rank for axis in axes) if isinstance(axes, list) else axes
 
 
 def _cuts(slices: dict[int, tuple[int, int, int]], shape: Shape) -> dict[int, tuple[int, int, int]]:
@@ -66,7 +68,7 @@ def _pads(parameters: dict[str, Any], shape: Shape, kernel: tuple[int, ...]) -> 
     kernel = kernel or tuple(parameters.get("kernel_shape") or ())
     axes = len(shape) - 2
     strides, dilations = ((parameters.get(name) or [1] * axes) for name in ("strides", "dilations"))
-    if not len(kernel) == len(strides) == len(dilations) == axes:
+    if not len(kernel) == len(strides) == len(dilations) == axes or 0 in strides:
         return {}
     before, after = [], []
     for size, taps, stride, dilation in zip(shape[2:], kernel, strides, dilations, strict=True):
