@@ -34,7 +34,7 @@ SIGNATURES = {
     "plain": "value",
     "prune": "model, data=None, options=None, *, preprocessing=None, input_shapes=None, execution=None",
     "prune_channels": "model, options=None, *, input_shapes=None, execution=None",
-    "repair": "model, data, options=None, *, dense=None, preprocessing=None, execution=None",
+    "repair": "model, data, options=None, *, dense=None, force=False, preprocessing=None, execution=None",
     "save": "model, path, *, external_data=False",
     "sensitivity": "model, data, options=None, *, preprocessing=None, execution=None",
     "shrink": "model, *, input_shapes=None, execution=None",
