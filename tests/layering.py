@@ -51,7 +51,7 @@ TABLE: dict[str, Room] = {
     "ownership": room("whether the import package is ours alone", "errors"),
     "blas": room("threads of matrix products"),
     "files": room("where outputs go", "errors"),
-    "numerics": room("mathematics", _ROOT, "numpy"),
+    "numerics": room("mathematics", _ROOT, "numpy scipy threadpoolctl"),
     "graph": room("ONNX graphs and files", f"{_ROOT} files", "numpy onnx google"),
     "graph.foreign": room("models of other libraries", "errors", "onnx onnx_graphsurgeon onnx_ir"),
     "data": room("samples", _ROOT, "numpy PIL tomli"),

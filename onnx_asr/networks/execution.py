@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from onnx_asr.engine.session import Runtime
+from onnx_asr.numerics.workers import Workers
 
 Progress = Callable[[str, float], None]
 """Called with the stage and the fraction of it that is done, 0 to 1."""
@@ -22,7 +23,7 @@ class Execution:
     """How networks are run.
 
     Attributes:
-        runtime: Execution providers and threads.
+        runtime: Execution providers and threads; numpy's work takes as many threads.
         memory_limit: Bytes for samples and for tensors between segments; None for no limit.
         progress: Called while the work goes on.
     """
@@ -35,6 +36,11 @@ class Execution:
     def sessions(self) -> Runtime:
         """How sessions run: with a memory limit they are lean, which makes them slower."""
         return self.runtime if self.memory_limit is None else replace(self.runtime, lean=True)
+
+    @property
+    def workers(self) -> Workers:
+        """Threads for matrix work."""
+        return Workers.of(self.runtime.threads)
 
     @property
     def quiet(self) -> Execution:

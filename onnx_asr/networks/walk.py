@@ -9,7 +9,7 @@ from onnx_asr.engine.lane import Chunk, Lane
 from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.samples import Calibration, feeds, input_specs
-from onnx_asr.numerics.rows import MEMORY, BufferStore
+from onnx_asr.numerics.rows import MEMORY, Resources
 
 
 class Walk:
@@ -17,14 +17,14 @@ class Walk:
 
     Attributes:
         calibration: The samples.
-        store: Where else to keep what may have to leave memory: within the same limit.
+        resources: For matrix work on the way; what may have to leave memory is kept within the same limit.
     """
 
     def __init__(self, calibration: Calibration, execution: Execution) -> None:
         self.calibration = calibration
         self._runtime = execution.sessions
         self._pool = BufferPool(execution.memory_limit, calibration.nbytes)
-        self.store: BufferStore = MEMORY if execution.memory_limit is None else self._pool
+        self.resources = Resources(MEMORY if execution.memory_limit is None else self._pool, execution.workers)
 
     def __enter__(self) -> Walk:
         return self

@@ -40,11 +40,20 @@ import numpy.typing as npt
 
 from onnx_asr.arrays import Array, Floats, Mask, Singles
 from onnx_asr.errors import OptionError
-from onnx_asr.numerics.rows import LIMITS, MEMORY, BufferStore, Fit, Inputs, SolverLimits, Targets, softmax
-from onnx_asr.numerics.systems import NOISE, ConjugateGradients, GramSystem, Inverse, RowSystem, inverse_is_cheaper
+from onnx_asr.numerics.rows import Fit, Inputs, Resources, Targets, softmax
+from onnx_asr.numerics.systems import (
+    NOISE,
+    Cholesky,
+    ConjugateGradients,
+    GramSystem,
+    RowSystem,
+    factors_are_cheaper,
+    outputs_that_fit,
+)
 
 _CG_DRAFT = 1e-3  # |residual| / |load| that suffices to see what the ReLU hides
 _CG_FINAL = 5e-6  # and for the final weights
+_DRAFT_EVERY = 4  # one row of at most this many shows what the ReLU hides, in all steps but the last
 _FINAL_STEPS = 90  # of conjugate gradients that these take in total, with three ReLU-aware steps
 _DRAFT_STEPS = 30  # and those of a draft
 
@@ -92,8 +101,8 @@ class RefitSolution:
             rows. Not divided where every target is constant.
         residual_after: The same for `weight` and `bias`.
         rows: The number n of samples.
-        solver: Inverses per row, or conjugate gradients on all rows of a group.
-        steps: Total number of conjugate-gradient steps; 0 for inverses.
+        solver: Cholesky factors per row, or conjugate gradients on all rows of a group.
+        steps: Total number of conjugate-gradient steps; 0 for factors.
         converged: Whether every solution met its tolerance within the limit of steps.
     """
 
@@ -103,7 +112,7 @@ class RefitSolution:
     residual_before: float
     residual_after: float
     rows: int
-    solver: Literal["inverse", "cg"]
+    solver: Literal["cholesky", "cg"]
     steps: int
     converged: bool
 
@@ -122,7 +131,7 @@ class LayerRefit:
         relu_floor: [n, G * M] `theta`; 0 if None.
         dense_negative: [n, G * M], where the dense pre-activation is <= 0; None if no ReLU follows.
         classes: Whether the outputs of a group are logits of classes.
-        store: Where `x` is, and where Gram matrices are kept.
+        resources: Hold and process the rows; the store has `x`.
 
     Raises:
         ValueError: Here or in a method, if shapes do not fit together, or a value is not finite or too large to be
@@ -140,15 +149,14 @@ class LayerRefit:
         relu_floor: Singles | None = None,
         dense_negative: Mask | None = None,
         classes: bool = False,
-        store: BufferStore = MEMORY,
-        limits: SolverLimits = LIMITS,
+        resources: Resources | None = None,
     ) -> None:
         _check_shapes(x, w0, mask, target=target, relu_floor=relu_floor, dense_negative=dense_negative)
-        self._inputs = Inputs(x, store, limits)
+        self._inputs = Inputs(x, resources)
         _check_finite(x=self._inputs.mean, relu_floor=relu_floor)
-        self._system = _system(self._inputs, options.ridge, limits)
-        self._w0, self._mask, self._options, self._classes, self._limits = w0, mask, options, classes, limits
-        groups, outputs, size = w0.shape
+        self._system = _system(self._inputs, options.ridge)
+        self._w0, self._mask, self._options, self._classes = w0, mask, options, classes
+        groups, outputs = w0.shape[:2]
         self._targets = Targets(
             self._inputs,
             target.reshape(-1, groups, outputs),
@@ -156,8 +164,7 @@ class LayerRefit:
             None if dense_negative is None else dense_negative.reshape(-1, groups, outputs),
             softmax(target.reshape(-1, groups, outputs)) if classes else None,
         )
-        step = outputs if classes else max(1, limits.block_values // (groups * size))
-        self._blocks = [slice(begin, begin + step) for begin in range(0, outputs, step)]
+        self._blocks = [slice(0, outputs)] if classes else self._divided()
         self._fits: list[Fit | None] = [None] * len(self._blocks)  # what the first draft saw
 
     def draft(self) -> Floats:
@@ -178,7 +185,7 @@ class LayerRefit:
         parts = [self._solve(number, starts.pop(0)) for number in range(len(self._blocks))]  # nobody else holds them
         self._system.release()
         if self._classes and self._options.class_steps:
-            self._system = _system(self._inputs, self._options.class_ridge, self._limits)
+            self._system = _system(self._inputs, self._options.class_ridge)
             parts = [self._toward_classes(parts.pop())]
             self._system.release()
         spread = sum(part.spread for part in parts) or 1.0
@@ -189,10 +196,18 @@ class LayerRefit:
             residual_before=float(np.sqrt(sum(part.error_before for part in parts) / spread)),
             residual_after=float(np.sqrt(sum(part.error_after for part in parts) / spread)),
             rows=len(self._inputs),
-            solver="cg" if any(part.solver == "cg" for part in parts) else "inverse",
+            solver="cg" if any(part.solver == "cg" for part in parts) else "cholesky",
             steps=sum(part.steps for part in parts),
             converged=all(part.converged for part in parts),
         )
+
+    def _divided(self) -> list[slice]:
+        """Output channels of every group that are solved for at once."""
+        groups, outputs, inputs = self._mask.shape
+        step = max(1, self._inputs.resources.limits.block_values // (groups * inputs))
+        if isinstance(self._system, GramSystem) and factors_are_cheaper(self._mask, _FINAL_STEPS):
+            step = min(step, outputs_that_fit(self._mask))
+        return [slice(begin, begin + step) for begin in range(0, outputs, step)]
 
     def _start(self, block: slice) -> Floats:
         return np.where(self._mask[:, block], self._w0[:, block], 0.0).astype(np.float64, copy=False)
@@ -200,17 +215,17 @@ class LayerRefit:
     def _draft(self, number: int) -> Floats:
         block, system = self._blocks[number], self._system
         start = self._start(block)
-        pulled = _Pulled(system, start, self._mask[:, block], self._limits, _DRAFT_STEPS)
+        pulled = _Pulled(system, start, self._mask[:, block], _DRAFT_STEPS)
         fit = self._fits[number]
         if fit is None:
             targets = self._targets.of(block)
             fit = _first_fit(targets, start)
             if targets.negative is not None and self._options.relu_steps:
-                fit = targets.visible_fit(pulled.fitted(fit.cross, _CG_DRAFT), fit.mean)
+                fit = targets.visible_fit(fit, pulled.fitted(fit.cross.copy(), _CG_DRAFT), fit.mean, 1)
             self._fits[number] = fit
         cross = fit.cross / system.root
         scaled = pulled.scaled(cross.copy(), _CG_DRAFT)
-        scaled *= _gain(system, fit, cross, scaled, self._options)[..., None]
+        scaled *= _gain(fit, cross, scaled, pulled.pull(scaled), self._options)[..., None]
         scaled /= system.root
         return scaled
 
@@ -228,27 +243,34 @@ class LayerRefit:
         _check_squares(error_before)
 
         spread = float(fit.variance.sum())
-        pulled = _Pulled(system, start, self._mask[:, block], self._limits, _FINAL_STEPS)
+        pulled = _Pulled(system, start, self._mask[:, block], _FINAL_STEPS)
         del start
-        for _ in range(steps):
-            fit = targets.visible_fit(pulled.fitted(fit.cross, _CG_DRAFT), fit.mean)
+        given, every = fit, self._draft_every()
+        for left in reversed(range(steps)):
+            weight = pulled.fitted(fit.cross.copy() if fit is given else fit.cross, _CG_DRAFT)
+            fit = targets.visible_fit(given, weight, fit.mean, every if left else 1)
         cross = np.divide(fit.cross, system.root, out=fit.cross)
         weight = pulled.scaled(cross.copy(), _CG_FINAL)
         solver = pulled.solver
         report = (solver.name, solver.steps, solver.converged)
-        del pulled, solver  # and the inverses with it
+        gain = _gain(fit, cross, weight, pulled.pull(weight), self._options)
+        del pulled, solver  # and the factors with it
 
-        gain = _gain(system, fit, cross, weight, self._options)
         weight /= system.root
         weight *= gain[..., None]
         bias = fit.mean - np.vecdot(weight, self._inputs.mean[:, None, :])
         return _Part(weight, bias, gain, spread, error_before, targets.error(weight, fit.mean), *report)
 
+    def _draft_every(self) -> int:
+        """One row of how many all ReLU-aware steps but the last look at."""
+        wanted: int = self._inputs.resources.limits.draft_rows * self._mask.shape[-1]
+        return min(max(len(self._inputs) // wanted, 1), _DRAFT_EVERY)
+
     def _toward_classes(self, part: _Part) -> _Part:
         mean = self._inputs.mean[:, None, :]
         weight, level = part.weight, part.bias + np.vecdot(part.weight, mean)
         part = replace(part, weight=np.empty(0))  # each step's weights are let go of for the next one's
-        pulled = _Pulled(self._system, weight, self._mask, self._limits, _FINAL_STEPS)
+        pulled = _Pulled(self._system, weight, self._mask, _FINAL_STEPS)
         for _ in range(self._options.class_steps):
             fit = self._targets.class_fit(weight, level)
             del weight
@@ -264,8 +286,9 @@ class LayerRefit:
         )
 
 
-def _system(inputs: Inputs, ridge_share: float, limits: SolverLimits) -> GramSystem | RowSystem:
+def _system(inputs: Inputs, ridge_share: float) -> GramSystem | RowSystem:
     """`A` of a layer."""
+    limits = inputs.resources.limits
     with np.errstate(over="ignore", invalid="ignore"):
         gram = inputs.gram() if len(inputs) > limits.few_rows * inputs.mean.shape[1] else None  # [G, K, K]
         diagonal = inputs.variance() if gram is None else np.diagonal(gram, axis1=1, axis2=2).copy()  # [G, K]
@@ -274,8 +297,8 @@ def _system(inputs: Inputs, ridge_share: float, limits: SolverLimits) -> GramSys
     root = np.sqrt(diagonal + ridge)[:, None, :]
     pull = ridge[:, None, :] / root**2
     if gram is None:
-        return RowSystem(inputs.centred, root, pull)
-    return GramSystem(gram, root, pull, inputs.store, limits)
+        return RowSystem(inputs.centred, root, pull, inputs.resources)
+    return GramSystem(gram, root, pull, inputs.resources)
 
 
 @dataclass(frozen=True)
@@ -288,7 +311,7 @@ class _Part:
     spread: float
     error_before: float
     error_after: float
-    solver: Literal["inverse", "cg"]
+    solver: Literal["cholesky", "cg"]
     steps: int
     converged: bool
 
@@ -296,24 +319,26 @@ class _Part:
 class _Pulled:
     """Ridge least squares of the weights that a mask keeps, toward `start` [G, M, K], which is 0 outside it."""
 
-    def __init__(
-        self, system: GramSystem | RowSystem, start: Floats, mask: Mask, limits: SolverLimits, steps: int
-    ) -> None:
+    def __init__(self, system: GramSystem | RowSystem, start: Floats, mask: Mask, steps: int) -> None:
         self._system, self._mask = system, mask
         self._start = start * system.root
-        self._constant = system.pull * self._start
-        self._constant -= system.product(self._start)
-        self.solver: Inverse | ConjugateGradients
-        if isinstance(system, GramSystem) and inverse_is_cheaper(mask, steps):
-            self.solver = system.inverse(mask)
+        self.solver: Cholesky | ConjugateGradients
+        cheaper = factors_are_cheaper(mask, steps) and mask.shape[1] <= outputs_that_fit(mask)
+        if isinstance(system, GramSystem) and cheaper:
+            self.solver = Cholesky(system, mask, self._start)
         else:
-            self.solver = ConjugateGradients(system, mask, limits)
+            self.solver = ConjugateGradients(system, mask, self._start)
 
     def scaled(self, load: Floats, tolerance: float) -> Floats:
         """`v = D^1/2 w` [G, M, K] for `D^-1/2 cov(T, X)` [G, M, K], which is overwritten."""
-        load += self._constant
+        load += self._system.pull * self._start
+        load -= self.solver.image
         np.copyto(load, 0.0, where=~self._mask)
         return np.asarray(self._start + self.solver.solve(load, tolerance))
+
+    def pull(self, scaled: Floats) -> Floats:
+        """`R D^-1 (v0 - v)` [G, M, K]."""
+        return np.asarray(self._system.pull * (self._start - scaled))
 
     def fitted(self, cross: Floats, tolerance: float) -> Floats:
         """`w` [G, M, K] for `cov(T, X)` [G, M, K], which is overwritten."""
@@ -354,18 +379,18 @@ def _check_finite(**arrays: npt.NDArray[np.floating] | None) -> None:
             raise NotFiniteError(f"{name} holds NaN or infinity; refit needs finite samples and weights")
 
 
-def _gain(system: GramSystem | RowSystem, fit: Fit, cross: Floats, scaled: Floats, options: RefitOptions) -> Floats:
+def _gain(fit: Fit, cross: Floats, scaled: Floats, pull: Floats, options: RefitOptions) -> Floats:
     """`(var(T) / var(w.X))^(gain_power / 2)`; 1 where either is 0 or the correlation is below `min_correlation`.
 
-    With `v = D^1/2 w` and the cross moments scaled by `D^-1/2`: `var(w.X) = w'Hw = v'(A - R D^-1)v` and
-    `cov(T, w.X) = w.G`; a variance below rounding counts as 0.
+    `cov(T, w.X) = w.G = v.cross` with `v = D^1/2 w` and the cross moments scaled by `D^-1/2`. By the equations that `w`
+    solves, `var(w.X) = w'Hw = w.G + R w.(w0 - w) = v.(cross + pull)`; below rounding, it counts as 0.
     """
-    variance = np.vecdot(scaled, system.product(scaled) - system.pull * scaled)
-    variance[variance <= NOISE * np.vecdot(scaled, scaled - system.pull * scaled)] = 0.0
+    covariance = np.vecdot(scaled, cross)
+    variance = covariance + np.vecdot(scaled, pull)
+    variance[variance <= NOISE * np.vecdot(scaled, scaled)] = 0.0
     usable = (fit.variance > 0) & (variance > 0)
     ratio = np.divide(fit.variance, variance, out=np.ones_like(variance), where=usable)
-    scale = np.sqrt(fit.variance * variance)
-    usable &= np.vecdot(scaled, cross) >= options.min_correlation * scale
+    usable &= covariance >= options.min_correlation * np.sqrt(fit.variance * variance)
     return np.where(usable, ratio, 1.0) ** (options.gain_power / 2)
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from onnx_asr.arrays import Array, Floats, Mask, Singles
+from onnx_asr.numerics.workers import ALONE, Workers
+
+Result = TypeVar("Result")
 
 _CHUNK_VALUES = 2**20  # of X per product: summed in float32 within a chunk, in float64 across chunks
-_RESIDUAL_EVERY = 8  # one chunk of this many measures the residual
+_TILE = 1024  # largest side of a tile of the Gram matrix
+_RESIDUAL_EVERY = 8  # one row of this many measures the residual
 
 
 @dataclass(frozen=True)
@@ -23,15 +28,14 @@ class SolverLimits:
         block_values: Values of W solved for at once.
         piece_values: Values of a Gram matrix that are in memory at a time, where a store keeps it elsewhere.
         cg_steps: Conjugate-gradient steps of one solution.
+        draft_rows: Rows per input that all ReLU-aware steps but the last look at, at least.
     """
 
     few_rows: float = 0.5
     block_values: int = 2**20
     piece_values: int = 2**21
     cg_steps: int = 400
-
-
-LIMITS = SolverLimits()
+    draft_rows: int = 8
 
 
 class BufferStore(Protocol):
@@ -64,61 +68,92 @@ class Memory:
 MEMORY = Memory()
 
 
+@dataclass(frozen=True)
+class Resources:
+    """What a refit may use.
+
+    Attributes:
+        store: Holds the rows and Gram matrices.
+        workers: Compute independent pieces.
+        limits: How the work is divided.
+    """
+
+    store: BufferStore = MEMORY
+    workers: Workers = ALONE
+    limits: SolverLimits = field(default_factory=SolverLimits)
+
+    def pieces(self, gram: Floats) -> Iterator[slice]:
+        """Rows of [G, K, K] to work on in turn, each set aside afterwards."""
+        groups, inputs = gram.shape[:2]
+        step = max(1, self.limits.piece_values // (groups * inputs))
+        for begin in range(0, inputs, step):
+            yield slice(begin, min(begin + step, inputs))
+            self.store.set_aside(gram)
+
+
 class Inputs:
     """Input patches `X` [n, G, K] of G groups, centred in place.
 
     Attributes:
         centred: `X - mean(X)` [n, G, K].
-        mean: `mean(X)` [G, K]; finite exactly where all of `X` is, as a sum of float32 cannot overflow float64.
-        store: Holds them, and their Gram matrix.
+        mean: `mean(X)` [G, K]; not finite where `X` is not, or is beyond 1e34.
+        resources: Hold and process the rows and their Gram matrix.
     """
 
-    def __init__(self, x: Singles, store: BufferStore = MEMORY, limits: SolverLimits = LIMITS) -> None:
+    def __init__(self, x: Singles, resources: Resources | None = None) -> None:
         groups, inputs = x.shape[1:]
-        self.centred, self.store, self._limits = x, store, limits
-        with np.errstate(over="ignore", invalid="ignore"):
-            self.mean: Floats = x.mean(axis=0, dtype=np.float64)
-            x -= self.mean.astype(np.float32)
+        self.centred, self.resources = x, resources or Resources()
         # about 4 MB, but enough rows for the product to cost more than its sum in float64
         self._step = min(max(_CHUNK_VALUES // (groups * inputs), inputs // 2, 64), 4096)
+        with np.errstate(over="ignore", invalid="ignore"):
+            self.mean: Floats = sum(self.map(lambda _, chunk: _sums(chunk)), np.zeros((groups, inputs))) / len(x)
+            centre = self.mean.astype(np.float32)
+            for _ in self.map(lambda _, chunk: np.subtract(chunk, centre, out=chunk)):
+                pass
 
     def __len__(self) -> int:
         return len(self.centred)
 
+    def map(self, function: Callable[[slice, Singles], Result], every: int = 1) -> Iterator[Result]:
+        """Yield what a function makes of one of `every` rows and their `X - mean(X)` [c, G, K], chunk by chunk."""
+        step = every * self._step
+        chunks = (slice(begin, min(begin + step, len(self)), every) for begin in range(0, len(self), step))
+        for result in self.resources.workers.map(lambda rows: function(rows, self.centred[rows]), chunks):
+            yield result
+            self.resources.store.set_aside(self.centred)
+
     def gram(self) -> Floats:
-        """`H = cov(X)` [G, K, K], held by the store."""
+        """`H = cov(X)` [G, K, K], held by the store: the tiles of its upper triangle, summed chunk by chunk."""
         groups, inputs = self.mean.shape
-        gram = self.store.allocate((groups, inputs, inputs), np.dtype(np.float64))
-        for rows in pieces(gram, self.store, self._limits):
+        store, workers = self.resources.store, self.resources.workers
+        gram = store.allocate((groups, inputs, inputs), np.dtype(np.float64))
+        for rows in self.resources.pieces(gram):
             gram[:, rows] = 0.0
-        for _, chunk in self.chunks():
-            product = chunk.transpose(1, 2, 0) @ chunk.transpose(1, 0, 2)
-            for rows in pieces(gram, self.store, self._limits):
-                gram[:, rows] += product[:, rows]
-            del product  # before there is another one
-        for rows in pieces(gram, self.store, self._limits):
-            gram[:, rows] /= len(self)
+        side = math.ceil(inputs / math.ceil(inputs / _TILE))
+        edges = [slice(begin, begin + side) for begin in range(0, inputs, side)]
+        tiles = [(left, right) for left in edges for right in edges if left.start <= right.start]
+        chunks = [slice(begin, begin + self._step) for begin in range(0, len(self), self._step)]
+
+        def product(work: tuple[slice, slice, slice]) -> tuple[Singles, slice, slice]:
+            rows, left, right = work  # where the two are the same, numpy computes a triangle
+            chunk = self.centred[rows]
+            return chunk[..., left].transpose(1, 2, 0) @ chunk[..., right].transpose(1, 0, 2), left, right
+
+        for part, left, right in workers.map(product, ((rows, *tile) for rows in chunks for tile in tiles)):
+            gram[:, left, right] += part
+            if right is edges[-1]:
+                store.set_aside(gram)
+                store.set_aside(self.centred)
+        for left, right in tiles:
+            gram[:, left, right] /= len(self)
+            if left is not right:
+                gram[:, right, left] = gram[:, left, right].transpose(0, 2, 1)
+            store.set_aside(gram)
         return gram
 
     def variance(self) -> Floats:
         """`diag(H)` [G, K]."""
         return np.asarray(np.square(self.centred).mean(axis=0, dtype=np.float64))
-
-    def chunks(self, every: int = 1) -> Iterator[tuple[slice, Singles]]:
-        """Yield rows and their `X - mean(X)` [c, G, K], for one chunk of `every`."""
-        for begin in range(0, len(self), every * self._step):
-            rows = slice(begin, min(begin + self._step, len(self)))
-            yield rows, self.centred[rows]
-            self.store.set_aside(self.centred)
-
-
-def pieces(gram: Floats, store: BufferStore, limits: SolverLimits) -> Iterator[slice]:
-    """Rows of [G, K, K] to work on in turn, each set aside afterwards."""
-    groups, inputs = gram.shape[:2]
-    step = max(1, limits.piece_values // (groups * inputs))
-    for begin in range(0, inputs, step):
-        yield slice(begin, min(begin + step, inputs))
-        store.set_aside(gram)
 
 
 @dataclass(frozen=True)
@@ -158,59 +193,112 @@ class Targets:
         """The fit of the target as given."""
         with np.errstate(over="ignore", invalid="ignore"):
             mean = self.target.mean(axis=0, dtype=np.float64)
-        return self._sum_up(((self.target[rows], chunk) for rows, chunk in self.inputs.chunks()), mean)
+        return self._fit(lambda rows, _: self.target[rows], mean)
 
-    def visible_fit(self, weight: Floats, level: Floats) -> Fit:
-        """The fit without errors that the ReLU hides, for the prediction `weight . (X - mean(X)) + level`."""
-        return self._sum_up(((target, chunk) for target, _, chunk in self._visible(weight, level)), level)
+    def visible_fit(self, given: Fit, weight: Floats, level: Floats, every: int) -> Fit:
+        """The fit without errors that the ReLU hides, for the prediction `weight . (X - mean(X)) + level`.
+
+        The difference to the fit of the target as given is taken from one of `every` rows.
+        """
+        predict, origin = _Prediction(weight, level), level.astype(np.float32)
+
+        def change(rows: slice, chunk: Singles) -> tuple[Singles, Floats, Floats]:
+            target = self.target[rows]
+            visible = self._visible(rows, predict(chunk))
+            total = visible + target
+            total -= 2 * origin
+            visible -= target
+            return _product(visible, chunk), _sums(visible), _sums(np.multiply(visible, total, out=total))
+
+        cross, mean, square = self._means(change, every)
+        cross += given.cross
+        mean += given.mean - origin
+        square += given.variance + (given.mean - origin) ** 2
+        return Fit(cross, origin + mean, np.maximum(square - mean**2, 0.0))
 
     def class_fit(self, weight: Floats, level: Floats) -> Fit:
         """The fit of `z - 2 (softmax(z) - softmax(T))`, with the logits `z = weight . (X - mean(X)) + level`."""
-        wanted = self.probabilities
+        predict, wanted = _Prediction(weight, level), self.probabilities
         assert wanted is not None
-        predicted = self._predicted(weight, level)
-        return self._sum_up(((z - 2 * (softmax(z) - wanted[rows]), chunk) for rows, z, chunk in predicted), level)
+
+        def target(rows: slice, chunk: Singles) -> Singles:
+            logits = predict(chunk)
+            return logits - 2 * (softmax(logits) - wanted[rows])
+
+        return self._fit(target, level)
 
     def error(self, weight: Floats, level: Floats) -> float:
         """`sum mean(e^2)` over all channels and some chunks, `e` the error that the ReLU lets through."""
+        predict = _Prediction(weight, level)
+
+        def squares(rows: slice, chunk: Singles) -> tuple[float, int]:
+            prediction = predict(chunk)
+            error = self._visible(rows, prediction.copy()) - prediction
+            return float(np.square(error).sum(dtype=np.float64)), len(error)
+
         total, count = 0.0, 0
-        for target, prediction, _ in self._visible(weight, level, _RESIDUAL_EVERY):
-            total += float(np.square(target - prediction).sum(dtype=np.float64))
-            count += len(target)
+        for square, rows in self.inputs.map(squares, _RESIDUAL_EVERY):
+            total += square
+            count += rows
         return total / count
 
-    def _sum_up(self, pairs: Iterator[tuple[Singles, Singles]], shift: Floats) -> Fit:
+    def _fit(self, target_of: Callable[[slice, Singles], Singles], shift: Floats) -> Fit:
         """Moments of targets [c, G, M] with centred inputs [c, G, K]; `shift` [G, M] is near the targets' mean."""
         origin = shift.astype(np.float32)
-        cross = np.zeros((*shift.shape, self.inputs.centred.shape[2]))
-        total, square = np.zeros(shift.shape), np.zeros(shift.shape)
-        for target, chunk in pairs:
-            target = target - origin
-            cross += target.transpose(1, 2, 0) @ chunk.transpose(1, 0, 2)
-            total += target.sum(axis=0, dtype=np.float64)
-            square += np.square(target).sum(axis=0, dtype=np.float64)
-        offset = total / len(self.inputs)
-        variance = np.maximum(square / len(self.inputs) - offset**2, 0.0)
-        cross /= len(self.inputs)
-        return Fit(cross, origin + offset, variance)
 
-    def _visible(self, weight: Floats, level: Floats, every: int = 1) -> Iterator[tuple[Singles, Singles, Singles]]:
-        """Yield target, prediction [c, G, M] and centred inputs [c, G, K], without errors that the ReLU hides."""
-        for rows, prediction, chunk in self._predicted(weight, level, every):
-            target = self.target[rows]
-            if self.negative is not None:
-                floor = np.float32(0) if self.floor is None else self.floor[rows]
-                target = _where(self.negative[rows], np.minimum(prediction, floor), target)
-            yield target, prediction, chunk
+        def moments(rows: slice, chunk: Singles) -> tuple[Singles, Floats, Floats]:
+            target = target_of(rows, chunk) - origin
+            return _product(target, chunk), _sums(target), _sums(np.square(target))
 
-    def _predicted(self, weight: Floats, level: Floats, every: int = 1) -> Iterator[tuple[slice, Singles, Singles]]:
-        """Yield rows, prediction [c, G, M] and centred inputs [c, G, K]."""
-        single, base = weight.transpose(0, 2, 1).astype(np.float32), level.astype(np.float32)
-        for rows, chunk in self.inputs.chunks(every):
-            prediction = np.empty((len(chunk), *level.shape), np.float32)
-            np.matmul(chunk.transpose(1, 0, 2), single, out=prediction.transpose(1, 0, 2))
-            prediction += base
-            yield rows, prediction, chunk
+        cross, mean, square = self._means(moments)
+        return Fit(cross, origin + mean, np.maximum(square - mean**2, 0.0))
+
+    def _means(
+        self, moments: Callable[[slice, Singles], tuple[Singles, Floats, Floats]], every: int = 1
+    ) -> tuple[Floats, Floats, Floats]:
+        """Sums over the chunks of one of `every` rows, divided by the number of rows: [G, M, K], [G, M], [G, M]."""
+        groups, outputs = self.target.shape[1:]
+        cross = np.zeros((groups, outputs, self.inputs.centred.shape[2]))
+        mean, square = np.zeros((groups, outputs)), np.zeros((groups, outputs))
+        for product, sums, squares in self.inputs.map(moments, every):
+            cross += product
+            mean += sums
+            square += squares
+        for total in (cross, mean, square):
+            total /= math.ceil(len(self.inputs) / every)
+        return cross, mean, square
+
+    def _visible(self, rows: slice, prediction: Singles) -> Singles:
+        """Targets [c, G, M] without errors that the ReLU hides; the prediction is overwritten."""
+        if self.negative is None:
+            return self.target[rows]
+        floor = np.float32(0) if self.floor is None else self.floor[rows]
+        return _where(self.negative[rows], np.minimum(prediction, floor, out=prediction), self.target[rows])
+
+
+class _Prediction:
+    """`weight . (X - mean(X)) + level` [c, G, M] for chunks of centred inputs [c, G, K]."""
+
+    def __init__(self, weight: Floats, level: Floats) -> None:
+        self._weight: Singles = weight.transpose(0, 2, 1).astype(np.float32)
+        self._level: Singles = level.astype(np.float32)
+
+    def __call__(self, chunk: Singles) -> Singles:
+        result = np.empty((len(chunk), *self._level.shape), np.float32)
+        np.matmul(chunk.transpose(1, 0, 2), self._weight, out=result.transpose(1, 0, 2))
+        result += self._level
+        return result
+
+
+def _sums(chunk: Singles) -> Floats:
+    """Sums over the rows of a chunk [c, G, K], added in float32 by a matrix product, which is the fastest way."""
+    total = np.ones(len(chunk), np.float32) @ chunk.reshape(len(chunk), -1)
+    return total.reshape(chunk.shape[1:]).astype(np.float64)
+
+
+def _product(target: Singles, chunk: Singles) -> Singles:
+    """`T' X` [G, M, K] of [c, G, M] and [c, G, K]."""
+    return np.asarray(target.transpose(1, 2, 0) @ chunk.transpose(1, 0, 2))
 
 
 def _where(mask: Mask, chosen: Singles, other: Singles) -> Singles:

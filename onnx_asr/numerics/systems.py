@@ -8,21 +8,20 @@ not solved for.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
+from scipy.linalg import lapack
 
-from onnx_asr.arrays import Floats, Mask, Singles
-from onnx_asr.numerics.rows import BufferStore, SolverLimits, pieces
-
-Index: TypeAlias = npt.NDArray[np.intp]
+from onnx_asr.arrays import Array, Floats, Integers, Mask, Singles
+from onnx_asr.numerics.rows import Resources
 
 NOISE = 1e-6  # eigenvalues of A (unit diagonal) below this are rounding of the float32 products
-_INVERSE_BYTES = 2**29  # of inverses kept between ReLU steps
-_BATCH_BYTES = 2**26  # of systems inverted by one call
-_BATCH_RATIO = 0.85  # smallest support of a batch, as a share of its largest
+_SINGLE = 1e-4  # smallest pivot of a factor that float32 can tell from rounding
+_FACTOR_BYTES = 2**29  # of factors kept between ReLU steps
+_ROWS = 64  # right-hand sides of one piece of work
 
 
 class GramSystem:
@@ -33,52 +32,75 @@ class GramSystem:
         pull: `R D^-1` [G, 1, K].
     """
 
-    def __init__(self, gram: Floats, root: Floats, pull: Floats, store: BufferStore, limits: SolverLimits) -> None:
-        for rows in pieces(gram, store, limits):  # in place: a copy would be 170 MB at K = 4608
+    def __init__(self, gram: Floats, root: Floats, pull: Floats, resources: Resources) -> None:
+        for rows in resources.pieces(gram):  # in place: a copy would be 170 MB at K = 4608
             part = gram[:, rows]
             part /= root
             part /= root.transpose(0, 2, 1)[:, rows]
             np.einsum("gkk->gk", gram[:, rows, rows])[...] = 1.0
         self.root, self.pull = root, pull
-        self._matrix, self._store, self._limits = gram, store, limits
+        self._matrix, self.resources = gram, resources
 
     def product(self, vectors: Floats) -> Floats:
         """`P A` for [G, M, K]."""
-        result = np.asarray(vectors @ self._matrix)
-        self._store.set_aside(self._matrix)
+        result = np.empty(vectors.shape)
+
+        def multiply(rows: slice) -> None:
+            np.matmul(vectors[:, rows], self._matrix, out=result[:, rows])
+
+        self.resources.workers.run(multiply, _slices(vectors.shape[1]))
+        self.set_aside()
         return result
 
     def single(self, group: int) -> Callable[[Singles], Singles]:
         """`P A` of one group, for [M, K] in float32."""
         matrix = np.empty(self._matrix.shape[1:], np.float32)
-        for rows in pieces(self._matrix, self._store, self._limits):
+        for rows in self.resources.pieces(self._matrix):
             matrix[rows] = self._matrix[group, rows]
         return lambda vectors: vectors @ matrix
 
-    def inverse(self, mask: Mask) -> Inverse:
-        """A solver for all systems of a mask [G, M, K]."""
-        result = Inverse(self._matrix, mask)
-        self._store.set_aside(self._matrix)
-        return result
+    def restricted(self, group: int, support: Integers) -> Floats:
+        """`A_SS` [s, s] of one group."""
+        return np.asarray(self._matrix[group][np.ix_(support, support)])
+
+    def triangle(self, group: int, support: Integers, vector: Floats) -> tuple[Singles, Floats]:
+        """The lower triangle of `A_SS` [s, s] of one group, in float32, with `A_SS u` for a vector `u` [s]."""
+        flat, inputs, size = self._matrix[group].reshape(-1), self._matrix.shape[-1], len(support)
+        lower, image = np.empty((size, size), np.float32), np.zeros(size)
+        for begin in range(0, size, _ROWS):
+            end = min(begin + _ROWS, size)
+            part = flat.take(support[begin:end, None] * inputs + support[:end], mode="clip")  # faster than "raise"
+            lower[begin:end, :end] = part
+            image[begin:end] += part @ vector[:end]
+            image[:begin] += vector[begin:end] @ part[:, :begin]
+        return lower, image
+
+    def set_aside(self) -> None:
+        """Say that the matrix is not used for a while."""
+        self.resources.store.set_aside(self._matrix)
 
     def release(self) -> None:
         """Give the matrix back to the store."""
-        self._store.release(self._matrix)
+        self.resources.store.release(self._matrix)
 
 
 class RowSystem:
     """`P A = ((P D^-1/2) X' X / n) D^-1/2 + R P D^-1`, from the centred rows [n, G, K]; attributes as above."""
 
-    def __init__(self, x: Singles, root: Floats, pull: Floats) -> None:
-        self.root, self.pull = root, pull
+    def __init__(self, x: Singles, root: Floats, pull: Floats, resources: Resources) -> None:
+        self.root, self.pull, self.resources = root, pull, resources
         self._x = x
         self._scale: Singles = (1.0 / root).astype(np.float32)
 
     def product(self, vectors: Floats) -> Floats:
         """`P A` for [G, M, K]."""
-        result = self.pull * vectors
-        for group, part in enumerate(vectors):
-            result[group] += self._covered(group, part.astype(np.float32))
+        result = np.asarray(self.pull * vectors)
+
+        def add(work: tuple[int, slice]) -> None:
+            group, rows = work
+            result[group, rows] += self._covered(group, vectors[group, rows].astype(np.float32))
+
+        self.resources.workers.run(add, itertools.product(range(len(vectors)), _slices(vectors.shape[1])))
         return result
 
     def single(self, group: int) -> Callable[[Singles], Singles]:
@@ -96,74 +118,110 @@ class RowSystem:
         return image
 
 
-def inverse_is_cheaper(mask: Mask, steps: int) -> bool:
-    """Whether inverses take less time than `steps` of conjugate gradients, and fit in `_INVERSE_BYTES`.
+def _slices(rows: int) -> Iterator[slice]:
+    """Pieces of a number of right-hand sides."""
+    return (slice(begin, min(begin + _ROWS, rows)) for begin in range(0, rows, _ROWS))
 
-    The coefficients are seconds measured on two cores (AMD Zen 5).
+
+def factors_are_cheaper(mask: Mask, steps: int) -> bool:
+    """Whether factors for a mask [G, M, K] take less time than `steps` of conjugate gradients.
+
+    The coefficients are seconds measured on one core (AMD Zen 5).
     """
     groups, outputs, inputs = mask.shape
     size = mask.sum(axis=-1, dtype=np.float64)
-    inverse = float((6e-11 * size**3 + 1.5e-8 * size**2 + 1e-6).sum())
-    gradients = steps * groups * (1e-4 + outputs * inputs * (1e-11 * inputs + 5e-9))
-    return inverse < gradients and 8 * float((size**2).sum()) / _BATCH_RATIO**2 < _INVERSE_BYTES
+    factors = float((3.5e-12 * size**3 + 4e-9 * size**2 + 4e-5).sum())
+    gradients: float = steps * groups * (1e-4 + outputs * inputs * (2e-11 * inputs + 5e-9))
+    return factors < gradients
 
 
-class Inverse:
-    """`u_S = A_SS^-1 r_S`; rows with supports of similar size form a batch, padded with the identity.
+def outputs_that_fit(mask: Mask) -> int:
+    """For how many output channels of every group factors may be kept between ReLU steps, under a mask [G, M, K]."""
+    largest = int(mask.sum(axis=-1).max())
+    return max(_FACTOR_BYTES // (4 * len(mask) * largest**2 + 1), 1)
 
-    Inverses and not Cholesky factors: numpy multiplies batches of matrices, but has no batched triangular solve.
+
+class Cholesky:
+    """`u_S = A_SS^-1 r_S` by a factor for every row, in float32.
+
+    Attributes:
+        image: `A_SS v_S` for the vectors `v` [G, M, K] that it is made with; 0 outside the mask.
     """
 
-    name: Literal["inverse"] = "inverse"
+    name: Literal["cholesky"] = "cholesky"
     steps = 0
     converged = True
 
-    def __init__(self, system: Floats, mask: Mask) -> None:
-        outputs, inputs = mask.shape[1:]
-        flat = mask.reshape(-1, inputs)
-        size = flat.sum(axis=-1)
-        order = np.argsort(-size, kind="stable")
-        self._batches: list[tuple[Index, Index, Floats]] = []
-        begin, end = 0, int(np.count_nonzero(size))  # empty rows come last and are skipped
-        while begin < end:
-            largest = int(size[order[begin]])
-            similar = int(np.count_nonzero(size >= largest * _BATCH_RATIO))
-            stop = min(similar, begin + max(1, _BATCH_BYTES // (8 * largest**2)))
-            rows = order[begin:stop, None]
-            places = np.argsort(~flat[rows[:, 0]], axis=-1, kind="stable")[:, :largest]  # the support, then padding
-            real = flat[rows, places]
-            systems = system[rows[..., None] // outputs, places[:, :, None], places[:, None, :]]
-            systems *= real[:, :, None] & real[:, None, :]
-            np.einsum("bkk->bk", systems)[...] = 1.0
-            self._batches.append((rows, places, _inverse(systems)))
-            begin = stop
+    def __init__(self, system: GramSystem, mask: Mask, vectors: Floats) -> None:
+        self.image = np.zeros_like(vectors)
+        self._workers = system.resources.workers
+        flat, start, image = (array.reshape(-1, mask.shape[-1]) for array in (mask, vectors, self.image))
+        rows = np.flatnonzero(flat.any(axis=-1))
+
+        def factor(row: int) -> _Factor:
+            support = np.flatnonzero(flat[row])
+            group = row // mask.shape[1]
+            lower, image[row, support] = system.triangle(group, support, start[row, support])
+            upper, failed = lapack.spotrf(lower.T, clean=0, overwrite_a=1)
+            if failed or (np.square(np.diagonal(upper)) < _SINGLE).any():
+                return _Factor(row, support, _inverse(system.restricted(group, support)))
+            return _Factor(row, support, upper)
+
+        def factors(part: Integers) -> list[_Factor]:
+            return [factor(row) for row in part]
+
+        self._pieces = list(self._workers.map(factors, (rows[part] for part in _slices(len(rows)))))
+        system.set_aside()
 
     def solve(self, load: Floats, tolerance: float) -> Floats:
         """Solve for [G, M, K] right-hand sides that are 0 outside the mask; `tolerance` is always met."""
-        flat = load.reshape(-1, load.shape[-1])
-        result = np.zeros_like(flat)
-        for rows, places, inverse in self._batches:
-            result[rows, places] = (inverse @ flat[rows, places][..., None])[..., 0]
-        return result.reshape(load.shape)
+        result = np.zeros_like(load)
+        flat, flat_result = (array.reshape(-1, load.shape[-1]) for array in (load, result))
+
+        def fill(factors: list[_Factor]) -> None:
+            for factor in factors:
+                flat_result[factor.row, factor.support] = factor.solve(flat[factor.row, factor.support])
+
+        self._workers.run(fill, self._pieces)
+        return result
 
 
-def _inverse(systems: Floats) -> Floats:
-    """Invert symmetric systems [B, s, s] of unit diagonal; eigenvalues below `NOISE` count as infinite.
+@dataclass(frozen=True)
+class _Factor:
+    """The system `A_SS` of one row.
+
+    Attributes:
+        row: Number among all rows of all groups.
+        support: `S` [s].
+        matrix: Its Cholesky factor [s, s] in float32, or its inverse in float64 where a pivot is too small for that.
+    """
+
+    row: int
+    support: Integers
+    matrix: Singles | Floats
+
+    def solve(self, load: Floats) -> Array:
+        """`u_S` for `r_S` [s]."""
+        if self.matrix.dtype == np.float64:
+            return np.asarray(self.matrix @ load)
+        return np.asarray(lapack.spotrs(self.matrix, load.astype(np.float32), overwrite_b=1)[0])
+
+
+def _inverse(system: Floats) -> Floats:
+    """Invert a symmetric system [s, s] of unit diagonal; eigenvalues below `NOISE` count as infinite.
 
     The diagonal of an inverse holds the variance inflation factors, which show whether there are such eigenvalues.
     """
     try:
-        inverse = np.asarray(np.linalg.inv(systems), np.float64)
-        inflation = np.diagonal(inverse, axis1=1, axis2=2)
-        doubtful = ~((inflation > 0) & (inflation < 1 / NOISE)).all(axis=-1)
+        inverse = np.asarray(np.linalg.inv(system), np.float64)
+        inflation = np.diagonal(inverse)
+        if ((inflation > 0) & (inflation < 1 / NOISE)).all():
+            return inverse
     except np.linalg.LinAlgError:
-        inverse = np.empty_like(systems)
-        doubtful = np.ones(len(systems), np.bool_)
-    if doubtful.any():
-        values, vectors = np.linalg.eigh(systems[doubtful])
-        values[values < NOISE] = np.inf
-        inverse[doubtful] = (vectors / values[:, None, :]) @ vectors.transpose(0, 2, 1)
-    return inverse
+        pass
+    values, vectors = np.linalg.eigh(system)
+    values[values < NOISE] = np.inf
+    return np.asarray((vectors / values) @ vectors.T)
 
 
 class ConjugateGradients:
@@ -172,15 +230,18 @@ class ConjugateGradients:
     With a unit diagonal, Jacobi preconditioning is the identity.
 
     Attributes:
+        image: `P A v` for the vectors `v` [G, M, K] that it is made with; 0 outside the mask.
         steps: Steps taken so far.
         converged: Whether every solution so far met its tolerance within the limit.
     """
 
     name: Literal["cg"] = "cg"
 
-    def __init__(self, system: GramSystem | RowSystem, mask: Mask, limits: SolverLimits) -> None:
+    def __init__(self, system: GramSystem | RowSystem, mask: Mask, vectors: Floats) -> None:
+        self.image = system.product(vectors)
+        np.copyto(self.image, 0.0, where=~mask)
         self.steps, self.converged = 0, True
-        self._system, self._mask, self._limit = system, mask, limits.cg_steps
+        self._system, self._mask = system, mask
         self._last: Floats = np.zeros(mask.shape)
 
     def solve(self, load: Floats, tolerance: float) -> Floats:
@@ -194,21 +255,29 @@ class ConjugateGradients:
         load -= reached
         del reached
         for group, residual in enumerate(load):
-            solution, mask, goal = self._last[group], self._mask[group], goals[group]
-            norm = np.linalg.norm(residual, axis=-1)
-            rows = np.flatnonzero(norm > goal)
-            if not len(rows):
-                continue
-            scale = norm[rows, None]
-            share = (goal[rows] / norm[rows]).astype(np.float32)
-            begin = residual[rows]
-            begin /= scale
-            begin = begin.astype(np.float32)
-            found, steps, converged = _descend(self._system.single(group), mask[rows], begin, share, self._limit)
+            self._improve(group, residual, goals[group])
+        return self._last
+
+    def _improve(self, group: int, residual: Floats, goals: Floats) -> None:
+        """Continue from the last solution of one group's rows, until each residual [K] of [M, K] is below its goal."""
+        norms = np.linalg.norm(residual, axis=-1)
+        wanting = np.flatnonzero(norms > goals)
+        if not len(wanting):
+            return
+        resources, product = self._system.resources, self._system.single(group)
+        solution, mask = self._last[group], self._mask[group]
+
+        def descend(rows: Integers) -> tuple[int, bool]:
+            scale = norms[rows, None]
+            share = (goals[rows] / norms[rows]).astype(np.float32)
+            begin = (residual[rows] / scale).astype(np.float32)
+            found, steps, converged = _descend(product, mask[rows], begin, share, resources.limits.cg_steps)
             solution[rows] += scale * found
+            return steps, converged
+
+        for steps, converged in resources.workers.map(descend, (wanting[part] for part in _slices(len(wanting)))):
             self.steps += steps
             self.converged &= converged
-        return self._last
 
 
 def _descend(

@@ -22,6 +22,7 @@ from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Pair, overflow
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.numerics.refit import NotFiniteError
+from onnx_asr.numerics.workers import one_thread_per_product
 from onnx_asr.repairing.options import RefitRecipe
 from onnx_asr.repairing.result import PointReport, Reports
 from onnx_asr.repairing.rows import DenseRows, RowSampler, sampled
@@ -96,11 +97,12 @@ def write_refit(
         return layout.to_rows(layout.from_patches(patches)) / point.layer.alpha
 
     try:
-        fit = sampler.refit(draft)
-        for choose in (narrow or {}).get(point.node, ()):
-            weight, *_ = _unfolded(draft, point, rows_of(fit.draft()))
-            fit.narrow(layout.to_patches(choose(layout.from_rows(weight))))
-        solution = fit.solve()
+        with one_thread_per_product():
+            fit = sampler.refit(draft)
+            for choose in (narrow or {}).get(point.node, ()):
+                weight, *_ = _unfolded(draft, point, rows_of(fit.draft()))
+                fit.narrow(layout.to_patches(choose(layout.from_rows(weight))))
+            solution = fit.solve()
     except NotFiniteError as error:
         raise overflow(point) from error
     sampler.release()

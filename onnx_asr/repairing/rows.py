@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.walk import Walk
 from onnx_asr.numerics import patches
 from onnx_asr.numerics.refit import LayerRefit, RefitOptions
-from onnx_asr.numerics.rows import MEMORY, BufferStore
+from onnx_asr.numerics.rows import MEMORY, BufferStore, Resources
 from onnx_asr.repairing.options import FEW_ROWS, FEW_ROWS_RIDGE, RefitRecipe
 
 MAX_ROW_BYTES = 256 << 20
@@ -51,7 +51,7 @@ class RowSampler:
         recipe: How to fit.
         calibration: The samples to come.
         number: Place among the points with weights; seeds the positions, alike in a graph and its folded version.
-        store: Where input patches and Gram matrices are kept.
+        resources: Keep input patches and Gram matrices, and process them.
         kept: Cache of the dense network's sampled outputs: filled, or used by :meth:`add` without them; None for none.
 
     Attributes:
@@ -67,7 +67,7 @@ class RowSampler:
         recipe: RefitRecipe,
         calibration: Calibration,
         number: int,
-        store: BufferStore,
+        resources: Resources,
         kept: list[DenseRows] | None,
     ) -> None:
         self.point = context.point
@@ -83,9 +83,9 @@ class RowSampler:
         self._seen = 0
         self._shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None  # of the maps that the next two are for
         self._positions = self._table = np.empty((0, 0), np.int64)
-        self._store = store
+        self._resources = resources
         self._kept = kept
-        self._x = _Rows(len(calibration.chunks), store)
+        self._x = _Rows(len(calibration.chunks), resources.store)
         self._target, self._floor, self._negative = (_Rows(len(calibration.chunks), MEMORY) for _ in range(3))
         self._threshold: tuple[Singles, Mask] | None = None
 
@@ -198,7 +198,7 @@ class RowSampler:
             relu_floor=floor,
             dense_negative=negative,
             classes=self._context.classes and one_each and len(x) > x.shape[2],  # fewer rows are met as they are
-            store=self._store,
+            resources=self._resources,
         )
 
     def release(self) -> None:
@@ -311,8 +311,8 @@ def sampled(
         samplers = {}
         for number, item in enumerate(items):
             rows = None if kept is None else kept.setdefault(item.point.node, [])
-            store = MEMORY if draft is None else walk.store
-            samplers[item] = RowSampler(pair, item, recipe, calibration, number, store, rows)
+            resources = walk.resources if draft is not None else replace(walk.resources, store=MEMORY)
+            samplers[item] = RowSampler(pair, item, recipe, calibration, number, resources, rows)
         schedule = [[samplers.pop(item) for item in group] for group in steps(pair.pruned.index, items)]
         own = [name for group in schedule for one in group for name in one.pruned_targets]
         reference = [name for group in schedule for one in group for name in one.dense_targets]

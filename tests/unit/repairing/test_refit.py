@@ -15,11 +15,12 @@ import onnx_asr
 import onnx_asr.numerics.refit as refit_numerics
 import onnx_asr.repairing.rows as refit_samples
 from onnx_asr.data import sample_indices
+from onnx_asr.networks import walk
 from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.fidelity import compare
 from onnx_asr.numerics.patches import sample_positions
 from onnx_asr.numerics.refit import LayerRefit
-from onnx_asr.numerics.rows import SolverLimits
+from onnx_asr.numerics.rows import Resources, SolverLimits
 from onnx_asr.pruning.options import PruneOptions
 from onnx_asr.repairing.options import RefitRecipe, RepairOptions
 from onnx_asr.repairing.pipeline import repair
@@ -84,9 +85,8 @@ def test_a_point_is_let_go_of_before_the_next_one_is_fitted(monkeypatch: pytest.
 
 
 def test_a_solver_that_stops_at_its_limit_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    limited = partial(LayerRefit, limits=SolverLimits(cg_steps=1))
-    monkeypatch.setattr(refit_samples, "LayerRefit", limited)
-    monkeypatch.setattr(refit_numerics, "inverse_is_cheaper", lambda *_: False)
+    monkeypatch.setattr(walk, "Resources", partial(Resources, limits=SolverLimits(cg_steps=1)))
+    monkeypatch.setattr(refit_numerics, "factors_are_cheaper", lambda *_: False)
     dense, x = residual_net(), images(16, seed=1)
     damaged = onnx_asr.prune(dense, options=PruneOptions(0.5)).model
     result = repair(damaged, x, RepairOptions(method="refit", samples=16, verify_samples=0), dense=dense)
