@@ -53,7 +53,6 @@ from onnx_asr.numerics.systems import (
 
 _CG_DRAFT = 1e-3  # |residual| / |load| that suffices to see what the ReLU hides
 _CG_FINAL = 5e-6  # and for the final weights
-_DRAFT_EVERY = 4  # one row of at most this many shows what the ReLU hides, in all steps but the last
 _FINAL_STEPS = 90  # of conjugate gradients that these take in total, with three ReLU-aware steps
 _DRAFT_STEPS = 30  # and those of a draft
 
@@ -221,7 +220,7 @@ class LayerRefit:
             targets = self._targets.of(block)
             fit = _first_fit(targets, start)
             if targets.negative is not None and self._options.relu_steps:
-                fit = targets.visible_fit(fit, pulled.fitted(fit.cross.copy(), _CG_DRAFT), fit.mean, 1)
+                fit = targets.visible_fit(pulled.fitted(fit.cross, _CG_DRAFT), fit.mean)
             self._fits[number] = fit
         cross = fit.cross / system.root
         scaled = pulled.scaled(cross.copy(), _CG_DRAFT)
@@ -245,10 +244,8 @@ class LayerRefit:
         spread = float(fit.variance.sum())
         pulled = _Pulled(system, start, self._mask[:, block], _FINAL_STEPS)
         del start
-        given, every = fit, self._draft_every()
-        for left in reversed(range(steps)):
-            weight = pulled.fitted(fit.cross.copy() if fit is given else fit.cross, _CG_DRAFT)
-            fit = targets.visible_fit(given, weight, fit.mean, every if left else 1)
+        for _ in range(steps):
+            fit = targets.visible_fit(pulled.fitted(fit.cross, _CG_DRAFT), fit.mean)
         cross = np.divide(fit.cross, system.root, out=fit.cross)
         weight = pulled.scaled(cross.copy(), _CG_FINAL)
         solver = pulled.solver
@@ -260,11 +257,6 @@ class LayerRefit:
         weight *= gain[..., None]
         bias = fit.mean - np.vecdot(weight, self._inputs.mean[:, None, :])
         return _Part(weight, bias, gain, spread, error_before, targets.error(weight, fit.mean), *report)
-
-    def _draft_every(self) -> int:
-        """One row of how many all ReLU-aware steps but the last look at."""
-        wanted: int = self._inputs.resources.limits.draft_rows * self._mask.shape[-1]
-        return min(max(len(self._inputs) // wanted, 1), _DRAFT_EVERY)
 
     def _toward_classes(self, part: _Part) -> _Part:
         mean = self._inputs.mean[:, None, :]

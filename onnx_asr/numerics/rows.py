@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 _CHUNK_VALUES = 2**20  # of X per product: summed in float32 within a chunk, in float64 across chunks
 _TILE = 1024  # largest side of a tile of the Gram matrix
-_RESIDUAL_EVERY = 8  # one row of this many measures the residual
+_RESIDUAL_EVERY = 8  # one chunk of this many measures the residual
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,12 @@ class SolverLimits:
         block_values: Values of W solved for at once.
         piece_values: Values of a Gram matrix that are in memory at a time, where a store keeps it elsewhere.
         cg_steps: Conjugate-gradient steps of one solution.
-        draft_rows: Rows per input that all ReLU-aware steps but the last look at, at least.
     """
 
     few_rows: float = 0.5
     block_values: int = 2**20
     piece_values: int = 2**21
     cg_steps: int = 400
-    draft_rows: int = 8
 
 
 class BufferStore(Protocol):
@@ -115,9 +113,9 @@ class Inputs:
         return len(self.centred)
 
     def map(self, function: Callable[[slice, Singles], Result], every: int = 1) -> Iterator[Result]:
-        """Yield what a function makes of one of `every` rows and their `X - mean(X)` [c, G, K], chunk by chunk."""
-        step = every * self._step
-        chunks = (slice(begin, min(begin + step, len(self)), every) for begin in range(0, len(self), step))
+        """Yield what a function makes of the rows and `X - mean(X)` [c, G, K] of one chunk of `every`, in order."""
+        begins = range(0, len(self), every * self._step)
+        chunks = (slice(begin, min(begin + self._step, len(self))) for begin in begins)
         for result in self.resources.workers.map(lambda rows: function(rows, self.centred[rows]), chunks):
             yield result
             self.resources.store.set_aside(self.centred)
@@ -195,26 +193,10 @@ class Targets:
             mean = self.target.mean(axis=0, dtype=np.float64)
         return self._fit(lambda rows, _: self.target[rows], mean)
 
-    def visible_fit(self, given: Fit, weight: Floats, level: Floats, every: int) -> Fit:
-        """The fit without errors that the ReLU hides, for the prediction `weight . (X - mean(X)) + level`.
-
-        The difference to the fit of the target as given is taken from one of `every` rows.
-        """
-        predict, origin = _Prediction(weight, level), level.astype(np.float32)
-
-        def change(rows: slice, chunk: Singles) -> tuple[Singles, Floats, Floats]:
-            target = self.target[rows]
-            visible = self._visible(rows, predict(chunk))
-            total = visible + target
-            total -= 2 * origin
-            visible -= target
-            return _product(visible, chunk), _sums(visible), _sums(np.multiply(visible, total, out=total))
-
-        cross, mean, square = self._means(change, every)
-        cross += given.cross
-        mean += given.mean - origin
-        square += given.variance + (given.mean - origin) ** 2
-        return Fit(cross, origin + mean, np.maximum(square - mean**2, 0.0))
+    def visible_fit(self, weight: Floats, level: Floats) -> Fit:
+        """The fit without errors that the ReLU hides, for the prediction `weight . (X - mean(X)) + level`."""
+        predict = _Prediction(weight, level)
+        return self._fit(lambda rows, chunk: self._visible(rows, predict(chunk)), level)
 
     def class_fit(self, weight: Floats, level: Floats) -> Fit:
         """The fit of `z - 2 (softmax(z) - softmax(T))`, with the logits `z = weight . (X - mean(X)) + level`."""
@@ -248,25 +230,18 @@ class Targets:
 
         def moments(rows: slice, chunk: Singles) -> tuple[Singles, Floats, Floats]:
             target = target_of(rows, chunk) - origin
-            return _product(target, chunk), _sums(target), _sums(np.square(target))
+            product = target.transpose(1, 2, 0) @ chunk.transpose(1, 0, 2)
+            return product, _sums(target), _sums(np.square(target))
 
-        cross, mean, square = self._means(moments)
-        return Fit(cross, origin + mean, np.maximum(square - mean**2, 0.0))
-
-    def _means(
-        self, moments: Callable[[slice, Singles], tuple[Singles, Floats, Floats]], every: int = 1
-    ) -> tuple[Floats, Floats, Floats]:
-        """Sums over the chunks of one of `every` rows, divided by the number of rows: [G, M, K], [G, M], [G, M]."""
-        groups, outputs = self.target.shape[1:]
-        cross = np.zeros((groups, outputs, self.inputs.centred.shape[2]))
-        mean, square = np.zeros((groups, outputs)), np.zeros((groups, outputs))
-        for product, sums, squares in self.inputs.map(moments, every):
+        cross = np.zeros((*shift.shape, self.inputs.centred.shape[2]))
+        mean, square = np.zeros(shift.shape), np.zeros(shift.shape)
+        for product, sums, squares in self.inputs.map(moments):
             cross += product
             mean += sums
             square += squares
         for total in (cross, mean, square):
-            total /= math.ceil(len(self.inputs) / every)
-        return cross, mean, square
+            total /= len(self.inputs)
+        return Fit(cross, origin + mean, np.maximum(square - mean**2, 0.0))
 
     def _visible(self, rows: slice, prediction: Singles) -> Singles:
         """Targets [c, G, M] without errors that the ReLU hides; the prediction is overwritten."""
@@ -294,11 +269,6 @@ def _sums(chunk: Singles) -> Floats:
     """Sums over the rows of a chunk [c, G, K], added in float32 by a matrix product, which is the fastest way."""
     total = np.ones(len(chunk), np.float32) @ chunk.reshape(len(chunk), -1)
     return total.reshape(chunk.shape[1:]).astype(np.float64)
-
-
-def _product(target: Singles, chunk: Singles) -> Singles:
-    """`T' X` [G, M, K] of [c, G, M] and [c, G, K]."""
-    return np.asarray(target.transpose(1, 2, 0) @ chunk.transpose(1, 0, 2))
 
 
 def _where(mask: Mask, chosen: Singles, other: Singles) -> Singles:

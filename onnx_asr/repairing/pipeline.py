@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from onnx_asr.data import Preprocessing
 from onnx_asr.data.sources import DataSource
@@ -26,7 +26,8 @@ from onnx_asr.repairing.refit import repair_refit
 from onnx_asr.repairing.result import Candidate, RepairResult, Reports, Verification, unconverged
 from onnx_asr.repairing.verification import Verifier
 
-CANDIDATE_SAMPLES = 256
+CANDIDATE_SAMPLES = 128
+"""Samples on which the channel rules are tried."""
 RELIABILITY_POWER = 0.25
 _INTACT = (
     "the outputs of the pruned model are those of the dense one, but for rounding: there is nothing to repair, and the "
@@ -83,17 +84,17 @@ def repair(
         job = RepairJob.of(pruned, reference, data, options, preprocessing, execution)
         execution.progress("loading data", 0.0)
         calibration = job.samples.load()
-    candidates: list[Candidate] = []
+    choice = _Choice(job)
     with timed(seconds, "choose"):
         if options.method == "auto":
-            job, candidates = _choose(job, calibration, execution)
+            choice = _choose(job, calibration, execution)
     with timed(seconds, "repair"):
-        result = run_method(job, calibration, execution)
+        result = choice.refit or run_method(choice.job, calibration, execution)
     del calibration  # it may take more memory than everything that the verification needs
     with timed(seconds, "verify"):
-        result = verified(job, result, execution, keep_worse=not candidates)
+        result = verified(choice.job, result, execution, keep_worse=not choice.candidates)
     execution.progress("done", 1.0)
-    return replace(result, candidates=tuple(candidates), seconds=seconds)
+    return replace(result, candidates=choice.candidates, seconds=seconds)
 
 
 def run_method(job: RepairJob, calibration: Calibration, execution: Execution) -> RepairResult:
@@ -187,29 +188,48 @@ def _judged(noise: Noise, before: Fidelity, after: Fidelity) -> tuple[Verdict, s
     return verdict, _FURTHER if verdict == "further" else _NO_CLOSER
 
 
-def _choose(job: RepairJob, calibration: Calibration, execution: Execution) -> tuple[RepairJob, list[Candidate]]:
-    """Try the candidate methods on part of the calibration samples: the job with the best on the held-out samples."""
+@dataclass(frozen=True)
+class _Choice:
+    """What to run.
+
+    Attributes:
+        job: The job with its method.
+        candidates: What was tried.
+        refit: The result, if it was chosen and is the one that was tried.
+    """
+
+    job: RepairJob
+    candidates: tuple[Candidate, ...] = ()
+    refit: RepairResult | None = None
+
+
+def _choose(job: RepairJob, calibration: Calibration, execution: Execution) -> _Choice:
+    """Try the channel rules on part of the calibration samples and ``refit`` on all: the best on the held-out ones.
+
+    ``refit`` wins where much was pruned, and takes most of the time, so its result is kept.
+    """
     if job.verifier is None:
         method: Method = "bn" if job.pair is None else "refit"
         why = "no dense model to choose by" if job.pair is None else "no held-out samples to choose by"
         note = f"auto: {why}, so '{method}' was used"
-        return replace(job, options=replace(job.options, method=method), notes=(*job.notes, note)), []
+        return _Choice(replace(job, options=replace(job.options, method=method), notes=(*job.notes, note)))
     part = calibration.head(CANDIDATE_SAMPLES)
     begun = time.perf_counter()
     execution.progress("trying the channel rules", 0.0)
     candidates = _channel_candidates(job, job.verifier, part, execution.quiet)
-    cost = REFIT_COST * sum(candidate.seconds for candidate in candidates)
-    notes = job.notes
+    cost = REFIT_COST * sum(candidate.seconds for candidate in candidates) * calibration.count / part.count
+    notes, refit = job.notes, None
     if job.options.time_budget is not None and time.perf_counter() - begun + cost > job.options.time_budget:
         notes = (*notes, "auto: 'refit' was not tried, it would have exceeded the time budget")
     else:
         execution.progress("trying refit", 0.0)
         begun, options = time.perf_counter(), replace(job.options, method="refit")
-        model = run_method(replace(job, options=options), part, execution.quiet).model
+        refit = run_method(replace(job, options=options), calibration, execution)
         seconds = time.perf_counter() - begun
-        candidates.append(Candidate(options, job.verifier.fidelity(model), seconds))
+        candidates.append(Candidate(options, job.verifier.fidelity(refit.model), seconds))
     best = min(candidates, key=lambda candidate: candidate.fidelity.distance)
-    return replace(job, options=best.options, notes=notes), candidates
+    kept = refit if best.options.method == "refit" else None
+    return _Choice(replace(job, options=best.options, notes=notes), tuple(candidates), kept)
 
 
 def _channel_candidates(
