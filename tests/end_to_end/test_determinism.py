@@ -41,20 +41,28 @@ def test_a_second_run_writes_the_same_bytes(
 
 
 def test_refit_does_not_depend_on_the_number_of_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer wide enough for numpy to use all cores, which the command prevents."""
+    """Nor on that of threads: a layer wide enough for numpy to use all cores, and for several pieces of work."""
     dense = net("g (float[N,64,H,W] x) => (float[N,K,A,B] y) { y = Conv (x, w) }", w=(64, 64, 3, 3))
     onnx.save(dense, tmp_path / "dense.onnx")
     onnx.save(prune(dense, options=PruneOptions(0.8)).model, tmp_path / "pruned.onnx")
     np.savez(tmp_path / "data.npz", x=images(64, seed=1, shape=(64, 16, 16)))
     written = []
-    for threads in ("1", None):
+    for threads, limited in (("1", True), ("1", False), ("2", True), ("5", True)):
         values = environment() | {"OPENBLAS_NUM_THREADS": "1"}
-        if threads is None:
+        if not limited:
             del values["OPENBLAS_NUM_THREADS"], values["OMP_NUM_THREADS"]
         monkeypatch.setattr("tests.end_to_end.conftest.environment", lambda values=values: values)
-        output = tmp_path / f"out-{threads}.onnx"
-        model, options = ("--dense", tmp_path / "dense.onnx"), ("--method", "refit", "--verify-samples", "0", "-q")
-        done = cli("repair", tmp_path / "pruned.onnx", "-o", output, *model, "--data", tmp_path / "data.npz", *options)
+        output = tmp_path / f"out-{len(written)}.onnx"
+        files = (
+            tmp_path / "pruned.onnx",
+            "-o",
+            output,
+            "--dense",
+            tmp_path / "dense.onnx",
+            "--data",
+            tmp_path / "data.npz",
+        )
+        done = cli("repair", *files, "--method", "refit", "--verify-samples", "0", "--threads", threads, "-q")
         assert done.code == 0, done.err
         written.append(output.read_bytes())
-    assert written[0] == written[1]
+    assert written == 4 * written[:1]
