@@ -52,7 +52,7 @@ def test_a_network_is_fed_under_its_own_names_and_types() -> None:
 
 def test_buffers_are_free_when_the_walk_ends() -> None:
     with Walk(samples(images(8, seed=1), 8), Execution(memory_limit=0)) as walk:
-        held = walk.store.allocate((4,), np.dtype(np.float32))
+        held = walk.resources.store.allocate((4,), np.dtype(np.float32))
         assert isinstance(held.base, np.memmap)
-    again = walk.store.allocate((4,), np.dtype(np.float32))
+    again = walk.resources.store.allocate((4,), np.dtype(np.float32))
     assert again.ctypes.data != held.ctypes.data
