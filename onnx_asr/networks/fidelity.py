@@ -181,18 +181,22 @@ class Noise:
 
     Two optimisation levels of onnxruntime compute one function in two orders. Their outputs ``y`` differ by a relative
     error ``r``; rounding is taken to reach ``max(4 r, 16 eps)`` with ``eps = 2^-23``, or half a step of the type of the
-    outputs where that is more. A relative output error, which is a norm, moves by as much (triangle inequality), and
-    a share of unequal values by 4 times the share that the levels disagree on. For class scores, ``d`` being the error
-    of a log-probability, a divergence K moves by ``|sum_i (q_i - p_i) d| <= sqrt(2 K) d`` (Pinsker's inequality), by
-    ``d^2`` where K is close to 0, and by ``4 eps`` where scores are probabilities, whose sum is rounded.
+    outputs where that is more. It is independent from sample to sample, and of what pruning did. So a relative output
+    error D, which is a norm, moves by ``sqrt(D^2 + r^2) - D``, and by ``r / sqrt(N)`` for N samples; a share of unequal
+    values moves by 4 times the share that the levels disagree on. For class scores, ``d`` being the error of a
+    log-probability, a divergence K of one sample moves by ``|sum_i (q_i - p_i) d| <= sqrt(2 K) d`` (Pinsker's
+    inequality), their mean by ``1 / sqrt(N)`` of that, by ``d^2`` where K is close to 0, and by ``4 eps`` where scores
+    are probabilities, whose sum is rounded.
 
     Attributes:
         relative: Relative error of the outputs, or share of unequal values.
+        samples: Number of samples.
         scores: Error ``d`` of a log-probability; None where the distance is no divergence.
         sums: Error of the sum of probabilities.
     """
 
     relative: float
+    samples: int = 1
     scores: float | None = None
     sums: float = 0.0
 
@@ -204,24 +208,28 @@ class Noise:
         floating = [value.dtype for value in outputs[compared] if np.issubdtype(value.dtype, np.floating)]
         found = None if again is None else compare(outputs[compared], again[compared])
         if not floating:
-            return cls(0.0 if found is None else _LEVELS * found.distance)
+            return cls(0.0 if found is None else _LEVELS * found.distance)  # not independent: ties of a few samples
         error = 0.0
         if found is not None and found.snr_db not in (None, -math.inf):  # the latter where a value is not finite
             assert found.snr_db is not None
             error = float(10 ** (-found.snr_db / 20))
         relative = max(_LEVELS * error, _STEPS, *(float(np.finfo(kind).eps) / 2 for kind in floating))
+        samples = len(outputs[0]) if outputs[0].ndim else 1
         if not classifier:
-            return cls(relative)
+            return cls(relative, samples)
         scores = outputs[0].astype(np.float64)
         if are_probabilities(scores):
-            return cls(relative, relative, 4 * float(np.finfo(np.float32).eps))
-        return cls(relative, relative * float(np.sqrt(np.square(scores).mean())))
+            return cls(relative, samples, relative, 4 * float(np.finfo(np.float32).eps))
+        return cls(relative, samples, relative * float(np.sqrt(np.square(scores).mean())))
 
     def band(self, distance: float) -> float:
         """How far rounding moves a distance of this size."""
-        if self.scores is None:
+        if self.scores is not None:
+            first = math.sqrt(2 * max(distance, 0.0) / self.samples) * self.scores
+            return first + self.scores**2 + self.sums
+        if self.samples == 1 or math.isinf(distance):
             return self.relative
-        return math.sqrt(2 * max(distance, 0.0)) * self.scores + self.scores**2 + self.sums
+        return math.hypot(distance, self.relative) - distance + self.relative / math.sqrt(self.samples)
 
     def covers(self, fidelity: Fidelity) -> bool:
         """Whether outputs of this fidelity are the dense model's, but for rounding."""

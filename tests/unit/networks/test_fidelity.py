@@ -171,6 +171,24 @@ def test_small_gains_are_more_than_noise():
         assert maps.verdict(Fidelity(4, snr_db=snr), Fidelity(4, snr_db=snr + 0.3)) == "closer"
 
 
+def test_a_large_gain_counts_though_coarse_steps_flip_between_levels():
+    """As where activations are quantized: an error of 20% becomes 8%, and another level moves outputs by 3%."""
+    rng = np.random.default_rng(0)
+    dense = scores(0, (64, 3, 4, 4))
+
+    def moved(error):
+        noise = rng.standard_normal(dense.shape)
+        return dense + error * noise * np.linalg.norm(dense) / np.linalg.norm(noise)
+
+    noise = Noise.between([dense], [moved(0.03)])
+    pruned_outputs = moved(0.2)
+    before, after = compare([dense], [pruned_outputs]), compare([dense], [moved(0.08)])
+    assert noise.verdict(before, after) == "closer"
+    assert noise.verdict(after, before) == "further"
+    assert noise.covers(compare([dense], [moved(0.1)]))
+    assert noise.verdict(before, compare([dense], [pruned_outputs + moved(0.03) - dense])) == "equal"
+
+
 def test_different_shapes_are_refused():
     with pytest.raises(ModelError, match="differ in shape"):
         compare([scores(0)], [scores(0)[:, :9]])
