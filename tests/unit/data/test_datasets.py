@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +78,12 @@ def test_tiff_is_turned_once(tmp_path: Path) -> None:
 def test_broken_exif_data_turn_nothing(tmp_path: Path) -> None:
     write_image(tmp_path / "a.png", pixels(8, 8, 3))
     whole = open_data(tmp_path, [RGB8], preprocessing=UNIT).load(0)["input"]
-    Image.open(tmp_path / "a.png").save(tmp_path / "a.png", exif=b"Exif\0\0MM\0*\0\0")
-    assert np.array_equal(open_data(tmp_path, [RGB8], preprocessing=UNIT).load(0)["input"], whole)
+    for broken in (b"Exif\0\0MM\0*\0\0", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01"):
+        Image.open(tmp_path / "a.png").save(tmp_path / "a.png", exif=broken)
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.simplefilter("always")
+            assert np.array_equal(open_data(tmp_path, [RGB8], preprocessing=UNIT).load(0)["input"], whole)
+        assert not shown
 
 
 def test_class_folders(tmp_path: Path) -> None:
