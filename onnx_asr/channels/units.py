@@ -155,12 +155,9 @@ def remove(index: GraphIndex, channels: Channels, drop: Mask, plan: EditPlan | N
     Raises:
         ModelError: When a unit is frozen, or a tensor would be left without channels.
     """
-    refused = next((unit for unit in np.flatnonzero(drop).tolist() if unit in channels.frozen), None)
-    if refused is not None:
-        raise ModelError(f"a channel cannot be removed: {channels.frozen[refused]}")
-    emptied = next((name for name, labels in channels.tensors.items() if drop[labels.ids].all()), None)
-    if emptied is not None:
-        raise ModelError(f"tensor '{emptied}' would be left without channels: keep at least one")
+    obstacle = _obstacle(channels, drop)
+    if obstacle is not None:
+        raise ModelError(obstacle)
     edits = EditPlan() if plan is None else replace(plan, values=dict(plan.values), added_bias=dict(plan.added_bias))
     _slice_constants(index, channels, drop, edits)
     _recount(index, channels, drop, edits)
@@ -176,6 +173,15 @@ def remove(index: GraphIndex, channels: Channels, drop: Mask, plan: EditPlan | N
                 dim.dim_value = int((~drop[labels.ids]).sum())
     _record_kept(model, channels, drop)
     return model
+
+
+def _obstacle(channels: Channels, drop: Mask) -> str | None:
+    """Why the units in ``drop`` [units] cannot be removed; None where they can."""
+    refused = next((unit for unit in np.flatnonzero(drop).tolist() if unit in channels.frozen), None)
+    if refused is not None:
+        return f"a channel cannot be removed: {channels.frozen[refused]}"
+    emptied = next((name for name, labels in channels.tensors.items() if drop[labels.ids].all()), None)
+    return None if emptied is None else f"tensor '{emptied}' would be left without channels"
 
 
 def _slice_constants(index: GraphIndex, channels: Channels, drop: Mask, plan: EditPlan) -> None:
@@ -241,13 +247,7 @@ def read_shapes(model: onnx.ModelProto) -> InputShapes | None:
     Raises:
         ModelError: When the metadata entry is damaged.
     """
-    text = next((entry.value for entry in model.metadata_props if entry.key == INPUT_SHAPES), "{}")
-    try:
-        return {str(name): tuple(map(int, shape)) for name, shape in json.loads(text).items()} or None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"metadata entry '{INPUT_SHAPES}' is damaged ({error}): prune the dense model again"
-        ) from error
+    return {name: tuple(shape) for name, shape in _read_lists(model, INPUT_SHAPES).items()} or None
 
 
 def read_kept(model: onnx.ModelProto) -> Kept:
@@ -256,13 +256,24 @@ def read_kept(model: onnx.ModelProto) -> Kept:
     Raises:
         ModelError: When the metadata entry is damaged.
     """
-    text = next((entry.value for entry in model.metadata_props if entry.key == KEPT_CHANNELS), "{}")
+    return _read_lists(model, KEPT_CHANNELS)
+
+
+def _read_lists(model: onnx.ModelProto, key: str) -> dict[str, list[int]]:
+    """Lists of whole numbers by name, from a metadata entry; empty without it."""
+    text = next((entry.value for entry in model.metadata_props if entry.key == key), "{}")
+    damaged = f"metadata entry '{key}' is damaged ({{}}): prune the dense model again, or remove the entry"
     try:
-        return {str(name): [int(position) for position in positions] for name, positions in json.loads(text).items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"metadata entry '{KEPT_CHANNELS}' is damaged ({error}): prune the dense model again"
-        ) from error
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(damaged.format(error)) from error
+    if not isinstance(record, dict) or not all(map(_is_whole_numbers, record.values())):
+        raise ModelError(damaged.format("expected lists of whole numbers by name"))
+    return record
+
+
+def _is_whole_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
 
 
 def _record_kept(model: onnx.ModelProto, channels: Channels, drop: Mask) -> None:
@@ -282,7 +293,7 @@ def missing_units(index: GraphIndex, channels: Channels, kept: Kept) -> Mask:
     The dense graph may itself have lost channels of a larger one; both records then refer to that one.
 
     Raises:
-        StructureError: When the graph does not have the channels of the record.
+        StructureError: When the graph does not have the channels of the record, or cannot lose the others.
     """
     drop = np.zeros(channels.units, bool)
     own = read_kept(index.model)
@@ -295,4 +306,10 @@ def missing_units(index: GraphIndex, channels: Channels, kept: Kept) -> Mask:
                 "not have: give the dense file that the pruned one was made from"
             )
         drop[labels.ids[~np.isin(np.array(there), positions)]] = True
+    obstacle = _obstacle(channels, drop)
+    if obstacle is not None:
+        raise StructureError(
+            f"the pruned model's record of its channels does not fit the dense model: {obstacle}; give the dense file "
+            "that the pruned one was made from"
+        )
     return drop

@@ -193,6 +193,11 @@ def survey(index: GraphIndex) -> Survey:
     return result
 
 
+def is_quantizing(node: onnx.NodeProto) -> bool:
+    """Whether a node makes or reads integers in place of floating-point numbers."""
+    return node.op_type in _QUANTIZERS or node.op_type in _QUANTIZED_LAYERS
+
+
 def without_selected(index: GraphIndex, found: Survey) -> Survey:
     """A survey whose points behind a NonMaxSuppression are skips.
 

@@ -29,6 +29,9 @@ from onnx_asr.pairing.match import Pairing, match, refoldings
 from onnx_asr.pairing.refolding import KeptChannels, refold
 from onnx_asr.pairing.survivors import Survivors, survivors
 
+_FAR = 0.1  # a deviation; weights that differ by a third, root mean square
+_CLEARLY = 4.0  # so many times the deviation of another pair
+
 
 @dataclass(frozen=True)
 class Network:
@@ -145,9 +148,11 @@ class Pair:
             StructureError: When the two are not the same network.
         """
         try:
-            return cls._recorded(pruned, dense)
+            recorded = cls._recorded(pruned, dense)
         except StructureError as error:
             unfit = error
+        else:
+            return recorded._unless_contradicted(pruned, dense) if recorded._deviation > _FAR else recorded
         try:
             found = survivors(pruned.index, dense)
         except StructureError:
@@ -156,7 +161,30 @@ class Pair:
             found = None
         if found is None:
             raise unfit
+        return cls._told(pruned, dense, found)
+
+    @classmethod
+    def _told(cls, pruned: Network, dense: GraphIndex, found: Survivors) -> Pair:
         return replace(cls._without(pruned, dense, found.channels, found.drop), survivors=found)
+
+    def _unless_contradicted(self, pruned: Network, dense: GraphIndex) -> Pair:
+        """This pair, or the one that the weights tell, where the record counts the channels of yet another model."""
+        try:
+            found = survivors(pruned.index, dense)
+        except StructureError:
+            return self
+        if found is None:
+            return self
+        told = self._told(pruned, dense, found)
+        return told if _CLEARLY * told._deviation < self._deviation else self
+
+    @cached_property
+    def _deviation(self) -> float:
+        """The largest deviation of a layer's weights from the dense ones; 0 where no channels were removed."""
+        own = Draft(self.pruned.index)
+        layers = self.pruned.survey.layers if self.kept else ()
+        found = (_deviation(own.rows(point), self.parameters.rows(self._dense_point(point))) for point in layers)
+        return max(found, default=0.0)
 
     @classmethod
     def _recorded(cls, pruned: Network, dense: GraphIndex) -> Pair:
@@ -265,6 +293,21 @@ class Pair:
         batchnorm = None if point.batchnorm is None else nodes[point.batchnorm]
         tensor = self.dense_tensor(point.tensor)
         return replace(point, layer=layer, node=nodes[point.node], tensor=tensor, bias=None, batchnorm=batchnorm)
+
+
+def _deviation(rows: Floats, dense: Floats) -> float:
+    """How far rows P are from dense ones D [C, K], up to a factor each.
+
+    The mean of 1 - max(0, cos(P, D))^2 where P != 0, over the rows with several weights.
+    """
+    support = rows != 0
+    several = support.sum(axis=1) > 1
+    if not several.any():
+        return 0.0
+    own, other = rows[several], np.where(support, dense, 0.0)[several]
+    lengths = np.square(own).sum(axis=1) * np.square(other).sum(axis=1)
+    cosine = np.maximum((own * other).sum(axis=1), 0.0) / np.sqrt(np.maximum(lengths, np.finfo(np.float64).tiny))
+    return float(1.0 - np.square(cosine).mean())
 
 
 def overflow(point: Point) -> ModelError:

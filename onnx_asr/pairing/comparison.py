@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import le
 from typing import Any
 
@@ -10,6 +11,7 @@ import onnx
 from onnx_asr.errors import StructureError
 from onnx_asr.graph.index import GraphIndex, captured, is_standard
 from onnx_asr.graph.layers import CONVOLUTIONS, NORMALIZATION
+from onnx_asr.graph.points import is_quantizing
 from onnx_asr.pairing.canonical import COMPUTED, VIEW, Form
 from onnx_asr.pairing.resolving import could_agree
 from onnx_asr.pairing.sides import Side, operands
@@ -22,6 +24,14 @@ _FOLDED = (
 _EXCHANGED = (
     "the dense model is the smaller one: exchange the two files if you gave the one for the other, else give the dense "
     "file that the pruned one was made from"
+)
+_QUANTIZED = (
+    "{node} is in the {role} model alone, so a tool has quantized this one and not the other: give the two as they "
+    "were before that"
+)
+_OPTIMIZED = (
+    "{node} is in the {role} model alone, an operator that onnxruntime makes when it optimizes a model: give the two "
+    "as they were before that, or optimized no further than ORT_ENABLE_BASIC"
 )
 
 
@@ -73,6 +83,11 @@ def compare(pruned: Side, position: int, dense: Side, counterpart: int) -> tuple
 
 def _suspected(pruned: GraphIndex, dense: GraphIndex, operators: tuple[str, ...]) -> str:
     """What to do about two nodes of different operators, by the operators that the two models have."""
+    for is_made, advice in ((is_quantizing, _QUANTIZED), (_is_optimized, _OPTIMIZED)):
+        made = {role: _first(index, is_made) for role, index in (("pruned", pruned), ("dense", dense))}
+        if sum(map(bool, made.values())) == 1:
+            role, node = next((role, node) for role, node in made.items() if node)
+            return advice.format(role=role, node=node)
     layers, norms = (
         [sum(is_standard(node, *kinds) for node in index.nodes) for index in (pruned, dense)]
         for kinds in (CONVOLUTIONS, (NORMALIZATION,))
@@ -83,6 +98,16 @@ def _suspected(pruned: GraphIndex, dense: GraphIndex, operators: tuple[str, ...]
             "networks; give the dense file that the pruned one was made from"
         )
     return _FOLDED if NORMALIZATION in operators and norms[0] != norms[1] else _OTHER_FILE
+
+
+def _first(index: GraphIndex, is_meant: Callable[[onnx.NodeProto], bool]) -> str:
+    """The first node of a kind, with its operator; empty where there is none."""
+    nodes = enumerate(index.nodes)
+    return next((f"node {index.label(position)} ({node.op_type})" for position, node in nodes if is_meant(node)), "")
+
+
+def _is_optimized(node: onnx.NodeProto) -> bool:
+    return node.domain.startswith("com.microsoft")
 
 
 def _cause(shape: tuple[int, ...], other: tuple[int, ...]) -> str:

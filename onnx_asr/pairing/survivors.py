@@ -310,11 +310,14 @@ class _Search:
             own = by_rows.near[np.arange(self.left[group]), self.known[group]]
             return float(np.sqrt((own * by_rows.entries).sum() / max(1.0, by_rows.entries.sum())))
         total, entries = 0.0, 0
-        for pruned, dense in self._evidence(group, OTHER, _ENTRIES):
-            variance, support = float(dense.var(axis=0).mean()), pruned != 0
-            if variance > 0.0:
-                total += float(np.square(pruned - dense[self.known[group]])[support].sum()) / variance / 2
-                entries += int(support.sum())
+        for trust in (WEIGHT, OTHER):
+            for pruned, dense in self._evidence(group, trust, _ENTRIES):
+                variance, support = float(dense.var(axis=0).mean()), pruned != 0
+                if variance > 0.0:
+                    total += float(np.square(pruned - dense[self.known[group]])[support].sum()) / variance / 2
+                    entries += int(support.sum())
+            if entries:
+                break
         return float(np.sqrt(total / max(1, entries)))
 
     def _doubt(self, group: int, channel: int, order: Integers, distances: Floats) -> str:

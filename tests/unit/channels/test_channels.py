@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,15 @@ from onnx import helper, numpy_helper
 
 from onnx_asr.arrays import Mask
 from onnx_asr.channels.rules import trace
-from onnx_asr.channels.units import Channels, missing_units, read_kept, remove
+from onnx_asr.channels.units import (
+    INPUT_SHAPES,
+    KEPT_CHANNELS,
+    Channels,
+    missing_units,
+    read_kept,
+    read_shapes,
+    remove,
+)
 from onnx_asr.errors import ModelError, StructureError
 from onnx_asr.networks.cost import cost
 from onnx_asr.networks.latency import random_feeds
@@ -470,8 +479,30 @@ def test_the_record_refers_to_the_channels_of_the_first_model() -> None:
         missing_units(index(dense_net()), trace(index(dense_net())), kept)
 
 
-def test_broken_metadata_are_an_error() -> None:
+@pytest.mark.parametrize(
+    "record",
+    [
+        "",
+        "[1, 2",
+        "null",
+        "3",
+        "[]",
+        '{"a": 1}',
+        '{"a": [0.5]}',
+        '{"a": [null]}',
+        pytest.param("[" * 100_000, id="deep"),
+    ],
+)
+@pytest.mark.parametrize("read", [read_kept, read_shapes])
+def test_broken_metadata_are_an_error(read: Callable[[onnx.ModelProto], object], record: str) -> None:
     model = residual_net()
-    model.metadata_props.add(key="onnx_asr.kept_channels", value="[1, 2")
-    with pytest.raises(ModelError, match="kept_channels"):
-        read_kept(model)
+    for key in (KEPT_CHANNELS, INPUT_SHAPES):
+        model.metadata_props.add(key=key, value=record)
+    with pytest.raises(ModelError, match=r"is damaged .*prune the dense model again, or remove the entry"):
+        read(model)
+
+
+def test_a_record_without_any_channel_does_not_fit() -> None:
+    found = index(residual_net())
+    with pytest.raises(StructureError, match="does not fit the dense model: tensor 'stem' would be left without"):
+        missing_units(found, trace(found), {"stem": []})

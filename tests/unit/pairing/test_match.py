@@ -453,6 +453,26 @@ def test_two_networks_are_suspected_where_their_layers_differ_in_number() -> Non
         match(one, two)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "cause"),
+    [
+        (
+            "q = QuantizeLinear (c, scale, zero)  d = DequantizeLinear (q, scale, zero)  y = Relu (d)",
+            r"\(QuantizeLinear\) is in the {} model alone, so a tool has quantized",
+        ),
+        ("y = com.microsoft.Gelu (c)", r"\(Gelu\) is in the {} model alone, an operator that onnxruntime makes"),
+    ],
+)
+def test_what_a_tool_did_to_one_of_the_two_is_named(nodes: str, cause: str) -> None:
+    text = "g (float[N,3,4,4] x) => (float[N,3,4,4] y) {{ c = Conv (x, w)  {} }}"
+    weights = {"w": (3, 3, 1, 1), "scale": np.array(0.1, np.float32), "zero": np.array(0, np.uint8)}
+    plain, changed = (index(net(text.format(part), **weights)) for part in ("y = Relu (c)", nodes))
+    with pytest.raises(StructureError, match=cause.format("dense")):
+        match(plain, changed)
+    with pytest.raises(StructureError, match=cause.format("pruned")):
+        match(changed, plain)
+
+
 def test_batchnorm_is_only_suspected_where_one_of_the_two_has_less_of_it() -> None:
     text = "g (float[N,3,4,4] x) => (float[N,3,4,4] y) {{ {} }}"
     shapes = {f"n_{part}": (3,) for part in ("gamma", "beta", "mean", "var")}

@@ -306,6 +306,37 @@ def test_dense_channels_that_nothing_tells_apart_but_their_statistics_are_refuse
         Pair.of(net(text, **cut), net(text, **values))
 
 
+@pytest.mark.parametrize("name", NETS)
+def test_a_record_that_counts_the_channels_of_another_model_is_not_believed(name: str) -> None:
+    """Of one whose own record was lost."""
+    dense = NETS[name]()
+    cut = smaller(without_record(smaller(dense, 0.3)), 0.3)
+    assert read_kept(cut)
+    pair = Pair.of(cut, dense)
+    assert pair.survivors is not None
+    assert same(pair, Pair.of(without_record(cut), dense))
+
+
+def test_a_record_is_believed_where_the_weights_do_not_tell() -> None:
+    dense = digits("vgg")
+    cut = smaller(dense)
+    for changed_since in (redrawn(cut, 1), noisy(cut, 0.6), pruned(cut, 0.9)):
+        pair = Pair.of(changed_since, dense)
+        assert pair.survivors is None
+        assert same(pair, Pair.of(cut, dense))
+
+
+def test_the_difference_is_that_of_the_weights() -> None:
+    """Not that of shifts of almost nothing, which half precision rounds to something else."""
+    dense = digits("mobilenet")
+    cut = changed(without_record(smaller(dense)), lambda value: value + 1e-7 * (value.ndim == 1))
+    found = Pair.of(cut, dense).survivors
+    assert found is not None
+    assert found.difference == 0.0
+    half = changed(without_record(smaller(dense)), lambda value: value.astype(np.float16))
+    assert 0.0 < Pair.of(half, dense).survivors.difference < 1e-3  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("sparsity", [0.8, 0.9, 0.95])
 @pytest.mark.parametrize("name", ["densenet", "mobilenet"])
 @pytest.mark.parametrize("fold", [False, True])
