@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from rich.console import Console, RenderableType
 from onnx_asr.cli.parameters import panel
 from onnx_asr.json_values import plain
 
+_SETTLED = 2.0  # seconds of a stage from which its speed is told
 _PLAIN_WIDTH = 120  # of tables where stdout is not a terminal
 
 Progress = Callable[[str, float], None]
@@ -65,21 +67,45 @@ class Terminal:
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:
-        """A progress bar, shown on a terminal only."""
+        """A progress bar with the time that the stage will still take, shown on a terminal only."""
         console = Console(stderr=True, highlight=False, emoji=False)
         if self.quiet or not console.is_terminal:
             yield lambda stage, fraction: None
             return
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+        left = TextColumn("{task.fields[left]}")
+        columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), left
         bar = Progress(*columns, console=console, transient=True)
         with ExitStack() as stack:  # not `with bar`: interrupted while it starts, it would not stop, or fail to
             stack.callback(Console(stderr=True).show_cursor)
             stack.callback(bar.stop)
             bar.start()
-            task = bar.add_task("starting", total=1.0)
-            yield lambda stage, fraction: bar.update(task, description=stage, completed=fraction)
+            task = bar.add_task("starting", total=1.0, left="")
+            time_left = TimeLeft()
+
+            def report(stage: str, fraction: float) -> None:
+                left = time_left.of(stage, fraction, time.monotonic())
+                bar.update(task, description=stage, completed=fraction, left=left)
+
+            yield report
+
+
+class TimeLeft:
+    """The time that a stage will still take, if it goes on as since its beginning."""
+
+    def __init__(self) -> None:
+        self._stage, self._begun, self._first = "", 0.0, 0.0
+
+    def of(self, stage: str, fraction: float, now: float) -> str:
+        """In words, at a fraction of the stage and a time in seconds; empty while it cannot be told."""
+        if stage != self._stage:
+            self._stage, self._begun, self._first = stage, now, fraction
+        done, elapsed = fraction - self._first, now - self._begun
+        if done <= 0 or elapsed < _SETTLED:
+            return ""
+        minutes, seconds = divmod(round(elapsed * (1 - fraction) / done), 60)
+        return f"{minutes}:{seconds:02} left"
 
 
 def leave_progress() -> None:

@@ -47,6 +47,10 @@ class Execution:
         """The same without progress, for a part of a larger job."""
         return replace(self, progress=silent)
 
+    def part(self, stage: str, number: int, parts: int) -> Execution:
+        """The same for one of the equal parts of a stage, counted from 0, whose own stages are not named."""
+        return replace(self, progress=lambda _, fraction: self.progress(stage, (number + fraction) / parts))
+
 
 @contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:

@@ -200,9 +200,10 @@ class _Rounds:
         """
         *steps, last = self._steps
         for number, step in enumerate(steps):
-            self._execution.progress(f"mask round {number + 1} of {len(steps) + 1}", number / (len(steps) + 1))
+            execution = self._execution.part(f"mask round {number + 1} of {len(steps) + 1}", number, len(steps) + 1)
+            execution.progress("", 0.0)
             with timed(seconds, f"round {number + 1}"):
-                self._run(step, narrowed=step[0].n is None and number > 0)
+                self._run(step, execution, narrowed=step[0].n is None and number > 0)
         return self._weights, self._goal(last)
 
     def _score(self, number: int, value: Array) -> Floats:
@@ -214,7 +215,7 @@ class _Rounds:
         scores = [self._score(number, value) for number, value in enumerate(self._values)]
         return make_masks(self._weights, scores, *step, "global", seed=self._seed)
 
-    def _run(self, step: Step, *, narrowed: bool) -> None:
+    def _run(self, step: Step, execution: Execution, *, narrowed: bool) -> None:
         """Refit from the dense weights under the masks of a goal.
 
         With ``narrowed`` the goal only says how many weights each layer keeps; each layer then begins with its mask so
@@ -232,7 +233,7 @@ class _Rounds:
             masked = np.where(mask, value, np.zeros((), value.dtype))
             for point in weight.points:
                 draft.set_weight(point, masked)
-        calibration, execution, recipe = self._calibration, self._execution.quiet, self._recipe
+        calibration, recipe = self._calibration, self._recipe
         reports, _ = repair_refit(
             self._pair, draft, calibration, execution, recipe, precise=True, kept=self._kept, narrow=narrow
         )

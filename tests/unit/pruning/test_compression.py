@@ -321,3 +321,16 @@ def test_layers_with_hardly_any_weights_left_are_noted() -> None:
     result = compress(digits("vgg"), x[:64], CompressOptions(0.999, rounds=1, repair=settings(64)))
     (note,) = (note for note in result.repair.notes if note.startswith("layer collapse"))
     assert f"in {sum(layer.is_collapsed for layer in result.layers)} of {len(result.layers)} layers" in note
+
+
+def test_progress_goes_from_the_first_round_to_the_last() -> None:
+    seen: list[tuple[str, float]] = []
+    execution = Execution(progress=lambda stage, fraction: seen.append((stage, fraction)))
+    settings = RepairOptions(samples=16, verify_samples=8)
+    compress(residual_net(), images(24, seed=1), CompressOptions(0.5, rounds=3, repair=settings), execution=execution)
+    rounds = [(stage, fraction) for stage, fraction in seen if stage.startswith("mask round")]
+    assert list(dict(rounds)) == ["mask round 1 of 3", "mask round 2 of 3"]
+    fractions = [fraction for _, fraction in rounds]
+    assert fractions == sorted(fractions)
+    assert len(set(fractions)) > 4
+    assert 0.5 < fractions[-1] < 2 / 3
