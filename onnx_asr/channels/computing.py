@@ -25,6 +25,9 @@ def _layer(tracer: Tracer, position: int, node: onnx.NodeProto) -> None:
     layout, slot, bias_name = layer.layout, layer.weight_slot, layer.bias_name(node)
     bias = tracer.constant(bias_name, "bias") if bias_name else None
     labels, out_axis = _source(tracer, node, layer)
+    wanted = layout.inputs * layout.groups
+    if labels is not None and len(labels.ids) != wanted:
+        raise Obstacle(f"it reads {len(labels.ids)} channels, but has weights for {wanted}")
     ids = tracer.new(layout.channels)
     blocks = layout.to_blocks(tracer.index.value(node.input[slot]))
     # a row of zeros leaves nothing but the bias

@@ -414,6 +414,16 @@ FROZEN: dict[str, tuple[str, dict[str, Any], str]] = {
         {"wy": (5, 6, 1, 1), "bias": (3,)},
         "it has 5 channels, but a bias for 3",
     ),
+    "unfit weight": (
+        "a = Conv (x, wa) y = Conv (a, wy)",
+        {"wy": (5, 4, 1, 1)},
+        "it reads 6 channels, but has weights for 4",
+    ),
+    "unfit matrix": (
+        "a = Conv (x, wa) f = Flatten (a) y = Gemm <transB=1> (f, wy)",
+        {"wy": (10, 64)},
+        "it reads 384 channels, but has weights for 64",
+    ),
     "unfit sizes": (
         "a = Conv (x, wa) b, c = Split <axis=1> (a, sizes) y = Conv (b, wy)",
         {"wy": (5, 2, 1, 1), "sizes": np.array([2, 3])},
@@ -422,7 +432,7 @@ FROZEN: dict[str, tuple[str, dict[str, Any], str]] = {
     "unfit groups": (
         "a = Conv (x, wa) y = Conv <group=4> (a, wy)",
         {"wy": (4, 2, 1, 1)},
-        "it divides 6 channels into 4 groups",
+        "it reads 6 channels, but has weights for 8",
     ),
     "unfit ends": (
         "a = Conv (x, wa) y = Slice (a, s, e, c)",
