@@ -110,12 +110,13 @@ class Outputs:
         from onnx_asr.graph.model_io import is_external, save
 
         place = self.places["--output"]
-        before = frozenset() if place.file is None else data_files(place.file)
+        before = frozenset() if place.file is None else data_files(place.file) | data_files(place.path)
         save(result, place.path, external_data=is_external(source))
         if before and place.file is not None:
-            old = before - data_files(place.file)
-            remove_obsolete(old, place.file)
-            for file in sorted(old):
+            kept = {file.resolve() for file in data_files(place.file)}
+            old = {file.resolve(): file for file in sorted(before) if file.resolve() not in kept}
+            remove_obsolete(before - data_files(place.file), place.file)
+            for file in old.values():
                 if file.exists():
                     what = f"'{file}' ({size_text(file.stat().st_size)})"
                     say("warning", f"{what} is no longer read by '{place.path}': remove it if nothing else reads it")

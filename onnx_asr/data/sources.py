@@ -215,8 +215,12 @@ def _load_numpy(path: Path) -> Array | dict[str, Array]:
     except DataError:
         raise
     except Exception as error:  # zipfile, zlib and numpy raise many kinds on broken files
+        with path.open("rb") as stream:
+            start = stream.read(24)
+        known = start.startswith((b"PK", b"\x93NUMPY"))
+        why = error if known else f"it is another kind of file, or empty, and begins with {start!r}"
         raise DataError(
-            f"cannot read arrays from {path}: {error}. Give plain arrays written by numpy.save or numpy.savez; "
+            f"cannot read arrays from {path}: {why}. Give plain arrays written by numpy.save or numpy.savez; "
             "pickled Python objects are refused, since loading them can run code"
         ) from error
 

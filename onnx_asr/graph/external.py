@@ -17,12 +17,27 @@ from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import bodies
 from onnx_asr.graph.tensors import can_be_left, leave, real_path, stored_path, weights_fit
 
+_LFS_POINTER = b"version https://git-lfs.github.com/"
+
+
+def refuse_pointer(path: Path) -> None:
+    """Refuse a file that Git LFS left in place of the real one.
+
+    Raises:
+        ModelError: Naming it.
+    """
+    if path.is_file():
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise ModelError(f"'{path}' is a pointer of Git LFS, not the file itself: fetch it with 'git lfs pull'")
+
 
 def read_external(model: onnx.ModelProto, path: Path, external_links: bool) -> None:
     """Read the external data of the model at a path; of one over 2 GB, large weights are left in their file.
 
     Raises:
-        ModelError: The model is a pipe, or its data are behind links that are not to be followed.
+        ModelError: The model is a pipe, or its data are pointers of Git LFS, or behind links that are not to be
+            followed.
         OSError, RuntimeError, ValueError, onnx.checker.ValidationError: When onnx does not read them.
     """
     left = [] if weights_fit(model) else [tensor for tensor in model.graph.initializer if can_be_left(tensor)]
@@ -42,7 +57,8 @@ def _folder_of(tensor: onnx.TensorProto, path: Path, external_links: bool) -> Pa
     location becomes that of the file behind the data's link.
 
     Raises:
-        ModelError: The model is a pipe, or its data are behind links that lead elsewhere or are not to be followed.
+        ModelError: The model is a pipe, or a link that its data are not beside; or its data are pointers of Git LFS, or
+            behind links that lead elsewhere or are not to be followed.
     """
     if path.is_fifo():
         raise ModelError(
@@ -51,6 +67,12 @@ def _folder_of(tensor: onnx.TensorProto, path: Path, external_links: bool) -> Pa
         )
     location = real_path(ExternalDataInfo(tensor).location)
     file, folder = (path.parent / location).resolve(), path.resolve().parent
+    if path.is_symlink() and not file.exists() and (folder / location).is_file():
+        raise ModelError(
+            f"'{path}' is a symbolic link, and its weights are not beside the link but beside the model that it leads "
+            f"to: give '{path.resolve()}'"
+        )
+    refuse_pointer(file)
     if file == path.parent.resolve() / os.path.normpath(location) or not (
         file.is_file() and file.is_relative_to(folder)
     ):

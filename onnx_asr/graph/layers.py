@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -20,6 +21,9 @@ import onnx
 from onnx_asr.arrays import Array
 from onnx_asr.graph.index import GraphIndex, attribute, input_name, is_standard
 from onnx_asr.graph.skips import Reason
+
+MULTIPLIES = re.compile("Attention|Attn|Conv|DFT|Einsum|Gemm|GRU|LSTM|MatMul|MoE|RNN")
+"""In the names of operators, of any domain, that multiply matrices."""
 
 GROUP = "group"
 """Attribute of a convolution: its number of groups."""

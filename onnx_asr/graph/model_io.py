@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 from onnx_asr.errors import ModelError, OutputError
 from onnx_asr.files.outputs import Destination, beside, cannot_write, permissions, write_through
 from onnx_asr.graph.edit import set_metadata
-from onnx_asr.graph.external import data_files, read_external, remove_obsolete
+from onnx_asr.graph.external import data_files, read_external, refuse_pointer, remove_obsolete
 from onnx_asr.graph.foreign import ForeignModel, exported
 from onnx_asr.graph.index import FLOAT_TYPES, STANDARD_DOMAINS, GraphIndex, bodies, is_standard, subgraphs
 from onnx_asr.graph.layers import LAYERS, NORMALIZATION
@@ -68,10 +68,15 @@ def opened(source: ModelSource, *, external_links: bool = False) -> tuple[onnx.M
 
 
 def _check_whole(model: onnx.ModelProto, source: ModelSource) -> None:
-    """Refuse a model without nodes, without versions of its operators, or with two values for one name."""
+    """Refuse a model without nodes, without a version of its format or operators, or with two values for one name."""
     if not model.graph.node:
         raise ModelError(
             f"{named(source)} is not an ONNX model, or an empty one: it has no nodes; give an exported network"
+        )
+    if not model.HasField("ir_version"):
+        raise ModelError(
+            f"{named(source)} has no ir_version, without which onnxruntime does not load it: export it again, or set "
+            "the version of the ONNX format that it was made for"
         )
     imported = {entry.domain or "ai.onnx" for entry in model.opset_import}
     missing = [node for node in model.graph.node if (node.domain or "ai.onnx") not in imported]
@@ -96,6 +101,7 @@ def _read(path: Path, external_links: bool) -> onnx.ModelProto:
     if not (path.is_file() or path.is_fifo()):
         what = "is a folder" if path.is_dir() else "is a device or socket" if path.exists() else "does not exist"
         raise ModelError(f"model file '{path}' {what}; give the path of an .onnx file")
+    refuse_pointer(path)
     try:
         model = onnx.load(path, format="protobuf", load_external_data=False)
         read_external(model, path, external_links)

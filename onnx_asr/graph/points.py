@@ -26,7 +26,15 @@ from onnx_asr.graph.index import (
     node_reads,
     subgraphs,
 )
-from onnx_asr.graph.layers import LAYERS, NORMALIZATION, PER_CHANNEL_SLOTS, Layer, LayerKind, is_channel_bias
+from onnx_asr.graph.layers import (
+    LAYERS,
+    MULTIPLIES,
+    NORMALIZATION,
+    PER_CHANNEL_SLOTS,
+    Layer,
+    LayerKind,
+    is_channel_bias,
+)
 from onnx_asr.graph.skips import Reason, Skip
 
 _QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "DequantizeBFP"})
@@ -36,9 +44,9 @@ _QUANTIZED_LAYERS = {
     "DynamicQuantizeLSTM": (1,), "MatMulNBits": (1,), "MatMulBnb4": (1,), "MatMulFpQ4": (1,),
 }  # fmt: skip
 """Operators, of whatever domain, whose weights are integers, and the input slots of these."""
-_OTHER_LAYERS = frozenset({
-    "DeformConv", "Einsum", "GRU", "LSTM", "RNN", "FusedConv", "FusedGemm", "FusedMatMul", "NhwcConv", "NhwcFusedConv",
-})  # fmt: skip
+
+_MATRIX_SLOTS = 3
+"""The first inputs of an operator that multiplies matrices; biases, masks and states follow."""
 
 WEIGHT_QUANTIZED = Reason("weight-quantized", "its weights are quantized to integers, and stay as they are")
 READS_NO_DATA = Reason("reads-only-constants", "reads only constants, no data")
@@ -232,10 +240,15 @@ def _examine(index: GraphIndex, position: int, level: int) -> Point | Reason | N
             return reason
         channels, name = int(index.value(node.input[1]).size), index.label(position)
         return NormPoint(node=position, tensor=node.input[0], channels=channels, level=level, name=name)
-    if node.op_type in _OTHER_LAYERS and any(index.is_constant(name) for name in node.input if name):
+    if MULTIPLIES.search(node.op_type) and any(_is_matrix(index, name) for name in node.input[:_MATRIX_SLOTS] if name):
         return OTHER_OPERATOR.format(operator=node.op_type)
     inner = next((item for item in _inner_nodes(node) if is_standard(item, *LAYERS, NORMALIZATION)), None)
     return None if inner is None else IN_SUBGRAPH.format(operator=node.op_type, inner=inner.op_type)
+
+
+def _is_matrix(index: GraphIndex, name: str) -> bool:
+    """Whether a tensor is a constant of floating-point numbers in rows and columns, at least."""
+    return index.is_constant(name) and index.element_type(name) in FLOAT_TYPES and len(index.shape(name)) > 1
 
 
 def _is_quantized(index: GraphIndex, name: str, *, in_integers: bool) -> bool:

@@ -31,7 +31,8 @@ def sampled_inputs(index: GraphIndex) -> list[InputSpec]:
     """The inputs of a network that is fed with samples along their first axes.
 
     Raises:
-        ModelError: As :func:`input_specs`; when the samples of an input lie along another axis.
+        ModelError: As :func:`input_specs`; when the samples of an input lie along another axis, or the first axes of
+            two inputs have different fixed sizes.
     """
     specs = input_specs(index)
     outputs, inputs = ([_dims(value) for value in values] for values in (index.model.graph.output, index.inputs))
@@ -43,6 +44,13 @@ def sampled_inputs(index: GraphIndex) -> list[InputSpec]:
             shared = dim and isinstance(dim, str) and isinstance(dims[0], int)
             if named or (shared and (dim in others or (dim in results and dims[0] != 1))):
                 raise _misplaced(spec, [dim or "?" for dim in dims], f"axis {axis} is that of the samples")
+    firsts = {spec.name: dims[0] for spec, dims in zip(specs, inputs, strict=True) if dims and isinstance(dims[0], int)}
+    if len(set(firsts.values())) > 1:
+        sizes = ", ".join(f"{size} of '{name}'" for name, size in firsts.items())
+        raise ModelError(
+            f"the first axes of the model's inputs have different fixed sizes ({sizes}), and samples have to lie along "
+            "the first axis of each: export the model with one batch size, or put a Transpose in front"
+        )
     return specs
 
 

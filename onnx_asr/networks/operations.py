@@ -13,7 +13,6 @@ used in equally many of them.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -23,14 +22,12 @@ import onnx
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import GraphIndex, attribute, is_standard, node_label, subgraphs
+from onnx_asr.graph.layers import MULTIPLIES
 from onnx_asr.graph.shapes import InputShapes, Shape, contradicts, typical_shapes
 from onnx_asr.networks.latency import fed_with, random_feeds
 
 Sizes = Callable[[str], Shape]
 _Count = Callable[[onnx.NodeProto, Sizes], int]
-
-_MULTIPLIES = re.compile("Attention|Attn|Conv|DFT|Einsum|Gemm|GRU|LSTM|MatMul|MoE|RNN")
-"""In the names of operators, of any domain, that multiply matrices."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,9 @@ class Operations:
 
     def _sum(self, counts: dict[int, int]) -> int:
         if self.gap is not None:
-            raise ModelError(f"the model's FLOPs are unknown: {self.gap}; or choose another target")
+            raise ModelError(
+                f"the model's FLOPs are unknown: {self.gap}; choose another target where that cannot be helped"
+            )
         return sum(counts.values())
 
 
@@ -150,7 +149,7 @@ def _counted(index: GraphIndex) -> tuple[dict[int, _Count], str | None]:
 
 def _multiplying(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
     """The node and those of its subgraphs that multiply matrices."""
-    if _MULTIPLIES.search(node.op_type):
+    if MULTIPLIES.search(node.op_type):
         yield node
     for graph in subgraphs(node):
         for inner in graph.node:

@@ -240,3 +240,6 @@ def test_weights_behind_links_need_an_option(tmp_path: Path) -> None:
     done = piped(f"tool prune {path} -o - --sparsity 0.5 -q --external-links | cat", cwd=tmp_path)
     assert (done.stderr, onnx.load_model_from_string(done.stdout).graph.name) == (b"", model.graph.name)
     assert sorted(os.listdir(blobs)) == ["ab", "cd"]
+    replaced = cli("prune", path, "-o", path, *HALF, "-q", "--external-links")
+    assert replaced.err.startswith(f"warning: '{snapshot / 'model.onnx_data'}' (")
+    assert path.is_symlink()

@@ -291,6 +291,9 @@ def test_pickles_and_broken_archives_are_refused(tmp_path: Path, name: str, caps
         path.write_bytes(content)
         with pytest.raises(DataError, match=message):
             open_data(path, [VECTOR])
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(DataError, match=r"another kind of file, .* begins with b'version https"):
+        open_data(path, [VECTOR])
 
 
 def test_an_open_dataset_is_returned_as_it_is() -> None:

@@ -398,3 +398,32 @@ def test_a_digest_tells_models_apart() -> None:
     assert before == digest(residual_net())
     set_parameter(model, 0, 1, np.zeros((8, 3, 3, 3)))
     assert digest(model) != before
+
+
+def test_pointers_of_git_lfs_are_named(tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    target = tmp_path / "m.onnx"
+    save(residual_net(), target, external_data=True)
+    (data,) = data_files(target)
+    data.write_bytes(pointer)
+    with pytest.raises(ModelError, match=rf"{data.name}' is a pointer of Git LFS"):
+        load(target)
+    target.write_bytes(pointer)
+    with pytest.raises(ModelError, match=r"m\.onnx' is a pointer of Git LFS"):
+        load(target)
+
+
+def test_a_link_without_its_data_names_the_model(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    save(residual_net(), tmp_path / "store" / "m.onnx", external_data=True)
+    (tmp_path / "m.onnx").symlink_to(Path("store", "m.onnx"))
+    for links in (False, True):
+        with pytest.raises(ModelError, match=r"is a symbolic link, .* give '.*store/m\.onnx'"):
+            load(tmp_path / "m.onnx", external_links=links)
+
+
+def test_a_model_without_a_version_of_its_format_is_refused() -> None:
+    model = residual_net()
+    model.ClearField("ir_version")
+    with pytest.raises(ModelError, match="has no ir_version"):
+        load(model)

@@ -286,6 +286,12 @@ SKIPPED = {
         "Einsum is not supported",
         "operator-not-supported",
     ),
+    "an operator of a runtime": (
+        "g (float[N,3,4] x) => (float[N,3,4] y) { y = com.microsoft.Attention <num_heads=2> (x, w, b) }",
+        {"w": (4, 12), "b": (12,)},
+        "Attention is not supported",
+        "operator-not-supported",
+    ),
     "bias per row": (
         "g (float[5,4] x) => (float[5,4] y) { y = Gemm (x, w, b) }",
         {"w": (4, 4), "b": (5, 1)},

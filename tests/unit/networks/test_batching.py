@@ -168,6 +168,12 @@ def test_samples_along_another_axis_are_refused(inputs: str, outputs: str) -> No
         sampled_inputs(index(model))
 
 
+def test_first_axes_of_different_fixed_sizes_are_not_all_of_samples() -> None:
+    text = "g (float[2,1,16] state, float[1,1,16] x) => (float[2,1,16] y) { y = Add (state, x) }"
+    with pytest.raises(ModelError, match=r"different fixed sizes \(2 of 'state', 1 of 'x'\)"):
+        sampled_inputs(index(net(text)))
+
+
 @pytest.mark.parametrize("inputs", ["float[1,3,height,width] x", "float[N,3,224,224] x", "float[1,3,N] x"])
 def test_open_sizes_are_not_taken_for_samples(inputs: str) -> None:
     sampled_inputs(index(net(f"g ({inputs}) => (float[N,3] y) {{ y = Relu (x) }}")))
