@@ -247,7 +247,7 @@ class Machine:
 
     Attributes:
         providers: Execution providers of onnxruntime, by preference, with commas between them; the CPU by default.
-        threads: Threads per operator; 0 for all cores.
+        threads: Threads of onnxruntime's operators, and of the refit's work between them; 0 for all cores.
         session_timeout: Seconds that onnxruntime may take to load a model or to run a batch; 0 for no limit.
     """
 

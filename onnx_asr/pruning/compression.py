@@ -14,6 +14,7 @@ smallest, refit again, from one set of rows.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -61,6 +62,9 @@ LAST_ROWS = 2
 
 NARROWING = 2
 """Steps in which a layer loses its weights within a round."""
+
+LAST_COST = 3.0
+"""Roughly how many times a round's seconds the last one takes; only for the time budget."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,7 @@ def compress(
     """
     options, execution = options or CompressOptions(), execution or Execution()
     settings = replace(options.repair, method="refit")
+    begun = time.perf_counter()
     seconds: dict[str, float] = {}
     round_seconds: dict[str, float] = {}
     with timed(seconds, "load"):
@@ -134,7 +139,8 @@ def compress(
     probe = Probe({**samples.shapes, **(input_shapes or {})}, execution.runtime)
     before = cost(dense.index, probe)
     with timed(seconds, "rounds"):
-        weights, masks = _Rounds(dense, options, calibration, execution).last_masks(round_seconds)
+        rounds = _Rounds(dense, options, calibration, execution)
+        weights, masks = rounds.last_masks(round_seconds, begun)
     with timed(round_seconds, "last"):
         masked, layers = apply_masks(dense.index, weights, masks)
         pruned = Network.of(masked, "pruned", compared=True)
@@ -146,7 +152,7 @@ def compress(
             result = verified(job, result, execution)
     execution.progress("done", 1.0)
     return CompressResult(
-        repair=replace(result, seconds=seconds, notes=(*result.notes, *collapse_note(layers))),
+        repair=replace(result, seconds=seconds, notes=(*result.notes, *rounds.notes, *collapse_note(layers))),
         layers=layers,
         before=before,
         after=cost(GraphIndex.of(result.model), probe),
@@ -173,6 +179,9 @@ class _Rounds:
     """The rounds that rank weights, each by what the refit of the one before made of them.
 
     Without a memory limit the dense network's outputs are kept, so that it runs once for all rounds.
+
+    Attributes:
+        notes: Notes for the user about the rounds.
     """
 
     def __init__(
@@ -184,6 +193,8 @@ class _Rounds:
         self._factors = _factors(dense, self._weights, calibration, execution)
         self._steps = _schedule(options, pattern)
         self._seed = options.repair.seed
+        self._budget = options.time_budget
+        self.notes: tuple[str, ...] = ()
         self._recipe = replace(recipe, relu_steps=min(recipe.relu_steps, 1))
         self._calibration = calibration.head(round(options.round_samples * calibration.count))
         self._execution = execution
@@ -193,10 +204,10 @@ class _Rounds:
         self._values: list[Array] = self._dense_values
         self._masks: list[Mask] = [np.ones(value.shape, bool) for value in self._values]
 
-    def last_masks(self, seconds: dict[str, float]) -> tuple[list[PrunableWeight], list[Mask]]:
+    def last_masks(self, seconds: dict[str, float], begun: float) -> tuple[list[PrunableWeight], list[Mask]]:
         """Run all rounds but the last: the weights that take part, and the masks of the last round.
 
-        The wall time of every round is added to ``seconds``.
+        The wall time of every round is added to ``seconds``. ``begun`` is when the time budget began to run.
         """
         *steps, last = self._steps
         for number, step in enumerate(steps):
@@ -204,6 +215,10 @@ class _Rounds:
             execution.progress("", 0.0)
             with timed(seconds, f"round {number + 1}"):
                 self._run(step, execution, narrowed=step[0].n is None and number > 0)
+            expected = time.perf_counter() - begun + (1 + LAST_COST) * seconds[f"round {number + 1}"]
+            if self._budget is not None and expected > self._budget and step is not steps[-1]:
+                self.notes = (f"{number + 2} rounds instead of {len(steps) + 1}, to keep within the time budget",)
+                break
         return self._weights, self._goal(last)
 
     def _score(self, number: int, value: Array) -> Floats:

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, get_args
 
 from onnx_asr.errors import OptionError
 from onnx_asr.numerics.patterns import Pattern, check_share, check_sparsity
-from onnx_asr.repairing.options import RepairOptions, check_at_least, check_choice
+from onnx_asr.repairing.options import RepairOptions, check_at_least, check_choice, check_time_budget
 
 Score = Literal["magnitude", "row", "lamp", "activation", "variance", "gram"]
 SCORES: tuple[Score, ...] = get_args(Score)
@@ -214,6 +214,8 @@ class CompressOptions:
         include: Prune only nodes or weights whose name matches one of these regular expressions; empty for all that
             were trained, which leaves out blur kernels and the like.
         exclude: Spare nodes or weights whose name matches one of these regular expressions.
+        time_budget: Seconds within which to end, judged by the rounds so far: if need be with fewer rounds, but with
+            the first and the last; no limit by default.
         repair: Samples, seed and refit recipe; the method is always ``refit``.
     """
 
@@ -223,10 +225,12 @@ class CompressOptions:
     round_samples: float = 0.5
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    time_budget: float | None = None
     repair: RepairOptions = field(default_factory=RepairOptions)
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity, Pattern.parse(self.pattern))
         check_at_least("rounds", self.rounds, 1)
+        check_time_budget(self.time_budget)
         if not 0 < self.round_samples <= 1:
             raise OptionError(f"round-samples {self.round_samples} is out of range: give a share, 0 < share <= 1")

@@ -33,6 +33,16 @@ def check_choice(what: str, value: str, known: Sequence[str]) -> None:
         raise OptionError(f"{what} '{value}' is unknown: give one of {', '.join(known)}")
 
 
+def check_time_budget(seconds: float | None) -> None:
+    """Refuse a time budget below zero.
+
+    Raises:
+        OptionError: Naming the option.
+    """
+    if seconds is not None and not seconds >= 0:
+        raise OptionError(f"time-budget {seconds} is out of range: give seconds from 0 up")
+
+
 def check_at_least(name: str, value: int, least: int) -> None:
     """Refuse a number below the least one.
 
@@ -139,8 +149,7 @@ class RepairOptions:
             raise OptionError(f"prior {self.prior} is out of range: give a number from 0 up")
         if not 0 < self.momentum <= 1:
             raise OptionError(f"momentum {self.momentum} is out of range: give the weight of a new batch, 0 < m <= 1")
-        if self.time_budget is not None and not self.time_budget >= 0:
-            raise OptionError(f"time-budget {self.time_budget} is out of range: give seconds from 0 up")
+        check_time_budget(self.time_budget)
         if not (math.isfinite(self.reliability_power) and self.reliability_power >= 0):
             raise OptionError(f"reliability-power {self.reliability_power} is out of range: give a number from 0 up")
         for name, least in _LEAST.items():

@@ -334,3 +334,21 @@ def test_progress_goes_from_the_first_round_to_the_last() -> None:
     assert fractions == sorted(fractions)
     assert len(set(fractions)) > 4
     assert 0.5 < fractions[-1] < 2 / 3
+
+
+@pytest.mark.parametrize(("budget", "rounds"), [(0.0, 2), (1e6, 4)])
+def test_a_time_budget_leaves_rounds_out(budget: float, rounds: int) -> None:
+    settings = RepairOptions(samples=16, verify_samples=8)
+    options = CompressOptions(0.5, rounds=4, time_budget=budget, repair=settings)
+    result = compress(residual_net(), images(24, seed=1), options)
+    assert len(result.round_seconds) == rounds
+    assert [note for note in result.repair.notes if "time budget" in note] == (
+        [] if rounds == 4 else ["2 rounds instead of 4, to keep within the time budget"]
+    )
+    zeros, size = sum(layer.zeros for layer in result.layers), sum(layer.size for layer in result.layers)
+    assert zeros == round(0.5 * size)
+
+
+def test_a_time_budget_is_not_negative() -> None:
+    with pytest.raises(OptionError, match=r"time-budget -1\.0 is out of range"):
+        CompressOptions(0.5, time_budget=-1.0)
