@@ -249,8 +249,8 @@ def describe(model: onnx.ModelProto, damage: Mapping[int, PointDamage] | None = 
         ModelError: When it is quantized, or holds values that are not finite.
     """
     index = GraphIndex.of(model)
-    found = without_fixed(index, survey(index), fixed_by_own_weights(index))
     check_finite(index, "given")
+    found = without_fixed(index, survey(index), fixed_by_own_weights(index))
     return Inspection(
         opset=next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0),
         nodes=len(index.nodes),

@@ -59,6 +59,7 @@ class Network:
             ModelError: When it is quantized, not finite, or has nothing to repair.
         """
         index = GraphIndex.of(model)
+        check_finite(index, role)
         everything = survey(index)
         found = without_selected(index, everything) if compared else everything
         found = without_fixed(index, found, fixed_by_own_weights(index))
@@ -68,7 +69,6 @@ class Network:
                 "the model has no Conv, ConvTranspose, Gemm, MatMul or BatchNormalization that can be repaired"
                 + (f" ({reasons})" if reasons else "; give a network with constant weights")
             )
-        check_finite(index, role)
         return cls(index, found, everything)
 
     @property
