@@ -180,6 +180,8 @@ def _message(error: BaseException) -> str:
         return f"onnxruntime is missing: pip install '{DISTRIBUTION}[cpu]', or '{DISTRIBUTION}[gpu]' for CUDA"
     if isinstance(error, MemoryError):
         return "out of memory: lower --memory-limit, --samples or --batch-size"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"cannot use '{os.fsdecode(error.filename)}': {error.strerror}; check the path and its permissions"
     text = str(error).strip()
     first = f": {text.splitlines()[0]}" if text else ""
     return f"unexpected {type(error).__name__}{first}; run again with --debug for the traceback"

@@ -71,7 +71,7 @@ class Samples:
                 f"ema-batch-size {options.ema_batch_size} is no multiple of {fixed}, the number of samples that the "
                 "model takes at once: give one that is"
             )
-        return cls(dataset, inputs, options, *split_samples(len(dataset), options, verify))
+        return cls(dataset, inputs, options, *split_samples(len(dataset), options, verify, fixed))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -115,7 +115,7 @@ class Samples:
             few = ", ".join(skipped[:_FEW_NAMES]) + (", ..." if len(skipped) > _FEW_NAMES else "")
             notes.append(f"{len(skipped)} images cannot be read and were skipped: {few}")
         fixed = fixed_batch(self.inputs) or 1
-        if rest := len(self.chosen) % fixed + len(self.held_out) % fixed:
+        if rest := len(self.chosen) % fixed + (len(self.held_out) % fixed if self.is_held_out else 0):
             notes.append(f"the model takes {fixed} samples at once: {rest} that do not fill a batch are left out")
         if not self.is_held_out:
             notes.append("too few samples to hold any out: the verification used calibration samples")
@@ -172,15 +172,18 @@ class Verifier:
         return self.samples.outputs(self.dense, self.execution.sessions)
 
 
-def split_samples(count: int, options: RepairOptions, verify: bool) -> tuple[Integers, Integers]:
-    """Calibration and held-out sample indices, both seeded, without overlap wherever there are two samples or more.
+def split_samples(count: int, options: RepairOptions, verify: bool, batch: int = 1) -> tuple[Integers, Integers]:
+    """Calibration and held-out sample indices, both seeded, without overlap wherever there are two batches or more.
 
-    Where the data have fewer samples than both parts together ask for, a fifth of them is held out.
+    Where the data have fewer samples than both parts together ask for, a fifth of them is held out, and at least one
+    ``batch``, which is what the model takes at once.
     """
     wanted = options.verify_samples if verify else 0
     if wanted == 0:
         return sample_indices(count, options.samples, options.seed), np.empty(0, np.int64)
     held = min(wanted, max(count - options.samples, count // 5))
+    if batch > 1 and held < batch:
+        held = batch if count >= 2 * batch else 0
     if held == 0:
         everything = sample_indices(count, options.samples, options.seed)
         return everything, everything

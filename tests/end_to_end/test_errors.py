@@ -131,6 +131,16 @@ def test_bad_data(tmp_path, output):
     assert not output.exists()
 
 
+def test_a_name_that_the_system_refuses() -> None:
+    long = "x" * 300
+    for line in (
+        ("prune", DENSE, "-o", long, "--sparsity", 0.5),
+        ("inspect", long),
+        ("evaluate", DENSE, "--data", long),
+    ):
+        assert f"cannot use '{long}': File name too long" in cli(*line).error
+
+
 def test_whole_numbers_for_a_floating_point_input(tmp_path, output):
     arrays = np.load(VALIDATION)
     pixels = arrays["images"].transpose(0, 3, 1, 2)

@@ -628,6 +628,15 @@ def test_samples_are_divided_without_overlap(count: int, samples: int, verify: i
     assert split_samples(count, options, verify=False)[1].size == 0
 
 
+@pytest.mark.parametrize(
+    ("count", "batch", "sizes"),
+    [(60, 1, (48, 12)), (60, 20, (40, 20)), (80, 40, (40, 40)), (79, 40, (79, 79)), (600, 64, (480, 120))],
+)
+def test_a_fixed_batch_is_held_out_where_there_are_two(count: int, batch: int, sizes: tuple[int, int]) -> None:
+    chosen, held_out = split_samples(count, RepairOptions(samples=512), verify=True, batch=batch)
+    assert (len(chosen), len(held_out)) == sizes
+
+
 def test_samples_of_a_dataset_and_of_an_array_are_the_same() -> None:
     model, damaged, x = model_of("residual"), pruned_of("residual", 0.5), data_of("residual")
     dataset = TensorDataset([{"x": x}], "the data", input_specs(GraphIndex.of(damaged)), None)
