@@ -18,13 +18,14 @@ from onnx_asr.engine.lane import Chunk
 from onnx_asr.errors import ModelError, StructureError
 from onnx_asr.graph.fixed import fixed_by_own_weights, fixed_operator, without_fixed
 from onnx_asr.graph.index import GraphIndex, ancestors
-from onnx_asr.graph.layers import Layer
+from onnx_asr.graph.layers import BN_SCALE, BN_VAR, Layer
 from onnx_asr.graph.model_io import check_finite, inlined_functions
 from onnx_asr.graph.points import LayerPoint, Point, Survey, skip, survey, weight_of, without_selected
 from onnx_asr.graph.skips import Reason, Skip
 from onnx_asr.networks.batching import sampled_inputs
 from onnx_asr.networks.draft import Draft
 from onnx_asr.numerics.gains import BatchNormParameters
+from onnx_asr.pairing.comparison import differ
 from onnx_asr.pairing.match import Pairing, match, refoldings
 from onnx_asr.pairing.refolding import KeptChannels, refold
 from onnx_asr.pairing.survivors import Survivors, survivors
@@ -215,6 +216,7 @@ class Pair:
             dense = GraphIndex.of(model)
             left = dense if is_whole else GraphIndex.of(refold(left, changes, {})[0])
             pairing = match(pruned.index, left)
+        _check_stored(pruned, left, pairing)
         return cls(pruned, source, dense, Draft(left), pairing, kept)._without_fixed()
 
     def _without_fixed(self) -> Pair:
@@ -293,6 +295,24 @@ class Pair:
         batchnorm = None if point.batchnorm is None else nodes[point.batchnorm]
         tensor = self.dense_tensor(point.tensor)
         return replace(point, layer=layer, node=nodes[point.node], tensor=tensor, bias=None, batchnorm=batchnorm)
+
+
+def _check_stored(pruned: Network, dense: GraphIndex, pairing: Pairing) -> None:
+    """Refuse a dense network that computes parameters at run time which the pruned one stores."""
+    for point in pruned.everything.points:
+        nodes = [] if point.batchnorm is None else [pairing.nodes[point.batchnorm]]
+        names = [name for node in nodes for name in dense.nodes[node].input[BN_SCALE : BN_VAR + 1]]
+        if isinstance(point, LayerPoint):
+            layer = Layer.of(dense, pairing.nodes[point.node])
+            names += [] if isinstance(layer, Layer) else [dense.nodes[pairing.nodes[point.node]].input[1]]
+        computed = next((name for name in names if not dense.is_constant(name)), None)
+        if computed is not None:
+            raise differ(
+                f"the pruned model stores the parameters of {point.name}, the dense model computes '{computed}' at run "
+                "time",
+                "a tool seems to have folded constants in only one of them: fold them in both (onnxsim, onnxslim), or "
+                "give the dense file that the pruned one was made from",
+            )
 
 
 def _deviation(rows: Floats, dense: Floats) -> float:
