@@ -91,9 +91,12 @@ def check_order(pruned: GraphIndex, dense: GraphIndex) -> None:
 
 
 def _weights(index: GraphIndex) -> tuple[int, int]:
-    """Number of weights (entries of floating-point constants that have two axes or more), and how many are zero."""
+    """Number of weights (entries of floating-point constants that have two axes or more), and how many are zero.
+
+    A constant counts once for every node that reads it: with fewer channels, such nodes may need one each.
+    """
     size = nonzeros = 0
-    for name in {name for node in index.nodes for name in node.input if name and index.is_constant(name)}:
+    for name in (name for node in index.nodes for name in node.input if name and index.is_constant(name)):
         if index.element_type(name) in FLOAT_TYPES and len(index.shape(name)) > 1:
             value = index.value(name)
             size += value.size
