@@ -73,7 +73,7 @@ def _folder_of(tensor: onnx.TensorProto, path: Path, external_links: bool) -> Pa
             f"to: give '{path.resolve()}'"
         )
     refuse_pointer(file)
-    if file == path.parent.resolve() / os.path.normpath(location) or not (
+    if file == Path(os.path.normpath(path.parent.resolve() / location)) or not (
         file.is_file() and file.is_relative_to(folder)
     ):
         return path.parent  # there is no link, or one that onnx refuses to follow

@@ -104,9 +104,17 @@ def _read(path: Path, external_links: bool) -> onnx.ModelProto:
     refuse_pointer(path)
     try:
         model = onnx.load(path, format="protobuf", load_external_data=False)
-        read_external(model, path, external_links)
     except (DecodeError, ValueError, TypeError) as error:
         raise ModelError(f"'{path}' is not an ONNX model ({error}); give a file written by an ONNX exporter") from error
+    except OSError as error:
+        raise ModelError(f"cannot read the model '{path}': {error}; check its permissions") from error
+    try:
+        read_external(model, path, external_links)
+    except (ValueError, TypeError) as error:
+        raise ModelError(
+            f"the data files of '{path}' do not fit it ({error}): they are incomplete, or those of another version of "
+            "the model; get all of them again, together"
+        ) from error
     except (OSError, RuntimeError, onnx.checker.ValidationError) as error:
         raise ModelError(
             f"cannot read the model '{path}': {error}; weights outside the file must be plain files in its folder"

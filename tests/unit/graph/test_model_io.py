@@ -427,3 +427,24 @@ def test_a_model_without_a_version_of_its_format_is_refused() -> None:
     model.ClearField("ir_version")
     with pytest.raises(ModelError, match="has no ir_version"):
         load(model)
+
+
+def test_data_files_of_another_version_are_told_from_broken_models(tmp_path: Path) -> None:
+    target = tmp_path / "m.onnx"
+    save(residual_net(), target, external_data=True)
+    (data,) = data_files(target)
+    data.write_bytes(data.read_bytes()[:-900])
+    with pytest.raises(ModelError, match=r"the data files of '.*m\.onnx' do not fit it .* get all of them again"):
+        load(target)
+
+
+def test_a_way_out_of_the_folder_and_back_is_no_link(tmp_path: Path) -> None:
+    target = tmp_path / "m.onnx"
+    onnx.save(residual_net(), target, save_as_external_data=True, location="w.bin", size_threshold=0)
+    model = onnx.load(target, load_external_data=False)
+    for tensor in model.graph.initializer:
+        tensor.external_data[0].value = f"../{tmp_path.name}/w.bin"
+    onnx.save(model, target)
+    for links in (False, True):
+        with pytest.raises(ModelError, match="must be plain files in its folder"):
+            load(target, external_links=links)
