@@ -15,7 +15,7 @@ from onnx_asr.graph.model_io import ModelSource
 from onnx_asr.graph.skips import Skip
 from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution, timed
-from onnx_asr.networks.fidelity import Fidelity, Noise, Verdict
+from onnx_asr.networks.fidelity import Fidelity, Verdict
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.sparsity import check_order, share_of_zeros
 from onnx_asr.repairing.channelwise import Track, batchnorm_track, gain_track, paired_track, run_tracks
@@ -37,8 +37,8 @@ _NO_CLOSER = (
     "what the repair changed in the distance from the dense model is rounding: the pruned model is returned unchanged"
 )
 _NOT_FINITE = (
-    "NaN or infinite outputs leave nothing to compare: the pruned model is returned unchanged (--verify-samples 0 "
-    "repairs without comparing)"
+    "the {given} model puts out NaN or infinities on the samples to verify on, which leaves nothing to compare: the "
+    "pruned model is returned unchanged (--verify-samples 0 repairs without comparing)"
 )
 _FURTHER = "auto: nothing tried came closer to the dense model than the pruned model, which is returned unchanged"
 REFIT_COST = 8.0
@@ -165,7 +165,7 @@ def verified(job: RepairJob, result: RepairResult, execution: Execution, *, keep
         return result
     execution.progress("verifying", 0.0)
     before, after = (verifier.fidelity(model) for model in (job.pruned.index.model, result.model))
-    verdict, note = _judged(verifier.noise, before, after)
+    verdict, note = _judged(verifier, before, after)
     verification = Verification(before, after, job.samples.is_held_out, verdict)
     if verdict == "closer" or (verdict == "further" and keep_worse):
         return replace(result, verification=verification)
@@ -178,12 +178,13 @@ def verified(job: RepairJob, result: RepairResult, execution: Execution, *, keep
     )
 
 
-def _judged(noise: Noise, before: Fidelity, after: Fidelity) -> tuple[Verdict, str]:
+def _judged(verifier: Verifier, before: Fidelity, after: Fidelity) -> tuple[Verdict, str]:
     """What a repair brought, and the note where the pruned model is given back for it."""
+    noise = verifier.noise
     if noise.covers(before):
         return "equal", _INTACT
     if math.isinf(before.distance) and math.isinf(after.distance):
-        return "equal", _NOT_FINITE
+        return "equal", _NOT_FINITE.format(given="pruned" if verifier.is_finite else "dense")
     verdict = noise.verdict(before, after)
     return verdict, _FURTHER if verdict == "further" else _NO_CLOSER
 

@@ -17,7 +17,7 @@ from onnx_asr.engine.session import Runtime
 from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.networks.batching import settled_inputs
 from onnx_asr.networks.execution import Execution
-from onnx_asr.networks.fidelity import Fidelity, Noise, Outputs, check_reference, collect_outputs, compare
+from onnx_asr.networks.fidelity import Fidelity, Noise, Outputs, check_reference, collect_outputs, compare, not_finite
 from onnx_asr.networks.pair import Network
 from onnx_asr.networks.samples import Calibration, batch_size_for, fixed_batch, load_calibration, whole_batches
 from onnx_asr.repairing.options import RepairOptions
@@ -149,6 +149,11 @@ class Verifier:
         """
         fidelity = compare(self._reference, self.samples.outputs(model, self.execution.sessions))
         return replace(fidelity, samples=len(self.samples.verified))
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the dense model puts out neither NaN nor infinities."""
+        return not_finite(self._reference) == 0.0
 
     def check_reference(self) -> None:
         """Refuse a dense model that nothing can be compared with.
