@@ -100,6 +100,13 @@ class Side:
         read = self.form(position).inputs[0]
         return read if self.shape(read) is not None and self.shape(read) == self.shape(name) else None
 
+    def _behind_unchanged(self, name: str) -> str:
+        """The tensor behind all nodes that change neither its values nor its shape."""
+        name = through(self.index, name)
+        while (inner := self.unchanged(name)) is not None:
+            name = through(self.index, inner)
+        return name
+
     def is_fixed(self, name: str) -> bool:
         """Whether a tensor depends on nothing but constants and the shapes of others."""
         stack = [name]
@@ -143,7 +150,7 @@ class Side:
             if form.commutative:
                 reads, others = (sorted(names, key=self._rank) for names in (reads, others))
             for first, second in zip(reads, others, strict=True):
-                left, right = through(self.index, first), through(self.index, second)
+                left, right = self._behind_unchanged(first), self._behind_unchanged(second)
                 if left == right:
                     continue
                 if self.index.is_constant(left) and self.index.is_constant(right):

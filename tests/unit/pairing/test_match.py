@@ -428,6 +428,21 @@ def test_one_layer_in_place_of_two_is_refused() -> None:
         match(one, two)
 
 
+def test_one_node_in_place_of_two_that_compute_the_same() -> None:
+    """One of them behind a reshape that changes nothing."""
+    text = "g (float[1,3,4,4] x) => (float[1,3,4,4] y) {{ a = Conv (x, w) g = Sigmoid (a) m = Mul (a, g) {0} "
+    text += "p = Relu (m)  q = Neg ({1})  y = Add (p, q) }}"
+    one = index(net(text.format("", "m"), w=(3, 3, 1, 1)))
+    again = "r = Reshape (a, shape) n = Mul (g, r)"
+    two = index(net(text.format(again, "n"), w=(3, 3, 1, 1), shape=np.array([1, 3, 4, 4])))
+    for pruned, dense in ((one, two), (two, one)):
+        assert match(pruned, dense).tensors["y"] == "y"
+    square = again.replace("(g, r)", "(r, r)")
+    other = index(net(text.format(square, "n"), w=(3, 3, 1, 1), shape=np.array([1, 3, 4, 4])))
+    with pytest.raises(StructureError):
+        match(one, other)
+
+
 def test_folded_and_unfolded_do_not_match() -> None:
     text = "g (float[N,3,4,4] x) => (float[N,3,4,4] y) {{ {} }}"
     folded = net(text.format("y = Conv (x, w, b)"), w=(3, 3, 1, 1), b=(3,))
