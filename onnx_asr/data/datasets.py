@@ -423,5 +423,5 @@ def _decoded(decode: Callable[[T], R], items: Sequence[T]) -> list[R]:
     workers = min(len(items), os.cpu_count() or 1, _MAX_DECODERS)
     with warnings.catch_warnings(), ThreadPoolExecutor(workers) as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        warnings.filterwarnings("ignore", "Corrupt EXIF data")  # which then turn nothing
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")  # broken EXIF data
         return list(pool.map(decode, items))
