@@ -153,7 +153,7 @@ class Cholesky:
     converged = True
 
     def __init__(self, system: GramSystem, mask: Mask, vectors: Floats) -> None:
-        self.image = np.zeros_like(vectors)
+        self.image = np.zeros(vectors.shape)
         self._workers = system.resources.workers
         flat, start, image = (array.reshape(-1, mask.shape[-1]) for array in (mask, vectors, self.image))
         rows = np.flatnonzero(flat.any(axis=-1))
@@ -175,7 +175,7 @@ class Cholesky:
 
     def solve(self, load: Floats, tolerance: float) -> Floats:
         """Solve for [G, M, K] right-hand sides that are 0 outside the mask; `tolerance` is always met."""
-        result = np.zeros_like(load)
+        result = np.zeros(load.shape)
         flat, flat_result = (array.reshape(-1, load.shape[-1]) for array in (load, result))
 
         def fill(factors: list[_Factor]) -> None:
