@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 from cyclopts import App, ArgumentCollection, CoercionError, CycloptsError, Parameter
 
 from onnx_asr.blas import BLAS_THREADS
-from onnx_asr.cli import commands
+from onnx_asr.cli import making, measuring
 from onnx_asr.cli.outcome import BAD_INPUT, DONE, INTERRUPTED
 from onnx_asr.cli.parameters import OUTPUTS, PANELS
 from onnx_asr.cli.supervision import announce, supervised
@@ -67,8 +67,8 @@ PROGRAM = App(
     **_FORM,
 )
 
-_MAKING = (commands.demo, commands.prune, commands.repair, commands.compress, commands.shrink)
-_MEASURING = (commands.sensitivity, commands.evaluate, commands.inspect, commands.view, commands.sweep)
+_MAKING = (making.demo, making.prune, making.repair, making.compress, making.shrink)
+_MEASURING = (measuring.sensitivity, measuring.evaluate, measuring.inspect, measuring.view, measuring.sweep)
 COMMANDS: dict[str, Callable[..., int]] = {function.__name__: function for function in (*_MAKING, *_MEASURING)}
 for _place, _function in enumerate(COMMANDS.values()):
     PROGRAM.command(_function, sort_key=_place, help_epilogue="", help_format="markdown", **_FORM)

@@ -12,7 +12,8 @@ from onnx_asr.errors import StructureError
 from onnx_asr.graph.index import GraphIndex, captured, is_standard
 from onnx_asr.graph.layers import CONVOLUTIONS, NORMALIZATION
 from onnx_asr.graph.points import is_quantizing
-from onnx_asr.pairing.canonical import COMPUTED, VIEW, Form
+from onnx_asr.pairing.canonical import VIEW
+from onnx_asr.pairing.forms import COMPUTED, Form
 from onnx_asr.pairing.resolving import could_agree
 from onnx_asr.pairing.sides import Side, operands
 

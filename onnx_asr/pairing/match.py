@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex
 from onnx_asr.graph.shapes import BATCH, SIDE
 from onnx_asr.graph.tensors import dtype_of
-from onnx_asr.pairing.canonical import VIEW, Form, through
+from onnx_asr.pairing.canonical import VIEW
 from onnx_asr.pairing.comparison import captured_pairs, compare, differ
+from onnx_asr.pairing.forms import Form, through
 from onnx_asr.pairing.sides import Side, operands
 from onnx_asr.pairing.tails import Tail
 

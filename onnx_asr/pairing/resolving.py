@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from onnx_asr.graph.shapes import Shape
-from onnx_asr.pairing.canonical import COERCED, MEAN, Form
+from onnx_asr.pairing.canonical import MEAN
+from onnx_asr.pairing.forms import COERCED, Form
 
 _SAME = {b"SAME_UPPER": 0, b"SAME_LOWER": 1}
 

@@ -14,7 +14,8 @@ from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.graph.index import GraphIndex, is_standard, subgraphs
 from onnx_asr.graph.layers import CONVOLUTIONS, Layer
 from onnx_asr.graph.shapes import Shape, typical_shapes
-from onnx_asr.pairing.canonical import MEAN, VIEW, Form, form_of, through
+from onnx_asr.pairing.canonical import MEAN, VIEW, form_of
+from onnx_asr.pairing.forms import Form, through
 from onnx_asr.pairing.resolving import resolved
 from onnx_asr.pairing.tails import Tail, tail_of
 

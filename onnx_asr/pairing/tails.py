@@ -26,7 +26,7 @@ from onnx_asr.graph.layers import (
     is_channel_bias,
 )
 from onnx_asr.graph.points import following_batchnorm
-from onnx_asr.pairing.canonical import Form, through
+from onnx_asr.pairing.forms import Form, through
 
 _ARITHMETIC = ("Mul", "Div", "Add", "Sub")
 
