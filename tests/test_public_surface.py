@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,6 +96,24 @@ def test_options_of_every_function_have_defaults_or_say_what_is_missing() -> Non
             options()
     for options in (onnx_asr.RepairOptions, onnx_asr.SensitivityOptions, onnx_asr.SweepGrid, onnx_asr.SweepSettings):
         assert options() == options()
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        ("prune", (0.5,), "the data are 0.5: give samples, or none, and options=PruneOptions"),
+        ("prune", (onnx_asr.PruneOptions(0.5),), "the data are PruneOptions"),
+        ("prune", (None, 0.5), "the options are 0.5: give options=PruneOptions"),
+        ("prune_channels", (0.5,), "the options are 0.5: give options=ChannelPruneOptions"),
+        ("compress", (0.5,), "the data are 0.5: give samples, or none, and options=CompressOptions"),
+        ("sensitivity", (0.5,), "the data are 0.5: give samples, or none, and options=SensitivityOptions"),
+        ("repair", (onnx_asr.RepairOptions(),), "the data are RepairOptions"),
+        ("repair", ("images", "refit"), "the options are 'refit': give options=RepairOptions"),
+    ],
+)
+def test_arguments_in_the_wrong_place_are_named(function: str, arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(onnx_asr.OptionError, match=re.escape(message)):
+        getattr(onnx_asr, function)("model.onnx", *arguments)
 
 
 def test_errors_have_one_base() -> None:

@@ -44,6 +44,7 @@ from onnx_asr.pruning.budget import smallest_share, unreachable
 from onnx_asr.pruning.comparison import Reference
 from onnx_asr.pruning.masks import prunable_weights
 from onnx_asr.pruning.options import Budget, ChannelPruneOptions
+from onnx_asr.repairing.options import chosen
 from onnx_asr.version import __version__
 
 _TRIAL_SECONDS = 0.7  # that a model is timed during the search
@@ -131,7 +132,7 @@ def prune_channels(
         ModelError: Not an ONNX model, quantized, weights not finite, or no channel that can be removed; or the smaller
             model computes something else than the given one without these channels.
     """
-    options, execution = options or ChannelPruneOptions(), execution or Execution()
+    options, execution = chosen(options, ChannelPruneOptions), execution or Execution()
     index = GraphIndex.of(load(model))
     check_finite(index, "dense")
     probe = Probe(input_shapes or {}, execution.runtime)

@@ -51,6 +51,7 @@ from onnx_asr.pruning.masks import (
 from onnx_asr.pruning.options import CompressOptions
 from onnx_asr.pruning.scores import input_factors
 from onnx_asr.repairing.job import RepairJob
+from onnx_asr.repairing.options import chosen
 from onnx_asr.repairing.pipeline import run_method, verified
 from onnx_asr.repairing.refit import Narrowing, repair_refit
 from onnx_asr.repairing.result import RepairResult
@@ -126,7 +127,7 @@ def compress(
         ModelError: A model that cannot be pruned or repaired.
         DataError: Missing, broken or unfitting data.
     """
-    options, execution = options or CompressOptions(), execution or Execution()
+    options, execution = chosen(options, CompressOptions, data), execution or Execution()
     settings = replace(options.repair, method="refit")
     begun = time.perf_counter()
     seconds: dict[str, float] = {}

@@ -26,6 +26,7 @@ from onnx_asr.numerics.patterns import Pattern
 from onnx_asr.pruning.masks import PrunableWeight, make_masks, prunable_weights
 from onnx_asr.pruning.options import Score, SensitivityOptions
 from onnx_asr.pruning.scores import weight_scores
+from onnx_asr.repairing.options import chosen
 from onnx_asr.repairing.refit import write_refit
 from onnx_asr.repairing.rows import RowSampler, dense_rows
 from onnx_asr.repairing.verification import Samples, Verifier
@@ -133,7 +134,7 @@ def sensitivity(
         DataError: Missing, broken or unfitting data.
     """
     started = time.perf_counter()
-    options, execution = options or SensitivityOptions(), execution or Execution()
+    options, execution = chosen(options, SensitivityOptions, data), execution or Execution()
     shares = tuple(sorted(set(options.sparsities)))
     dense = Network.of(load(model), "dense", compared=True)
     weights, skips = prunable_weights(dense.index, dense.everything, options.include, options.exclude)

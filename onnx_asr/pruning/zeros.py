@@ -30,7 +30,7 @@ from onnx_asr.pruning.masks import PrunableWeight, apply_masks, make_masks, prun
 from onnx_asr.pruning.options import SENSITIVITY_SPARSITIES, Budget, PruneOptions
 from onnx_asr.pruning.scores import Values, data_free_scores, weight_scores
 from onnx_asr.pruning.sensitivity import fidelity_by_weight
-from onnx_asr.repairing.options import RepairOptions
+from onnx_asr.repairing.options import RepairOptions, chosen
 from onnx_asr.repairing.verification import Samples
 
 _FOLDED = (
@@ -110,7 +110,7 @@ def prune(
         ModelError: Not an ONNX model, quantized, weights not finite, or without weights.
         DataError: Missing, broken or unfitting data.
     """
-    options, execution = options or PruneOptions(), execution or Execution()
+    options, execution = chosen(options, PruneOptions, data), execution or Execution()
     if options.needs_data and data is None:
         raise OptionError(f"{options.needs_data} needs calibration samples: give them (--data)")
     if data is not None and not options.needs_data:

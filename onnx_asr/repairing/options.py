@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from onnx_asr.errors import OptionError
 
@@ -19,6 +19,7 @@ Method = Literal["auto", "refit", "paired", "asr", "layerwise", "raw", "bn"]
 METHODS: tuple[Method, ...] = get_args(Method)
 BatchNormMode = Literal["exact", "ema"]
 Prior = Literal["median", "mean"] | float
+Options = TypeVar("Options")
 
 _LEAST = {"samples": 1, "gain_samples": 1, "verify_samples": 0, "batch_size": 1, "ema_batches": 1, "ema_batch_size": 2}
 
@@ -31,6 +32,19 @@ def check_choice(what: str, value: str, known: Sequence[str]) -> None:
     """
     if value not in known:
         raise OptionError(f"{what} '{value}' is unknown: give one of {', '.join(known)}")
+
+
+def chosen(options: Options | None, kind: type[Options], data: object = None) -> Options:
+    """The options that a function was given, or those by default.
+
+    Raises:
+        OptionError: When something else stands in their place, or they or a number in the place of the data.
+    """
+    if isinstance(data, (int, float, kind)):
+        raise OptionError(f"the data are {data!r:.80}: give samples, or none, and options={kind.__name__}(...)")
+    if options is not None and not isinstance(options, kind):
+        raise OptionError(f"the options are {options!r:.80}: give options={kind.__name__}(...)")
+    return kind() if options is None else options
 
 
 def check_time_budget(seconds: float | None) -> None:

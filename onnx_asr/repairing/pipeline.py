@@ -21,7 +21,7 @@ from onnx_asr.networks.sparsity import check_order, share_of_zeros
 from onnx_asr.repairing.channelwise import Track, batchnorm_track, gain_track, paired_track, run_tracks
 from onnx_asr.repairing.job import RepairJob
 from onnx_asr.repairing.moving_average import recalibrate_ema
-from onnx_asr.repairing.options import Method, RepairOptions
+from onnx_asr.repairing.options import Method, RepairOptions, chosen
 from onnx_asr.repairing.refit import repair_refit
 from onnx_asr.repairing.result import Candidate, RepairResult, Reports, Verification, unconverged
 from onnx_asr.repairing.verification import Verifier
@@ -75,7 +75,7 @@ def repair(
         DataError: Missing, broken or unfitting data.
         OptionError: Options that contradict each other or the model; a dense model that seems to be the pruned one.
     """
-    options, execution = options or RepairOptions(), execution or Execution()
+    options, execution = chosen(options, RepairOptions, data), execution or Execution()
     seconds: dict[str, float] = {}
     with timed(seconds, "load"):
         pruned, reference = load(model), None if dense is None else load(dense)
