@@ -202,15 +202,15 @@ class Bench:
         """The preprocessing that the net was trained with."""
         return onnx_asr.PRESETS[read_json(self.work.record(self.name))["preset"]]
 
-    def finish(self, cell: Cell) -> None:
-        """Compute a cell, unless it is finished."""
+    def finish(self, cell: Cell) -> str | None:
+        """Compute a cell and describe it in a line; None if it is finished."""
         if cell.repair is None:
             settings: dict[str, Any] = {"dense": self.digest, "samples": DAMAGE_SAMPLES}
             compute = partial(self.damage, cell.sparsity)
         else:
             settings = self.settings | cell.repair.settings
             compute = partial(self.repaired, cell.sparsity, cell.repair)
-        self.work.finish(self.name, cell.sparsity, cell.name, settings, compute)
+        return self.work.finish(self.name, cell.sparsity, cell.name, settings, compute)
 
     def pruned(self, sparsity: str) -> onnx.ModelProto:
         """The net, pruned to a sparsity."""
@@ -285,9 +285,9 @@ def start_worker(benches: Mapping[str, Bench]) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def finish(net: str, cell: Cell) -> None:
-    """Compute a cell in a process of the pool, unless it is finished."""
-    _benches[net].finish(cell)
+def finish(net: str, cell: Cell) -> str | None:
+    """Compute a cell in a process of the pool and describe it in a line; None if it is finished."""
+    return _benches[net].finish(cell)
 
 
 def collected(work: Work) -> dict[str, Any]:

@@ -113,8 +113,9 @@ def repair(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", f"{threads}")  # for numpy in the worker processes
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.jobs, context, grid.start_worker, (benches,)) as pool:
-        for _ in pool.map(grid.finish, *zip(*tasks, strict=True)):
-            pass
+        for line in pool.map(grid.finish, *zip(*tasks, strict=True)):
+            if line is not None:
+                print(line, flush=True)
 
 
 def table(arguments: argparse.Namespace) -> None:

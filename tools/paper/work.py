@@ -74,17 +74,17 @@ class Work:
 
     def finish(
         self, net: str, sparsity: str, name: str, settings: Mapping[str, Any], compute: Callable[[], dict[str, Any]]
-    ) -> None:
-        """Compute a cell and store it, unless it is stored with the same settings."""
+    ) -> str | None:
+        """Compute a cell, store it and describe it in a line; None if it is stored with the same settings."""
         path = self.folder / "cells" / net / f"{sparsity} {name}.json".replace(":", "-")
         if done_before(path, settings):
-            return
+            return None
         started = time.perf_counter()
         values = compute()
         seconds = round(time.perf_counter() - started, 2)
         key = {"net": net, "sparsity": sparsity, "name": name}
         write_json(path, {**key, **values, "seconds": seconds, "settings": settings})
-        print(f"{net} {sparsity} {name}: {values} {seconds:.0f} s", flush=True)
+        return f"{net} {sparsity} {name}: {values} {seconds:.0f} s"
 
     def cells(self) -> Iterator[dict[str, Any]]:
         """The finished cells of all trained nets."""
