@@ -15,6 +15,9 @@ from onnx_asr.errors import StructureError as StructureError
 from onnx_asr.graph.model_io import save as save
 from onnx_asr.graph.skips import Skip as Skip
 from onnx_asr.json_values import plain as plain
+from onnx_asr.measuring.bars import Bars as Bars
+from onnx_asr.measuring.checking import CheckResult as CheckResult
+from onnx_asr.measuring.checking import check as check
 from onnx_asr.measuring.evaluation import evaluate as evaluate
 from onnx_asr.measuring.inspection import Inspection as Inspection
 from onnx_asr.measuring.inspection import inspect as inspect

@@ -16,6 +16,7 @@ import pytest
 import onnx_asr
 
 NAMES = {
+    *("Bars", "CheckResult", "check"),
     *("ChannelPruneOptions", "ChannelPruneResult", "CompressOptions", "CompressResult", "DataError", "Dataset"),
     *("Execution", "Fidelity", "Inspection", "Latency", "ModelError", "OnnxAsrError", "OptionError", "OutputError"),
     *("PRESETS", "PointReport", "Preprocessing", "PruneOptions", "PruneResult", "RefitRecipe", "RepairOptions"),
@@ -25,6 +26,7 @@ NAMES = {
     *("shrink", "sweep"),
 }
 SIGNATURES = {
+    "check": "model, bars, fidelity=None",
     "compress": "model, data, options=None, *, preprocessing=None, input_shapes=None, execution=None",
     "evaluate": "model, data, *, dense=None, force=False, preprocessing=None, labels=None, label_offset=0, "
     "samples=None, seed=0, batch_size=None, execution=None",

@@ -28,8 +28,8 @@ from onnx_asr.ownership import DISTRIBUTION, check_owner
 from onnx_asr.version import __version__
 
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 done, but the repair came out further from the dense model than its input; 2 bad usage or "
-    "bad input; 130 interrupted."
+    "Exit codes: 0 done; 1 done, but the repair came out further from the dense model than its input, or check found a "
+    "bar missed; 2 bad usage or bad input; 130 interrupted."
 )
 
 
@@ -68,7 +68,14 @@ PROGRAM = App(
 )
 
 _MAKING = (making.demo, making.prune, making.repair, making.compress, making.shrink)
-_MEASURING = (measuring.sensitivity, measuring.evaluate, measuring.inspect, measuring.view, measuring.sweep)
+_MEASURING = (
+    measuring.sensitivity,
+    measuring.evaluate,
+    measuring.check,
+    measuring.inspect,
+    measuring.view,
+    measuring.sweep,
+)
 COMMANDS: dict[str, Callable[..., int]] = {function.__name__: function for function in (*_MAKING, *_MEASURING)}
 for _place, _function in enumerate(COMMANDS.values()):
     PROGRAM.command(_function, sort_key=_place, help_epilogue="", help_format="markdown", **_FORM)

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from onnx_asr.cli import show
-from onnx_asr.cli.outcome import BAD_INPUT, DONE, Inputs, Outputs, given_model
+from onnx_asr.cli.outcome import BAD_INPUT, CHECK_FAILED, DONE, Inputs, Outputs, given_model
 from onnx_asr.cli.parameters import (
     CALIBRATION_AND_REFIT,
     WITHOUT_REPAIR,
     BatchSize,
     Calibrated,
     Data,
+    Demands,
     Dense,
     DenseModel,
     ExternalLinks,
     ForceOrder,
     Grid,
     Images,
-    LabelOffset,
+    JUnit,
     Labels,
     Machine,
     Model,
@@ -31,6 +32,7 @@ from onnx_asr.cli.parameters import (
     Report,
     Results,
     Samples,
+    Scoring,
     Seed,
     Sensitivity,
     Walk,
@@ -39,6 +41,11 @@ from onnx_asr.cli.terminal import Terminal, say
 from onnx_asr.errors import OptionError
 from onnx_asr.json_values import plain
 from onnx_asr.sweeping.grid import SweepSettings
+
+if TYPE_CHECKING:
+    from onnx_asr.data import Preprocessing
+    from onnx_asr.graph.model_io import ModelSource
+    from onnx_asr.networks.fidelity import Fidelity
 
 
 def sensitivity(
@@ -79,40 +86,75 @@ def evaluate(
     *,
     data: Data,
     dense: Dense = None,
-    force: ForceOrder = False,
-    labels: Labels = None,
-    label_offset: LabelOffset = 0,
-    samples: Samples = None,
-    batch_size: BatchSize = None,
-    seed: Seed = 0,
+    scoring: Scoring = Scoring(),
     external_links: ExternalLinks = False,
     images: Images = Images(),
     machine: Machine = Machine(),
     terminal: Terminal = Terminal(),
 ) -> int:
     """Measure a model: top-1 and top-5 with labels; agreement, KL and SNR against a dense model."""
-    from onnx_asr.measuring.evaluation import evaluate as run
-
-    preprocessing = images.preprocessing()
-    network = given_model(model, external_links)
+    preprocessing, network = images.preprocessing(), given_model(model, external_links)
     reference = None if dense is None else given_model(dense, external_links)
-    with terminal.progress() as progress:
-        fidelity = run(
-            network,
-            data,
-            dense=reference,
-            force=force,
-            preprocessing=preprocessing,
-            labels=labels,
-            label_offset=label_offset,
-            samples=samples,
-            seed=seed,
-            batch_size=batch_size,
-            execution=machine.execution(terminal.verbose, progress),
-        )
+    fidelity = _scored(network, data, reference, scoring, preprocessing, machine, terminal)
     values = {"model": model, "dense": dense, "data": data, "preprocessing": preprocessing, **plain(fidelity)}
     terminal.result(values, *show.evaluation(fidelity, model))
     return DONE
+
+
+def check(
+    model: Model,
+    /,
+    *,
+    data: Annotated[
+        str | None, Parameter(help="Samples to measure the outputs on, as for evaluate; size and sparsity need none.")
+    ] = None,
+    dense: Dense = None,
+    demands: Demands = Demands(),
+    scoring: Scoring = Scoring(),
+    junit: JUnit = None,
+    external_links: ExternalLinks = False,
+    images: Images = Images(),
+    machine: Machine = Machine(),
+    terminal: Terminal = Terminal(),
+) -> int:
+    """Check a model against bars on accuracy, closeness to its dense model and size; exit code 1 if it misses one."""
+    from onnx_asr.cli.junit import write_junit
+    from onnx_asr.measuring.checking import check as run
+
+    bars, preprocessing = demands.bars(), images.preprocessing()
+    bars.check_measurable(data=data is not None, dense=dense is not None)
+    tables = {"--labels": scoring.labels, "--preprocess": images.preprocess}
+    outputs = Outputs.of(terminal, Inputs({"MODEL": model, "--dense": dense}, {"--data": data}, tables), junit=junit)
+    network, fidelity = given_model(model, external_links), None
+    if data is not None:
+        reference = None if dense is None else given_model(dense, external_links)
+        fidelity = _scored(network, data, reference, scoring, preprocessing, machine, terminal)
+    result, place = run(network, bars, fidelity), outputs.path("--junit")
+    if place is not None:
+        write_junit(result, model, place)
+    values = {"model": model, "dense": dense, "data": data, "preprocessing": preprocessing, **plain(result)}
+    outputs.terminal.result(values, *show.check(result), junit=place)
+    if result.passed:
+        return DONE
+    say("warning", f"{len(result.missed)} of {len(result.criteria)} bars missed: {'; '.join(map(str, result.missed))}")
+    return CHECK_FAILED
+
+
+def _scored(
+    model: ModelSource,
+    data: str,
+    dense: ModelSource | None,
+    scoring: Scoring,
+    preprocessing: Preprocessing | None,
+    machine: Machine,
+    terminal: Terminal,
+) -> Fidelity:
+    """What evaluate measures."""
+    from onnx_asr.measuring.evaluation import evaluate as run
+
+    with terminal.progress() as progress:
+        execution = machine.execution(terminal.verbose, progress)
+        return run(model, data, dense=dense, preprocessing=preprocessing, execution=execution, **vars(scoring))
 
 
 def inspect(

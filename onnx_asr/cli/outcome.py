@@ -63,6 +63,7 @@ class Outputs:
         table: str | None = None,
         report: str | None = None,
         plot: str | None = None,
+        junit: str | None = None,
     ) -> Outputs:
         """From the paths that were given; ``model`` and ``table`` are what --output is in different commands.
 
@@ -79,7 +80,7 @@ class Outputs:
                 check_libraries(option)
             if plot is not None:
                 check_format(plot)
-        texts = {"--output": table, "--report": report, "--plot": plot}
+        texts = {"--output": table, "--report": report, "--plot": plot, "--junit": junit}
         places |= {option: Destination.of(path, text=True) for option, path in texts.items() if path is not None}
         for (first, one), (second, other) in combinations(places.items(), 2):
             if one.is_at(other.path) or (one.descriptor is not None and one.descriptor == other.descriptor):

@@ -17,6 +17,7 @@ from onnx_asr.cli.supervision import native_call
 from onnx_asr.cli.values import SEPARATED, byte_count, input_shape, read_by, share_or_bytes
 from onnx_asr.data import PRESETS, Preprocessing
 from onnx_asr.errors import OptionError
+from onnx_asr.measuring.bars import Bars
 from onnx_asr.pruning.options import SENSITIVITY_SPARSITIES, ChannelPruneOptions, PruneOptions, SensitivityOptions
 from onnx_asr.repairing.options import RefitRecipe, RepairOptions
 from onnx_asr.sweeping.grid import SweepGrid
@@ -29,9 +30,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 P = TypeVar("P", PruneOptions, ChannelPruneOptions)
 
-_GOAL_TITLE, _CHANNEL_TITLE = "Goal (one of them)", "With --pattern channel"
-_TITLES = f"Arguments,Options,{_GOAL_TITLE},{_CHANNEL_TITLE},Method,Calibration,Refit,Latency,Images,Machine,Display"
-PANELS = {title: Group(title, sort_key=place) for place, title in enumerate(_TITLES.split(","))}
+_GOAL_TITLE, _CHANNEL_TITLE, _BAR_TITLE = "Goal (one of them)", "With --pattern channel", "Bars (at least one)"
+_TITLES = (
+    f"Arguments,Options,{_BAR_TITLE},{_GOAL_TITLE},{_CHANNEL_TITLE},"
+    "Method,Calibration,Refit,Latency,Images,Machine,Display"
+).split(",")
+PANELS = {title: Group(title, sort_key=place) for place, title in enumerate(_TITLES)}
 """Headings of the help, in order."""
 
 
@@ -80,7 +84,7 @@ def resolved(options: type[T]) -> type[T]:
 Model = Annotated[str, Parameter(name="MODEL", help="The model, an .onnx file.")]
 DenseModel = Annotated[str, Parameter(name="DENSE", help="The dense model, an .onnx file.")]
 Pruned = Annotated[str, Parameter(name="PRUNED", help="The pruned model, an .onnx file.")]
-OUTPUTS = ("--output", "-o", "--report", "--plot")
+OUTPUTS = ("--output", "-o", "--report", "--plot", "--junit")
 Output = Annotated[str, Parameter(name=("--output", "-o"), help='Where to write the result; "-" for standard output.')]
 Dense = Annotated[str | None, Parameter(help="The dense model that the given one was made from.")]
 Data = Annotated[
@@ -102,6 +106,7 @@ LabelOffset = Annotated[
 ]
 Report = Annotated[str | None, Parameter(help="Write an HTML report too; needs the extra 'report'.")]
 Plot = Annotated[str | None, Parameter(help="Draw the table too: .svg or .png; needs the extra 'report'.")]
+JUnit = Annotated[str | None, Parameter(help="Write a JUnit file too, with a test case per bar.")]
 Force = Annotated[
     bool, Parameter(help="Write the result even if it is further from the dense model than its input.", negative="")
 ]
@@ -238,6 +243,33 @@ class Images:
     def preprocessing(self) -> Preprocessing | None:
         """The preprocessing, if any was given."""
         return Preprocessing.from_options(preset=self.preset, file=self.preprocess, **vars(self.changes))
+
+
+@panel(_BAR_TITLE)
+@given(Bars, max_size=read_by(byte_count))
+class Demands:
+    """Bars that a model has to clear."""
+
+    def bars(self) -> Bars:
+        """The bars of the library.
+
+        Raises:
+            OptionError: No bar, or one out of range.
+        """
+        return Bars(**vars(self))
+
+
+@panel("Options")
+@dataclass(frozen=True)
+class Scoring:
+    """What a model is scored on, besides the data, and how they are drawn."""
+
+    force: ForceOrder = False
+    labels: Labels = None
+    label_offset: LabelOffset = 0
+    samples: Samples = None
+    batch_size: BatchSize = None
+    seed: Seed = 0
 
 
 @panel("Machine")

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rich.table import Table
 
 from onnx_asr.files.outputs import size_text
+from onnx_asr.measuring.bars import measure_of
 
 if TYPE_CHECKING:
     from onnx_asr.cli.demo import DemoResult, DemoRow
     from onnx_asr.graph.skips import Skip
+    from onnx_asr.measuring.checking import CheckResult, Criterion
     from onnx_asr.measuring.inspection import Inspection, Layer
     from onnx_asr.networks.fidelity import Fidelity
     from onnx_asr.networks.latency import Latency
@@ -72,6 +74,11 @@ _SCORES = {
     "agreement": ("agreement", "{:.1%}"),
     "kl": ("KL divergence", "{:.4g}"),
     "snr_db": ("output SNR", "{:.1f} dB"),
+}
+_BARS = {
+    **{name: (label, text.replace(".1%", ".2%")) for name, (label, text) in _SCORES.items()},
+    "sparsity": ("sparsity", "{:.2%}"),
+    "size": ("bytes", "{:,}"),
 }
 
 
@@ -192,6 +199,23 @@ def sweep(result: SweepResult, path: str) -> Shown:
 def evaluation(fidelity: Fidelity, path: str) -> Shown:
     """The scores."""
     yield _fidelities({os.path.basename(path): fidelity}, f"{fidelity.samples} samples")
+
+
+def check(result: CheckResult) -> Shown:
+    """One row per bar."""
+    columns: dict[str, Column[Criterion]] = {
+        "measure": lambda item: _BARS[measure_of(item.name)][0],
+        ">bar": lambda item: ("at least " if item.name.startswith("min_") else "at most ") + _bar_text(item, item.bar),
+        ">measured": lambda item: _bar_text(item, item.measured),
+        "verdict": lambda item: "passed" if item.passed else "MISSED",
+    }
+    yield _table(result.criteria, columns, bold=lambda item: not item.passed)
+    if result.fidelity is not None:
+        yield f"measured on {result.fidelity.samples} samples"
+
+
+def _bar_text(criterion: Criterion, value: float) -> str:
+    return _BARS[measure_of(criterion.name)][1].format(value)
 
 
 def demo(result: DemoResult) -> Shown:

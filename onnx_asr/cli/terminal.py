@@ -136,6 +136,9 @@ def drop_stdout() -> None:
 
 def say(kind: str, message: str) -> None:
     """One line on stderr, "error: ..." or "warning: ...", with control characters escaped."""
-    line = " ".join(message.split())
-    shown = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line)
-    print(f"{kind}: {shown}", file=sys.stderr, flush=True)
+    print(f"{kind}: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """A text with its control characters, and what is no character at all, escaped."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)

@@ -82,10 +82,10 @@ def cli(*arguments: object, cwd: Path | None = None) -> Done:
 
 
 def run_blocks(text: str, folder: Path) -> str:
-    """Run the sh and Python blocks of a Markdown text in order, and return what they print."""
+    """Run the sh and Python blocks of a Markdown text in order, and return what they print; others stay out."""
     printed = ""
     for language, code in re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL):
-        if language == "text":
+        if language in ("text", "yaml"):
             continue
         line = {"sh": ["sh", "-e", "-c", code], "python": [sys.executable, "-c", code]}[language]
         values = environment()

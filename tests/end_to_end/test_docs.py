@@ -17,12 +17,15 @@ from PIL import Image
 
 import onnx_asr
 from tests.end_to_end.conftest import PRESET, VALIDATION, cli, environment, run_blocks
+from tests.end_to_end.howto import section
 from tests.graphs import first_output, net
 from tools.paths import ROOT
 
 DOCS = ROOT / "docs"
-SECTIONS = re.findall(r"^## (.*)\n((?:(?!^## ).*\n)*)", (DOCS / "howto.md").read_text(), re.MULTILINE)
-QUANTIZE, OPENVINO, TENSORRT, GRAPHSURGEON, _ = (text for _, text in SECTIONS)
+QUANTIZE = section("Quantize a repaired net with onnxruntime")
+OPENVINO = section("Convert a repaired net for OpenVINO")
+TENSORRT = section("2:4 for TensorRT")
+GRAPHSURGEON = section("Edit with onnx-graphsurgeon before and after a repair")
 
 
 def agreement(path: Path, dense: str) -> float:
