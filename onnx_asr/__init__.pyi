@@ -25,6 +25,7 @@ from onnx_asr.networks.execution import Execution as Execution
 from onnx_asr.networks.fidelity import Fidelity as Fidelity
 from onnx_asr.networks.latency import Latency as Latency
 from onnx_asr.networks.latency import measure_latency as measure_latency
+from onnx_asr.networks.metric import MetricSamples as MetricSamples
 from onnx_asr.pruning.channels import ChannelPruneResult as ChannelPruneResult
 from onnx_asr.pruning.channels import prune_channels as prune_channels
 from onnx_asr.pruning.compression import CompressResult as CompressResult

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -18,13 +18,19 @@ MERGED = key("")
 """Metadata of a field whose own entries JSON has beside its neighbours."""
 
 
+def function_name(function: Callable[..., Any]) -> str:
+    """Module and name of a function, "module:function"; of an object that can be called, those of its class."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
 def plain(value: Any) -> Any:
     """A result in values that ``json.dumps(..., allow_nan=False)`` takes.
 
     A dataclass becomes an object: its fields, see :func:`key` and ``MERGED``, without those that have ``repr=False``
     (such as models), and the properties that its class names in ``derived``. Arrays and sequences become lists, paths
-    strings, numbers that are not finite None, and a mapping whose keys are dataclasses a list of objects with the
-    entries of key and value.
+    strings, functions their names, numbers that are not finite None, and a mapping whose keys are dataclasses a list of
+    objects with the entries of key and value.
     """
     if is_dataclass(value) and not isinstance(value, type):
         return _object(value)
@@ -38,6 +44,8 @@ def plain(value: Any) -> Any:
         return plain(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if callable(value):
+        return function_name(value)
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 

@@ -23,13 +23,13 @@ NAMES = {
     *("RepairResult", "Runtime", "SensitivityOptions", "SensitivityResult", "ShrinkResult", "Skip", "StructureError"),
     *("SweepGrid", "SweepResult", "SweepSettings", "Verification", "__version__", "compress", "evaluate", "inspect"),
     *("load", "measure_latency", "open_data", "plain", "prune", "prune_channels", "repair", "save", "sensitivity"),
-    *("shrink", "sweep"),
+    *("MetricSamples", "shrink", "sweep"),
 }
 SIGNATURES = {
     "check": "model, bars, fidelity=None",
     "compress": "model, data, options=None, *, preprocessing=None, input_shapes=None, execution=None",
     "evaluate": "model, data, *, dense=None, force=False, preprocessing=None, labels=None, label_offset=0, "
-    "samples=None, seed=0, batch_size=None, execution=None",
+    "samples=None, seed=0, batch_size=None, metric=None, execution=None",
     "inspect": "model, data=None, *, dense=None, force=False, preprocessing=None, samples=128, seed=0, "
     "batch_size=None, execution=None",
     "load": "source, *, external_links=False",

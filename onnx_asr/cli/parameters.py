@@ -46,7 +46,9 @@ def panel(title: str, **settings: Any) -> Parameter:
 
 WITHOUT_REPAIR = panel("Options", parse="^(?!repair$)")
 """Options but for those of a repair, which stand beside them."""
-CALIBRATION_AND_REFIT = Parameter(parse="^(repair|samples|verify_samples|batch_size|seed|skip_bad_images|refit)$")
+CALIBRATION_AND_REFIT = Parameter(
+    parse="^(repair|samples|verify_samples|batch_size|seed|skip_bad_images|metric|refit)$"
+)
 """Options of a repair whose method is fixed."""
 
 _CALIBRATION = Parameter(group=PANELS["Calibration"])
@@ -133,6 +135,13 @@ ExternalLinks = Annotated[
 Samples = Annotated[int | None, Parameter(help="Number of samples to draw from the data.")]
 BatchSize = Annotated[int | None, Parameter(help="Samples per run; by default chosen by the size of the input.")]
 Seed = Annotated[int, Parameter(help="Seed of every random choice.")]
+Metric = Annotated[
+    str | None,
+    Parameter(
+        help='A measure of your own, lower is better: "module:function", found in the current directory or among the '
+        "installed packages; needs --dense."
+    ),
+]
 
 
 @panel("Options")
@@ -184,6 +193,7 @@ class Calibrated(RepairOptions):
     seed: Annotated[int, _CALIBRATION] = RepairOptions.seed
     refit: Annotated[RefitRecipe, Parameter(parse=False)] = field(default_factory=RefitRecipe)
     skip_bad_images: Annotated[bool, _CALIBRATION, Parameter(negative="")] = RepairOptions.skip_bad_images
+    metric: Annotated[str | None, _CALIBRATION] = None
 
     def settled(self) -> RepairOptions:
         """The options of the library, with one seed for everything."""
@@ -270,6 +280,7 @@ class Scoring:
     samples: Samples = None
     batch_size: BatchSize = None
     seed: Seed = 0
+    metric: Metric = None
 
 
 @panel("Machine")

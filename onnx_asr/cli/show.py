@@ -69,6 +69,7 @@ _POINTS: dict[str, Column[PointReport]] = {
     ">output error": lambda point: "{:.3g} -> {:.3g}".format(*point.residual) if point.residual else "",
 }
 _SCORES = {
+    "metric": ("metric, lower is better", "{:.4g}"),
     "top1": ("top-1", "{:.1%}"),
     "top5": ("top-5", "{:.1%}"),
     "agreement": ("agreement", "{:.1%}"),
@@ -160,7 +161,7 @@ def sensitivity(result: SensitivityResult, verbose: bool) -> Shown:
     table = _columns("layer", "operator", ">weights", *(f">{share:g}" for share in result.sparsities))
     for layer in result.layers:
         cells = (
-            f"{trial.distance:.2g}" + ("" if trial.fidelity.kl is None else f" {trial.fidelity.agreement:.0%}")
+            f"{trial.distance:.2g}" + (f" {trial.fidelity.agreement:.0%}" if result.shows_agreement else "")
             for trial in layer.tried
         )
         table.add_row(layer.name, layer.op_type, f"{layer.size:,}", *cells)
@@ -188,7 +189,8 @@ def sweep(result: SweepResult, path: str) -> Shown:
         table.add_row(method, *row)
     yield table
     scored, calibration = (result.conditions[name]["samples"] for name in ("scored", "calibration"))
-    dense = f"dense model: {result.dense.top1:.1%}; " if result.dense.top1 is not None else ""
+    known = result.measure in ("metric", "top1")
+    dense = f"dense model: {text.format(getattr(result.dense, result.measure))}; " if known else ""
     yield f"{dense}scored on {scored} samples, calibrated on {calibration} others"
     yield from _remarks((), result.notes, verbose=True)
     for reason, cells in result.failures.items():
@@ -309,7 +311,8 @@ def _layers(layers: Sequence[LayerSparsity]) -> Table:
 def _candidates(result: RepairResult) -> Table:
     """The methods that auto tried, the chosen one marked."""
     first = result.candidates[0].fidelity
-    scores = ["snr_db"] if first.kl is None and first.snr_db is not None else ["agreement"]
+    scores = ["metric"] if first.metric is not None else []
+    scores += ["snr_db"] if first.kl is None and first.snr_db is not None else ["agreement"]
     scores += ["kl"] if first.kl is not None else []
     table = _columns("auto tried", *(f">{_SCORES[name][0]}" for name in scores), ">seconds", "")
     for item in result.candidates:

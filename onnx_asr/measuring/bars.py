@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 from onnx_asr.errors import OptionError
 
 _OF_THE_FILE = ("sparsity", "size")
-AGAINST_DENSE = ("agreement", "kl", "snr_db")
+AGAINST_DENSE = ("agreement", "kl", "snr_db", "metric")
+_SIGNED = ("snr_db", "metric")
 _SHARES = ("top1", "top5", "agreement", "sparsity")
 
 
@@ -22,6 +23,7 @@ class Bars:
         min_agreement: Least share of samples with the same largest output as the dense model.
         max_kl: Largest mean KL divergence from the dense model, in nats.
         min_snr_db: Least signal-to-noise ratio of the outputs against the dense model's, in decibels.
+        max_metric: Largest value of a measure of your own (--metric), for which lower is better.
         min_sparsity: Least share of zeros in the weights of all layers, as inspect counts them.
         max_size: Most bytes of the file, with the files of weights beside it; a number with a unit, such as 5MB.
 
@@ -34,6 +36,7 @@ class Bars:
     min_agreement: float | None = None
     max_kl: float | None = None
     min_snr_db: float | None = None
+    max_metric: float | None = None
     min_sparsity: float | None = None
     max_size: int | None = None
 
@@ -45,7 +48,7 @@ class Bars:
             measure, shown = measure_of(name), option_of(name)
             if measure in _SHARES and not 0 <= bar <= 1:
                 raise OptionError(f"{shown} {bar:g} is out of range: give a share from 0 to 1")
-            if not math.isfinite(bar) or (bar < 0 and measure != "snr_db"):
+            if not math.isfinite(bar) or (bar < 0 and measure not in _SIGNED):
                 raise OptionError(f"{shown} {bar:g} is out of range: give a number of 0 or more")
 
     @property

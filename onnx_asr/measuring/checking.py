@@ -117,6 +117,8 @@ def _why_missing(measure: str, fidelity: Fidelity | None) -> str:
         )
     if all(getattr(fidelity, name) is None for name in AGAINST_DENSE):
         return "the model was not compared with a dense one: give it with --dense"
+    if measure == "metric":
+        return "no metric was measured: give one with --metric"
     having = [f"min_{name}" for name in ("snr_db", "agreement") if getattr(fidelity, name) is not None]
     return (
         f"the outputs of these models have no {measure.replace('_', ' ')}: give {' or '.join(map(option_of, having))}"

@@ -28,6 +28,7 @@ from onnx_asr.networks.fidelity import (
     compare,
     is_classifier,
 )
+from onnx_asr.networks.metric import Metric, MetricSamples, MetricSource, named_outputs
 from onnx_asr.networks.samples import batch_size_for, whole_batches
 from onnx_asr.networks.sparsity import check_order
 from onnx_asr.repairing.options import check_at_least
@@ -48,6 +49,7 @@ def evaluate(
     samples: int | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    metric: MetricSource | None = None,
     execution: Execution | None = None,
 ) -> Fidelity:
     """Measure a model: top-1 and top-5 where labels are known, agreement, KL and SNR where a dense model is given.
@@ -63,6 +65,8 @@ def evaluate(
         seed: Of the draw.
         label_offset: Added to a label to give the output's class: 1 for nets whose class 0 is "background".
         batch_size: Samples per run; None chooses by the input's size.
+        metric: A measure of your own, beside the others: ``metric(samples, dense_outputs, outputs)``, see
+            :class:`onnx_asr.MetricSamples`, or where to import it from, "module:function".
         execution: Execution providers, progress.
 
     Returns:
@@ -73,12 +77,15 @@ def evaluate(
         ModelError: A model that cannot be read or run, or has no scores to compare with labels; a dense model that
             puts out NaN.
         DataError: Missing, broken or unfitting data or labels.
-        OptionError: Neither labels nor a dense model, a number out of range, or a dense model that seems to be the
-            pruned one.
+        OptionError: Neither labels nor a dense model, a number out of range, a dense model that seems to be the
+            pruned one, or a metric without a dense model or that fails.
     """
     check_at_least("seed", seed, 0)
     if batch_size is not None:
         check_at_least("batch-size", batch_size, 1)
+    if metric is not None and dense is None:
+        raise OptionError("a metric is given the dense model's outputs too: give the dense model (--dense)")
+    own = None if metric is None else Metric.of(metric)
     execution = execution or Execution()
     network = load(model)
     reference = None if dense is None else load(dense)
@@ -105,6 +112,9 @@ def evaluate(
     if labels is None and dense_outputs is not None and not is_classifier(outputs):
         classes = None  # they only came with the data
     result = measure(outputs, dense_outputs, None if classes is None else classes[indices], label_offset)
+    if own is not None and reference is not None and dense_outputs is not None:
+        named = named_outputs(reference, dense_outputs)
+        result = own.added(result, MetricSamples(dataset, indices), named, outputs)
     execution.progress("done", 1.0)
     return replace(result, samples=len(indices))
 

@@ -32,6 +32,7 @@ class Fidelity:
             where no output is a floating-point number.
         kl: Mean Kullback-Leibler divergence, dense || model, of the class probabilities, in nats.
         snr_db: ``10 log10(sum y_d^2 / sum (y_d - y)^2)`` over all floating-point outputs; infinite where equal.
+        metric: What the user's own measure gave; lower is better.
     """
 
     samples: int
@@ -40,10 +41,16 @@ class Fidelity:
     agreement: float | None = None
     kl: float | None = None
     snr_db: float | None = None
+    metric: float | None = None
 
     @property
     def distance(self) -> float:
-        """The distance that a repair minimises.
+        """The distance that a repair minimises: the user's own metric if there is one, else the divergence."""
+        return self.divergence if self.metric is None else self.metric
+
+    @property
+    def divergence(self) -> float:
+        """The distance of the outputs from the dense model's.
 
         KL for classifiers; else the relative output error ``10^(-snr/20)``; else, where no output is a floating-point
         number (ArgMax heads), the share of values that disagree.
@@ -169,7 +176,7 @@ def not_finite(outputs: Iterable[Array]) -> float:
 Verdict = Literal["closer", "equal", "further"]
 """What one model is, measured against another one: closer to the dense model than that, or further from it."""
 
-_LEVELS = 4.0
+LEVELS = 4.0
 """Differences between two optimisation levels that rounding may reach elsewhere."""
 _STEPS = 16 * float(np.finfo(np.float32).eps)
 """Relative error of outputs in float32 arithmetic, at least; the order in which sums are formed is free."""
@@ -193,12 +200,14 @@ class Noise:
         samples: Number of samples.
         scores: Error ``d`` of a log-probability; None where the distance is no divergence.
         sums: Error of the sum of probabilities.
+        metric: How far rounding moves the user's own metric: 4 times the difference between the levels.
     """
 
     relative: float
     samples: int = 1
     scores: float | None = None
     sums: float = 0.0
+    metric: float = 0.0
 
     @classmethod
     def between(cls, outputs: Outputs, again: Outputs | None) -> Noise:
@@ -208,12 +217,12 @@ class Noise:
         floating = [value.dtype for value in outputs[compared] if np.issubdtype(value.dtype, np.floating)]
         found = None if again is None else compare(outputs[compared], again[compared])
         if not floating:
-            return cls(0.0 if found is None else _LEVELS * found.distance)  # not independent: ties of a few samples
+            return cls(0.0 if found is None else LEVELS * found.distance)  # not independent: ties of a few samples
         error = 0.0
         if found is not None and found.snr_db not in (None, -math.inf):  # the latter where a value is not finite
             assert found.snr_db is not None
             error = float(10 ** (-found.snr_db / 20))
-        relative = max(_LEVELS * error, _STEPS, *(float(np.finfo(kind).eps) / 2 for kind in floating))
+        relative = max(LEVELS * error, _STEPS, *(float(np.finfo(kind).eps) / 2 for kind in floating))
         samples = len(outputs[0]) if outputs[0].ndim else 1
         if not classifier:
             return cls(relative, samples)
@@ -233,12 +242,14 @@ class Noise:
 
     def covers(self, fidelity: Fidelity) -> bool:
         """Whether outputs of this fidelity are the dense model's, but for rounding."""
-        return fidelity.distance <= self.band(0.0)
+        return fidelity.divergence <= self.band(0.0)
 
     def verdict(self, before: Fidelity, after: Fidelity) -> Verdict:
         """Whether a model is closer to the dense one than another, by more than rounding explains."""
         gain = before.distance - after.distance
-        if before.distance == after.distance or abs(gain) <= self.band(min(before.distance, after.distance)):
+        own = before.metric is not None
+        band = self.metric if own else self.band(min(before.distance, after.distance))
+        if before.distance == after.distance or abs(gain) <= band:
             return "equal"
         return "closer" if gain > 0 else "further"
 

@@ -56,7 +56,7 @@ from onnx_asr.repairing.pipeline import run_method, verified
 from onnx_asr.repairing.refit import Narrowing, repair_refit
 from onnx_asr.repairing.result import RepairResult
 from onnx_asr.repairing.rows import DenseRows
-from onnx_asr.repairing.verification import Samples
+from onnx_asr.repairing.verification import Samples, Verifier
 
 LAST_ROWS = 2
 """Sampled positions of the last round, as a multiple of the refit recipe's."""
@@ -135,6 +135,8 @@ def compress(
     with timed(seconds, "load"):
         dense = Network.of(load(model), "dense", compared=True)
         samples = Samples.of(data, dense, settings, preprocessing, execution, verify=True)
+        if samples.metric is not None:
+            Verifier(dense.index.model, samples, execution).check_reference()
         execution.progress("loading data", 0.0)
         calibration = samples.load()
     probe = Probe({**samples.shapes, **(input_shapes or {})}, execution.runtime)

@@ -79,6 +79,7 @@ class SensitivityResult:
         calibration_samples: Samples refitted on.
         notes: Notes for the user.
         seconds: Wall time.
+        metric: Name of the user's own metric, if it was the measure.
     """
 
     derived: ClassVar = ("measure",)
@@ -91,11 +92,14 @@ class SensitivityResult:
     calibration_samples: int
     notes: tuple[str, ...]
     seconds: float
+    metric: str | None = None
 
     @property
     def distance_name(self) -> str:
         """Name of the distance."""
         first = self.layers[0].tried[0].fidelity
+        if first.metric is not None:
+            return f"metric {self.metric}"
         if first.kl is not None:
             return "KL divergence"
         return "share of unequal outputs" if first.snr_db is None else "relative output error"
@@ -103,8 +107,12 @@ class SensitivityResult:
     @property
     def measure(self) -> str:
         """Name of all that was measured."""
-        classifier = self.layers[0].tried[0].fidelity.kl is not None
-        return f"{self.distance_name} and agreement" if classifier else self.distance_name
+        return f"{self.distance_name} and agreement" if self.shows_agreement else self.distance_name
+
+    @property
+    def shows_agreement(self) -> bool:
+        """Whether the agreement stands beside the distance: for classifiers."""
+        return self.layers[0].tried[0].fidelity.kl is not None
 
 
 def sensitivity(
@@ -117,7 +125,8 @@ def sensitivity(
 ) -> SensitivityResult:
     """Measure, for every weight alone, how far pruning and refitting it moves the outputs from the dense model's.
 
-    The distance is the KL divergence for classifiers, the relative error otherwise. It takes one pass over the
+    The distance is the KL divergence for classifiers, the relative error otherwise, or the metric of the options. It
+    takes one pass over the
     calibration samples and, for every weight and sparsity, one refit of that layer and one pass over the held-out
     samples: ``calibration + layers * sparsities * held-out`` samples run through the network.
 
@@ -159,6 +168,7 @@ def sensitivity(
         calibration_samples=calibration.count,
         notes=(*dense.notes, *samples.notes),
         seconds=time.perf_counter() - started,
+        metric=None if samples.metric is None else samples.metric.name,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -14,6 +14,7 @@ from onnx_asr.data.sources import DataSource
 from onnx_asr.errors import OptionError
 from onnx_asr.graph.model_io import digest
 from onnx_asr.graph.points import weight_of
+from onnx_asr.json_values import plain
 from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Network, Pair
@@ -118,6 +119,9 @@ class RepairJob:
         verifier = None
         if pair is not None and len(samples.held_out):
             verifier = Verifier(pair.source, samples, execution)
+        if samples.metric is not None and verifier is not None:
+            verifier.check_reference()
+            notes.append(f"metric {samples.metric.name} of the dense model itself: {verifier.dense_metric:.4g}")
         return cls(pruned, pair, samples, verifier, options, tuple(sparsities), tuple(notes))
 
     def written(self, draft: Draft, reports: Sequence[PointReport], calibration: Calibration) -> onnx.ModelProto:
@@ -127,7 +131,7 @@ class RepairJob:
         metadata = {
             "onnx_asr.version": __version__,
             "onnx_asr.method": self.options.method,
-            "onnx_asr.options": json.dumps(asdict(self.options), sort_keys=True),
+            "onnx_asr.options": json.dumps(plain(self.options), sort_keys=True),
             "onnx_asr.calibration": f"{calibration.count} samples, sha256 {calibration.digest}",
             "onnx_asr.sparsity": f"{share_of_zeros(self.sparsities):.6f}",
         }

@@ -7,7 +7,7 @@ is imported here, so that help is quick.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
@@ -134,6 +134,8 @@ class RepairOptions:
         refit: Recipe of "refit".
         time_budget: Seconds that "auto" may spend on trying candidates; no limit by default.
         skip_bad_images: Skip images of a folder that cannot be read, and report how many.
+        metric: A measure of your own, lower is better, that decides in place of the divergence from the dense model:
+            "module:function", found in the current directory or among the installed packages.
     """
 
     method: Method = "auto"
@@ -152,6 +154,7 @@ class RepairOptions:
     refit: RefitRecipe = field(default_factory=RefitRecipe)
     time_budget: float | None = None
     skip_bad_images: bool = False
+    metric: str | Callable[..., float] | None = None
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)

@@ -36,6 +36,11 @@ _INTACT = (
 _NO_CLOSER = (
     "what the repair changed in the distance from the dense model is rounding: the pruned model is returned unchanged"
 )
+_SAME_METRIC = "the repair did not move the metric by more than rounding does: the pruned model is returned unchanged"
+_LOWER_IS_BETTER = (
+    "the metric of the pruned model ({:.4g}) is lower than that of the dense one ({:.4g}): lower counts as better, so "
+    "return 1 - accuracy in place of an accuracy"
+)
 _NOT_FINITE = (
     "the {given} model puts out NaN or infinities on the samples to verify on, which leaves nothing to compare: the "
     "pruned model is returned unchanged (--verify-samples 0 repairs without comparing)"
@@ -167,6 +172,8 @@ def verified(job: RepairJob, result: RepairResult, execution: Execution, *, keep
     before, after = (verifier.fidelity(model) for model in (job.pruned.index.model, result.model))
     verdict, note = _judged(verifier, before, after)
     verification = Verification(before, after, job.samples.is_held_out, verdict)
+    if before.metric is not None and before.metric < verifier.dense_metric - verifier.noise.metric:
+        result = replace(result, notes=(*result.notes, _LOWER_IS_BETTER.format(before.metric, verifier.dense_metric)))
     if verdict == "closer" or (verdict == "further" and keep_worse):
         return replace(result, verification=verification)
     return replace(
@@ -183,9 +190,11 @@ def _judged(verifier: Verifier, before: Fidelity, after: Fidelity) -> tuple[Verd
     noise = verifier.noise
     if noise.covers(before):
         return "equal", _INTACT
-    if math.isinf(before.distance) and math.isinf(after.distance):
+    if math.isinf(before.divergence) and math.isinf(after.divergence):
         return "equal", _NOT_FINITE.format(given="pruned" if verifier.is_finite else "dense")
     verdict = noise.verdict(before, after)
+    if verdict == "equal" and before.metric is not None:
+        return verdict, _SAME_METRIC
     return verdict, _FURTHER if verdict == "further" else _NO_CLOSER
 
 
@@ -228,7 +237,7 @@ def _choose(job: RepairJob, calibration: Calibration, execution: Execution) -> _
         refit = run_method(replace(job, options=options), calibration, execution)
         seconds = time.perf_counter() - begun
         candidates.append(Candidate(options, job.verifier.fidelity(refit.model), seconds))
-    best = min(candidates, key=lambda candidate: candidate.fidelity.distance)
+    best = min(candidates, key=lambda candidate: (candidate.fidelity.distance, candidate.fidelity.divergence))
     kept = refit if best.options.method == "refit" else None
     return _Choice(replace(job, options=best.options, notes=notes), tuple(candidates), kept)
 

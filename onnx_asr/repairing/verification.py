@@ -17,7 +17,17 @@ from onnx_asr.engine.session import Runtime
 from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.networks.batching import settled_inputs
 from onnx_asr.networks.execution import Execution
-from onnx_asr.networks.fidelity import Fidelity, Noise, Outputs, check_reference, collect_outputs, compare, not_finite
+from onnx_asr.networks.fidelity import (
+    LEVELS,
+    Fidelity,
+    Noise,
+    Outputs,
+    check_reference,
+    collect_outputs,
+    compare,
+    not_finite,
+)
+from onnx_asr.networks.metric import Metric, MetricSamples, NamedOutputs, named_outputs
 from onnx_asr.networks.pair import Network
 from onnx_asr.networks.samples import Calibration, batch_size_for, fixed_batch, load_calibration, whole_batches
 from onnx_asr.repairing.options import RepairOptions
@@ -35,6 +45,7 @@ class Samples:
         options: Numbers of samples, seed, batch size.
         chosen: Integers of the calibration samples.
         held_out: Integers of the samples to verify on.
+        metric: The user's own measure, if there is one.
     """
 
     dataset: Dataset
@@ -42,6 +53,7 @@ class Samples:
     options: RepairOptions
     chosen: Integers
     held_out: Integers
+    metric: Metric | None = None
 
     @classmethod
     def of(
@@ -59,9 +71,15 @@ class Samples:
         Raises:
             DataError: Missing, broken or unfitting data.
             ModelError: When onnxruntime runs the network on no batch of samples.
-            OptionError: Preprocessing that does not fit the data, or batches for ``--bn ema`` that do not fit the
-                network's.
+            OptionError: Preprocessing that does not fit the data, batches for ``--bn ema`` that do not fit the
+                network's, or a metric that cannot be had or has nothing to measure.
         """
+        metric = None if options.metric is None else Metric.of(options.metric)
+        if metric is not None and not (verify and options.verify_samples):
+            raise OptionError(
+                f"metric '{metric.name}' compares with the dense model on held-out samples: give the dense model "
+                "(--dense), and --verify-samples above 0"
+            )
         skip = options.skip_bad_images
         dataset = open_data(data, network.inputs, preprocessing=preprocessing, skip_bad_images=skip)
         inputs = settled_inputs(network.index, dataset, execution.sessions, options.batch_size)
@@ -71,7 +89,7 @@ class Samples:
                 f"ema-batch-size {options.ema_batch_size} is no multiple of {fixed}, the number of samples that the "
                 "model takes at once: give one that is"
             )
-        return cls(dataset, inputs, options, *split_samples(len(dataset), options, verify, fixed))
+        return cls(dataset, inputs, options, *split_samples(len(dataset), options, verify, fixed), metric)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -147,8 +165,22 @@ class Verifier:
         Raises:
             ModelError: When onnxruntime cannot run the model, or its outputs do not fit the dense one's.
         """
-        fidelity = compare(self._reference, self.samples.outputs(model, self.execution.sessions))
-        return replace(fidelity, samples=len(self.samples.verified))
+        outputs = self.samples.outputs(model, self.execution.sessions)
+        fidelity = replace(compare(self._reference, outputs), samples=len(self.samples.verified))
+        metric = self.samples.metric
+        if metric is None:
+            return fidelity
+        return metric.added(fidelity, self._asked, self._named_reference, outputs)
+
+    @cached_property
+    def dense_metric(self) -> float:
+        """The user's own metric of the dense model itself.
+
+        Raises:
+            OptionError: When it fails.
+        """
+        assert self.samples.metric is not None
+        return self.samples.metric(self._asked, self._named_reference, self._reference)
 
     @property
     def is_finite(self) -> bool:
@@ -156,21 +188,37 @@ class Verifier:
         return not_finite(self._reference) == 0.0
 
     def check_reference(self) -> None:
-        """Refuse a dense model that nothing can be compared with.
+        """Refuse a dense model that nothing can be compared with, and a metric that does not measure it.
 
         Raises:
-            ModelError: When it puts out NaN or infinities.
+            ModelError: When the dense model puts out NaN or infinities.
+            OptionError: When the metric of it is no finite number.
         """
         check_reference(self._reference)
+        if self.samples.metric is not None:
+            self.samples.metric.check_dense(self.dense_metric)
 
     @cached_property
     def noise(self) -> Noise:
         """How far rounding moves distances from the dense model: one more run of it, without graph optimisations."""
         runtime = replace(self.execution.sessions, optimized=False)
         try:
-            return Noise.between(self._reference, self.samples.outputs(self.dense, runtime))
+            again = self.samples.outputs(self.dense, runtime)
         except ModelError:  # it runs in no other way than the usual one
             return Noise.between(self._reference, None)
+        noise = Noise.between(self._reference, again)
+        if self.samples.metric is None:
+            return noise
+        moved = abs(self.samples.metric(self._asked, self._named_reference, again) - self.dense_metric)
+        return replace(noise, metric=LEVELS * moved)
+
+    @property
+    def _asked(self) -> MetricSamples:
+        return MetricSamples(self.samples.dataset, self.samples.verified)
+
+    @cached_property
+    def _named_reference(self) -> NamedOutputs:
+        return named_outputs(self.dense, self._reference)
 
     @cached_property
     def _reference(self) -> Outputs:

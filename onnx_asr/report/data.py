@@ -82,7 +82,7 @@ def compress_data(
     names = ("last mask, no repair", "compressed")
     values = repair_data(run, result.repair, result.masked, dense, data, execution, names)
     seconds = {f"round {number}": value for number, value in enumerate(result.round_seconds, 1)}
-    asked = {name: value for name, value in asdict(result.options).items() if name != "repair"}
+    asked = {name: value for name, value in plain(result.options).items() if name != "repair"}
     values["options"] = flattened(asked) | values["options"]
     return values | {"seconds": values["seconds"] | seconds}
 
@@ -125,7 +125,7 @@ def repair_data(
         versions=[_version(name, size, fidelities.get(name)) for name, size in sizes.items()],
         skipped=result.skips,
         damage_samples=samples,
-        options=flattened(asdict(result.options)),
+        options=flattened(plain(result.options)),
         notes=[*result.notes, *notes],
         improved=result.improved,
         held_out=result.verification is not None and result.verification.held_out,
@@ -200,9 +200,11 @@ def _fidelities(
     if not is_classifier(outputs["dense"]):
         return known, []
     try:
-        return {name: measure(value, outputs["dense"], labels) for name, value in outputs.items()}, []
+        measured = {name: measure(value, outputs["dense"], labels) for name, value in outputs.items()}
     except DataError as error:
         return known, [f"no top-1: {error}"]
+    own = {name: fidelity.metric for name, fidelity in known.items()}
+    return {name: replace(fidelity, metric=own.get(name)) for name, fidelity in measured.items()}, []
 
 
 def _thumbnails(dataset: Dataset, chosen: np.ndarray[Any, np.dtype[np.int64]]) -> list[ReportValues]:

@@ -11,20 +11,26 @@ from onnx_asr.report.data import ReportValues, Run
 from onnx_asr.sweeping.grid import Cell, PruneGoal
 from onnx_asr.sweeping.result import SweepResult
 
-MEASURES = {"top1": "top-1", "agreement": "agreement with the dense model", "snr_db": "output SNR, dB"}
+MEASURES = {
+    "metric": "metric, lower is better",
+    "top1": "top-1",
+    "agreement": "agreement with the dense model",
+    "snr_db": "output SNR, dB",
+}
 PATTERNS = "N:M patterns"
 
 
 def sweep_data(run: Run, result: SweepResult) -> ReportValues:
     """The report of a sweep."""
     values = {method: _values(result, method, result.goals) for method in result.methods}
-    best = [max((v for v in column if v is not None), default=None) for column in zip(*values.values(), strict=True)]
+    first = min if result.measure == "metric" else max
+    best = [first((v for v in column if v is not None), default=None) for column in zip(*values.values(), strict=True)]
     rows = []
     for method in result.methods:
         cells: list[ReportValues | None] = []  # None where the grid has no such cell
-        for goal, value, highest in zip(result.goals, values[method], best, strict=True):
+        for goal, value, winner in zip(result.goals, values[method], best, strict=True):
             outcome = result.cells.get(Cell(goal, method))
-            is_best = outcome is not None and outcome.fidelity is not None and value == highest
+            is_best = outcome is not None and outcome.fidelity is not None and value == winner
             cells.append(None if outcome is None else plain(outcome) | {"best": is_best})
         rows.append({"method": method, "cells": cells})
     return {

@@ -27,6 +27,7 @@ _STYLES = {
     "compress": ("#15803d", "P", "compress"),
 }
 _DENSE = "0.35"
+_SHARES, _WITH_DENSE = ("top1", "agreement"), ("top1", "metric")
 _APART = 0.08  # between the methods at one N:M pattern
 
 
@@ -49,7 +50,7 @@ def draw(shown: Sequence[Mapping[str, Any]], measure: str, dense: float | None) 
     axes[0].set_ylabel(MEASURES[measure], fontsize=TEXT)
     methods = [name for name in _STYLES if any(name in panel["curves"] for panel in shown)]
     handles = [_handle(name) for name in methods]
-    if measure == "top1":
+    if measure in _WITH_DENSE:
         handles.insert(0, Line2D([], [], color=_DENSE, linestyle="--", linewidth=1.2, label="dense"))
     columns = min(len(handles), max(3, 3 * len(shown)))
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=TEXT)
@@ -57,9 +58,9 @@ def draw(shown: Sequence[Mapping[str, Any]], measure: str, dense: float | None) 
 
 
 def _panel(axis: Axes, panel: Mapping[str, Any], measure: str, dense: float | None, titled: bool) -> None:
-    scale = 1.0 if measure == "snr_db" else 100.0
+    scale = 100.0 if measure in _SHARES else 1.0
     fixed = panel["title"] == PATTERNS
-    if measure == "top1" and dense is not None:
+    if measure in _WITH_DENSE and dense is not None:
         axis.axhline(scale * dense, color=_DENSE, linestyle="--", linewidth=1.2)
     line, step = ("none", _APART) if fixed else ("-", 0.0)
     middle = (len(panel["curves"]) - 1) / 2
@@ -72,7 +73,7 @@ def _panel(axis: Axes, panel: Mapping[str, Any], measure: str, dense: float | No
     axis.set_xlabel("pattern" if fixed else "pruned (log scale of what is left)", fontsize=TEXT)
     if fixed:
         axis.set_xlim(-0.6, len(panel["x"]) - 0.4)
-    if measure != "snr_db":
+    if measure in _SHARES:
         axis.set_ylim(0, 104)
         axis.yaxis.set_major_formatter("{x:.0f}%")
     if titled and not fixed:

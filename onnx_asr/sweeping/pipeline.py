@@ -136,4 +136,4 @@ def _in_process(workspace: Workspace, cells: Sequence[Cell], execution: Executio
 
 def _result(workspace: Workspace, cells: dict[Cell, Outcome]) -> SweepResult:
     ordered = {cell: cells[cell] for cell in in_order(cells)}
-    return SweepResult(workspace.conditions, workspace.dense_score(), ordered, workspace.notes)
+    return SweepResult(workspace.conditions, workspace.dense_score, ordered, workspace.notes)

@@ -65,7 +65,12 @@ class SweepResult:
 
     @property
     def measure(self) -> str:
-        """The measure that models are compared by: "top1" where there are labels, else "agreement", else "snr_db"."""
+        """The measure that models are compared by.
+
+        The user's own "metric" if there is one, "top1" where there are labels, else "agreement", else "snr_db".
+        """
+        if self.dense.metric is not None:
+            return "metric"
         if self.dense.top1 is not None:
             return "top1"
         return "snr_db" if self.dense.agreement is None else "agreement"

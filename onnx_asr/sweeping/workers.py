@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -154,6 +155,7 @@ class _WorkspacePlugin(WorkerPlugin):
         self._setup = setup
         self._conditions = conditions
         self._ours = ours
+        self._folder = os.getcwd()
 
     def setup(self, worker: Worker) -> None:
         """Prepare for tasks in several threads; our own processes leave interrupts to the one that started them."""
@@ -170,6 +172,8 @@ class _WorkspacePlugin(WorkerPlugin):
         """
         with self._lock:
             if self._workspace is None:
+                if self._folder not in sys.path:
+                    sys.path.insert(0, self._folder)  # where a metric may be
                 workspace = Workspace(self._setup, self.execution)
                 for name, value in self._conditions.items():
                     if workspace.conditions[name] != value:

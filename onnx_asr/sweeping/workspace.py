@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -16,9 +16,11 @@ from onnx_asr.errors import OptionError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource, digest
 from onnx_asr.graph.points import survey, weight_of
+from onnx_asr.json_values import plain
 from onnx_asr.measuring.evaluation import measure
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Fidelity, Outputs, collect_outputs, is_classifier
+from onnx_asr.networks.metric import Metric, MetricSamples, named_outputs
 from onnx_asr.networks.pair import Network
 from onnx_asr.networks.samples import whole_batches
 from onnx_asr.pruning.channels import prune_channels
@@ -54,13 +56,14 @@ class Workspace:
         dense: The dense model.
         calibration: The data to calibrate on.
         scored: The data to score on.
+        dense_score: The score of the dense model itself: its top-1 where there are labels.
         notes: Remarks on the model and the samples.
         conditions: Digests and settings; workspaces with equal conditions give equal scores.
 
     Raises:
         ModelError: A model that cannot be repaired or run.
         DataError: Missing, broken or unfitting data or labels.
-        OptionError: Nothing to score on.
+        OptionError: Nothing to score on, or a metric that fails on the dense model.
     """
 
     def __init__(self, setup: Setup, execution: Execution) -> None:
@@ -70,7 +73,9 @@ class Workspace:
             raise OptionError("verify-samples 0 leaves no samples to score on: give at least 1, or --test")
         network = Network.of(self.dense, "dense", compared=True)
         data = self._opened(setup.data, network, setup.labels if setup.test is None else None)
-        samples = Samples.of(data, network, options, None, execution, verify=True)
+        self._metric = None if options.metric is None else Metric.of(options.metric)
+        split = replace(options, metric=None)  # which may have nothing held out, with other samples to score on
+        samples = Samples.of(data, network, split, None, execution, verify=True)
         self.calibration, self._chosen = data, len(samples.chosen)
         self.scored, indices = data, samples.held_out
         if setup.test is not None:
@@ -79,7 +84,7 @@ class Workspace:
         self._indices, self._batch_size = whole_batches(indices, samples.inputs), samples.batch_size
         execution.progress("running the dense model", 0.0)
         self._reference = self._outputs(self.dense, execution)
-        self._labels, common = None, asdict(settings)
+        self._labels, common = None, plain(settings)
         if self.scored.labels is not None and (setup.labels is not None or is_classifier(self._reference)):
             self._labels = self.scored.labels[self._indices]
         common["repair"].pop("method")
@@ -93,13 +98,13 @@ class Workspace:
                 "labels_sha256": None if self._labels is None else hashlib.sha256(self._labels.tobytes()).hexdigest(),
             },
             "providers": list(execution.runtime.providers),
+            "metric_sha256": None if self._metric is None else self._metric.digest,
             "settings": common,
         }
+        self.dense_score = self._measured(self._reference)
+        if self._metric is not None and self.dense_score.metric is not None:
+            self._metric.check_dense(self.dense_score.metric)
         self.notes = (*network.notes, *samples.notes)
-
-    def dense_score(self) -> Fidelity:
-        """The score of the dense model itself: its top-1 where there are labels."""
-        return self._measured(self._reference)
 
     def pruned(self, goal: PruneGoal, execution: Execution) -> onnx.ModelProto:
         """The dense model, pruned.
@@ -146,7 +151,10 @@ class Workspace:
 
     def _repaired(self, method: Method, pruned: onnx.ModelProto, execution: Execution) -> RepairResult:
         """Only "auto" needs held-out samples: the others would verify on samples that are scored anyway."""
-        options = replace(self.setup.settings.repair if method == "auto" else self._unverified, method=method)
+        options = self.setup.settings.repair
+        if method != "auto" or options.verify_samples == 0:
+            options = self._unverified
+        options = replace(options, method=method)
         return repair(pruned, self.calibration, options, dense=self.dense, execution=execution)
 
     def _compressed(self, goal: PruneGoal, execution: Execution) -> RepairResult:
@@ -166,7 +174,7 @@ class Workspace:
     @property
     def _unverified(self) -> RepairOptions:
         """The same calibration samples, with none held out."""
-        return replace(self.setup.settings.repair, samples=self._chosen, verify_samples=0)
+        return replace(self.setup.settings.repair, samples=self._chosen, verify_samples=0, metric=None)
 
     def _opened(self, data: DataSource, network: Network, labels: str | None) -> Dataset:
         preprocessing, skip = self.setup.preprocessing, self.setup.settings.repair.skip_bad_images
@@ -177,7 +185,11 @@ class Workspace:
 
     def _measured(self, outputs: Outputs) -> Fidelity:
         fidelity = measure(outputs, self._reference, self._labels, self.setup.settings.label_offset)
-        return replace(fidelity, samples=len(self._indices))
+        fidelity = replace(fidelity, samples=len(self._indices))
+        if self._metric is None:
+            return fidelity
+        named = named_outputs(self.dense, self._reference)
+        return self._metric.added(fidelity, MetricSamples(self.scored, self._indices), named, outputs)
 
 
 def _survivors(model: onnx.ModelProto, zeros: bool = False) -> int:

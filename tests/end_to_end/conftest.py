@@ -82,10 +82,16 @@ def cli(*arguments: object, cwd: Path | None = None) -> Done:
 
 
 def run_blocks(text: str, folder: Path) -> str:
-    """Run the sh and Python blocks of a Markdown text in order, and return what they print; others stay out."""
+    """Run the sh and Python blocks of a Markdown text in order, and return what they print; others stay out.
+
+    A Python block that begins with the name of a file is written there instead.
+    """
     printed = ""
     for language, code in re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL):
         if language in ("text", "yaml"):
+            continue
+        if named := re.match(r"# (\w+\.py)\n", code):
+            (folder / named[1]).write_text(code)
             continue
         line = {"sh": ["sh", "-e", "-c", code], "python": [sys.executable, "-c", code]}[language]
         values = environment()

@@ -26,6 +26,7 @@ QUANTIZE = section("Quantize a repaired net with onnxruntime")
 OPENVINO = section("Convert a repaired net for OpenVINO")
 TENSORRT = section("2:4 for TensorRT")
 GRAPHSURGEON = section("Edit with onnx-graphsurgeon before and after a repair")
+METRIC = section("Judge a detector by mAP")
 
 
 def agreement(path: Path, dense: str) -> float:
@@ -66,6 +67,57 @@ def test_graphsurgeon_before_and_after(folder: Path) -> None:
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
     scores = first_output(onnx.load(ROOT / "models" / "digits_resnet.onnx"), (pixels - 0.5) / 0.5)
     assert (probabilities.argmax(axis=1) == scores.argmax(axis=1)).mean() > 0.9
+
+
+def detector() -> onnx.ModelProto:
+    """One place for every 8 x 8 pixels: box around its middle, objectness, three classes, as [N, 64, 8]."""
+    rows, columns = np.mgrid[:8, :8]
+    middles = np.stack([columns.ravel(), rows.ravel()], axis=1) * 8 + 4
+    return net(
+        """
+        detector (float[N,3,64,64] image) => (float[N,64,8] boxes) {
+          a = Conv <strides=[4,4]> (image, w1, b1)  b = Relu (a)
+          c = Conv <pads=[1,1,1,1]> (b, w2, b2)  d = Relu (c)
+          e = Conv <strides=[2,2]> (d, w3, b3)
+          f = Reshape (e, shape)  g = Transpose <perm=[0,2,1]> (f)
+          xy, wh, s = Split <axis=2> (g, parts)
+          shift = Mul (xy, four)  middle = Add (shift, middles)
+          u = Sigmoid (wh)  sides = Mul (u, size)
+          p = Mul (s, steep)  q = Sigmoid (p)
+          boxes = Concat <axis=2> (middle, sides, q)
+        }
+        """,
+        **{"w1": (16, 3, 4, 4), "w2": (24, 16, 3, 3), "w3": (8, 24, 2, 2), "b1": (16,), "b2": (24,)},
+        b3=np.array([0, 0, 0, 0, 0.2, 0, 0, 0], np.float32),
+        shape=np.array([0, 8, 64]),
+        parts=np.array([2, 2, 4]),
+        middles=middles.astype(np.float32),
+        four=np.float32(4),
+        size=np.float32(24),
+        steep=np.float32(4),
+    )
+
+
+def test_a_metric_of_ones_own(folder: Path) -> None:
+    onnx.save(detector(), folder / "detector.onnx")
+    (folder / "images").mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(60):
+        pixels = Image.fromarray(generator.integers(0, 256, (8, 8, 3), np.uint8))
+        pixels.resize((64, 64), Image.Resampling.BICUBIC).save(folder / "images" / f"{number}.png")
+    printed = run_blocks(METRIC, folder)
+    ((before, after),) = re.findall(r"^metric, lower is better +([\d.]+) +([\d.]+)$", printed, re.MULTILINE)
+    assert float(after) < 0.8 * float(before)
+    assert "itself: 0\n" in printed
+    data = ("--data", "images", "--scale", "0.00392157")
+    unknown = cli("evaluate", "repaired.onnx", "--dense", "detector.onnx", *data, "--metric", "other:score", cwd=folder)
+    assert "no module 'other'" in unknown.error
+    (folder / "higher.py").write_text((folder / "detector_map.py").read_text().replace("return 1 - np", "return np"))
+    given = ("repair", "pruned.onnx", "-o", "worse.onnx", "--dense", "detector.onnx", *data, "--metric", "higher:score")
+    refused = cli(*given, "--method", "paired", cwd=folder)
+    assert refused.code == 1
+    assert "lower counts as better" in refused.out
+    assert not (folder / "worse.onnx").exists()
 
 
 def photographs(folder: Path, count: int, seed: int) -> None:

@@ -17,7 +17,7 @@ from onnx_asr.measuring.checking import Criterion
 from onnx_asr.networks.fidelity import Fidelity
 from tests.graphs import net, pruned, residual_net, weights
 
-SCORED = Fidelity(100, top1=0.9, top5=0.99, agreement=0.95, kl=0.04, snr_db=20.0)
+SCORED = Fidelity(100, top1=0.9, top5=0.99, agreement=0.95, kl=0.04, snr_db=20.0, metric=-0.3)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,7 @@ SCORED = Fidelity(100, top1=0.9, top5=0.99, agreement=0.95, kl=0.04, snr_db=20.0
         ("min_agreement", 0.95, 0.96),
         ("max_kl", 0.04, 0.039),
         ("min_snr_db", 20.0, 20.5),
+        ("max_metric", -0.3, -0.31),
     ],
 )
 def test_a_value_at_the_bar_clears_it(name: str, cleared: float, missed: float) -> None:
@@ -90,6 +91,7 @@ def test_bars_out_of_range(bars: dict[str, Any], message: str) -> None:
         ({"min_top1": 0.5}, replace(SCORED, top1=None), "the data have no labels"),
         ({"max_kl": 0.5}, Fidelity(9, top1=0.5), "the model was not compared with a dense one"),
         ({"max_kl": 0.5}, Fidelity(9, snr_db=3.0), "outputs of these models have no kl: give min-snr-db"),
+        ({"max_metric": 0.5}, Fidelity(9, snr_db=3.0), "no metric was measured: give one with --metric"),
         ({"min_snr_db": 0.5}, Fidelity(9, agreement=0.5), "have no snr db: give min-agreement"),
     ],
 )
