@@ -34,7 +34,7 @@ SIGNATURES = {
     "batch_size=None, execution=None",
     "load": "source, *, external_links=False",
     "measure_latency": "dense, pruned, *, input_shapes=None, seconds=3.0, execution=None",
-    "open_data": "source, inputs, *, preprocessing=None, labels=None, skip_bad_images=False",
+    "open_data": "source, inputs, *, preprocessing=None, labels=None, skip_bad_images=False, most=None",
     "plain": "value",
     "prune": "model, data=None, options=None, *, preprocessing=None, input_shapes=None, execution=None",
     "prune_channels": "model, options=None, *, input_shapes=None, execution=None",

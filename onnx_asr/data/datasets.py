@@ -9,8 +9,9 @@ import hashlib
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,9 +67,11 @@ class Dataset(ABC):
         preprocessing: How images are prepared, with the layout resolved; for ready tensors None, unless they are whole
             numbers that it scales.
         unreadable: Files that were skipped because they cannot be read as images.
+        is_cut: Whether the samples are the first ones of a stream that was not read to its end.
     """
 
     unreadable: tuple[str, ...] = ()
+    is_cut: bool = False
 
     def __init__(
         self, names: Sequence[str], labels: NDArray[np.int64] | None, preprocessing: Preprocessing | None
@@ -121,7 +124,7 @@ class Dataset(ABC):
         return None
 
 
-class _ImageDataset(Dataset):
+class ImageDataset(Dataset):
     """Images for a model with one input."""
 
     def __init__(
@@ -214,7 +217,7 @@ def _framed(image: Image.Image, steps: Preprocessing, name: str) -> Image.Image:
     return image
 
 
-class FolderDataset(_ImageDataset):
+class FolderDataset(ImageDataset):
     """Image files of a folder, named by their paths in it and read on demand.
 
     As in training pipelines, only the first frame is used, and transparency is dropped.
@@ -257,18 +260,36 @@ def unreadable_images(root: Path, names: Sequence[str]) -> dict[str, DataError]:
 def _read_image(path: Path, wanted: str, *, upright: bool) -> Image.Image:
     if not path.is_file():  # reading from a pipe might never end
         raise DataError(f"{path} cannot be read as an image: it is missing or not a plain file. Replace or remove it")
-    try:
-        with Image.open(path, formats=_FORMATS) as image:
-            mode = image.mode
-            converted: Image.Image = image.convert(wanted)
-            turn = _turn(image) if upright else None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{path} is too large to open safely: {error} Scale it down or remove it") from error
-    except Exception as error:  # Pillow's decoders raise many kinds on broken files
-        raise DataError(f"{path} cannot be read as an image: {error}. Replace or remove it") from error
+    with _decoding(str(path)), Image.open(path, formats=_FORMATS) as image:
+        return converted(image, wanted, str(path), upright=upright)
+
+
+def converted(image: Image.Image, wanted: str, name: str, *, upright: bool) -> Image.Image:
+    """An image in the mode that a model takes, and upright if that is wanted.
+
+    Raises:
+        DataError: When its pixels cannot be decoded, or have more than 8 bits per channel.
+    """
+    with _decoding(name):
+        mode = image.mode
+        result = image.convert(wanted)
+        turn = _turn(image) if upright else None
     if ImageMode.getmode(mode).typestr not in _EIGHT_BITS:  # Pillow clips 16-bit values to 255
-        raise DataError(f"{path} has pixels of mode {mode}: convert it to 8 bits per channel")
-    return converted if turn is None else converted.transpose(turn)
+        raise DataError(f"{name} has pixels of mode {mode}: convert it to 8 bits per channel")
+    return result if turn is None else result.transpose(turn)
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Turn whatever Pillow raises on an image into an error of the data."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"{name} is too large to open safely: {error} Scale it down or remove it") from error
+    except Exception as error:  # Pillow's decoders raise many kinds on broken files
+        raise DataError(f"{name} cannot be read as an image: {error}. Replace or remove it") from error
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
@@ -279,7 +300,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-class PixelDataset(_ImageDataset):
+class PixelDataset(ImageDataset):
     """Images from one array of pixels: uint8, (N, H, W, C) with C 1 or 3.
 
     Raises:

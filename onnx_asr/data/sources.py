@@ -1,8 +1,8 @@
 """Open data of any supported form.
 
-There are three kinds of dataset: image files, decoded on demand; images in one uint8 array (N, H, W, C); and ready
-tensors, from arrays, feeds or a reader, which are used unchanged; only whole numbers for a floating-point input are
-scaled as the preprocessing says, or refused.
+There are image files, decoded on demand; images in one uint8 array (N, H, W, C); ready tensors, which are used
+unchanged (only whole numbers for a floating-point input are scaled as the preprocessing says, or refused); and what
+readers, loaders and data sets of other libraries give.
 """
 
 from __future__ import annotations
@@ -10,38 +10,26 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from onnx_asr.arrays import Array, Integers
-from onnx_asr.data.datasets import (
-    Dataset,
-    FolderDataset,
-    PixelDataset,
-    TensorDataset,
-    is_unscaled,
-    unreadable_images,
-)
+from onnx_asr.data.datasets import Dataset, FolderDataset, PixelDataset, unreadable_images
+from onnx_asr.data.items import Reader, are_images, as_array
 from onnx_asr.data.labels import IMAGE_SUFFIXES, read_labels
 from onnx_asr.data.preprocessing import InputSpec, Preprocessing
+from onnx_asr.data.streams import FeedReader, Indexed, open_items, ready_tensors
 from onnx_asr.errors import DataError, OptionError
 
 _LARGE, _MOST_EXPANSION = 1 << 30, 100  # bytes; factor on the size of the file
 
 
-@runtime_checkable
-class FeedReader(Protocol):
-    """The interface of onnxruntime's `CalibrationDataReader`: feeds one by one, then None."""
-
-    def get_next(self) -> Mapping[str, ArrayLike] | None:
-        """Return the next feed."""
-
-
 DataSource: TypeAlias = (
-    Dataset | str | os.PathLike[str] | Array | Mapping[str, ArrayLike] | Iterable[Mapping[str, ArrayLike]] | FeedReader
+    Dataset | str | os.PathLike[str] | Array | Mapping[str, ArrayLike] | Iterable[Any] | Indexed | FeedReader
 )
+"""Whatever an entry point takes as data; see :func:`open_data`."""
 
 
 def open_data(
@@ -51,15 +39,18 @@ def open_data(
     preprocessing: Preprocessing | None = None,
     labels: str | os.PathLike[str] | None = None,
     skip_bad_images: bool = False,
+    most: int | None = None,
 ) -> Dataset:
     """Open calibration or evaluation data for a model.
 
     Args:
         source: A folder of images; an .npz with `images` (uint8, (N, H, W, C) or (N, H, W)) and optionally `labels`;
             an .npz with an array per model input and optionally `labels`; an .npy for a model with one input; the same
-            as a dict or an array; an iterable of feeds (dicts of arrays with a leading batch axis) or an onnxruntime
-            `CalibrationDataReader`, both of which are read to the end at once. A lone uint8 array counts as images
-            if the input is of another type or a preprocessing is given. A Dataset is returned as it is.
+            as a dict, an array or a tensor; a data set of another library with a length and positions, from which
+            samples are read when they are needed; a loader, generator, iterable of feeds (dicts of arrays with a
+            leading batch axis) or `CalibrationDataReader`, of which the first ``most`` samples are read at once
+            (:mod:`onnx_asr.data.items` says what they may give). A lone uint8 array counts as images if the input is
+            of another type or a preprocessing is given. A Dataset is returned as it is.
         inputs: The model's inputs.
         preprocessing: How to prepare images; not needed for an input of integers. Its scale, mean and std also apply to
             ready tensors of integers for an input of floats, which are refused without.
@@ -67,6 +58,7 @@ def open_data(
             if all names are whole numbers, else its position in sorted order.
         skip_bad_images: Read all files of a folder once and skip those that cannot be read as images; the dataset
             lists them.
+        most: Samples that are needed of data that can only be read in order; None reads them to their end.
 
     Returns:
         The samples.
@@ -96,31 +88,23 @@ def open_data(
     if labels is not None:
         raise OptionError(f"a labels file ({labels}) needs a folder of images: put 'labels' beside the arrays instead")
 
+    if hasattr(value, "__array__"):  # also tensors of torch and TensorFlow
+        value = as_array(value, where, inputs[0].name)
     if isinstance(value, np.ndarray):
         spec = _only_input(inputs, f"{where} is one array")
-        value = {"images" if _are_images(value, spec, preprocessing) else spec.name: value}
-    classes = None
+        value = {"images" if are_images(value, spec, preprocessing) else spec.name: value}
     if isinstance(value, Mapping):
+        classes = None
         arrays = _arrays(value, where)
         by_name = {spec.name: spec for spec in inputs}
         if "labels" in arrays and "labels" not in by_name:
             classes = _class_indices(arrays.pop("labels"), where)
         images = arrays.get("images")
-        if images is not None and ("images" not in by_name or _are_images(images, by_name["images"], preprocessing)):
+        if images is not None and ("images" not in by_name or are_images(images, by_name["images"], preprocessing)):
             spec = _only_input(inputs, f"{where} holds images")
             return PixelDataset(_pixels(images, spec, where), classes, spec, preprocessing or Preprocessing())
-        feeds = [arrays]
-    else:
-        feeds = _read_feeds(value)
-    if preprocessing is not None and not any(is_unscaled(feed, spec) for feed in feeds for spec in inputs):
-        raise OptionError(
-            f"{where} holds ready tensors, to which the given preprocessing does not apply: drop it, or give images "
-            "(uint8, named 'images')"
-        )
-    dataset = TensorDataset(feeds, where, inputs, classes, preprocessing)
-    if len(dataset) == 0:
-        raise DataError(f"{where} holds no samples: give at least one (and rewind a reader that was used before)")
-    return dataset
+        return ready_tensors([arrays], where, Reader(inputs, preprocessing), classes)
+    return open_items(value, inputs, preprocessing, most)
 
 
 def _open_folder(
@@ -225,13 +209,6 @@ def _load_numpy(path: Path) -> Array | dict[str, Array]:
         ) from error
 
 
-def _are_images(array: Array, spec: InputSpec, preprocessing: Preprocessing | None) -> bool:
-    """Whether an array that could be a ready tensor holds pixels; one that only fits as a tensor does not."""
-    if array.dtype != np.uint8 or len(spec.shape) != 4 or (preprocessing is None and spec.dtype == np.uint8):
-        return False
-    return array.ndim != 4 or array.shape[3] in (1, 3) or not spec.fits(array.shape[1:])
-
-
 def _pixels(images: Array, spec: InputSpec, where: str) -> NDArray[np.uint8]:
     """Check an array of images; return it as (N, H, W, C)."""
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
@@ -244,35 +221,10 @@ def _pixels(images: Array, spec: InputSpec, where: str) -> NDArray[np.uint8]:
     return images[..., None] if images.ndim == 3 else images
 
 
-def _read_feeds(source: object) -> list[dict[str, Array]]:
-    """Read all feeds and copy them, since a reader may reuse its buffers."""
-    if isinstance(source, FeedReader):
-        items: Iterable[object] = iter(source.get_next, None)
-    elif isinstance(source, Iterable):
-        items = source
-    else:
-        raise DataError(
-            f"the data are of type {type(source).__name__}: give a path, an array, a dict of arrays, an iterable of "
-            "such dicts or a CalibrationDataReader"
-        )
-    feeds = []
-    for number, item in enumerate(items):
-        if not isinstance(item, Mapping):
-            raise DataError(
-                f"feed {number} of the data is of type {type(item).__name__}: give a dict from input name to array"
-            )
-        feeds.append({name: array.copy() for name, array in _arrays(item, f"feed {number} of the data").items()})
-    return feeds
-
-
 def _arrays(values: Mapping[str, Any], where: str) -> dict[str, Array]:
-    arrays = {}
-    for name, value in values.items():
-        try:
-            arrays[name] = np.asarray(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise DataError(f"{where}: {name!r} is not an array ({error}): give numbers in equal rows") from error
-    return arrays
+    if splits := [name for name, value in values.items() if hasattr(value, "column_names")]:
+        raise DataError(f"{where} are the splits {', '.join(map(repr, splits))} of a data set: give one of them")
+    return {name: as_array(value, where, name) for name, value in values.items()}
 
 
 def _class_indices(labels: Array, where: str) -> Integers:

@@ -92,7 +92,7 @@ def evaluate(
     versions = [GraphIndex.of(version) for version in (network, reference) if version is not None]
     if reference is not None and not force:
         check_order(*versions)
-    dataset, classes = _open(data, sampled_inputs(versions[0]), labels, preprocessing)
+    dataset, classes = _open(data, sampled_inputs(versions[0]), labels, preprocessing, samples)
     if classes is None and reference is None:
         raise OptionError(
             "there is nothing to compare the model with: give the dense model (--dense), or labels (one sub-folder of "
@@ -148,6 +148,7 @@ def _open(
     specs: Sequence[InputSpec],
     labels: LabelSource | None,
     preprocessing: Preprocessing | None,
+    samples: int | None,
 ) -> tuple[Dataset, Integers | None]:
     table = labels if isinstance(labels, (str, os.PathLike)) else None
     if table is not None and isinstance(data, Dataset):
@@ -155,7 +156,7 @@ def _open(
             f"labels '{table}' are a table for a folder of images, but the data are an open Dataset: give an array "
             "of class indices"
         )
-    dataset = open_data(data, specs, preprocessing=preprocessing, labels=table)
+    dataset = open_data(data, specs, preprocessing=preprocessing, labels=table, most=samples)
     if labels is None or table is not None:
         return dataset, dataset.labels
     given = np.asarray(labels)

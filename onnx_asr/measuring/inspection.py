@@ -230,7 +230,7 @@ def inspect(
         check_order(GraphIndex.of(network), GraphIndex.of(reference))
     pair = Pair.of(network, reference)
     pruned = pair.pruned.index
-    dataset = open_data(data, pair.pruned.inputs, preprocessing=preprocessing)
+    dataset = open_data(data, pair.pruned.inputs, preprocessing=preprocessing, most=samples)
     specs = settled_inputs(pruned, dataset, execution.sessions, batch_size)
     calibration = draw_samples(dataset, np.arange(len(dataset)), specs, samples, seed, batch_size)
     (damage,) = measure_damage(pair, [pruned], calibration, execution)

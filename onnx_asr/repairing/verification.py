@@ -80,8 +80,9 @@ class Samples:
                 f"metric '{metric.name}' compares with the dense model on held-out samples: give the dense model "
                 "(--dense), and --verify-samples above 0"
             )
+        most = options.samples + (options.verify_samples if verify else 0)
         skip = options.skip_bad_images
-        dataset = open_data(data, network.inputs, preprocessing=preprocessing, skip_bad_images=skip)
+        dataset = open_data(data, network.inputs, preprocessing=preprocessing, skip_bad_images=skip, most=most)
         inputs = settled_inputs(network.index, dataset, execution.sessions, options.batch_size)
         fixed = fixed_batch(inputs) or 1
         if options.bn == "ema" and options.ema_batch_size % fixed:
@@ -128,6 +129,11 @@ class Samples:
             notes.append(
                 f"{len(self.chosen)} calibration samples instead of {self.options.samples}: "
                 f"the data have {len(self.dataset)}"
+            )
+        if self.dataset.is_cut:
+            notes.append(
+                f"only the first {len(self.dataset)} samples of the data were read, as they come one after the other: "
+                "shuffle them if they are sorted"
             )
         if skipped := self.dataset.unreadable:
             few = ", ".join(skipped[:_FEW_NAMES]) + (", ..." if len(skipped) > _FEW_NAMES else "")

@@ -72,7 +72,8 @@ class Workspace:
         if setup.test is None and options.verify_samples == 0:
             raise OptionError("verify-samples 0 leaves no samples to score on: give at least 1, or --test")
         network = Network.of(self.dense, "dense", compared=True)
-        data = self._opened(setup.data, network, setup.labels if setup.test is None else None)
+        most = options.samples + options.verify_samples
+        data = self._opened(setup.data, network, setup.labels if setup.test is None else None, most)
         self._metric = None if options.metric is None else Metric.of(options.metric)
         split = replace(options, metric=None)  # which may have nothing held out, with other samples to score on
         samples = Samples.of(data, network, split, None, execution, verify=True)
@@ -176,9 +177,11 @@ class Workspace:
         """The same calibration samples, with none held out."""
         return replace(self.setup.settings.repair, samples=self._chosen, verify_samples=0, metric=None)
 
-    def _opened(self, data: DataSource, network: Network, labels: str | None) -> Dataset:
+    def _opened(self, data: DataSource, network: Network, labels: str | None, most: int | None = None) -> Dataset:
         preprocessing, skip = self.setup.preprocessing, self.setup.settings.repair.skip_bad_images
-        return open_data(data, network.inputs, preprocessing=preprocessing, labels=labels, skip_bad_images=skip)
+        return open_data(
+            data, network.inputs, preprocessing=preprocessing, labels=labels, skip_bad_images=skip, most=most
+        )
 
     def _outputs(self, model: onnx.ModelProto, execution: Execution) -> Outputs:
         return collect_outputs(model, self.scored, self._indices, execution.sessions, self._batch_size)

@@ -167,7 +167,8 @@ def test_the_functions_are_those_of_the_package(folder: Path) -> None:
         positional, _, keywords = arguments.partition(", *, ")
         assert positional.split(", ") == [item.name for item in parameters if item.kind != item.KEYWORD_ONLY], name
         assert set(filter(None, keywords.split(", "))) <= {item.name for item in parameters}, name
-    report, measured = run_blocks(text, folder).splitlines()
+    report, measured, streamed = run_blocks(text, folder).splitlines()
+    assert streamed == "256 True"
     assert json.loads(report)["improved"]
     assert all(0.9 < float(value) <= 1 for value in measured.split()[:2])
 
