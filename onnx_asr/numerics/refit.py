@@ -33,28 +33,34 @@ a constant, and touches it at `z'` (Boehning, 1992): each step is the least squa
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from onnx_asr.arrays import Array, Floats, Mask, Singles
 from onnx_asr.errors import OptionError
-from onnx_asr.numerics.rows import Fit, Inputs, Resources, Targets, softmax
+from onnx_asr.numerics.few_rows import RowBlock, RowFit, RowSpace
+from onnx_asr.numerics.rows import Fit, Inputs, Patches, Resources, Targets, softmax
 from onnx_asr.numerics.systems import (
     NOISE,
     Cholesky,
     ConjugateGradients,
     GramSystem,
     RowSystem,
+    cheapest_way,
     factors_are_cheaper,
     outputs_that_fit,
 )
+from onnx_asr.numerics.workers import ALONE
 
 _CG_DRAFT = 1e-3  # |residual| / |load| that suffices to see what the ReLU hides
 _CG_FINAL = 5e-6  # and for the final weights
 _FINAL_STEPS = 90  # of conjugate gradients that these take in total, with three ReLU-aware steps
 _DRAFT_STEPS = 30  # and those of a draft
+
+
+Solver: TypeAlias = Literal["cholesky", "row space", "cg"]
 
 
 class NotFiniteError(ValueError):
@@ -97,10 +103,11 @@ class RefitSolution:
         gain: [G * M], already contained in `weight`.
         residual_before: `sqrt(sum mean(e^2) / sum var(T))` over all channels for `w0` with `b = mean(T) - w0.mean(X)`;
             `e` is the error of the prediction, without what a following ReLU hides, over every eighth chunk of the
-            rows. Not divided where every target is constant.
+            rows, or all in the space of the rows. Not divided where every target is constant.
         residual_after: The same for `weight` and `bias`.
         rows: The number n of samples.
-        solver: Cholesky factors per row, or conjugate gradients on all rows of a group.
+        solver: Cholesky factors per output channel, in the space of the inputs or of the rows, or conjugate gradients
+            on all channels of a group.
         steps: Total number of conjugate-gradient steps; 0 for factors.
         converged: Whether every solution met its tolerance within the limit of steps.
     """
@@ -111,7 +118,7 @@ class RefitSolution:
     residual_before: float
     residual_after: float
     rows: int
-    solver: Literal["cholesky", "cg"]
+    solver: Solver
     steps: int
     converged: bool
 
@@ -123,7 +130,8 @@ class LayerRefit:
     they are worth in a refit so far, :meth:`solve` ends it.
 
     Args:
-        x: [n, G, K] input patches; G groups of the convolution, K = C_in / G * kh * kw. Centred in place.
+        x: [n, G, K] input patches; G groups of the convolution, K = C_in / G * kh * kw. Centred in place where they are
+            an array.
         target: [n, G * M] wanted outputs, the channels of a group side by side.
         w0: [G, M, K] dense weights; those outside the mask are not looked at.
         mask: [G, M, K], True where a weight survives.
@@ -139,7 +147,7 @@ class LayerRefit:
 
     def __init__(
         self,
-        x: Singles,
+        x: Singles | Patches,
         target: Singles,
         w0: npt.NDArray[np.floating],
         mask: Mask,
@@ -153,7 +161,6 @@ class LayerRefit:
         _check_shapes(x, w0, mask, target=target, relu_floor=relu_floor, dense_negative=dense_negative)
         self._inputs = Inputs(x, resources)
         _check_finite(x=self._inputs.mean, relu_floor=relu_floor)
-        self._system = _system(self._inputs, options.ridge)
         self._w0, self._mask, self._options, self._classes = w0, mask, options, classes
         groups, outputs = w0.shape[:2]
         self._targets = Targets(
@@ -163,15 +170,20 @@ class LayerRefit:
             None if dense_negative is None else dense_negative.reshape(-1, groups, outputs),
             softmax(target.reshape(-1, groups, outputs)) if classes else None,
         )
-        self._blocks = [slice(0, outputs)] if classes else self._divided()
-        self._fits: list[Fit | None] = [None] * len(self._blocks)  # what the first draft saw
+        self._way = _cheapest(self._targets, mask, options, classes)
+        step = outputs if classes else self._way.outputs_at_once(mask)
+        self._blocks = [slice(begin, begin + step) for begin in range(0, outputs, step)]
 
     def draft(self) -> Floats:
         """The weights [G, M, K] under the mask so far, to choose from.
 
         The first draft looks at the rows, and once more through the ReLU; those after it fit to what it saw.
         """
-        return np.concatenate([self._draft(number) for number in range(len(self._blocks))], axis=1)
+
+        def draft(block: slice) -> Floats:
+            return self._way.draft(block, self._start(block), self._mask[:, block])
+
+        return np.concatenate(list(self._way.workers.map(draft, self._blocks)), axis=1)
 
     def narrow(self, keep: Mask) -> None:
         """Take the weights out of the mask where `keep` [G, M, K] is False."""
@@ -179,14 +191,17 @@ class LayerRefit:
 
     def solve(self) -> RefitSolution:
         """The refitted layer, always finite; rows and dense weights are used up."""
-        starts = [self._start(block) for block in self._blocks]
+        starts = {block.start: self._start(block) for block in self._blocks}
         del self._w0
-        parts = [self._solve(number, starts.pop(0)) for number in range(len(self._blocks))]  # nobody else holds them
-        self._system.release()
+
+        def solve(block: slice) -> _Part:
+            return self._way.solve(block, starts.pop(block.start), self._mask[:, block])  # nobody else holds the start
+
+        parts = list(self._way.workers.map(solve, self._blocks))
+        self._way.release()
         if self._classes and self._options.class_steps:
-            self._system = _system(self._inputs, self._options.class_ridge)
-            parts = [self._toward_classes(parts.pop())]
-            self._system.release()
+            assert isinstance(self._way, _InputWay)
+            parts = [self._way.toward_classes(parts.pop(), self._mask)]
         spread = sum(part.spread for part in parts) or 1.0
         return RefitSolution(
             weight=np.concatenate([part.weight for part in parts], axis=1),
@@ -195,44 +210,64 @@ class LayerRefit:
             residual_before=float(np.sqrt(sum(part.error_before for part in parts) / spread)),
             residual_after=float(np.sqrt(sum(part.error_after for part in parts) / spread)),
             rows=len(self._inputs),
-            solver="cg" if any(part.solver == "cg" for part in parts) else "cholesky",
+            solver="cg" if any(part.solver == "cg" for part in parts) else parts[0].solver,
             steps=sum(part.steps for part in parts),
             converged=all(part.converged for part in parts),
         )
 
-    def _divided(self) -> list[slice]:
-        """Output channels of every group that are solved for at once."""
-        groups, outputs, inputs = self._mask.shape
-        step = max(1, self._inputs.resources.limits.block_values // (groups * inputs))
-        if isinstance(self._system, GramSystem) and factors_are_cheaper(self._mask, _FINAL_STEPS):
-            step = min(step, outputs_that_fit(self._mask))
-        return [slice(begin, begin + step) for begin in range(0, outputs, step)]
-
     def _start(self, block: slice) -> Floats:
         return np.where(self._mask[:, block], self._w0[:, block], 0.0).astype(np.float64, copy=False)
 
-    def _draft(self, number: int) -> Floats:
-        block, system = self._blocks[number], self._system
-        start = self._start(block)
-        pulled = _Pulled(system, start, self._mask[:, block], _DRAFT_STEPS)
-        fit = self._fits[number]
+
+def _cheapest(targets: Targets, mask: Mask, options: RefitOptions, classes: bool) -> _InputWay | _RowWay:
+    """The way to solve a layer; the steps on classes need inputs that are no more than the rows."""
+    inputs = targets.inputs
+    way = cheapest_way(mask, len(inputs), _FINAL_STEPS, inputs.resources.limits.gram_bytes)
+    if way == "row space" and not classes:
+        return _RowWay(targets, options)
+    return _InputWay(targets, options, by_gram=way != "rows")
+
+
+class _InputWay:
+    """Least squares by the covariance of the inputs, block by block of output channels."""
+
+    workers = ALONE  # which its parts have of their own
+
+    def __init__(self, targets: Targets, options: RefitOptions, *, by_gram: bool) -> None:
+        self._targets, self._options, self._by_gram = targets, options, by_gram
+        self._system = _system(targets.inputs, options.ridge, by_gram)
+        self._fits: dict[int, Fit] = {}  # what the first draft saw
+
+    def outputs_at_once(self, mask: Mask) -> int:
+        """Output channels of every group that are solved for at once."""
+        groups, _, inputs = mask.shape
+        step: int = max(1, self._targets.inputs.resources.limits.block_values // (groups * inputs))
+        if isinstance(self._system, GramSystem) and factors_are_cheaper(mask, _FINAL_STEPS):
+            step = min(step, outputs_that_fit(mask))
+        return step
+
+    def draft(self, block: slice, start: Floats, mask: Mask) -> Floats:
+        """The weights of a block [G, M, K]."""
+        system = self._system
+        pulled = _Pulled(system, start, mask, _DRAFT_STEPS)
+        fit = self._fits.get(block.start)
         if fit is None:
             targets = self._targets.of(block)
             fit = _first_fit(targets, start)
             if targets.negative is not None and self._options.relu_steps:
                 fit = targets.visible_fit(pulled.fitted(fit.cross, _CG_DRAFT), fit.mean)
-            self._fits[number] = fit
+            self._fits[block.start] = fit
         cross = fit.cross / system.root
         scaled = pulled.scaled(cross.copy(), _CG_DRAFT)
         scaled *= _gain(fit, cross, scaled, pulled.pull(scaled), self._options)[..., None]
         scaled /= system.root
         return scaled
 
-    def _solve(self, number: int, start: Floats) -> _Part:
-        block, system = self._blocks[number], self._system
-        targets = self._targets.of(block)
+    def solve(self, block: slice, start: Floats, mask: Mask) -> _Part:
+        """A block, refitted."""
+        system, targets = self._system, self._targets.of(block)
         steps = 0 if targets.negative is None else self._options.relu_steps
-        fit, self._fits[number] = self._fits[number], None
+        fit = self._fits.pop(block.start, None)
         if fit is None:
             fit = _first_fit(targets, start)
         else:
@@ -242,7 +277,7 @@ class LayerRefit:
         _check_squares(error_before)
 
         spread = float(fit.variance.sum())
-        pulled = _Pulled(system, start, self._mask[:, block], _FINAL_STEPS)
+        pulled = _Pulled(system, start, mask, _FINAL_STEPS)
         del start
         for _ in range(steps):
             fit = targets.visible_fit(pulled.fitted(fit.cross, _CG_DRAFT), fit.mean)
@@ -255,42 +290,114 @@ class LayerRefit:
 
         weight /= system.root
         weight *= gain[..., None]
-        bias = fit.mean - np.vecdot(weight, self._inputs.mean[:, None, :])
+        bias = fit.mean - np.vecdot(weight, targets.inputs.mean[:, None, :])
         return _Part(weight, bias, gain, spread, error_before, targets.error(weight, fit.mean), *report)
 
-    def _toward_classes(self, part: _Part) -> _Part:
-        mean = self._inputs.mean[:, None, :]
+    def release(self) -> None:
+        """Give back what the store holds."""
+        self._system.release()
+
+    def toward_classes(self, part: _Part, mask: Mask) -> _Part:
+        """The steps on the divergence, from the weights of the one part that there is."""
+        targets, mean = self._targets, self._targets.inputs.mean[:, None, :]
         weight, level = part.weight, part.bias + np.vecdot(part.weight, mean)
         part = replace(part, weight=np.empty(0))  # each step's weights are let go of for the next one's
-        pulled = _Pulled(self._system, weight, self._mask, _FINAL_STEPS)
+        system = _system(targets.inputs, self._options.class_ridge, self._by_gram)
+        pulled = _Pulled(system, weight, mask, _FINAL_STEPS)
         for _ in range(self._options.class_steps):
-            fit = self._targets.class_fit(weight, level)
+            fit = targets.class_fit(weight, level)
             del weight
             weight, level = pulled.fitted(fit.cross, _CG_DRAFT), fit.mean
             del fit
+        system.release()
         return replace(
             part,
             weight=weight,
             bias=level - np.vecdot(weight, mean),
-            error_after=self._targets.error(weight, level),
+            error_after=targets.error(weight, level),
             steps=part.steps + pulled.solver.steps,
             converged=part.converged and pulled.solver.converged,
         )
 
 
-def _system(inputs: Inputs, ridge_share: float) -> GramSystem | RowSystem:
+class _RowWay:
+    """Least squares in the space of the rows; blocks of output channels are solved side by side."""
+
+    def __init__(self, targets: Targets, options: RefitOptions) -> None:
+        self._targets, self._options = targets, options
+        self._space = RowSpace(targets.inputs, *_scales(targets.inputs.variance(), options.ridge))
+        self._seen: dict[int, Floats] = {}  # by the first draft
+        self.workers = targets.inputs.resources.workers
+
+    def outputs_at_once(self, mask: Mask) -> int:
+        """Output channels of every group that are solved for at once."""
+        return self._space.outputs_at_once(self._targets.inputs.resources.limits.block_values)
+
+    def draft(self, block: slice, start: Floats, mask: Mask) -> Floats:
+        """The weights of a block [G, M, K]."""
+        rows = self._block(block, start, mask)
+        target = self._seen.get(block.start)
+        if target is None:
+            target = rows.given
+            if self._targets.negative is not None and self._options.relu_steps:
+                target = rows.seen(target)
+            self._seen[block.start] = target
+        fit = rows.fit(target)
+        return fit.weight * self._gain(fit)[..., None]
+
+    def solve(self, block: slice, start: Floats, mask: Mask) -> _Part:
+        """A block, refitted."""
+        rows = self._block(block, start, mask)
+        steps = 0 if self._targets.negative is None else self._options.relu_steps
+        target = self._seen.pop(block.start, None)
+        if target is None:
+            target = rows.given
+        else:
+            steps = max(0, steps - 1)
+        mean, spread = target.mean(axis=-1), float(target.var(axis=-1).sum())
+        error_before = rows.error_before(mean)
+        _check_squares(error_before, spread)
+        for _ in range(steps):
+            target = rows.seen(target)
+        fit = rows.fit(target)
+        gain = self._gain(fit)
+        weight = fit.weight * gain[..., None]
+        bias = fit.level - np.vecdot(weight, self._targets.inputs.mean[:, None, :])
+        prediction = fit.level[..., None] + gain[..., None] * (fit.prediction - fit.level[..., None])
+        return _Part(weight, bias, gain, spread, error_before, rows.error(prediction), "row space", 0, True)
+
+    def release(self) -> None:
+        """Give back what the store holds."""
+        self._space.release()
+
+    def _block(self, block: slice, start: Floats, mask: Mask) -> RowBlock:
+        targets = self._targets.of(block)
+        with np.errstate(over="ignore", invalid="ignore"):
+            _check_finite(target=targets.target.mean(axis=0, dtype=np.float64), w0=start)
+            return RowBlock(self._space, targets, start, mask)
+
+    def _gain(self, fit: RowFit) -> Floats:
+        scaled = fit.weight * self._space.root
+        return _restored(fit.variance, fit.covariance, fit.predicted, NOISE * np.vecdot(scaled, scaled), self._options)
+
+
+def _system(inputs: Inputs, ridge_share: float, by_gram: bool) -> GramSystem | RowSystem:
     """`A` of a layer."""
-    limits = inputs.resources.limits
     with np.errstate(over="ignore", invalid="ignore"):
-        gram = inputs.gram() if len(inputs) > limits.few_rows * inputs.mean.shape[1] else None  # [G, K, K]
+        gram = inputs.gram() if by_gram else None  # [G, K, K]
         diagonal = inputs.variance() if gram is None else np.diagonal(gram, axis1=1, axis2=2).copy()  # [G, K]
-    _check_squares(diagonal)
-    ridge = ridge_share * diagonal.mean(axis=1, keepdims=True) + 1e-12  # [G, 1]
-    root = np.sqrt(diagonal + ridge)[:, None, :]
-    pull = ridge[:, None, :] / root**2
+    root, ridge = _scales(diagonal, ridge_share)
+    pull = ridge[:, None, None] / root**2
     if gram is None:
-        return RowSystem(inputs.centred, root, pull, inputs.resources)
+        return RowSystem(inputs, root, pull)
     return GramSystem(gram, root, pull, inputs.resources)
+
+
+def _scales(diagonal: Floats, ridge_share: float) -> tuple[Floats, Floats]:
+    """`D^1/2` [G, 1, K] and `R` [G] for `diag(H)` [G, K]."""
+    _check_squares(diagonal)
+    ridge = ridge_share * diagonal.mean(axis=1) + 1e-12
+    return np.sqrt(diagonal + ridge[:, None])[:, None, :], ridge
 
 
 @dataclass(frozen=True)
@@ -303,7 +410,7 @@ class _Part:
     spread: float
     error_before: float
     error_after: float
-    solver: Literal["cholesky", "cg"]
+    solver: Solver
     steps: int
     converged: bool
 
@@ -348,8 +455,8 @@ def _first_fit(targets: Targets, start: Floats) -> Fit:
     return fit
 
 
-def _check_shapes(x: Singles, w0: npt.NDArray[np.floating], mask: Mask, **outputs: Array | None) -> None:
-    if x.ndim != 3 or 0 in x.shape:
+def _check_shapes(x: Singles | Patches, w0: npt.NDArray[np.floating], mask: Mask, **outputs: Array | None) -> None:
+    if len(x.shape) != 3 or 0 in x.shape:
         raise ValueError(f"x has shape {x.shape}; expected [n, G, K], none of them 0")
     rows, groups, inputs = x.shape
     if w0.ndim != 3 or w0.shape[::2] != (groups, inputs) or mask.shape != w0.shape or mask.dtype != np.bool_:
@@ -379,10 +486,15 @@ def _gain(fit: Fit, cross: Floats, scaled: Floats, pull: Floats, options: RefitO
     """
     covariance = np.vecdot(scaled, cross)
     variance = covariance + np.vecdot(scaled, pull)
-    variance[variance <= NOISE * np.vecdot(scaled, scaled)] = 0.0
-    usable = (fit.variance > 0) & (variance > 0)
-    ratio = np.divide(fit.variance, variance, out=np.ones_like(variance), where=usable)
-    usable &= covariance >= options.min_correlation * np.sqrt(fit.variance * variance)
+    return _restored(fit.variance, covariance, variance, NOISE * np.vecdot(scaled, scaled), options)
+
+
+def _restored(target: Floats, covariance: Floats, variance: Floats, rounding: Floats, options: RefitOptions) -> Floats:
+    """The gain from `var(T)`, `cov(T, w.X)` and `var(w.X)`, which counts as 0 up to `rounding`; all [G, M]."""
+    variance = np.where(variance <= rounding, 0.0, variance)
+    usable = (target > 0) & (variance > 0)
+    ratio = np.divide(target, variance, out=np.ones_like(variance), where=usable)
+    usable &= covariance >= options.min_correlation * np.sqrt(target * variance)
     return np.where(usable, ratio, 1.0) ** (options.gain_power / 2)
 
 

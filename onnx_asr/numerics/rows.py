@@ -15,6 +15,7 @@ from onnx_asr.numerics.workers import ALONE, Workers
 Result = TypeVar("Result")
 
 _CHUNK_VALUES = 2**20  # of X per product: summed in float32 within a chunk, in float64 across chunks
+_TAKEN_VALUES = 2**22  # of X per product at most, where every product takes its rows anew
 _TILE = 1024  # largest side of a tile of the Gram matrix
 _RESIDUAL_EVERY = 8  # one chunk of this many measures the residual
 
@@ -24,13 +25,13 @@ class SolverLimits:
     """How a refit divides its work, and when it stops.
 
     Attributes:
-        few_rows: n / K up to which `A` is applied through the rows: cheaper, and no [K, K] matrix is held.
+        gram_bytes: Memory of the Gram matrices of a layer, beyond which `A` is applied through the rows.
         block_values: Values of W solved for at once.
         piece_values: Values of a Gram matrix that are in memory at a time, where a store keeps it elsewhere.
         cg_steps: Conjugate-gradient steps of one solution.
     """
 
-    few_rows: float = 0.5
+    gram_bytes: int = 2**30
     block_values: int = 2**20
     piece_values: int = 2**21
     cg_steps: int = 400
@@ -89,36 +90,69 @@ class Resources:
             self.store.set_aside(gram)
 
 
+class Patches(Protocol):
+    """Input patches `X` [n, G, K] of more rows than are held: every pass takes them anew."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`n, G, K`."""
+
+    def take(self, rows: slice) -> Singles:
+        """A new array with some of the rows, [c, G, K]."""
+
+
 class Inputs:
-    """Input patches `X` [n, G, K] of G groups, centred in place.
+    """Input patches `X` [n, G, K] of G groups, centred: those that are held in place, others whenever they are taken.
 
     Attributes:
-        centred: `X - mean(X)` [n, G, K].
+        shape: `n, G, K`.
         mean: `mean(X)` [G, K]; not finite where `X` is not, or is beyond 1e34.
         resources: Hold and process the rows and their Gram matrix.
     """
 
-    def __init__(self, x: Singles, resources: Resources | None = None) -> None:
-        groups, inputs = x.shape[1:]
-        self.centred, self.resources = x, resources or Resources()
+    def __init__(self, x: Singles | Patches, resources: Resources | None = None) -> None:
+        self._x, self.shape, self.resources = x, x.shape, resources or Resources()
+        rows, groups, inputs = x.shape
         # about 4 MB, but enough rows for the product to cost more than its sum in float64
         self._step = min(max(_CHUNK_VALUES // (groups * inputs), inputs // 2, 64), 4096)
+        if not isinstance(x, np.ndarray):
+            self._step = min(self._step, max(_TAKEN_VALUES // (groups * inputs), 64))
+        self._centre: Singles = np.zeros((groups, inputs), np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
-            self.mean: Floats = sum(self.map(lambda _, chunk: _sums(chunk)), np.zeros((groups, inputs))) / len(x)
-            centre = self.mean.astype(np.float32)
-            for _ in self.map(lambda _, chunk: np.subtract(chunk, centre, out=chunk)):
-                pass
+            self.mean: Floats = sum(self.map(lambda _, chunk: _sums(chunk)), np.zeros((groups, inputs))) / rows
+            self._centre = self.mean.astype(np.float32)
+            if isinstance(x, np.ndarray):
+                for _ in self.map(lambda _, chunk: np.subtract(chunk, self._centre, out=chunk)):
+                    pass
 
     def __len__(self) -> int:
-        return len(self.centred)
+        return int(self.shape[0])
+
+    def chunks(self, every: int = 1) -> Iterator[slice]:
+        """The rows of one chunk of `every`, in order."""
+        for begin in range(0, len(self), every * self._step):
+            yield slice(begin, min(begin + self._step, len(self)))
+
+    def centred(self, rows: slice) -> Singles:
+        """`X - mean(X)` [c, G, K] of some rows."""
+        if isinstance(self._x, np.ndarray):
+            return self._x[rows]
+        with np.errstate(over="ignore", invalid="ignore"):
+            chunk = self._x.take(rows)
+            chunk -= self._centre
+        return chunk
 
     def map(self, function: Callable[[slice, Singles], Result], every: int = 1) -> Iterator[Result]:
         """Yield what a function makes of the rows and `X - mean(X)` [c, G, K] of one chunk of `every`, in order."""
-        begins = range(0, len(self), every * self._step)
-        chunks = (slice(begin, min(begin + self._step, len(self))) for begin in begins)
-        for result in self.resources.workers.map(lambda rows: function(rows, self.centred[rows]), chunks):
+        chunks = self.chunks(every)
+        for result in self.resources.workers.map(lambda rows: function(rows, self.centred(rows)), chunks):
             yield result
-            self.resources.store.set_aside(self.centred)
+            self._set_aside()
+
+    def _set_aside(self) -> None:
+        """Say that the rows are not used for a while, where they are held."""
+        if isinstance(self._x, np.ndarray):
+            self.resources.store.set_aside(self._x)
 
     def gram(self) -> Floats:
         """`H = cov(X)` [G, K, K], held by the store: the tiles of its upper triangle, summed chunk by chunk."""
@@ -130,18 +164,22 @@ class Inputs:
         side = math.ceil(inputs / math.ceil(inputs / _TILE))
         edges = [slice(begin, begin + side) for begin in range(0, inputs, side)]
         tiles = [(left, right) for left in edges for right in edges if left.start <= right.start]
-        chunks = [slice(begin, begin + self._step) for begin in range(0, len(self), self._step)]
 
-        def product(work: tuple[slice, slice, slice]) -> tuple[Singles, slice, slice]:
-            rows, left, right = work  # where the two are the same, numpy computes a triangle
-            chunk = self.centred[rows]
+        def pieces() -> Iterator[tuple[Singles, slice, slice]]:
+            for rows in self.chunks():
+                chunk = self.centred(rows)
+                for tile in tiles:
+                    yield chunk, *tile
+
+        def product(piece: tuple[Singles, slice, slice]) -> tuple[Singles, slice, slice]:
+            chunk, left, right = piece  # where the two are the same, numpy computes a triangle
             return chunk[..., left].transpose(1, 2, 0) @ chunk[..., right].transpose(1, 0, 2), left, right
 
-        for part, left, right in workers.map(product, ((rows, *tile) for rows in chunks for tile in tiles)):
+        for part, left, right in workers.map(product, pieces()):
             gram[:, left, right] += part
             if right is edges[-1]:
                 store.set_aside(gram)
-                store.set_aside(self.centred)
+                self._set_aside()
         for left, right in tiles:
             gram[:, left, right] /= len(self)
             if left is not right:
@@ -151,7 +189,8 @@ class Inputs:
 
     def variance(self) -> Floats:
         """`diag(H)` [G, K]."""
-        return np.asarray(np.square(self.centred).mean(axis=0, dtype=np.float64))
+        total = sum(self.map(lambda _, chunk: _sums(np.square(chunk))), np.zeros(self.mean.shape))
+        return np.asarray(total / len(self))
 
 
 @dataclass(frozen=True)
@@ -233,7 +272,7 @@ class Targets:
             product = target.transpose(1, 2, 0) @ chunk.transpose(1, 0, 2)
             return product, _sums(target), _sums(np.square(target))
 
-        cross = np.zeros((*shift.shape, self.inputs.centred.shape[2]))
+        cross = np.zeros((*shift.shape, self.inputs.shape[2]))
         mean, square = np.zeros(shift.shape), np.zeros(shift.shape)
         for product, sums, squares in self.inputs.map(moments):
             cross += product

@@ -10,16 +10,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 from scipy.linalg import lapack
 
 from onnx_asr.arrays import Array, Floats, Integers, Mask, Singles
-from onnx_asr.numerics.rows import Resources
+from onnx_asr.numerics.rows import Inputs, Resources
 
 NOISE = 1e-6  # eigenvalues of A (unit diagonal) below this are rounding of the float32 products
-_SINGLE = 1e-4  # smallest pivot of a factor that float32 can tell from rounding
+SINGLE = 1e-4  # smallest pivot of a factor that float32 can tell from rounding
 _FACTOR_BYTES = 2**29  # of factors kept between ReLU steps
 _ROWS = 64  # right-hand sides of one piece of work
 
@@ -85,11 +85,11 @@ class GramSystem:
 
 
 class RowSystem:
-    """`P A = ((P D^-1/2) X' X / n) D^-1/2 + R P D^-1`, from the centred rows [n, G, K]; attributes as above."""
+    """`P A = ((P D^-1/2) X' X / n) D^-1/2 + R P D^-1`, from the rows; attributes as above."""
 
-    def __init__(self, x: Singles, root: Floats, pull: Floats, resources: Resources) -> None:
-        self.root, self.pull, self.resources = root, pull, resources
-        self._x = x
+    def __init__(self, inputs: Inputs, root: Floats, pull: Floats) -> None:
+        self.root, self.pull, self.resources = root, pull, inputs.resources
+        self._inputs = inputs
         self._scale: Singles = (1.0 / root).astype(np.float32)
 
     def product(self, vectors: Floats) -> Floats:
@@ -112,9 +112,12 @@ class RowSystem:
         """Do nothing: it holds only the rows."""
 
     def _covered(self, group: int, vectors: Singles) -> Singles:
-        rows, scale = self._x[:, group], self._scale[group]
-        image: Singles = ((vectors * scale) @ rows.T) @ rows
-        image *= scale / np.float32(len(rows))
+        scale = self._scale[group]
+        scaled, image = vectors * scale, np.zeros_like(vectors)
+        for rows in self._inputs.chunks():
+            part = self._inputs.centred(rows)[:, group]
+            image += (scaled @ part.T) @ part
+        image *= scale / np.float32(len(self._inputs))
         return image
 
 
@@ -124,15 +127,43 @@ def _slices(rows: int) -> Iterator[slice]:
 
 
 def factors_are_cheaper(mask: Mask, steps: int) -> bool:
-    """Whether factors for a mask [G, M, K] take less time than `steps` of conjugate gradients.
+    """Whether factors for a mask [G, M, K] take less time than `steps` of conjugate gradients on the Gram matrices."""
+    return _factors(mask) < _gradients(mask, steps, 2e-11 * mask.shape[-1])
 
-    The coefficients are seconds measured on one core (AMD Zen 5).
+
+Way: TypeAlias = Literal["gram", "rows", "row space"]
+
+
+def cheapest_way(mask: Mask, rows: int, steps: int, gram_bytes: int) -> Way:
+    """How a layer of n rows with a mask [G, M, K] is solved in the least time.
+
+    By its Gram matrices, if these take no more than `gram_bytes`; through its rows, by `steps` of conjugate gradients;
+    or in the space of its rows (:mod:`onnx_asr.numerics.few_rows`).
     """
     groups, outputs, inputs = mask.shape
+    seconds: dict[Way, float] = {"rows": _gradients(mask, steps, 4e-11 * rows)}
+    if 8 * groups * inputs**2 <= gram_bytes:
+        product = groups * inputs**2 * (1e-11 * rows + 1e-8)
+        seconds["gram"] = product + min(_factors(mask), _gradients(mask, steps, 2e-11 * inputs))
+    if rows < inputs:
+        kept = float(mask.sum(dtype=np.float64))
+        each = 7.5e-12 * rows**3 + 6e-11 * rows * inputs + 1e-4
+        seconds["row space"] = kept * (1e-11 * rows**2 + 1e-9 * rows) + groups * outputs * each
+    return min(seconds, key=lambda way: seconds[way])
+
+
+# seconds measured on one core (AMD Zen 5)
+
+
+def _factors(mask: Mask) -> float:
     size = mask.sum(axis=-1, dtype=np.float64)
-    factors = float((3.5e-12 * size**3 + 4e-9 * size**2 + 4e-5).sum())
-    gradients: float = steps * groups * (1e-4 + outputs * inputs * (2e-11 * inputs + 5e-9))
-    return factors < gradients
+    return float((3.5e-12 * size**3 + 4e-9 * size**2 + 4e-5).sum())
+
+
+def _gradients(mask: Mask, steps: int, product: float) -> float:
+    groups, outputs, inputs = mask.shape
+    seconds: float = steps * groups * (1e-4 + outputs * inputs * (product + 5e-9))
+    return seconds
 
 
 def outputs_that_fit(mask: Mask) -> int:
@@ -163,7 +194,7 @@ class Cholesky:
             group = row // mask.shape[1]
             lower, image[row, support] = system.triangle(group, support, start[row, support])
             upper, failed = lapack.spotrf(lower.T, clean=0, overwrite_a=1)
-            if failed or (np.square(np.diagonal(upper)) < _SINGLE).any():
+            if failed or (np.square(np.diagonal(upper)) < SINGLE).any():
                 return _Factor(row, support, _inverse(system.restricted(group, support)))
             return _Factor(row, support, upper)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx_asr.errors import OptionError
 from onnx_asr.numerics import refit, rows, systems
 from onnx_asr.numerics.refit import LayerRefit, RefitOptions, RefitSolution
-from onnx_asr.numerics.rows import Inputs, Memory, Resources, SolverLimits
+from onnx_asr.numerics.rows import Memory, Resources, SolverLimits
 from onnx_asr.numerics.systems import factors_are_cheaper
 from onnx_asr.numerics.workers import Workers
 
@@ -93,30 +93,149 @@ def test_ridge_solves_the_normal_equations(ridge, solver):
             np.testing.assert_allclose(solution.bias[group * 6 + channel], bias, atol=3e-5 * len(expected))
 
 
+def oracle(layer, options, negative=None, floor=0.0) -> RefitSolution:
+    """The whole refit of a layer by normal equations in float64."""
+    given = layer.target.astype(float)
+    groups, outputs, _ = layer.w0.shape
+    weight, bias = np.where(layer.mask, layer.w0, 0.0), np.zeros(groups * outputs)
+    x = layer.x.astype(float)
+    centred = x - x.mean(0)
+    ridge = options.ridge * centred.var(0).mean(1) + 1e-12
+
+    def met(prediction) -> np.ndarray:
+        return given if negative is None else np.where(negative, np.minimum(prediction, floor), given)
+
+    def relative(prediction) -> float:
+        return float(np.sqrt(np.square(met(prediction) - prediction).mean(0).sum() / (given.var(0).sum() or 1.0)))
+
+    before, target = (
+        relative(layer.predict(weight, given.mean(0) - np.einsum("gmk,gk->gm", weight, x.mean(0)).ravel())),
+        given,
+    )
+    for step in range(1 + (options.relu_steps if negative is not None else 0)):
+        target = met(layer.predict(weight, bias)) if step else target
+        for row, (group, channel) in enumerate(np.ndindex(groups, outputs)):
+            kept = layer.mask[group, channel]
+            rows, start = centred[:, group, kept], layer.w0[group, channel, kept]
+            left = rows.T @ rows / len(x) + ridge[group] * np.eye(kept.sum())
+            right = rows.T @ (target[:, row] - target[:, row].mean()) / len(x) + ridge[group] * start
+            weight[group, channel, kept] = np.linalg.solve(left, right)
+            bias[row] = target[:, row].mean() - weight[group, channel] @ x[:, group].mean(0)
+    prediction = layer.predict(weight, bias)
+    covariance = ((target - target.mean(0)) * (prediction - prediction.mean(0))).mean(0)
+    wanted, reached = target.std(0), prediction.std(0)
+    usable = (wanted > 0) & (reached > 1e-4) & (covariance >= options.min_correlation * wanted * reached)
+    gain = np.divide(wanted, reached, out=np.ones_like(wanted), where=usable) ** options.gain_power
+    weight *= gain.reshape(groups, outputs, 1)
+    bias = target.mean(0) - np.einsum("gmk,gk->gm", weight, x.mean(0)).ravel()
+    after = relative(layer.predict(weight, bias))
+    return RefitSolution(weight, bias, gain, before, after, len(x), "cholesky", 0, True)
+
+
+def check_close(actual, expected, near) -> None:
+    for name in ("weight", "bias", "gain", "residual_before", "residual_after"):
+        one, other = getattr(actual, name), getattr(expected, name)
+        np.testing.assert_allclose(one, other, atol=near * (1 + np.abs(other).max()), rtol=0, err_msg=name)
+
+
+WAYS = {"gram": "cholesky", "rows": "cg", "row space": "row space"}
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch) -> str:
+    monkeypatch.setattr(refit, "cheapest_way", lambda *_: request.param)
+    monkeypatch.setattr(refit, "factors_are_cheaper", lambda *_: True)
+    return request.param
+
+
+@given(
+    rows=st.integers(3, 80),
+    inputs=st.integers(1, 120),
+    groups=st.integers(1, 3),
+    outputs=st.integers(1, 5),
+    density=st.sampled_from([0.1, 0.5, 1.1]),
+    ridge=st.sampled_from([0.03, 0.1, 1.0]),
+    relu=st.sampled_from(["none", "plain", "floor"]),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_way_is_the_whole_refit_by_normal_equations(rows, inputs, groups, outputs, density, ridge, relu, seed):
+    layer = Layer(groups, outputs, inputs, rows, density, seed)
+    options = RefitOptions(ridge=ridge, min_correlation=0.0)
+    negative, floor = None, None
+    if relu != "none":
+        floor = None if relu == "plain" else -np.abs(layer.target[::-1]).copy()
+        negative = layer.target <= (0.0 if floor is None else floor)
+    expected = oracle(layer, options, negative, 0.0 if floor is None else floor)
+    for name, solver in WAYS.items():
+        with pytest.MonkeyPatch.context() as context:
+            context.setattr(refit, "cheapest_way", lambda *_, name=name: name)
+            context.setattr(refit, "factors_are_cheaper", lambda *_: True)
+            actual = layer.refit(options, dense_negative=negative, relu_floor=floor)
+        assert actual.solver == solver
+        # conjugate gradients solve drafts to 1e-3
+        check_close(actual, expected, 5e-3 if solver == "cg" and relu != "none" else 5e-4)
+        assert not actual.weight[~layer.mask].any()
+
+
 @pytest.mark.parametrize("dead", [0, 10])
-def test_few_rows_need_no_gram_matrix(dead, monkeypatch):
+def test_few_rows_of_dead_inputs(dead, way):
     layer = Layer(groups=2, outputs=6, inputs=90, rows=40)
     layer.x[..., :dead] = 0.5
-    with monkeypatch.context() as context:
-        context.setattr(Inputs, "gram", None)
-        solution = layer.refit(replace(LEAST_SQUARES, ridge=0.1))
-    assert solution.solver == "cg"
-    for row in range(12):
-        group, channel = divmod(row, 6)
-        x = layer.x[:, group].astype(float)
-        h = np.cov(x.T, bias=True)
-        pull = 0.1 * np.diag(h).mean() + 1e-12
-        kept = layer.mask[group, channel]
-        target = layer.target[:, row].astype(float)
-        g = (x - x.mean(0)).T @ (target - target.mean()) / len(x)
-        left = h[np.ix_(kept, kept)] + pull * np.eye(kept.sum())
-        expected = np.linalg.solve(left, g[kept] + pull * layer.w0[group, channel, kept])
-        np.testing.assert_allclose(solution.weight[group, channel, kept], expected, atol=5e-4)
-        np.testing.assert_allclose(
-            solution.weight[group, channel, :dead], (layer.mask * layer.w0)[group, channel, :dead]
-        )
-    with_gram = layer.refit(replace(LEAST_SQUARES, ridge=0.1), resources=Resources(limits=SolverLimits(few_rows=0.0)))
-    np.testing.assert_allclose(solution.weight, with_gram.weight, atol=5e-4)
+    solution = layer.refit(replace(LEAST_SQUARES, ridge=0.1))
+    assert solution.solver == WAYS[way]
+    check_close(solution, oracle(layer, replace(LEAST_SQUARES, ridge=0.1)), 5e-4)
+    np.testing.assert_allclose(solution.weight[..., :dead], (layer.mask * layer.w0)[..., :dead])
+
+
+def test_without_ridge_the_space_of_rows_meets_every_target(monkeypatch):
+    monkeypatch.setattr(refit, "cheapest_way", lambda *_: "row space")
+    layer = Layer(outputs=6, inputs=90, rows=20)
+    layer.mask[0, 0] = False
+    solution = layer.refit()
+    error = layer.predict(solution.weight, solution.bias) - layer.target
+    assert np.abs(error[:, 1:]).max() < 1e-4 * layer.target.std()
+    step = (solution.weight - layer.w0)[0, 1, layer.mask[0, 1]]  # the smallest one that does
+    kept = layer.x[:, 0, layer.mask[0, 1]].astype(float)
+    kept -= kept.mean(0)
+    wanted = (layer.target[:, 1] - layer.target[:, 1].mean()) - kept @ layer.w0[0, 1, layer.mask[0, 1]]
+    np.testing.assert_allclose(step, np.linalg.pinv(kept) @ wanted, atol=1e-4 * np.abs(step).max())
+    assert not solution.weight[0, 0].any()
+
+
+def test_the_way_follows_rows_inputs_and_memory():
+    def way(outputs, inputs, rows, density, gram_bytes=2**30) -> str:
+        mask = np.random.default_rng(0).random((1, outputs, inputs)) < density
+        return systems.cheapest_way(mask, rows, 90, gram_bytes)
+
+    assert way(64, 25088, 64, 0.1) == way(64, 25088, 512, 0.5) == "row space"
+    assert way(64, 576, 12000, 0.5) == way(512, 4608, 12000, 0.1) == way(512, 4608, 2000, 0.1) == "gram"
+    assert way(512, 4608, 12000, 0.1, gram_bytes=2**20) == "rows"
+
+
+class Taken:
+    """Rows that are not held."""
+
+    def __init__(self, x) -> None:
+        self.x, self.shape, self.most = x, x.shape, 0
+
+    def take(self, rows) -> np.ndarray:
+        self.most = max(self.most, rows.stop - rows.start)
+        return self.x[rows].copy()
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_rows_that_are_taken_anew_give_the_same(groups, way, monkeypatch):
+    layer = Layer(groups, outputs=4, inputs=30, rows=300)
+    held = layer.refit(RefitOptions(), dense_negative=layer.target <= 0)
+    monkeypatch.setattr(rows, "_TAKEN_VALUES", 0)
+    taken = Taken(layer.x)
+    options = RefitOptions()
+    actual = LayerRefit(taken, layer.target, layer.w0, layer.mask, options, dense_negative=layer.target <= 0).solve()
+    assert taken.most == 64
+    for name in ("weight", "bias", "gain"):
+        near = 2e-3 if way == "rows" else 1e-4
+        np.testing.assert_allclose(getattr(actual, name), getattr(held, name), atol=near, err_msg=name)
 
 
 def test_both_solvers_agree(monkeypatch):
