@@ -32,6 +32,7 @@ from onnx_asr.cli.parameters import (
     Walk,
 )
 from onnx_asr.cli.terminal import Terminal
+from onnx_asr.cli.values import ONE_OR_SEVERAL, Paths
 from onnx_asr.errors import OptionError
 from onnx_asr.json_values import plain
 from onnx_asr.pruning.options import ChannelPruneOptions, CompressOptions, PruneOptions
@@ -63,7 +64,9 @@ def prune(
     /,
     *,
     output: Output,
-    data: Annotated[str | None, Parameter(help="Samples for the scores, or the scope, that need them.")] = None,
+    data: Annotated[
+        Paths | None, ONE_OR_SEVERAL, Parameter(help="Samples for the scores, or the scope, that need them.")
+    ] = None,
     report: Report = None,
     external_links: ExternalLinks = False,
     options: Pruning = Pruning(),

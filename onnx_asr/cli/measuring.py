@@ -38,6 +38,7 @@ from onnx_asr.cli.parameters import (
     Walk,
 )
 from onnx_asr.cli.terminal import Terminal, say
+from onnx_asr.cli.values import ONE_OR_SEVERAL, Paths
 from onnx_asr.errors import OptionError
 from onnx_asr.json_values import plain
 from onnx_asr.sweeping.grid import SweepSettings
@@ -106,7 +107,9 @@ def check(
     /,
     *,
     data: Annotated[
-        str | None, Parameter(help="Samples to measure the outputs on, as for evaluate; size and sparsity need none.")
+        Paths | None,
+        ONE_OR_SEVERAL,
+        Parameter(help="Samples to measure the outputs on, as for evaluate; size and sparsity need none."),
     ] = None,
     dense: Dense = None,
     demands: Demands = Demands(),
@@ -142,7 +145,7 @@ def check(
 
 def _scored(
     model: ModelSource,
-    data: str,
+    data: Paths,
     dense: ModelSource | None,
     scoring: Scoring,
     preprocessing: Preprocessing | None,
@@ -164,7 +167,9 @@ def inspect(
     dense: Dense = None,
     force: ForceOrder = False,
     data: Annotated[
-        str | None, Parameter(help="Samples to measure the damage on, as for repair; needs --dense.")
+        Paths | None,
+        ONE_OR_SEVERAL,
+        Parameter(help="Samples to measure the damage on, as for repair; needs --dense."),
     ] = None,
     channels: Annotated[str | None, Parameter(help="Show every channel of this layer instead of all layers.")] = None,
     samples: Samples = None,
@@ -239,7 +244,8 @@ def sweep(
     grid: Grid = Grid(),
     settings: Annotated[SweepSettings, WITHOUT_REPAIR] = SweepSettings(),
     test: Annotated[
-        str | None,
+        Paths | None,
+        ONE_OR_SEVERAL,
         Parameter(help="Samples to score on, all of them; by default --verify-samples are held out of --data."),
     ] = None,
     labels: Labels = None,

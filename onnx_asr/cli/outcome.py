@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnx_asr.cli.terminal import Terminal, say
+from onnx_asr.cli.values import Paths
 from onnx_asr.errors import OptionError
 from onnx_asr.files.outputs import READER_PATIENCE, STDIN, Destination, size_text
 
@@ -30,15 +31,20 @@ class Inputs:
 
     Attributes:
         models: Models, whose weights may be in further files.
-        data: Folders of images, or files.
+        data: Folders of images, or files: one or several.
         tables: Other files.
         edited: The model that the command writes a new version of, which may replace it.
     """
 
     models: Mapping[str, str | None] = field(default_factory=dict)
-    data: Mapping[str, str | None] = field(default_factory=dict)
+    data: Mapping[str, Paths | None] = field(default_factory=dict)
     tables: Mapping[str, str | None] = field(default_factory=dict)
     edited: str | None = None
+
+    def samples(self) -> Iterator[tuple[str, str]]:
+        """The paths of the data, one by one, by the names of the options."""
+        for name, given in self.data.items():
+            yield from ((name, path) for path in ([given] if isinstance(given, str) else given or ()))
 
 
 @dataclass(frozen=True)
@@ -126,7 +132,7 @@ class Outputs:
     def page(
         self,
         gather: Callable[[Run], ReportValues],
-        files: dict[str, str | None],
+        files: dict[str, Paths | None],
         preprocessing: Preprocessing | None = None,
     ) -> ReportValues | None:
         """What the report says about this call; None where none is wanted."""
@@ -174,7 +180,7 @@ def _check_inputs_stay(option: str, place: Destination, inputs: Inputs) -> None:
     from onnx_asr.graph.external import data_files
 
     edited = {} if option == "--output" or inputs.edited is None else {"the given model": inputs.edited}
-    for name, path in {**edited, **inputs.models, **inputs.data, **inputs.tables}.items():
+    for name, path in (*{**edited, **inputs.models, **inputs.tables}.items(), *inputs.samples()):
         if path is not None and place.is_at(path):
             raise OptionError(f"{option} would replace '{path}', which is read ({name}): give another file")
     models = (inputs.edited, *inputs.models.values()) if place.path.exists() else ()
@@ -183,20 +189,20 @@ def _check_inputs_stay(option: str, place: Destination, inputs: Inputs) -> None:
             raise OptionError(
                 f"{option} would replace '{place.path}', which holds weights of '{model}': give another file"
             )
-    for name, path in inputs.data.items():
-        if path is not None and any(place.is_at(file) for file in _images(place, Path(path))):
-            raise OptionError(f"{option} '{place.path}' is an image in the folder of {name}: give a file elsewhere")
+    for name, path in inputs.samples():
+        if any(place.is_at(file) for file in _images(place, Path(path))):
+            raise OptionError(f"{option} '{place.path}' is an image in the data of {name}: give a file elsewhere")
 
 
 def _images(place: Destination, folder: Path) -> Iterator[Path]:
-    """Images in a folder of samples, if the output can be one: it is there, or would be a new image in the folder."""
+    """Images among the samples, if the output can be one: it is there, or would be a new image in their folder."""
+    from onnx_asr.data.folders import images_of
     from onnx_asr.data.labels import IMAGE_SUFFIXES
-    from onnx_asr.data.sources import images_in
 
-    if place.file is None or not folder.is_dir():
+    if place.file is None:
         return
     if place.file.exists():
-        yield from images_in(folder)
+        yield from images_of(folder)
     elif place.file.suffix.lower() in IMAGE_SUFFIXES and _within(place.file, folder):
         yield place.file
 

@@ -9,12 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, make_dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from cyclopts import Group, Parameter, default_name_transform
 
 from onnx_asr.cli.supervision import native_call
-from onnx_asr.cli.values import SEPARATED, byte_count, input_shape, read_by, share_or_bytes
+from onnx_asr.cli.values import (
+    ONE_OR_SEVERAL,
+    SEPARATED,
+    Paths,
+    byte_count,
+    image_size,
+    input_shape,
+    read_by,
+    share_or_bytes,
+)
 from onnx_asr.data import PRESETS, Preprocessing
 from onnx_asr.errors import OptionError
 from onnx_asr.measuring.bars import Bars
@@ -62,6 +72,12 @@ def _refit_flag(name: str) -> str:
 _REFIT = panel("Refit", parse="^(?!seed$)", name_transform=_refit_flag)  # its seed is that of the repair
 
 
+def _shown(hint: Any, form: Parameter | None) -> Any:
+    """The type that help shows: text where a reader makes values of several types of it."""
+    several = get_origin(hint) in (Union, UnionType) and len(set(get_args(hint)) - {NoneType}) > 1
+    return str if several and form is not None and form.converter is not None else hint
+
+
 def given(*owners: type, **forms: Parameter) -> Callable[[type[T]], type[T]]:
     """Give a class the fields of options classes, each None where its option is not given; nothing is checked."""
 
@@ -69,7 +85,8 @@ def given(*owners: type, **forms: Parameter) -> Callable[[type[T]], type[T]]:
         hints = {name: hint for owner in reversed(owners) for name, hint in get_type_hints(owner).items()}
         names = dict.fromkeys(item.name for owner in owners for item in fields(owner))
         members: list[Any] = [
-            (name, Annotated[hints[name] | None, forms.get(name, Parameter())], None) for name in names
+            (name, Annotated[_shown(hints[name], forms.get(name)) | None, forms.get(name, Parameter())], None)
+            for name in names
         ]
         unchecked = {"__post_init__": lambda self: None, "__doc__": empty.__doc__, "__module__": empty.__module__}
         return make_dataclass(empty.__name__, members, bases=(empty, *owners), namespace=unchecked, frozen=True)
@@ -90,17 +107,19 @@ OUTPUTS = ("--output", "-o", "--report", "--plot", "--junit")
 Output = Annotated[str, Parameter(name=("--output", "-o"), help='Where to write the result; "-" for standard output.')]
 Dense = Annotated[str | None, Parameter(help="The dense model that the given one was made from.")]
 Data = Annotated[
-    str,
+    Paths,
+    ONE_OR_SEVERAL,
     Parameter(
-        help="A folder of images; an .npz with 'images' (uint8, N,H,W,C) and perhaps 'labels'; or an .npz or .npy of "
-        "ready tensors named after the model's inputs."
+        help="A folder of images, also of COCO or VOC; a .txt with the path of an image per line; an .npz with "
+        "'images' (uint8, N,H,W,C) and perhaps 'labels'; or an .npz or .npy of ready tensors named after the model's "
+        "inputs. Repeatable."
     ),
 ]
 Labels = Annotated[
     str | None,
     Parameter(
-        help="For a folder of images: a TSV or CSV of file name and class index; by default its sub-folders are "
-        "classes."
+        help="For images in files: a TSV or CSV of file name and class index; by default the sub-folders of a folder "
+        "are classes."
     ),
 ]
 LabelOffset = Annotated[
@@ -230,7 +249,18 @@ class Grid(SweepGrid):
 
 
 @Parameter(name="*")
-@given(Preprocessing, mean=SEPARATED, std=SEPARATED, exif=Parameter(show_default="on"))
+@given(
+    Preprocessing,
+    resize=read_by(image_size),
+    letterbox=read_by(image_size),
+    pad=Parameter(show_default=Preprocessing.pad),
+    pad_value=Parameter(show_default=f"{Preprocessing.pad_value:g}"),
+    pad_normalized=Parameter(negative=""),
+    interpolation=Parameter(show_default=Preprocessing.interpolation),
+    mean=SEPARATED,
+    std=SEPARATED,
+    exif=Parameter(show_default="on"),
+)
 class Changes:
     """Attributes of a preprocessing to replace."""
 

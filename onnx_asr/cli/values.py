@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from cyclopts import Parameter, Token, convert
 
 from onnx_asr.errors import OptionError
 
+Paths = str | list[str]
+"""Where samples are: one path or several."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -42,6 +44,23 @@ def share_or_bytes(text: str) -> float:
     return share if share <= 1 else byte_count(text)
 
 
+def image_size(text: str) -> int | tuple[int, int] | Literal["model"]:
+    """A side, a width and height, or the size of the model's input: 416, 640x480, model.
+
+    Raises:
+        ValueError: When it is none of them.
+    """
+    if text.strip() == "model":
+        return "model"
+    sides = text.strip().lower().split("x")
+    if len(sides) > 2 or not all(side.isascii() and side.isdecimal() for side in sides):
+        raise ValueError(
+            f"'{text}' is not a size: give a whole number of pixels, such as 416, a width and height, such as 640x480, "
+            "or 'model' for those of the model's input"
+        )
+    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
 def input_shape(text: str) -> tuple[str, list[int]]:
     """An input's name and shape from ``name:1,3,224,224``; the name may have colons of its own.
 
@@ -64,9 +83,16 @@ def separated(kind: Any, tokens: Sequence[Token]) -> Any:
     return convert(kind, [tokens[-1].evolve(value=part) for part in parts])
 
 
+def one_or_several(kind: Any, tokens: Sequence[Token]) -> Paths:
+    """The text of an option, or all of them where it is repeated."""
+    texts = [token.value for token in tokens]
+    return texts[0] if len(texts) == 1 else texts
+
+
 def read_by(read: Callable[[str], Any]) -> Parameter:
     """An option whose value a function makes of its text; the last text counts."""
     return Parameter(converter=lambda kind, tokens: read(tokens[-1].value), n_tokens=1)
 
 
+ONE_OR_SEVERAL = Parameter(converter=one_or_several, n_tokens=1)
 SEPARATED = Parameter(converter=separated, n_tokens=1, allow_leading_hyphen=True)

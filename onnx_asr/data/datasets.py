@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageMode
 
 from onnx_asr.arrays import Array
+from onnx_asr.data.framing import Frame
 from onnx_asr.data.preprocessing import InputSpec, Preprocessing
 from onnx_asr.errors import DataError, OptionError
 
@@ -42,6 +43,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ACROSS = frozenset(_TURNS[orientation] for orientation in (5, 6, 7, 8))  # turns that exchange width and height
 _EIGHT_BITS = ("|b1", "|u1")  # types of pixels; those of mode "1" become 0 and 255
 
 
@@ -68,10 +70,12 @@ class Dataset(ABC):
             numbers that it scales.
         unreadable: Files that were skipped because they cannot be read as images.
         is_cut: Whether the samples are the first ones of a stream that was not read to its end.
+        classes: Names of the classes that are numbered by their order in sub-folders.
     """
 
     unreadable: tuple[str, ...] = ()
     is_cut: bool = False
+    classes: tuple[str, ...] = ()
 
     def __init__(
         self, names: Sequence[str], labels: NDArray[np.int64] | None, preprocessing: Preprocessing | None
@@ -120,7 +124,11 @@ class Dataset(ABC):
         return result.hexdigest()
 
     def thumbnail(self, index: int) -> Image.Image | None:
-        """The resized and cropped image of a sample, as the model sees it; None if samples are not images."""
+        """The image of a sample as the model sees it; None if samples are not images."""
+        return None
+
+    def frame(self, index: int) -> Frame | None:
+        """Where the image of a sample lies in the model's input; None if samples are not images."""
         return None
 
 
@@ -134,30 +142,47 @@ class ImageDataset(Dataset):
         super().__init__(names, labels, self._steps)
         self._spec = spec
         self._mode = "L" if self._channels == 1 else "RGB"
-        self._table = _table(self._steps, self._channels, spec.dtype)
+        # Pixels are whole numbers from 0 to 255, so values are looked up: computed in float64 and rounded once.
+        self._table: Array = _values(np.arange(256.0), self._steps, self._channels).astype(spec.dtype)
+        self._padding: Array = _padding_values(self._steps, self._channels).astype(spec.dtype)
 
     @abstractmethod
     def _image(self, index: int) -> Image.Image:
         """Read an image in the mode that the model takes."""
 
-    def thumbnail(self, index: int) -> Image.Image:
-        """The resized and cropped image of a sample, as the model sees it."""
-        return _decoded(self._frame, [index])[0]
+    def _size(self, index: int) -> tuple[int, int]:
+        """Width and height of an image, turned upright."""
+        return self._image(index).size
 
-    def _frame(self, index: int) -> Image.Image:
-        return _framed(self._image(index), self._steps, self.names[index])
+    def thumbnail(self, index: int) -> Image.Image:
+        """The resized, cropped and padded image of a sample, as the model sees it."""
+        ((content, frame),) = _decoded(self._framed, [index])
+        shown = Image.new(self._mode, frame.size, _padding_colour(self._steps, self._channels))
+        shown.paste(content, (frame.region[1].start, frame.region[0].start))
+        return shown
+
+    def frame(self, index: int) -> Frame:
+        """Where the image of a sample lies in the model's input."""
+        return Frame.of(self._size(index), self._steps, self.names[index])
+
+    def _framed(self, index: int) -> tuple[Image.Image, Frame]:
+        """What an image contributes to the input, and where that lies."""
+        image = self._image(index)
+        frame = Frame.of(image.size, self._steps, self.names[index])
+        return frame.content(image, self._steps), frame
 
     def _samples(self, indices: Indices) -> list[Sample]:
         def prepare(index: int) -> Sample:
-            pixels = np.asarray(self._frame(index))
+            image, frame = self._framed(index)
+            pixels = np.asarray(image)
             # (H, W) or (H, W, C) -> (1, H, W, C)
-            return self._normalised(pixels.reshape(1, *pixels.shape[:2], self._channels), [index])[0]
+            return self._normalised(pixels.reshape(1, *pixels.shape[:2], self._channels), [index], frame)[0]
 
         return _decoded(prepare, [int(index) for index in indices])
 
-    def _normalised(self, pixels: NDArray[np.uint8], indices: Indices) -> list[Sample]:
-        """Turn framed pixels (N, H, W, C) into values in the model's layout, channel order and type."""
-        count, height, width, channels = pixels.shape
+    def _normalised(self, pixels: NDArray[np.uint8], indices: Indices, frame: Frame) -> list[Sample]:
+        """Turn what lies in a frame, (N, H, W, C), into values in the model's layout, channel order and type."""
+        count, channels, (width, height) = len(pixels), self._channels, frame.size
         first = self._steps.layout == "NCHW"
         shape = (channels, height, width) if first else (height, width, channels)
         if not self._spec.fits(shape):
@@ -167,54 +192,43 @@ class ImageDataset(Dataset):
             )
         values = np.empty((count, *shape), self._spec.dtype)
         planes = values if first else np.moveaxis(values, -1, 1)
-        for channel, table in enumerate(self._table):
+        is_padded = pixels.shape[1:3] != (height, width)
+        rows, columns = frame.region
+        for channel, (table, padding) in enumerate(zip(self._table, self._padding, strict=True)):
             position = channels - 1 - channel if self._steps.channel_order == "BGR" else channel
-            planes[:, position] = table[pixels[..., channel]]
+            if is_padded:
+                planes[:, position] = padding
+            planes[:, position, rows, columns] = table[pixels[..., channel]]
         return [{self._spec.name: value} for value in values]
 
     def _size_advice(self) -> str:
         height, width = self._spec.shape[2:] if self._steps.layout == "NCHW" else self._spec.shape[1:3]
-        if height is not None and width is not None and height != width:
-            return f"crops are square, so give images of {width} x {height} pixels or ready tensors"
-        size = height or width
-        return f"pass --resize {size} --crop {size}, or a --preset that gives this size"
+        size = f"{width or height}x{height or width}"
+        if self._steps.letterbox is not None:
+            return f"pass --letterbox {size}"
+        if isinstance(self._steps.resize, tuple) or (height or width) != (width or height):
+            return f"pass --resize {size} to stretch images, --letterbox {size} to pad them, or give ready tensors"
+        return f"pass --resize {height or width} --crop {height or width}, or a --preset that gives this size"
 
 
-def _table(steps: Preprocessing, channels: int, dtype: np.dtype[Any]) -> Array:
-    """The value of each pixel level: (channels, 256), channels in red, green, blue order.
-
-    Pixels are whole numbers from 0 to 255, so values are looked up: computed in float64 and rounded once to the type.
-    """
+def _values(levels: Array, steps: Preprocessing, channels: int) -> NDArray[np.float64]:
+    """The values that pixel levels become: (channels, levels), channels in red, green, blue order."""
     mean, std = (np.broadcast_to(np.array(values), channels)[:, None] for values in (steps.mean, steps.std))
-    levels = np.arange(256.0) * (1.0 if steps.scale is None else steps.scale)
-    values: Array = ((levels - mean) / std).astype(dtype)
-    return values
+    return np.asarray((levels * (1.0 if steps.scale is None else steps.scale) - mean) / std)
 
 
-def _framed(image: Image.Image, steps: Preprocessing, name: str) -> Image.Image:
-    """Resize and crop an image; sizes and offsets are rounded as torchvision's `Resize` and `CenterCrop` round them.
+def _padding_values(steps: Preprocessing, channels: int) -> NDArray[np.float64]:
+    """The value of the padding in each channel, in red, green, blue order."""
+    if steps.pad_normalized:
+        return np.full(channels, float(steps.pad_value))
+    return _values(np.array([float(steps.pad_value)]), steps, channels)[:, 0]
 
-    Raises:
-        DataError: The image is smaller than the crop, or would become too large.
-    """
-    width, height = image.size
-    short = min(width, height)
-    if steps.resize is not None and short != steps.resize:
-        width, height = (int(steps.resize * side / short) for side in (width, height))
-        if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
-            raise DataError(
-                f"{name} is {image.width} x {image.height} pixels and would become {width} x {height}: remove it"
-            )
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    if steps.crop is not None and (width, height) != (steps.crop, steps.crop):
-        if min(width, height) < steps.crop:
-            raise DataError(
-                f"{name} is {width} x {height} pixels, too small for a crop of {steps.crop} x {steps.crop}: "
-                f"pass --resize {steps.crop} or more, or a smaller --crop"
-            )
-        left, top = round((width - steps.crop) / 2), round((height - steps.crop) / 2)
-        image = image.crop((left, top, left + steps.crop, top + steps.crop))
-    return image
+
+def _padding_colour(steps: Preprocessing, channels: int) -> tuple[int, ...]:
+    """The padding as a colour to look at: the pixel that would become its value."""
+    mean, std = (np.broadcast_to(np.array(values), channels) for values in (steps.mean, steps.std))
+    levels = (_padding_values(steps, channels) * std + mean) / (steps.scale or 1.0)
+    return tuple(int(level) for level in np.rint(levels).clip(0, 255))
 
 
 class FolderDataset(ImageDataset):
@@ -234,14 +248,18 @@ class FolderDataset(ImageDataset):
         spec: InputSpec,
         preprocessing: Preprocessing,
         unreadable: Sequence[str] = (),
+        classes: Sequence[str] = (),
     ) -> None:
         super().__init__(names, labels, spec, preprocessing)
-        self.unreadable = tuple(unreadable)
+        self.unreadable, self.classes = tuple(unreadable), tuple(classes)
         self._root = root
         self._samples([0])
 
     def _image(self, index: int) -> Image.Image:
         return _read_image(self._root / self.names[index], self._mode, upright=self._steps.exif)
+
+    def _size(self, index: int) -> tuple[int, int]:
+        return _image_size(self._root / self.names[index], upright=self._steps.exif)
 
 
 def unreadable_images(root: Path, names: Sequence[str]) -> dict[str, DataError]:
@@ -292,6 +310,14 @@ def _decoding(name: str) -> Iterator[None]:
         raise DataError(f"{name} cannot be read as an image: {error}. Replace or remove it") from error
 
 
+def _image_size(path: Path, *, upright: bool) -> tuple[int, int]:
+    """Width and height of an image that can be read, from its header."""
+    with Image.open(path, formats=_FORMATS) as image:
+        width, height = image.size
+        across = upright and _turn(image) in _ACROSS
+    return (height, width) if across else (width, height)
+
+
 def _turn(image: Image.Image) -> Image.Transpose | None:
     """How to turn a decoded image upright, by its EXIF orientation; broken EXIF data counts as none."""
     try:
@@ -312,17 +338,20 @@ class PixelDataset(ImageDataset):
     ) -> None:
         super().__init__([f"#{index}" for index in range(len(pixels))], labels, spec, preprocessing)
         self._pixels = pixels
-        first = self._image(0)
-        self._as_is = pixels.shape[3] == self._channels and _framed(first, self._steps, self.names[0]) is first
+        self._frame = Frame.of((pixels.shape[2], pixels.shape[1]), self._steps, self.names[0])
+        self._as_is = pixels.shape[3] == self._channels and self._frame.is_identity
         self._samples([0])
 
     def _image(self, index: int) -> Image.Image:
         pixels = self._pixels[index]
         return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).convert(self._mode)
 
+    def _size(self, index: int) -> tuple[int, int]:
+        return self._pixels.shape[2], self._pixels.shape[1]
+
     def _samples(self, indices: Indices) -> list[Sample]:
         if self._as_is:  # neither resized, cropped nor converted
-            return self._normalised(self._pixels[np.asarray(indices)], indices)
+            return self._normalised(self._pixels[np.asarray(indices)], indices, self._frame)
         return super()._samples(indices)
 
 
@@ -373,6 +402,48 @@ class TensorDataset(Dataset):
             for values in (self.preprocessing.mean, self.preprocessing.std)
         )
         return _cast((scaled - mean) / std, spec, name)
+
+
+class JoinedDataset(Dataset):
+    """The samples of several datasets, one after the other, named by where they come from.
+
+    They have labels where all of them have, and their classes are numbered alike.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Path, Dataset]]) -> None:
+        self._parts = [part for _, part in parts]
+        self._ends = np.cumsum([len(part) for part in self._parts])
+        labels = [part.labels for part in self._parts if part.labels is not None]
+        is_labelled = len(labels) == len(parts) and len({part.classes for part in self._parts}) == 1
+        prepared = (part.preprocessing for part in self._parts if part.preprocessing is not None)
+        names = [f"{place}/{name}" for place, part in parts for name in part.names]
+        super().__init__(names, np.concatenate(labels) if is_labelled else None, next(prepared, None))
+        self.unreadable = tuple(f"{place}/{name}" for place, part in parts for name in part.unreadable)
+        self.classes = self._parts[0].classes if is_labelled else ()
+
+    def _place(self, index: int) -> tuple[Dataset, int]:
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        part = self._parts[number]
+        return part, int(index) - int(self._ends[number]) + len(part)
+
+    def _samples(self, indices: Indices) -> list[Sample]:
+        places = [self._place(int(index)) for index in indices]
+        found: dict[int, Sample] = {}
+        for part in self._parts:
+            mine = [position for position, (owner, _) in enumerate(places) if owner is part]
+            if mine:
+                found.update(zip(mine, part._samples([places[position][1] for position in mine]), strict=True))
+        return [found[position] for position in range(len(places))]
+
+    def thumbnail(self, index: int) -> Image.Image | None:
+        """The image of a sample as the model sees it; None where it is none."""
+        part, inside = self._place(index)
+        return part.thumbnail(inside)
+
+    def frame(self, index: int) -> Frame | None:
+        """Where the image of a sample lies in the model's input; None where it is none."""
+        part, inside = self._place(index)
+        return part.frame(inside)
 
 
 def is_unscaled(feed: Mapping[str, Array], spec: InputSpec) -> bool:

@@ -2,27 +2,29 @@
 
 There are image files, decoded on demand; images in one uint8 array (N, H, W, C); ready tensors, which are used
 unchanged (only whole numbers for a floating-point input are scaled as the preprocessing says, or refused); and what
-readers, loaders and data sets of other libraries give.
+readers, loaders and data sets of other libraries give. Several paths are opened one by one and joined.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from onnx_asr.arrays import Array, Integers
-from onnx_asr.data.datasets import Dataset, FolderDataset, PixelDataset, unreadable_images
+from onnx_asr.data.datasets import Dataset, FolderDataset, JoinedDataset, PixelDataset, unreadable_images
+from onnx_asr.data.folders import ImageFiles, is_list
 from onnx_asr.data.items import Reader, are_images, as_array
-from onnx_asr.data.labels import IMAGE_SUFFIXES, read_labels
+from onnx_asr.data.labels import read_labels
 from onnx_asr.data.preprocessing import InputSpec, Preprocessing
 from onnx_asr.data.streams import FeedReader, Indexed, open_items, ready_tensors
 from onnx_asr.errors import DataError, OptionError
 
+_WANTED = "give a folder of images, a .txt that lists images, an .npz or an .npy file"
 _LARGE, _MOST_EXPANSION = 1 << 30, 100  # bytes; factor on the size of the file
 
 
@@ -44,18 +46,21 @@ def open_data(
     """Open calibration or evaluation data for a model.
 
     Args:
-        source: A folder of images; an .npz with `images` (uint8, (N, H, W, C) or (N, H, W)) and optionally `labels`;
-            an .npz with an array per model input and optionally `labels`; an .npy for a model with one input; the same
-            as a dict, an array or a tensor; a data set of another library with a length and positions, from which
-            samples are read when they are needed; a loader, generator, iterable of feeds (dicts of arrays with a
-            leading batch axis) or `CalibrationDataReader`, of which the first ``most`` samples are read at once
-            (:mod:`onnx_asr.data.items` says what they may give). A lone uint8 array counts as images if the input is
-            of another type or a preprocessing is given. A Dataset is returned as it is.
+        source: A folder of images, also of a COCO or VOC data set; a .txt with the path of an image per line, relative
+            to its folder; an .npz with `images` (uint8, (N, H, W, C) or (N, H, W)) and optionally `labels`; an .npz
+            with an array per model input and optionally `labels`; an .npy for a model with one input; a list of such
+            paths, whose samples are joined; the same as a dict, an array or a tensor; a data set of another library
+            with a length and positions, from which samples are read when they are needed; a loader, generator,
+            iterable of feeds (dicts of arrays with a leading batch axis) or `CalibrationDataReader`, of which the first
+            ``most`` samples are read at once (:mod:`onnx_asr.data.items` says what they may give). A lone uint8 array
+            counts as images if the input is of another type or a preprocessing is given. A Dataset is returned as it
+            is.
         inputs: The model's inputs.
         preprocessing: How to prepare images; not needed for an input of integers. Its scale, mean and std also apply to
             ready tensors of integers for an input of floats, which are refused without.
-        labels: For a folder, a table of file name and class index. Without it, each sub-folder is a class: its name
-            if all names are whole numbers, else its position in sorted order.
+        labels: For images in files, a table of file name and class index. Without it, each sub-folder is a class: its
+            name if all names are whole numbers, else its position in sorted order. COCO and VOC data sets, and lists of
+            paths, have no classes, nor have several folders whose sub-folders differ.
         skip_bad_images: Read all files of a folder once and skip those that cannot be read as images; the dataset
             lists them.
         most: Samples that are needed of data that can only be read in order; None reads them to their end.
@@ -77,16 +82,20 @@ def open_data(
     if not inputs:
         raise DataError("the model has no inputs: give a model that data can be fed to")
 
+    paths = _paths(source)
+    if paths is not None:
+        how = {"preprocessing": preprocessing, "labels": labels, "skip_bad_images": skip_bad_images}
+        return _joined(paths, lambda path: open_data(path, inputs, **how))  # type: ignore[arg-type]
     value: object = source
     where = "the data"
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         where = str(path)
-        if path.is_dir():
-            return _open_folder(path, inputs, preprocessing, labels, skip_bad_images)
+        if path.is_dir() or is_list(path):
+            return _open_images(path, inputs, preprocessing, labels, skip_bad_images)
         value = _load_numpy(path)
     if labels is not None:
-        raise OptionError(f"a labels file ({labels}) needs a folder of images: put 'labels' beside the arrays instead")
+        raise OptionError(f"a labels file ({labels}) needs images in files: put 'labels' beside the arrays instead")
 
     if hasattr(value, "__array__"):  # also tensors of torch and TensorFlow
         value = as_array(value, where, inputs[0].name)
@@ -107,84 +116,47 @@ def open_data(
     return open_items(value, inputs, preprocessing, most)
 
 
-def _open_folder(
-    root: Path,
+def _open_images(
+    source: Path,
     inputs: Sequence[InputSpec],
     preprocessing: Preprocessing | None,
     labels: str | os.PathLike[str] | None,
     skip_bad_images: bool,
 ) -> Dataset:
-    names = _find_images(root)
-    if not names:
-        raise DataError(f"{root} holds no images: give files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
-    bad = unreadable_images(root, names) if skip_bad_images else {}
-    if len(bad) == len(names):
-        raise DataError(f"none of the {len(names)} images in {root} can be read; the first: {bad[names[0]]}")
-    names = [name for name in names if name not in bad]
-    classes = _folder_labels(root, names) if labels is None else read_labels(Path(labels), names)
-    spec = _only_input(inputs, f"{root} holds images")
-    return FolderDataset(root, names, classes, spec, preprocessing or Preprocessing(), list(bad))
+    files = ImageFiles.of(source)
+    bad = unreadable_images(files.root, files.names) if skip_bad_images else {}
+    if len(bad) == len(files.names):
+        first = bad[files.names[0]]
+        raise DataError(f"none of the {len(files.names)} images in {source} can be read; the first: {first}")
+    files = files.without(list(bad))
+    found = files.classes() if labels is None else (read_labels(Path(labels), files.names), ())
+    classes, names = (None, ()) if found is None else found
+    spec = _only_input(inputs, f"{source} holds images")
+    return FolderDataset(files.root, files.names, classes, spec, preprocessing or Preprocessing(), list(bad), names)
 
 
-def images_in(folder: Path) -> list[Path]:
-    """The files of a folder that are read as images.
-
-    Raises:
-        DataError: When a folder in it cannot be listed.
-    """
-    return [folder / name for name in _find_images(folder)]
-
-
-def _find_images(root: Path) -> list[str]:
-    """List the image files under a folder, hidden ones aside, as sorted paths with forward slashes."""
-
-    def refuse(error: OSError) -> NoReturn:
-        raise DataError(
-            f"cannot list the folder {error.filename}: {error.strerror}. Make it readable or remove it"
-        ) from error
-
-    names = []
-    entered = set()
-    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        real = os.path.realpath(folder)
-        if real in entered:  # a link back up
-            subfolders.clear()
-            continue
-        entered.add(real)
-        names += [
-            (Path(folder) / file).relative_to(root).as_posix()
-            for file in files
-            if not file.startswith(".") and os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
-        ]
-    return sorted(names)
-
-
-def _folder_labels(root: Path, names: Sequence[str]) -> Integers | None:
-    """Classes from sub-folders: their names if all are whole numbers, else their positions in sorted order."""
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    loose = [name for name in names if "/" not in name]
-    if len(loose) == len(names):
+def _paths(source: object) -> list[str | os.PathLike[str]] | None:
+    """Several paths; None where the source is something else."""
+    if not isinstance(source, (list, tuple)) or not source:
         return None
-    if loose:
-        raise DataError(
-            f"{root} holds images ({loose[0]}) beside sub-folders of images: put all of them into one folder, or into "
-            "one sub-folder per class, or pass --labels"
-        )
-    if all(name.isascii() and name.isdecimal() for name in classes):
-        index = {name: int(name) for name in classes}
-    elif len(classes) == 1:
-        return None  # one sub-folder alone is not a class
-    else:
-        index = {name: position for position, name in enumerate(classes)}
-    return np.array([index[name.partition("/")[0]] for name in names], np.int64)
+    return list(source) if all(isinstance(item, (str, os.PathLike)) for item in source) else None
+
+
+def _joined(paths: Sequence[str | os.PathLike[str]], open_one: Callable[[Path], Dataset]) -> Dataset:
+    places = [Path(path) for path in paths]
+    for number, place in enumerate(places):
+        if any(os.path.realpath(place) == os.path.realpath(other) for other in places[:number]):
+            raise DataError(f"{place} is given twice: give every folder or file of samples once")
+    if len(places) == 1:
+        return open_one(places[0])
+    return JoinedDataset([(place, open_one(place)) for place in places])
 
 
 def _load_numpy(path: Path) -> Array | dict[str, Array]:
     if not path.exists():
-        raise DataError(f"{path} does not exist: give a folder of images, an .npz or an .npy file")
+        raise DataError(f"{path} does not exist: {_WANTED}")
     if path.suffix.lower() not in (".npz", ".npy") or not path.is_file():
-        raise DataError(f"{path} is not a supported data source: give a folder of images, an .npz or an .npy file")
+        raise DataError(f"{path} is not a supported data source: {_WANTED}")
     try:
         if path.suffix.lower() == ".npy":
             return np.lib.format.open_memmap(path, mode="r")  # never unpickles

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 
 from onnx_asr.data import Dataset, Preprocessing
+from onnx_asr.data.sources import DataSource
 from onnx_asr.engine.loading import load
 from onnx_asr.errors import DataError
 from onnx_asr.graph.index import GraphIndex
@@ -45,7 +46,7 @@ class Run:
 
     command: str
     line: str = field(metadata=key("command_line"))
-    files: dict[str, str | None]
+    files: dict[str, str | list[str] | None]
     preprocessing: Preprocessing | None = None
 
 
@@ -76,7 +77,7 @@ def prune_data(run: Run, result: PruneResult, dense: ModelSource) -> ReportValue
 
 
 def compress_data(
-    run: Run, result: CompressResult, dense: ModelSource, data: str, execution: Execution
+    run: Run, result: CompressResult, dense: ModelSource, data: DataSource, execution: Execution
 ) -> ReportValues:
     """The report of a compression; the model before the repair is the dense one under the last mask."""
     names = ("last mask, no repair", "compressed")
@@ -92,7 +93,7 @@ def repair_data(
     result: RepairResult,
     pruned: ModelSource,
     dense: ModelSource | None,
-    data: str,
+    data: DataSource,
     execution: Execution,
     names: tuple[str, str] = ("pruned", "repaired"),
 ) -> ReportValues:

@@ -204,4 +204,6 @@ def _sendable(workspace: Workspace) -> Setup:
 def _path_or(source: Any, opened: Dataset | onnx.ModelProto) -> Any:
     if source is None:
         return None
+    if isinstance(source, (list, tuple)) and all(isinstance(item, (str, os.PathLike)) for item in source):
+        return [os.path.abspath(item) for item in source]
     return os.path.abspath(source) if isinstance(source, (str, os.PathLike)) else opened

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -250,6 +251,25 @@ def test_evaluate_with_a_table_of_labels(tmp_path):
     table = tmp_path / "labels.tsv"
     table.write_text("".join(f"{name}\t{(int(name[0]) + 1) % 10}\n" for name in names))
     assert top1(DENSE, "--data", FOLDER, "--labels", table) < 0.05 < 0.97 < top1(DENSE, "--data", FOLDER)
+
+
+def test_samples_from_several_places(pruned, tmp_path):
+    listed = tmp_path / "list.txt"
+    paths = sorted(Path(FOLDER).glob("**/*.png"))[:3]
+    assert len(paths) == 3
+    listed.write_text("".join(f"{path}\n" for path in paths))
+    options = ("--data", VALIDATION, "--data", listed, "--dense", DENSE, "--scale", 1 / 127.5, "--mean", 1)
+    together = cli("evaluate", pruned, *options, "--letterbox", 8, "--json").json
+    assert together["data"] == [VALIDATION, str(listed)]
+    assert together["samples"] == cli("evaluate", pruned, "--data", VALIDATION, *PRESET, "--json").json["samples"] + 3
+    assert together["preprocessing"]["letterbox"] == 8
+    page = tmp_path / "page.html"
+    done = cli("inspect", pruned, *options, "--resize", "8x8", "--report", page, "--samples", 8)
+    assert done.code == 0, done.err
+    assert f"data {VALIDATION}, {listed}" in page.read_text()
+    assert "8x9x1' is not a size" in cli("evaluate", pruned, *options, "--resize", "8x9x1").error
+    assert "'' is not a size" in cli("evaluate", pruned, *options, "--letterbox", "").error
+    assert "is given twice" in cli("evaluate", pruned, *options, "--data", VALIDATION).error
 
 
 def test_json_is_all_there_is_on_stdout(pruned, tmp_path):

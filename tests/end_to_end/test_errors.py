@@ -120,7 +120,7 @@ def test_bad_data(tmp_path, output):
     for data, words in (
         (tmp_path / "missing", "does not exist"),
         (empty, "holds no images"),
-        (text, "is not a supported data source"),
+        (text, "line 1: 'no data' is no image file"),
         (archive, "cannot read arrays"),
         (large, "9"),
     ):
@@ -171,7 +171,7 @@ def test_labels_missing(tmp_path):
     assert "1.png" in cli("evaluate", DENSE, "--data", flat, *PRESET, "--labels", table).error
     table.write_text("".join(f"{number}.png,17\n" for number in range(4)))
     assert "17" in cli("evaluate", DENSE, "--data", flat, *PRESET, "--labels", table).error
-    assert "folder of images" in cli("evaluate", DENSE, "--data", VALIDATION, *PRESET, "--labels", table).error
+    assert "images in files" in cli("evaluate", DENSE, "--data", VALIDATION, *PRESET, "--labels", table).error
 
 
 @pytest.mark.parametrize("sparsity", ["1", "-0.1", "1.5", "nan"])

@@ -156,6 +156,8 @@ def files(tmp_path: Path) -> Path:
     (tmp_path / "images").mkdir()
     for source in sorted(Path(FOLDER).glob("**/*.png"))[:4]:
         shutil.copy(source, tmp_path / "images")
+    names = sorted(path.name for path in (tmp_path / "images").iterdir())
+    (tmp_path / "list.txt").write_text("".join(f"images/{name}\n" for name in names))
     (tmp_path / "labels.csv").write_text("name,label\n")
     (tmp_path / "p.toml").write_text("scale = 1\n")
     (tmp_path / "hard").hardlink_to(tmp_path / "dense.onnx")
@@ -171,7 +173,9 @@ def files(tmp_path: Path) -> Path:
         ("repair m.onnx --dense m.onnx --data data.npz -o m.onnx", "'m.onnx', which is read (--dense)"),
         ("repair m.onnx --dense e.onnx --data data.npz -o e.bin", "'e.bin', which holds weights of 'e.onnx'"),
         ("repair m.onnx --data data.npz -o ./data.npz", "'data.npz', which is read (--data)"),
-        ("repair m.onnx --data images -o IMAGE", "is an image in the folder of --data"),
+        ("repair m.onnx --data images -o IMAGE", "is an image in the data of --data"),
+        ("repair m.onnx --data images --data data.npz -o data.npz", "'data.npz', which is read (--data)"),
+        ("repair m.onnx --data list.txt -o IMAGE", "is an image in the data of --data"),
         ("repair m.onnx --data data.npz -o o.onnx --report m.onnx", "'m.onnx', which is read (the given model)"),
         ("repair m.onnx --data data.npz -o o.onnx --report o.onnx", "--report and --output both name"),
         ("repair m.onnx --data images -o o.onnx --preprocess p.toml --report p.toml", "which is read (--preprocess)"),
@@ -181,7 +185,7 @@ def files(tmp_path: Path) -> Path:
         ("shrink e.onnx -o e.bin", "'e.bin', which holds weights of 'e.onnx'"),
         ("inspect m.onnx --dense dense.onnx --report m.onnx", "which is read (MODEL)"),
         ("inspect m.onnx --dense dense.onnx --data data.npz --report hard", "which is read (--dense)"),
-        ("sensitivity m.onnx --data images --plot images/plot.png", "is an image in the folder of --data"),
+        ("sensitivity m.onnx --data images --plot images/plot.png", "is an image in the data of --data"),
         ("sensitivity dense.onnx --data images --plot soft.svg", "which is read (DENSE)"),
         ("sweep m.onnx --data images --labels labels.csv -o labels.csv", "which is read (--labels)"),
         ("sweep m.onnx --data images --test data.npz -o data.npz", "which is read (--test)"),

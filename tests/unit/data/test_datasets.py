@@ -131,7 +131,7 @@ def test_loose_images_beside_class_folders(folder: Path) -> None:
 def test_empty_and_missing_places(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds no images: give files ending in \.bmp, "):
         open_data(tmp_path, [RGB8], preprocessing=UNIT)
-    with pytest.raises(DataError, match=r"nowhere does not exist: give a folder of images, an \.npz or an \.npy"):
+    with pytest.raises(DataError, match=r"nowhere does not exist: give a folder of images, a \.txt that lists"):
         open_data(tmp_path / "nowhere", [RGB8], preprocessing=UNIT)
     (tmp_path / "a.csv").write_text("1")
     with pytest.raises(DataError, match=r"a\.csv is not a supported data source: give a folder"):
@@ -185,7 +185,7 @@ def test_sizes_that_do_not_fit(folder: Path) -> None:
     for source, name in ((folder, "a.png"), (pixels(2, 8, 8, 3), "#0")):
         with pytest.raises(DataError, match=name + " " + message):
             open_data(source, [spec], preprocessing=UNIT)
-    with pytest.raises(DataError, match=r"expects \(3, 240, 320\): crops are square, so give images of 320 x 240"):
+    with pytest.raises(DataError, match=r"expects \(3, 240, 320\): pass --resize 320x240 to stretch images, --letterb"):
         open_data(folder, [InputSpec("input", FLOAT, (1, 3, 240, 320))], preprocessing=UNIT)
     with pytest.raises(
         DataError, match=r"a\.png is 8 x 8 pixels, too small for a crop of 9 x 9: pass --resize 9 or more"

@@ -84,5 +84,5 @@ def test_unreadable_label_files(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "bytes.tsv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match=r"cannot read the labels file"):
         open_data(folder, [RGB8], preprocessing=UNIT, labels=tmp_path / "bytes.tsv")
-    with pytest.raises(OptionError, match=r"needs a folder of images: put 'labels' beside the arrays"):
+    with pytest.raises(OptionError, match=r"needs images in files: put 'labels' beside the arrays"):
         open_data(pixels(2, 8, 8, 3), [RGB8], preprocessing=UNIT, labels=tmp_path / "bytes.tsv")

@@ -201,8 +201,8 @@ def test_only_whole_numbers_for_floats_are_scaled() -> None:
     ("steps", "message"),
     [
         (Preprocessing(mean=(1.0,)), "pass --preset, or --scale"),
-        (PRESETS["imagenet"], "are not resized or cropped"),
-        (Preprocessing(scale=1.0, resize=9), "are not resized or cropped"),
+        (PRESETS["imagenet"], "are not resized, cropped or padded"),
+        (Preprocessing(scale=1.0, resize=9), "are not resized, cropped or padded"),
         (Preprocessing(scale=1.0, channel_order="BGR"), "drop --channel-order"),
         (Preprocessing(scale=1.0, mean=(1.0, 2.0, 3.0), layout="NHWC"), "have no 3 channels"),
     ],
