@@ -42,7 +42,7 @@ def room(holds: str, imports: str = "", libraries: str = "") -> Room:
 _ROOT = "arrays errors json_values version"
 _BELOW_NETWORKS = f"{_ROOT} numerics graph data channels engine pairing"
 _BELOW_PURPOSES = f"{_BELOW_NETWORKS} networks repairing"
-_BELOW_REPORT = f"{_BELOW_PURPOSES} pruning measuring sweeping"
+_BELOW_REPORT = f"{_BELOW_PURPOSES} targets pruning measuring sweeping"
 TABLE: dict[str, Room] = {
     "arrays": room("types of arrays", "", "numpy"),
     "json_values": room("results as JSON values"),
@@ -60,8 +60,9 @@ TABLE: dict[str, Room] = {
     "engine": room("sessions, lanes, buffers", f"{_ROOT} graph", "numpy onnx onnxruntime"),
     "networks": room("the pair, its samples, fidelity, latency", _BELOW_NETWORKS, "numpy onnx"),
     "repairing": room("repair by every method", f"{_BELOW_NETWORKS} networks", "numpy onnx"),
-    "pruning": room("zeros, channels, joint pruning and repair", _BELOW_PURPOSES, "numpy onnx"),
-    "measuring": room("inspection, damage, evaluation", _BELOW_PURPOSES, "numpy onnx"),
+    "targets": room("where zeros are of use", f"{_ROOT} graph networks", "numpy onnx brotli"),
+    "pruning": room("zeros, channels, joint pruning and repair", f"{_BELOW_PURPOSES} targets", "numpy onnx"),
+    "measuring": room("inspection, damage, evaluation", f"{_BELOW_PURPOSES} targets", "numpy onnx"),
     "sweeping": room("grids of cells", f"{_BELOW_PURPOSES} pruning measuring ownership files", "numpy onnx"),
     "sweeping.workers": room("cells in other processes", f"{_BELOW_PURPOSES} blas sweeping", "onnx dask distributed"),
     "report": room("results as one HTML page", f"{_BELOW_REPORT} ownership files", "numpy onnx jinja2 matplotlib"),

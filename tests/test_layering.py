@@ -16,7 +16,7 @@ FLOORS = (
     {"channels", "engine"},
     {"pairing"},
     {"networks"},
-    {"repairing"},
+    {"repairing", "targets"},
     {"pruning", "measuring"},
     {"sweeping"},
     {"report"},

@@ -30,8 +30,8 @@ SIGNATURES = {
     "compress": "model, data, options=None, *, preprocessing=None, input_shapes=None, execution=None",
     "evaluate": "model, data, *, dense=None, force=False, preprocessing=None, labels=None, label_offset=0, "
     "samples=None, seed=0, batch_size=None, metric=None, execution=None",
-    "inspect": "model, data=None, *, dense=None, force=False, preprocessing=None, samples=128, seed=0, "
-    "batch_size=None, execution=None",
+    "inspect": "model, data=None, *, dense=None, target=None, force=False, preprocessing=None, samples=128, seed=0, "
+    "batch_size=None, input_shapes=None, execution=None",
     "load": "source, *, external_links=False",
     "measure_latency": "dense, pruned, *, input_shapes=None, seconds=3.0, execution=None",
     "open_data": "source, inputs, *, preprocessing=None, labels=None, skip_bad_images=False, most=None",

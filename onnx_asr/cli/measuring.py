@@ -35,6 +35,7 @@ from onnx_asr.cli.parameters import (
     Scoring,
     Seed,
     Sensitivity,
+    Shapes,
     Walk,
 )
 from onnx_asr.cli.terminal import Terminal, say
@@ -42,6 +43,7 @@ from onnx_asr.cli.values import ONE_OR_SEVERAL, Paths
 from onnx_asr.errors import OptionError
 from onnx_asr.json_values import plain
 from onnx_asr.sweeping.grid import SweepSettings
+from onnx_asr.targets.rules import TargetName
 
 if TYPE_CHECKING:
     from onnx_asr.data import Preprocessing
@@ -172,6 +174,14 @@ def inspect(
         Parameter(help="Samples to measure the damage on, as for repair; needs --dense."),
     ] = None,
     channels: Annotated[str | None, Parameter(help="Show every channel of this layer instead of all layers.")] = None,
+    target: Annotated[
+        TargetName | None,
+        Parameter(
+            help="Show which layers' zeros this runtime makes use of, by its documentation, and why not the others'; "
+            '"file" shows what they are worth in bytes.'
+        ),
+    ] = None,
+    shapes: Shapes = Shapes(),
     samples: Samples = None,
     batch_size: BatchSize = None,
     seed: Seed = 0,
@@ -190,6 +200,8 @@ def inspect(
     outputs, preprocessing = Outputs.of(terminal, inputs, report=report), images.preprocessing()
     network = given_model(model, external_links)
     reference = None if dense is None else given_model(dense, external_links)
+    if channels is not None and target is not None:
+        raise OptionError("--channels shows one layer, --target all of them: give one of the two")
     if channels is not None:
         run(network).layer(channels)  # an unknown name is an error before the damage is measured
     with terminal.progress() as progress:
@@ -197,11 +209,13 @@ def inspect(
             network,
             data,
             dense=reference,
+            target=target,
             force=force,
             preprocessing=preprocessing,
             samples=DAMAGE_SAMPLES if samples is None else samples,
             seed=seed,
             batch_size=batch_size,
+            input_shapes=shapes.shapes(),
             execution=machine.execution(terminal.verbose, progress),
         )
     files = {"model": model, "dense": dense, "data": data}

@@ -43,7 +43,7 @@ P = TypeVar("P", PruneOptions, ChannelPruneOptions)
 _GOAL_TITLE, _CHANNEL_TITLE, _BAR_TITLE = "Goal (one of them)", "With --pattern channel", "Bars (at least one)"
 _TITLES = (
     f"Arguments,Options,{_BAR_TITLE},{_GOAL_TITLE},{_CHANNEL_TITLE},"
-    "Method,Calibration,Refit,Latency,Images,Machine,Display"
+    "Method,Calibration,Refit,Cost,Images,Machine,Display"
 ).split(",")
 PANELS = {title: Group(title, sort_key=place) for place, title in enumerate(_TITLES)}
 """Headings of the help, in order."""
@@ -360,18 +360,16 @@ class Walk(Machine):
         return replace(super().execution(verbose, progress), memory_limit=self.memory_limit)
 
 
-@panel("Latency", negative="")
+@panel("Cost", negative="")
 @dataclass(frozen=True)
-class Timing:
-    """Whether latency is measured, and on what.
+class Shapes:
+    """Shapes of inputs.
 
     Attributes:
-        measure_latency: Time the result against the given model in onnxruntime, in alternating runs.
         input_shapes: Shape of an input with open sizes, such as image:1,3,640,640, for runs and FLOPs; repeatable; by
             default batch 1 and sides of 224 (for FLOPs, those of a sample where there are any).
     """
 
-    measure_latency: bool = False
     input_shapes: tuple[str, ...] = ()
 
     def shapes(self) -> dict[str, list[int]]:
@@ -384,6 +382,18 @@ class Timing:
         if len(shapes) < len(self.input_shapes):
             raise OptionError("input-shapes names an input twice: give each once, as name:1,3,224,224")
         return shapes
+
+
+@panel("Cost", negative="")
+@dataclass(frozen=True)
+class Timing(Shapes):
+    """Whether latency is measured, and on what.
+
+    Attributes:
+        measure_latency: Time the result against the given model in onnxruntime, in alternating runs.
+    """
+
+    measure_latency: bool = False
 
     def stopwatch(self, model: ModelSource, execution: Execution) -> Stopwatch | None:
         """A stopwatch that holds the given model, if latency is to be measured; made first, as it may be refused."""

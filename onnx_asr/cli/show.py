@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from onnx_asr.pruning.zeros import PruneResult
     from onnx_asr.repairing.result import PointReport, RepairResult
     from onnx_asr.sweeping.result import SweepResult
+    from onnx_asr.targets.packing import FileUse, Packed
+    from onnx_asr.targets.usable import LayerUse, TargetUse
 
 T = TypeVar("T")
 Column = str | Callable[[T], str]
@@ -114,6 +116,7 @@ def compress(result: CompressResult, path: str | None, verbose: bool, latency: L
     seconds = ", ".join(f"{value:.1f}" for value in result.round_seconds)
     rounds = len(result.round_seconds)
     yield f"{rounds} mask {'round' if rounds == 1 else 'rounds'} in {seconds} s"
+    yield from _remarks(result.left_dense, (), verbose)
     yield from _repaired(result.repair, "last mask, no repair", "compressed", verbose)
     yield from _ending(result, path, latency)
 
@@ -132,12 +135,70 @@ def inspection(result: Inspection, verbose: bool) -> Shown:
             f"measured on {result.samples} samples; collapsed: under a hundredth of the dense variance; error: root "
             "mean square of log10 of the variance ratios, as it is, with one factor per layer, with one per channel"
         )
-    else:
+    elif result.target is None:
         yield _table(result.layers, _CONTENTS)
+    if result.target is not None:
+        from onnx_asr.targets.usable import TargetUse
+
+        yield from _runtime(result.target) if isinstance(result.target, TargetUse) else _file(result.target)
     yield from _remarks(result.skips, result.notes, verbose)
     yield from result.advice
     for key, value in result.metadata.items():
         yield f"{key}: {value}"
+
+
+def _runtime(use: TargetUse) -> Shown:
+    """Every layer, whether a runtime makes use of its zeros, and why not; shares of FLOPs, conditions, sources."""
+    columns: dict[str, Column[LayerUse]] = _LAYER | {
+        ">sparsity": "sparsity:.1%",
+        "zeros used": "use",
+        "because of": lambda layer: ", ".join(obstacle.code for obstacle in layer.obstacles),
+    }
+    yield _table(use.layers, columns)
+    numbers = {source: number for number, source in enumerate(use.sources, 1)}
+    met = Counter(obstacle for layer in use.layers for obstacle in layer.obstacles)
+    for obstacle, count in met.items():
+        marks = "".join(f"[{numbers[source]}]" for source in obstacle.sources)
+        yield f"{obstacle.code} ({count} {'layer' if count == 1 else 'layers'}): {obstacle.text} {marks}"
+    if use.unknown is not None:
+        yield f"note: FLOPs are unknown: {use.unknown}"
+    else:
+        cures = {obstacle.cure for obstacle in met if obstacle.cure is not None}
+        ways = {"zeros": "with other zeros", "quantization": "quantized"}
+        how = " and ".join(words for cure, words in ways.items() if cure in cures) or "at most"
+        yes, perhaps, possible = (
+            f"{share or 0:.1%}" for share in (use.shares["yes"], use.shares["perhaps"], use.possible_share)
+        )
+        yield (
+            f"{yes} of the FLOPs are in layers whose zeros {use.title} makes use of, {perhaps} in those where it may; "
+            f"{how} it could be {possible}"
+        )
+    yield f"{use.title} needs {'; '.join(use.needs)}"
+    yield f"by: {use.checked}; nothing was run"
+    for source, number in numbers.items():
+        yield f"[{number}] {source.title}: {source.url}"
+
+
+def _file(use: FileUse) -> Shown:
+    """Every weight in each form that a file can have it in."""
+    forms = ("stored", "gzip", *(("brotli",) if use.has_brotli else ()), "sparse")
+    columns: dict[str, Column[Packed]] = {
+        "weight": "name",
+        "shape": lambda weight: " x ".join(map(str, weight.shape)),
+        ">sparsity": "sparsity:.1%",
+        **{f">{form}": f"{form}:," for form in forms},
+        "smallest": "smallest",
+    }
+    table = _table(use.weights, columns)
+    table.add_section()
+    table.add_row("all", "", "", *(f"{getattr(use, form):,}" for form in forms), "")
+    yield table
+    yield (
+        f"bytes; sparse: as a sparse initializer, 8 bytes more for each weight that is not zero; with those where they "
+        f"are smaller, {use.sparse_where_smaller:,} bytes"
+    )
+    if not use.has_brotli:
+        yield "for brotli, install the package 'brotli'"
 
 
 def channels(layer: Layer) -> Shown:

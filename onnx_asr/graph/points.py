@@ -165,11 +165,11 @@ class Survey:
         return any(point.batchnorm is not None for point in self.points)
 
 
-def survey(index: GraphIndex) -> Survey:
+def survey(index: GraphIndex, *, all_quantized: bool = False) -> Survey:
     """Find the correction points of a graph and number their levels.
 
     Raises:
-        ModelError: When weights are quantized, and no layer has others.
+        ModelError: When weights are quantized, and no layer has others, unless ``all_quantized`` layers are accepted.
     """
     points: list[Point] = []
     skips: list[Skip] = []
@@ -193,7 +193,7 @@ def survey(index: GraphIndex) -> Survey:
             level[name] = depth
     result = Survey(tuple(points), tuple(skips))
     quantized = next((skip for skip in skips if skip.code == WEIGHT_QUANTIZED.code), None)
-    if quantized is not None and not result.layers:
+    if quantized is not None and not result.layers and not all_quantized:
         raise ModelError(
             f"the model is already quantized (node {quantized.name}, a {quantized.op_type}, has integers for weights): "
             "prune and repair the float model first, then quantize the result"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import onnx
@@ -20,18 +20,23 @@ from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.layers import CONVOLUTIONS
 from onnx_asr.graph.model_io import ModelSource, check_finite
 from onnx_asr.graph.points import LayerPoint, Point, Survey, survey, weight_of
+from onnx_asr.graph.shapes import InputShapes
 from onnx_asr.graph.skips import Skip
 from onnx_asr.json_values import key, plain
 from onnx_asr.measuring.damage import DAMAGE_SAMPLES, PointDamage, draw_samples, measure_damage
 from onnx_asr.networks.batching import settled_inputs
 from onnx_asr.networks.cost import byte_size, compressed_size
 from onnx_asr.networks.execution import Execution
+from onnx_asr.networks.operations import Probe
 from onnx_asr.networks.pair import Pair, overflow
 from onnx_asr.networks.samples import input_specs
 from onnx_asr.networks.sparsity import check_order
 from onnx_asr.numerics.masks import find_n_of_m
 from onnx_asr.repairing.job import check_method
-from onnx_asr.repairing.options import METHODS, check_at_least
+from onnx_asr.repairing.options import METHODS, check_at_least, check_choice
+from onnx_asr.targets.packing import FileUse, file_use
+from onnx_asr.targets.rules import TargetName
+from onnx_asr.targets.usable import TargetUse, zeros_in_use
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,7 @@ class Inspection:
         metadata: Entries that this package wrote into the file earlier.
         samples: Number of samples that the damage was measured on; 0 where it was not.
         notes: Notes for the user.
+        target: Which zeros a runtime makes use of, or what they are worth in the file; None where nobody asked.
     """
 
     derived: ClassVar = ("sparsity", "batchnorm")
@@ -141,6 +147,7 @@ class Inspection:
     metadata: dict[str, str]
     samples: int
     notes: tuple[str, ...]
+    target: TargetUse | FileUse | None = None
 
     @property
     def sparsity(self) -> float:
@@ -187,11 +194,13 @@ def inspect(
     data: DataSource | None = None,
     *,
     dense: ModelSource | None = None,
+    target: TargetName | None = None,
     force: bool = False,
     preprocessing: Preprocessing | None = None,
     samples: int = DAMAGE_SAMPLES,
     seed: int = 0,
     batch_size: int | None = None,
+    input_shapes: InputShapes | None = None,
     execution: Execution | None = None,
 ) -> Inspection:
     """Describe a model and, with its dense model and data, what pruning did to every channel.
@@ -200,11 +209,16 @@ def inspect(
         model: A path, or an object of onnx, onnx-graphsurgeon or onnx-ir, which is not changed.
         data: Samples to measure the damage on; no labels needed.
         dense: The model that it was made from.
+        target: Also tell which layers' zeros this runtime makes use of, "tensorrt" or "openvino", by its documentation;
+            or what they are worth in the file, "file". With a target, models whose weights are all quantized are
+            accepted.
         force: Accept a dense model with more zeros than the other one; as a rule the two were exchanged.
         preprocessing: Of images.
         samples: Number of samples, drawn by ``seed``.
         seed: Of the sample.
         batch_size: Samples per run; None chooses by the input's size.
+        input_shapes: Shapes of inputs with open sizes, for the FLOPs of ``target``; by default a batch of 1 and other
+            sizes of 224.
         execution: Execution providers, memory limit, progress.
 
     Raises:
@@ -221,10 +235,12 @@ def inspect(
     if (dense is None) != (data is None):
         given, missing = ("--dense", "--data") if data is None else ("--data", "--dense")
         raise OptionError(f"{given} was given without {missing}: damage needs both, so give {missing} too")
-    network = load(model)
+    if target is not None:
+        check_choice("target", target, get_args(TargetName))
+    network, execution = load(model), execution or Execution()
+    use = None if target is None else _use(network, target, Probe(input_shapes or {}, execution.runtime))
     if dense is None or data is None:
-        return describe(network)
-    execution = execution or Execution()
+        return replace(describe(network, all_quantized=use is not None), target=use)
     reference = load(dense)
     if not force:
         check_order(GraphIndex.of(network), GraphIndex.of(reference))
@@ -239,18 +255,29 @@ def inspect(
         if not np.isfinite([channels.dense_std, channels.std]).all():
             raise overflow(point)
     execution.progress("done", 1.0)
-    return replace(describe(network, damage, calibration.count), notes=pair.notes)
+    return replace(describe(network, damage, calibration.count), notes=pair.notes, target=use)
 
 
-def describe(model: onnx.ModelProto, damage: Mapping[int, PointDamage] | None = None, samples: int = 0) -> Inspection:
+def _use(model: onnx.ModelProto, target: TargetName, probe: Probe) -> TargetUse | FileUse:
+    index = GraphIndex.of(model)
+    return file_use(index) if target == "file" else zeros_in_use(index, target, probe)
+
+
+def describe(
+    model: onnx.ModelProto,
+    damage: Mapping[int, PointDamage] | None = None,
+    samples: int = 0,
+    *,
+    all_quantized: bool = False,
+) -> Inspection:
     """Contents of a model, with the damage by node position where it was measured.
 
     Raises:
-        ModelError: When it is quantized, or holds values that are not finite.
+        ModelError: When its weights are all quantized, unless that is accepted, or holds values that are not finite.
     """
     index = GraphIndex.of(model)
     check_finite(index, "given")
-    found = without_fixed(index, survey(index), fixed_by_own_weights(index))
+    found = without_fixed(index, survey(index, all_quantized=all_quantized), fixed_by_own_weights(index))
     return Inspection(
         opset=next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0),
         nodes=len(index.nodes),

@@ -30,6 +30,7 @@ from onnx_asr.engine.loading import load
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource
 from onnx_asr.graph.shapes import InputShapes
+from onnx_asr.graph.skips import Skip
 from onnx_asr.json_values import MERGED, key
 from onnx_asr.networks.cost import Cost, cost
 from onnx_asr.networks.draft import Draft
@@ -46,6 +47,7 @@ from onnx_asr.pruning.masks import (
     make_masks,
     prunable_weights,
     split_narrow,
+    split_useless,
     units_of,
 )
 from onnx_asr.pruning.options import CompressOptions
@@ -75,6 +77,7 @@ class CompressResult:
     Attributes:
         repair: The last round's repair, with the model and its verification (before: the last mask without repair).
         layers: Zeros in every weight that took part.
+        left_dense: Layers that pattern or target leave dense, and why.
         before: Size of the given model.
         after: Size of the compressed one.
         options: As given.
@@ -86,6 +89,7 @@ class CompressResult:
 
     repair: RepairResult = field(metadata=MERGED)
     layers: tuple[LayerSparsity, ...]
+    left_dense: tuple[Skip, ...]
     before: Cost
     after: Cost
     options: CompressOptions = field(metadata=key("compress"))
@@ -157,6 +161,7 @@ def compress(
     return CompressResult(
         repair=replace(result, seconds=seconds, notes=(*result.notes, *rounds.notes, *collapse_note(layers))),
         layers=layers,
+        left_dense=rounds.left_dense,
         before=before,
         after=cost(GraphIndex.of(result.model), probe),
         options=options,
@@ -184,6 +189,7 @@ class _Rounds:
     Without a memory limit the dense network's outputs are kept, so that it runs once for all rounds.
 
     Attributes:
+        left_dense: Layers that pattern or target leave dense, and why.
         notes: Notes for the user about the rounds.
     """
 
@@ -192,7 +198,9 @@ class _Rounds:
     ) -> None:
         pattern, recipe = Pattern.parse(options.pattern), options.repair.refit
         weights, _ = prunable_weights(dense.index, dense.everything, options.include, options.exclude)
-        self._weights, _ = split_narrow(weights, pattern)
+        weights, narrow = split_narrow(weights, pattern)
+        self._weights, useless = split_useless(dense.index, weights, options.target)
+        self.left_dense = (*narrow, *useless)
         self._factors = _factors(dense, self._weights, calibration, execution)
         self._steps = _schedule(options, pattern)
         self._seed = options.repair.seed

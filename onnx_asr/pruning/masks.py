@@ -22,6 +22,8 @@ from onnx_asr.numerics.masks import block_scores, keep_count, keep_largest, keep
 from onnx_asr.numerics.patterns import Pattern
 from onnx_asr.numerics.scores import erk_keep
 from onnx_asr.pruning.options import Scope
+from onnx_asr.targets.rules import TARGETS, RuntimeName
+from onnx_asr.targets.usable import form_of, lost_cause
 from onnx_asr.version import __version__
 
 EXCLUDED = Reason("excluded-by-pattern", "excluded by a pattern")
@@ -30,6 +32,7 @@ TOO_NARROW = Reason(
     "fewer-inputs-than-pattern",
     "{inputs} input channels per group, fewer than the {m} of pattern {pattern}: stays dense",
 )
+NO_GAIN = Reason("no-gain-on-target", "stays dense for {title}: {cause}")
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,35 @@ def split_narrow(weights: Sequence[PrunableWeight], pattern: Pattern) -> tuple[l
             "groups, such as 1:2"
         )
     return wide, skips
+
+
+def split_useless(
+    index: GraphIndex, weights: Sequence[PrunableWeight], runtime: RuntimeName | None
+) -> tuple[list[PrunableWeight], list[Skip]]:
+    """Split off the weights whose zeros a runtime would not make use of, in any of their readers, as skips.
+
+    Raises:
+        OptionError: When that is so for all.
+    """
+    if runtime is None:
+        return list(weights), []
+    target = TARGETS[runtime]
+    useful, skips = [], []
+    useless: dict[str, None] = {}
+    for weight in weights:
+        stored = index.value(weight.tensor)
+        causes = [lost_cause(form_of(index, point.node, point.layer, stored), target) for point in weight.points]
+        if None in causes:
+            useful.append(weight)
+            continue
+        useless |= {str(cause): None for cause in causes}
+        skips.append(skip(weight.points[0], NO_GAIN.format(cause=causes[0], title=target.title)))
+    if not useful:
+        raise OptionError(
+            f"no layer would gain from zeros in {target.title}: {'; '.join(useless)}; 'inspect --target {runtime}' "
+            "shows every layer, and without --target they are pruned all the same"
+        )
+    return useful, skips
 
 
 def make_masks(

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, get_args
 from onnx_asr.errors import OptionError
 from onnx_asr.numerics.patterns import Pattern, check_share, check_sparsity
 from onnx_asr.repairing.options import RepairOptions, check_at_least, check_choice, check_time_budget
+from onnx_asr.targets.rules import RUNTIMES, TARGETS, RuntimeName
 
 Score = Literal["magnitude", "row", "lamp", "activation", "variance", "gram"]
 SCORES: tuple[Score, ...] = get_args(Score)
@@ -95,6 +96,8 @@ class PruneOptions(_Goal):
         target_flops: Prune until this share of the dense model's FLOPs has a nonzero weight.
         pattern: "unstructured"; "N:M" keeps N of every M consecutive input channels, such as 2:4; "Nx1" prunes N
             consecutive output channels together at each input position, such as 4x1.
+        target: Leave layers dense whose zeros this runtime would not make use of, by its documentation (see
+            ``inspect``).
         scope: "global" ranks over the whole net; "layer" gives all layers one sparsity; "erk" (Erdos-Renyi-kernel)
             spares small layers; "sensitivity" tries every layer on the data and allocates zeros where they cost least.
         score: What a weight is worth. "activation", "variance" and "gram" need data; "row" and "variance" suit nets
@@ -112,6 +115,7 @@ class PruneOptions(_Goal):
     target_size: float | None = field(default=None, kw_only=True)
     target_flops: float | None = field(default=None, kw_only=True)
     pattern: str = "unstructured"
+    target: RuntimeName | None = field(default=None, kw_only=True)
     scope: Scope = "global"
     score: Score = "magnitude"
     include: tuple[str, ...] = ()
@@ -125,6 +129,7 @@ class PruneOptions(_Goal):
             check_sparsity(self.sparsity, shape)
         elif shape.n is not None:
             raise OptionError(f"pattern {shape} sets the sparsity itself: drop target-{budget.measure}")
+        check_target(self.target, shape)
         check_choice("scope", self.scope, get_args(Scope))
         check_choice("score", self.score, SCORES)
         if self.scope == "sensitivity" and shape.n is not None:
@@ -209,6 +214,8 @@ class CompressOptions:
     Attributes:
         sparsity: Share of weights (or blocks) to zero, 0 <= S < 1. N:M patterns take its place.
         pattern: "unstructured", "N:M" or "Nx1", as in ``prune``.
+        target: Leave layers dense whose zeros this runtime would not make use of, by its documentation (see
+            ``inspect``).
         rounds: Mask rounds; for N:M at most ``m - n``.
         round_samples: Samples of every round but the last, as a share of all.
         include: Prune only nodes or weights whose name matches one of these regular expressions; empty for all that
@@ -221,6 +228,7 @@ class CompressOptions:
 
     sparsity: float | None = None
     pattern: str = "unstructured"
+    target: RuntimeName | None = field(default=None, kw_only=True)
     rounds: int = 5
     round_samples: float = 0.5
     include: tuple[str, ...] = ()
@@ -229,8 +237,27 @@ class CompressOptions:
     repair: RepairOptions = field(default_factory=RepairOptions)
 
     def __post_init__(self) -> None:
-        check_sparsity(self.sparsity, Pattern.parse(self.pattern))
+        pattern = Pattern.parse(self.pattern)
+        check_sparsity(self.sparsity, pattern)
+        check_target(self.target, pattern)
         check_at_least("rounds", self.rounds, 1)
         check_time_budget(self.time_budget)
         if not 0 < self.round_samples <= 1:
             raise OptionError(f"round-samples {self.round_samples} is out of range: give a share, 0 < share <= 1")
+
+
+def check_target(target: RuntimeName | None, pattern: Pattern) -> None:
+    """Check that a runtime is known, and makes use of zeros in a pattern.
+
+    Raises:
+        OptionError: Otherwise.
+    """
+    if target is None:
+        return
+    check_choice("target", target, RUNTIMES)
+    wanted = TARGETS[target].pattern
+    if wanted is not None and str(pattern) != wanted:
+        raise OptionError(
+            f"target {target} makes use of {wanted} zeros alone, not of pattern {pattern}: give --pattern {wanted}, or "
+            "drop --target"
+        )

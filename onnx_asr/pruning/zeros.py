@@ -26,7 +26,14 @@ from onnx_asr.networks.sparsity import LayerSparsity, collapse_note, share_of_ze
 from onnx_asr.numerics.patterns import Pattern
 from onnx_asr.pruning.allocation import LayerCosts, layer_costs, unit_flops
 from onnx_asr.pruning.budget import smallest_share
-from onnx_asr.pruning.masks import PrunableWeight, apply_masks, make_masks, prunable_weights, split_narrow
+from onnx_asr.pruning.masks import (
+    PrunableWeight,
+    apply_masks,
+    make_masks,
+    prunable_weights,
+    split_narrow,
+    split_useless,
+)
 from onnx_asr.pruning.options import SENSITIVITY_SPARSITIES, Budget, PruneOptions
 from onnx_asr.pruning.scores import Values, data_free_scores, weight_scores
 from onnx_asr.pruning.sensitivity import fidelity_by_weight
@@ -124,6 +131,7 @@ def prune(
     pattern = Pattern.parse(options.pattern)
     weights, skips = prunable_weights(index, survey(index), options.include, options.exclude)
     weights, narrow = split_narrow(weights, pattern)
+    weights, useless = split_useless(index, weights, options.target)
     probe = Probe(input_shapes or {}, execution.runtime)
     if data is None:
         scores, costs = (
@@ -161,7 +169,7 @@ def prune(
         before=cost(index, probe),
         after=cost(GraphIndex.of(pruned), probe),
         layers=layers,
-        skips=(*skips, *narrow),
+        skips=(*skips, *narrow, *useless),
         notes=((_FOLDED,) if folded else ()) + collapse_note(layers),
     )
 

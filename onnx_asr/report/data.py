@@ -58,6 +58,7 @@ def inspect_data(run: Run, inspection: Inspection) -> ReportValues:
         versions=[_version("model", inspection)],
         skipped=inspection.skips,
         damage_samples=inspection.samples,
+        target=inspection.target,
         options={"opset": inspection.opset, "inputs": ", ".join(inspection.inputs), **inspection.metadata},
         notes=(*inspection.notes, *inspection.advice),
     )
@@ -141,6 +142,7 @@ def _report(run: Run, layers: Sequence[ReportValues], **values: Any) -> ReportVa
     """The parts of all reports, with defaults for those that only some have."""
     defaults: ReportValues = {
         "damage_samples": 0,
+        "target": None,
         "notes": [],
         "improved": True,
         "held_out": False,

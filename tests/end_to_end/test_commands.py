@@ -322,6 +322,21 @@ def test_where_there_is_nothing_to_repair_the_input_comes_back(method, tmp_path)
     assert onnx.load(target) == onnx.load(DENSE)
 
 
+def test_inspect_says_whose_zeros_are_of_use(pruned):
+    done = cli("inspect", pruned, "--target", "tensorrt")
+    assert (done.code, done.err) == (0, "")
+    for words in (
+        "few-outputs (11 layers): fewer than 256 output channels",
+        "0.0% of the FLOPs",
+        "[1] NVIDIA TensorRT",
+    ):
+        assert words in done.out, words
+    packed = cli("inspect", pruned, "--target", "file", "--json").json["target"]
+    assert packed["gzip"] < packed["stored"]
+    assert packed["sparse_where_smaller"] == sum(min(row["stored"], row["sparse"]) for row in packed["weights"])
+    assert "give one of the two" in cli("inspect", pruned, "--target", "file", "--channels", "x").error
+
+
 def test_exchanged_models_are_refused(pruned, tmp_path):
     data = ("--dense", pruned, "--data", CALIBRATION, *PRESET)
     for arguments in (("repair", DENSE, "-o", tmp_path / "a.onnx", *FEW), ("inspect", DENSE), ("evaluate", DENSE)):

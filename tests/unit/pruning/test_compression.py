@@ -352,3 +352,25 @@ def test_a_time_budget_leaves_rounds_out(budget: float, rounds: int) -> None:
 def test_a_time_budget_is_not_negative() -> None:
     with pytest.raises(OptionError, match=r"time-budget -1\.0 is out of range"):
         CompressOptions(0.5, time_budget=-1.0)
+
+
+def test_layers_that_would_not_gain_stay_dense() -> None:
+    model = net(
+        """
+        g (float[N,32,6,6] x) => (float[N,8] logits) {
+          a = Conv (x, wide)  b = Relu (a)  c = GlobalAveragePool (b)  d = Flatten (c)
+          logits = Gemm <transB=1> (d, narrow)
+        }
+        """,
+        wide=(256, 32, 3, 3),
+        narrow=(8, 256),
+    )
+    x = np.random.default_rng(1).standard_normal((32, 32, 6, 6)).astype(np.float32)
+    options = CompressOptions(pattern="2:4", target="tensorrt", repair=settings(32))
+    result = compress(model, x, options)
+    wide, narrow = weights_of(result.model)
+    assert (wide.reshape(256, 8, 4, 9) != 0).sum(axis=2).max() == 2
+    assert np.count_nonzero(narrow) == narrow.size
+    assert [layer.name for layer in result.layers] == ["Conv:a"]
+    assert [(skip.name, skip.code) for skip in result.left_dense] == [("Gemm:logits", "no-gain-on-target")]
+    assert plain(result)["left_dense"][0]["name"] == "Gemm:logits"

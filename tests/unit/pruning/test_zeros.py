@@ -12,7 +12,7 @@ import pytest
 from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.json_values import plain
 from onnx_asr.numerics.patterns import Pattern
-from onnx_asr.pruning.options import PruneOptions
+from onnx_asr.pruning.options import CompressOptions, PruneOptions
 from onnx_asr.pruning.zeros import prune
 from onnx_asr.repairing.options import RepairOptions
 from onnx_asr.repairing.pipeline import repair
@@ -396,3 +396,72 @@ def test_what_the_dense_network_lacks_was_not_pruned() -> None:
     assert result.layers[0].zeros == 288
     assert starving(result.notes) == []
     assert starving(repair(result.model, images(40, seed=0, shape=(1, 8, 8)), dense=dense).notes) == []
+
+
+def wide_and_narrow() -> onnx.ModelProto:
+    """A convolution that TensorRT may have sparse kernels for, and two for which it has none."""
+    return net(
+        """
+        g (float[N,64,4,4] x) => (float[N,10] y) {
+          a = Conv <pads=[1,1,1,1]> (x, wide)  b = Relu (a)  c = Conv <group=256> (b, depthwise)
+          d = GlobalAveragePool (c)  e = Flatten (d)  y = Gemm <transB=1> (e, last)
+        }
+        """,
+        wide=(256, 64, 3, 3),
+        depthwise=(256, 1, 3, 3),
+        last=(10, 256),
+    )
+
+
+def test_layers_that_would_not_gain_stay_dense() -> None:
+    model = wide_and_narrow()
+    result = prune(model, options=PruneOptions(pattern="2:4", target="tensorrt"))
+    before, after = prunable(model), prunable(result.model)
+    assert [layer.name for layer in result.layers] == ["Conv:a"]
+    assert {tensor: np.array_equal(after[tensor], before[tensor]) for tensor in after} == {
+        "a": False,
+        "c": True,
+        "y": True,
+    }
+    assert (after["a"].reshape(256, 16, 4, 9) != 0).sum(axis=2).max() == 2
+    assert [(skip.name, skip.code) for skip in result.skips] == [
+        ("Conv:c", "fewer-inputs-than-pattern"),
+        ("Gemm:y", "no-gain-on-target"),
+    ]
+    assert (
+        result.skips[1].reason == "stays dense for TensorRT: fewer than 256 output channels: the dense kernel is faster"
+    )
+
+
+def test_a_weight_stays_if_any_of_its_readers_gains() -> None:
+    model = net(
+        "g (float[N,64] x) => (float[N,64] y) "
+        "{ a = Transpose (x)  b = MatMul (w, a)  c = Transpose (b)  y = MatMul (c, w) }",
+        w=(64, 64),
+    )
+    result = prune(model, options=PruneOptions(0.9, target="openvino"))
+    assert [layer.size for layer in result.layers] == [64 * 64]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            {"pattern": "2:4", "target": "tensorrt"},
+            "would gain from zeros in TensorRT: input channels times places",
+        ),
+        ({"sparsity": 0.5, "target": "openvino"}, "packed for matrix products only; .*inspect --target openvino"),
+    ],
+)
+def test_a_target_that_no_layer_suits_is_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        prune(residual_net(), options=PruneOptions(**given))
+
+
+@pytest.mark.parametrize("given", [{"sparsity": 0.5}, {"pattern": "1:4"}, {"sparsity": 0.5, "pattern": "4x1"}])
+def test_a_target_wants_its_pattern(given: dict[str, Any]) -> None:
+    for options in (PruneOptions, CompressOptions):
+        with pytest.raises(OptionError, match=r"2:4 zeros alone, .*give --pattern 2:4"):
+            options(**given, target="tensorrt")
+    with pytest.raises(OptionError, match="target 'dsp' is unknown"):
+        PruneOptions(0.5, target="dsp")  # type: ignore[arg-type]

@@ -30,6 +30,7 @@ from onnx_asr.report.html import render, write_report
 from onnx_asr.report.sweep_data import sweep_data
 from onnx_asr.sweeping.grid import Cell, PruneGoal
 from onnx_asr.sweeping.result import Outcome, SweepResult
+from onnx_asr.targets.packing import FileUse
 from tests.graphs import copy, digits, images, residual_net
 from tools.paths import MODELS
 
@@ -190,6 +191,13 @@ def test_the_other_commands() -> None:
     assert "repair without --dense" in render(
         inspect_data(Run("inspect", "l", {"model": "m"}), onnx_asr.inspect(model))
     )
+    page = render(inspect_data(Run("inspect", "l", {"model": "m"}), onnx_asr.inspect(model, target="tensorrt")))
+    assert "0.0% of the FLOPs are in layers whose zeros it makes use of" in page
+    assert page.count("fewer than 256 output channels") == len(inspection.layers)
+    use = onnx_asr.inspect(model, target="file").target
+    assert isinstance(use, FileUse)
+    page = render(inspect_data(Run("inspect", "l", {"model": "m"}), onnx_asr.inspect(model, target="file")))
+    assert all(f'<td class="name">{weight.name}</td>' in page for weight in use.weights)
     compressed = onnx_asr.compress(
         dense,
         FOLDER,

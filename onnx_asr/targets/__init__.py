@@ -1,0 +1,1 @@
+"""Where zeros are of use: runtimes, by their documentation, and files."""
