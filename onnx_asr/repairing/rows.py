@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -22,9 +24,13 @@ from onnx_asr.networks.walk import Walk
 from onnx_asr.numerics import patches
 from onnx_asr.numerics.refit import LayerRefit, RefitOptions
 from onnx_asr.numerics.rows import MEMORY, BufferStore, Resources
+from onnx_asr.numerics.workers import Workers
 from onnx_asr.repairing.options import FEW_ROWS, FEW_ROWS_RIDGE, RefitRecipe
 
 MAX_ROW_BYTES = 256 << 20
+"""Input patches of a layer that are held; of more rows, every pass gathers them anew from the layer's input."""
+
+ChunkRows: TypeAlias = patches.ConvRows | patches.MatrixRows
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,8 @@ class RowSampler:
         number: Place among the points with weights; seeds the positions, alike in a graph and its folded version.
         resources: Keep input patches and Gram matrices, and process them.
         kept: Cache of the dense network's sampled outputs: filled, or used by :meth:`add` without them; None for none.
+        lasting: Whether the tensors that :meth:`add` is given last until the point is fitted; else patches are held,
+            and no more rows taken than fit into ``MAX_ROW_BYTES``.
 
     Attributes:
         point: The point.
@@ -69,6 +77,7 @@ class RowSampler:
         number: int,
         resources: Resources,
         kept: list[DenseRows] | None,
+        lasting: bool,
     ) -> None:
         self.point = context.point
         shortcut = [context.shortcut] if context.shortcut is not None and recipe.block_targets else []
@@ -85,7 +94,8 @@ class RowSampler:
         self._positions = self._table = np.empty((0, 0), np.int64)
         self._resources = resources
         self._kept = kept
-        self._x = _Rows(len(calibration.chunks), resources.store)
+        self._lasting = lasting
+        self._x: _Rows | _Unheld = _Rows(len(calibration.chunks), resources.store)
         self._target, self._floor, self._negative = (_Rows(len(calibration.chunks), MEMORY) for _ in range(3))
         self._threshold: tuple[Singles, Mask] | None = None
 
@@ -95,19 +105,23 @@ class RowSampler:
         if dense is None:
             assert self._kept is not None
             rows = self._kept[self._seen // self._calibration.batch_size]
-            x, pick = self._sample(source, rows.shape)
+            chunk = self._sample(source, rows.shape)
         else:
             output, *added = (self._pair.dense_value(dense, name) for name in self._outputs)
-            x, pick = self._sample(source, output.shape)
+            chunk = self._sample(source, output.shape)
             summed = bool(added) and _broadcasts_to(added[0].shape, output.shape)
-            values = pick(output) + pick(np.broadcast_to(added[0], output.shape)) if summed else pick(output)
+            values = chunk.of(output)
+            if summed:
+                values = values + chunk.of(np.broadcast_to(added[0], output.shape))
             rows = DenseRows(output.shape, values, summed)
             if self._kept is not None:
                 self._kept.append(rows)
         if self._seen == 0:
             self._threshold = self._find_threshold(rows.summed)
-        self._x.add(x)
-        below = pick(np.broadcast_to(shortcut[0], rows.shape)) if rows.summed else None
+            if self._lasting and 4 * math.prod(chunk.shape) * len(self._calibration.chunks) > MAX_ROW_BYTES:
+                self._x = _Unheld(self._resources.store)
+        self._x.sample(chunk, self._resources.workers)
+        below = chunk.of(np.broadcast_to(shortcut[0], rows.shape)) if rows.summed else None
         if self._threshold is not None:
             level, usable = self._threshold
             self._negative.add((rows.values <= level) & usable)
@@ -116,8 +130,8 @@ class RowSampler:
         self._target.add(rows.values if below is None else rows.values - below)
         self._seen += self._calibration.batch_size
 
-    def _sample(self, source: Array, shape: tuple[int, ...]) -> tuple[Singles, Callable[[Array], Singles]]:
-        """The chunk's input patches [rows, groups, K], and what takes the same rows [rows, C] of an output."""
+    def _sample(self, source: Array, shape: tuple[int, ...]) -> ChunkRows:
+        """The rows of the chunk whose output has that shape."""
         samples, layer = min(self._calibration.batch_size, self._calibration.count - self._seen), self.point.layer
         if not layer.is_convolution:
             if layer.input_axis == 0:
@@ -126,7 +140,7 @@ class RowSampler:
             if source.size // source.shape[self.point.channel_axis] != height:
                 raise unequal(self.point)
             rows = self._matrix_positions(height, samples)
-            return self._matrix_rows(source, rows)[:, None, :], lambda tensor: self._matrix_rows(tensor, rows)
+            return patches.MatrixRows(source, rows, transposed=self.point.channel_axis == -2)
         if len(source) != shape[0]:
             raise unequal(self.point)
         # more than 1 where the model has cut its input into windows; rounded up where it mixes the samples of a batch
@@ -134,16 +148,17 @@ class RowSampler:
         shapes = source.shape[2:], shape[2:]
         if self._shapes != shapes:
             geometry = conv_geometry(self._pair.pruned.index, self.point, *shapes)
-            width = source.shape[1] * math.prod(geometry.kernel)
-            count = min(self._recipe.rows, max(1, MAX_ROW_BYTES // (4 * width)))
+            count = self._recipe.rows
+            if not self._lasting:
+                width = source.shape[1] * math.prod(geometry.kernel)
+                count = min(count, max(1, MAX_ROW_BYTES // (4 * width)))
             total = self._calibration.count * images
             self._positions = patches.sample_positions(total, math.prod(shape[2:]), count, self._seed)
             self._table = patches.input_positions(geometry, *shapes)
             self._shapes = shapes
         first = min(self._seen * images, len(self._positions) - len(source))
         positions = self._positions[first : first + len(source)]
-        x = patches.gather_patches(source, self._table, positions, layer.layout.groups)
-        return x, lambda tensor: patches.gather_outputs(tensor, positions)
+        return patches.ConvRows(source, self._table, positions, layer.layout.groups)
 
     def _matrix_positions(self, height: int, samples: int) -> Integers:
         """Which of a chunk's ``height`` rows to take: equally many per sample, where all samples have equally many."""
@@ -154,18 +169,25 @@ class RowSampler:
         positions = table[self._seen : self._seen + samples] + size * np.arange(samples)[:, None]
         return positions.ravel()
 
-    def _matrix_rows(self, tensor: Array, rows: Integers) -> Singles:
-        if self.point.channel_axis == -2:
-            tensor = np.swapaxes(tensor, -1, -2)
-        return tensor.reshape(-1, tensor.shape[-1])[rows].astype(np.float32, copy=False)
+    @property
+    def source(self) -> str:
+        """The tensor of the pruned network that the patches come from."""
+        return self.pruned_targets[0]
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the patches are held, so that their source need not last."""
+        return isinstance(self._x, _Rows)
 
     @property
     def inputs(self) -> Singles:
-        """The input patches collected, [rows, groups, taps * C / groups]."""
+        """The input patches that are held, [rows, groups, taps * C / groups]."""
+        assert isinstance(self._x, _Rows)
         return self._x.array
 
     def again(self) -> RowSampler:
         """The same with a copy of the rows, for one more solution: :meth:`refit` uses the rows up."""
+        assert isinstance(self._x, _Rows)
         other = copy(self)
         other._x = self._x.copy()
         return other
@@ -182,13 +204,14 @@ class RowSampler:
             NotFiniteError: Here or in the refit, when activations are not finite.
         """
         layout, recipe = self.point.layer.layout, self._recipe
-        x, floor, negative = self._x.array, None, None
+        x, floor, negative = self._x.array if isinstance(self._x, _Rows) else self._x, None, None
+        count, _, width = x.shape
         if self._threshold is not None:
             negative = self._negative.array
             level, _ = self._threshold
             floor = np.broadcast_to(level, negative.shape) if self._floor.is_empty else self._floor.array
-        ridge = max(recipe.ridge, FEW_ROWS_RIDGE) if len(x) < FEW_ROWS else recipe.ridge
-        one_each = layout.groups == 1 and len(x) == self._calibration.count
+        ridge = max(recipe.ridge, FEW_ROWS_RIDGE) if count < FEW_ROWS else recipe.ridge
+        one_each = layout.groups == 1 and count == self._calibration.count
         return LayerRefit(
             x,
             self._target.array,
@@ -197,7 +220,7 @@ class RowSampler:
             RefitOptions(ridge, recipe.relu_steps, recipe.gain_power, class_steps=recipe.class_steps),
             relu_floor=floor,
             dense_negative=negative,
-            classes=self._context.classes and one_each and len(x) > x.shape[2],  # fewer rows are met as they are
+            classes=self._context.classes and one_each and count > width,  # fewer rows are met as they are
             resources=self._resources,
         )
 
@@ -246,26 +269,36 @@ class _Rows:
         return self._all[: self._filled]
 
     def add(self, part: Array) -> None:
-        """Take the rows of the next chunk; only where samples differ in size may there be more than in the first."""
-        needed = self._filled + len(part)
+        """Take the rows of the next chunk."""
+        self._next(part.shape, part.dtype)[...] = part
+        self._added()
+
+    def sample(self, chunk: ChunkRows, workers: Workers) -> None:
+        """Take the input patches of the next chunk."""
+        room = self._next(chunk.shape, np.dtype(np.float32))
+        workers.run(lambda rows: chunk.take(rows, room[rows]), chunk.pieces())
+        self._added()
+
+    def _next(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """Room for more rows; only where samples differ in size may there be more than in the first chunk."""
+        begin, self._filled = self._filled, self._filled + shape[0]
         if self._all is None:
-            self._all = self._room(self._chunks * len(part), part)
-        elif needed > len(self._all):
-            larger = self._room(len(self._all) + needed, part)
-            larger[: self._filled] = self.array
+            self._all = self._store.allocate((self._chunks * shape[0], *shape[1:]), dtype)
+        elif self._filled > len(self._all):
+            larger = self._store.allocate((len(self._all) + self._filled, *shape[1:]), dtype)
+            larger[:begin] = self._all[:begin]
             self.release()
             self._all = larger
-        self._all[self._filled : needed] = part
-        self._store.set_aside(self._all)
-        self._filled = needed
+        return self._all[begin : self._filled]
 
-    def _room(self, rows: int, like: Array) -> Array:
-        return self._store.allocate((rows, *like.shape[1:]), like.dtype)
+    def _added(self) -> None:
+        assert self._all is not None
+        self._store.set_aside(self._all)
 
     def copy(self) -> _Rows:
         """The same rows, to be changed."""
         other = copy(self)
-        other._all = self._room(self._filled, self.array)
+        other._all = self._store.allocate(self.array.shape, self.array.dtype)
         other._all[...] = self.array
         return other
 
@@ -274,6 +307,42 @@ class _Rows:
         if self._all is not None:
             self._store.release(self._all)
             self._all = None
+
+
+class _Unheld:
+    """Input patches of all chunks that are gathered anew whenever they are taken."""
+
+    def __init__(self, store: BufferStore) -> None:
+        self._store = store
+        self._chunks: list[ChunkRows] = []
+        self._begins = [0]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of all of them: [rows, groups, taps * C / groups]."""
+        return self._begins[-1], *self._chunks[0].shape[1:]
+
+    def sample(self, chunk: ChunkRows, workers: Workers) -> None:
+        """Remember the next chunk."""
+        self._chunks.append(chunk)
+        self._begins.append(self._begins[-1] + chunk.shape[0])
+
+    def take(self, rows: slice) -> Singles:
+        """A new array with some of the rows."""
+        result = np.empty((rows.stop - rows.start, *self.shape[1:]), np.float32)
+        number, begin = bisect_right(self._begins, rows.start) - 1, rows.start
+        while begin < rows.stop:
+            chunk, first = self._chunks[number], self._begins[number]
+            number += 1
+            end = min(rows.stop, self._begins[number])
+            chunk.take(slice(begin - first, end - first), result[begin - rows.start : end - rows.start])
+            self._store.set_aside(chunk.source)
+            begin = end
+        return result
+
+    def release(self) -> None:
+        """Forget them."""
+        self._chunks.clear()
 
 
 def _broadcasts_to(shape: tuple[int, ...], over: tuple[int, ...]) -> bool:
@@ -312,18 +381,33 @@ def sampled(
         for number, item in enumerate(items):
             rows = None if kept is None else kept.setdefault(item.point.node, [])
             resources = walk.resources if draft is not None else replace(walk.resources, store=MEMORY)
-            samplers[item] = RowSampler(pair, item, recipe, calibration, number, resources, rows)
+            samplers[item] = RowSampler(
+                pair, item, recipe, calibration, number, resources, rows, lasting=draft is not None
+            )
         schedule = [[samplers.pop(item) for item in group] for group in steps(pair.pruned.index, items)]
         own = [name for group in schedule for one in group for name in one.pruned_targets]
+        sources = [one.source for group in schedule for one in group]  # once more, when they are no longer needed
         reference = [name for group in schedule for one in group for name in one.dense_targets]
         dense = None if known else walk.lane(Draft(pair.dense), reference if draft is not None else own + reference)
-        pruned = dense if draft is None else walk.lane(draft, own)
+        pruned = dense if draft is None else walk.lane(draft, own + sources)
         assert pruned is not None
         for number in range(len(schedule)):
             execution.progress("refitting", number / len(schedule))
             group, schedule[number] = schedule[number], []  # its rows are free once they were used
             _take_rows(walk, group, pruned, dense)
+            if draft is None:
+                yield group
+                continue
+            held, unheld = ([one.source for one in group if one.is_held is wanted] for wanted in (True, False))
+            _let_go(walk, pruned, held)
             yield group
+            _let_go(walk, pruned, unheld)
+
+
+def _let_go(walk: Walk, lane: Lane, sources: Sequence[str]) -> None:
+    """Request tensors for the last time, which frees those that no later node reads."""
+    for _ in walk.step({lane: sources}):
+        pass
 
 
 def _take_rows(walk: Walk, group: Sequence[RowSampler], pruned: Lane, dense: Lane | None) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from onnx_asr.numerics.patches import (
     ConvGeometry,
+    ConvRows,
+    MatrixRows,
     gather_outputs,
     gather_patches,
     input_positions,
@@ -104,3 +107,40 @@ def test_positions_are_spread_over_every_image(images: int, size: int, rows: int
     np.testing.assert_array_equal(positions, sample_positions(images, size, rows, (seed, 1)))
     if per_image < size // 2 and images > 5:
         assert not np.array_equal(positions, sample_positions(images, size, rows, (seed, 2)))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("per_image", [1, 4, 36])
+def test_rows_of_a_chunk_are_taken_in_any_pieces(groups, per_image):
+    rng = np.random.default_rng(0)
+    tensor = rng.standard_normal((5, 4, 6, 6)).astype(np.float32)
+    geometry = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1), groups, False)
+    table = input_positions(geometry, (6, 6), (6, 6))
+    positions = sample_positions(5, 36, 5 * per_image, (0,))
+    chunk = ConvRows(tensor, table, positions, groups)
+    whole = gather_patches(tensor, table, positions, groups)
+    assert chunk.shape == whole.shape
+    for begin in range(0, len(whole), 3):
+        for end in (begin + 1, begin + 5, len(whole)):
+            rows = slice(begin, min(end, len(whole)))
+            out = np.full(whole[rows].shape, np.nan, np.float32)
+            chunk.take(rows, out)
+            np.testing.assert_array_equal(out, whole[rows])
+    pieces = list(chunk.pieces())
+    assert [piece.start for piece in pieces[1:]] == [piece.stop for piece in pieces[:-1]]
+    assert (pieces[0].start, pieces[-1].stop) == (0, len(whole))
+    np.testing.assert_array_equal(chunk.of(tensor), gather_outputs(tensor, positions))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rows_of_a_matrix_are_taken_in_any_pieces(transposed):
+    tensor = np.random.default_rng(0).standard_normal((3, 7, 4)).astype(np.float32)
+    rows = np.array([0, 5, 6, 11])
+    expected = (np.swapaxes(tensor, 1, 2) if transposed else tensor).reshape(-1, 7 if transposed else 4)[rows]
+    chunk = MatrixRows(tensor, rows, transposed)
+    assert chunk.shape == (4, 1, expected.shape[1])
+    out = np.full((2, *chunk.shape[1:]), np.nan, np.float32)
+    chunk.take(slice(1, 3), out)
+    np.testing.assert_array_equal(out[:, 0], expected[1:3])
+    np.testing.assert_array_equal(chunk.of(tensor), expected)
+    assert sum(piece.stop - piece.start for piece in chunk.pieces()) == 4
