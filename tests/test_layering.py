@@ -18,7 +18,7 @@ FLOORS = (
     {"networks"},
     {"repairing", "targets"},
     {"pruning", "measuring"},
-    {"sweeping"},
+    {"sweeping", "olive"},
     {"report"},
     {"cli"},
 )

@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 from cyclopts import App, ArgumentCollection, CoercionError, CycloptsError, Parameter
 
 from onnx_asr.blas import BLAS_THREADS
-from onnx_asr.cli import making, measuring
+from onnx_asr.cli import making, measuring, pipelines
 from onnx_asr.cli.outcome import BAD_INPUT, DONE, INTERRUPTED
 from onnx_asr.cli.parameters import OUTPUTS, PANELS
 from onnx_asr.cli.supervision import announce, supervised
@@ -76,7 +76,9 @@ _MEASURING = (
     measuring.view,
     measuring.sweep,
 )
-COMMANDS: dict[str, Callable[..., int]] = {function.__name__: function for function in (*_MAKING, *_MEASURING)}
+COMMANDS: dict[str, Callable[..., int]] = {
+    function.__name__.replace("_", "-"): function for function in (*_MAKING, *_MEASURING, pipelines.olive_config)
+}
 for _place, _function in enumerate(COMMANDS.values()):
     PROGRAM.command(_function, sort_key=_place, help_epilogue="", help_format="markdown", **_FORM)
 for _flag in ("--help", "--version"):

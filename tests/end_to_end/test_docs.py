@@ -201,7 +201,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 def options_of_commands() -> dict[str, set[str]]:
     """The options of every command, as docs/options.md lists them."""
-    sections = re.split(r"^## (\w+)$", (DOCS / "options.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    sections = re.split(r"^## ([\w-]+)$", (DOCS / "options.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     rows = (re.findall(r"^\| (`-.*?) \|", text, re.MULTILINE) for text in sections[1::2])
     return {name: set(re.findall(r"--?[\w-]+", " ".join(row))) for name, row in zip(sections[::2], rows, strict=True)}
 
@@ -210,7 +210,7 @@ def test_commands_that_are_shown_have_these_options() -> None:
     known, seen = options_of_commands(), 0
     for path in PAGES:
         text = path.read_text(encoding="utf-8").replace("\\\n", " ")
-        for name, arguments in re.findall(r"\bonnx-resuscitate (\w+) ([^`\n]*)", text):
+        for name, arguments in re.findall(r"\bonnx-resuscitate ([a-z][\w-]*) ([^`\n]*)", text):
             shown = set(re.findall(r"(?<!\S)--?[a-z][\w-]*", arguments.split("#")[0]))
             assert shown <= known[name], f"{path.name}: {name} {arguments}"
             seen += len(shown)
