@@ -123,8 +123,8 @@ def check(
     terminal: Terminal = Terminal(),
 ) -> int:
     """Check a model against bars on accuracy, closeness to its dense model and size; exit code 1 if it misses one."""
-    from onnx_asr.cli.junit import write_junit
     from onnx_asr.measuring.checking import check as run
+    from onnx_asr.report.junit import write_junit
 
     bars, preprocessing = demands.bars(), images.preprocessing()
     bars.check_measurable(data=data is not None, dense=dense is not None)

@@ -16,6 +16,7 @@ from cyclopts import Parameter
 from rich.console import Console, RenderableType
 
 from onnx_asr.cli.parameters import panel
+from onnx_asr.files.outputs import printable
 from onnx_asr.json_values import plain
 
 _SETTLED = 2.0  # seconds of a stage from which its speed is told
@@ -137,8 +138,3 @@ def drop_stdout() -> None:
 def say(kind: str, message: str) -> None:
     """One line on stderr, "error: ..." or "warning: ...", with control characters escaped."""
     print(f"{kind}: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
-
-
-def printable(text: str) -> str:
-    """A text with its control characters, and what is no character at all, escaped."""
-    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)

@@ -222,6 +222,11 @@ def size_text(size: float) -> str:
     return f"{size:.3g} GB"
 
 
+def printable(text: str) -> str:
+    """A text with its control characters, and what is no character at all, escaped."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+
+
 def _descriptor(path: Path) -> int | None:
     """The descriptor of this process that a path names; None for any other path.
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from xml.etree import ElementTree
 
-from onnx_asr.cli.terminal import printable
-from onnx_asr.files.outputs import write_text
+from onnx_asr.files.outputs import printable, write_text
 from onnx_asr.measuring.bars import option_of
 from onnx_asr.measuring.checking import CheckResult
 
