@@ -377,6 +377,35 @@ def dense_net(seed: int = 0) -> onnx.ModelProto:
     return recalibrated(model, {"x": images(256, seed=2000 + seed)})
 
 
+def detector() -> onnx.ModelProto:
+    """One place for every 8 x 8 pixels: box around its middle, objectness, three classes, as [N, 64, 8]."""
+    rows, columns = np.mgrid[:8, :8]
+    middles = np.stack([columns.ravel(), rows.ravel()], axis=1) * 8 + 4
+    return net(
+        """
+        detector (float[N,3,64,64] image) => (float[N,64,8] boxes) {
+          a = Conv <strides=[4,4]> (image, w1, b1)  b = Relu (a)
+          c = Conv <pads=[1,1,1,1]> (b, w2, b2)  d = Relu (c)
+          e = Conv <strides=[2,2]> (d, w3, b3)
+          f = Reshape (e, shape)  g = Transpose <perm=[0,2,1]> (f)
+          xy, wh, s = Split <axis=2> (g, parts)
+          shift = Mul (xy, four)  middle = Add (shift, middles)
+          u = Sigmoid (wh)  sides = Mul (u, size)
+          p = Mul (s, steep)  q = Sigmoid (p)
+          boxes = Concat <axis=2> (middle, sides, q)
+        }
+        """,
+        **{"w1": (16, 3, 4, 4), "w2": (24, 16, 3, 3), "w3": (8, 24, 2, 2), "b1": (16,), "b2": (24,)},
+        b3=np.array([0, 0, 0, 0, 0.2, 0, 0, 0], np.float32),
+        shape=np.array([0, 8, 64]),
+        parts=np.array([2, 2, 4]),
+        middles=middles.astype(np.float32),
+        four=np.float32(4),
+        size=np.float32(24),
+        steep=np.float32(4),
+    )
+
+
 def random_net(seed: int, steps: int = 12, side: int = 5) -> onnx.ModelProto:
     """A random graph from x [1,4,side,side] to y [1,3,side,side] of channel-wise operators, with types."""
     draw = np.random.default_rng(seed)

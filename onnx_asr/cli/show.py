@@ -76,6 +76,7 @@ _SCORES = {
     "top5": ("top-5", "{:.1%}"),
     "agreement": ("agreement", "{:.1%}"),
     "kl": ("KL divergence", "{:.4g}"),
+    "detection_error": ("detection error", "{:.3f}"),
     "snr_db": ("output SNR", "{:.1f} dB"),
 }
 _BARS = {
@@ -372,7 +373,7 @@ def _layers(layers: Sequence[LayerSparsity]) -> Table:
 def _candidates(result: RepairResult) -> Table:
     """The methods that auto tried, the chosen one marked."""
     first = result.candidates[0].fidelity
-    scores = ["metric"] if first.metric is not None else []
+    scores = [name for name in ("metric", "detection_error") if getattr(first, name) is not None]
     scores += ["snr_db"] if first.kl is None and first.snr_db is not None else ["agreement"]
     scores += ["kl"] if first.kl is not None else []
     table = _columns("auto tried", *(f">{_SCORES[name][0]}" for name in scores), ">seconds", "")

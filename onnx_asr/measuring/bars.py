@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from onnx_asr.errors import OptionError
 
 _OF_THE_FILE = ("sparsity", "size")
-AGAINST_DENSE = ("agreement", "kl", "snr_db", "metric")
+AGAINST_DENSE = ("agreement", "kl", "snr_db", "detection_error", "metric")
 _SIGNED = ("snr_db", "metric")
 _SHARES = ("top1", "top5", "agreement", "sparsity")
 
@@ -23,6 +23,7 @@ class Bars:
         min_agreement: Least share of samples with the same largest output as the dense model.
         max_kl: Largest mean KL divergence from the dense model, in nats.
         min_snr_db: Least signal-to-noise ratio of the outputs against the dense model's, in decibels.
+        max_detection_error: Largest distance of what a detector finds from what the dense model finds.
         max_metric: Largest value of a measure of your own (--metric), for which lower is better.
         min_sparsity: Least share of zeros in the weights of all layers, as inspect counts them.
         max_size: Most bytes of the file, with the files of weights beside it; a number with a unit, such as 5MB.
@@ -36,6 +37,7 @@ class Bars:
     min_agreement: float | None = None
     max_kl: float | None = None
     min_snr_db: float | None = None
+    max_detection_error: float | None = None
     max_metric: float | None = None
     min_sparsity: float | None = None
     max_size: int | None = None

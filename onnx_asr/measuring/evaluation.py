@@ -18,6 +18,7 @@ from onnx_asr.errors import DataError, OptionError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource
 from onnx_asr.networks.batching import sampled_inputs, settled_inputs
+from onnx_asr.networks.detection import Detections
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import (
     Fidelity,
@@ -26,6 +27,7 @@ from onnx_asr.networks.fidelity import (
     check_reference,
     collect_outputs,
     compare,
+    detections_in,
     is_classifier,
 )
 from onnx_asr.networks.metric import Metric, MetricSamples, MetricSource, named_outputs
@@ -111,7 +113,9 @@ def evaluate(
         check_reference(dense_outputs)
     if labels is None and dense_outputs is not None and not is_classifier(outputs):
         classes = None  # they only came with the data
-    result = measure(outputs, dense_outputs, None if classes is None else classes[indices], label_offset)
+    detections = None if dense_outputs is None else detections_in(dense_outputs)
+    chosen = None if classes is None else classes[indices]
+    result = measure(outputs, dense_outputs, chosen, label_offset, detections)
     if own is not None and reference is not None and dense_outputs is not None:
         named = named_outputs(reference, dense_outputs)
         result = own.added(result, MetricSamples(dataset, indices), named, outputs)
@@ -120,15 +124,19 @@ def evaluate(
 
 
 def measure(
-    outputs: Outputs, dense: Outputs | None = None, labels: Integers | None = None, label_offset: int = 0
+    outputs: Outputs,
+    dense: Outputs | None = None,
+    labels: Integers | None = None,
+    label_offset: int = 0,
+    detections: Detections | None = None,
 ) -> Fidelity:
-    """Measure outputs that are already computed; see :func:`evaluate`.
+    """Measure outputs that are already computed; see :func:`evaluate` and, for ``detections``, :func:`compare`.
 
     Raises:
         ModelError: The outputs do not fit the dense model's, or are not class scores.
         DataError: A label is not among the model's classes.
     """
-    result = Fidelity(len(outputs[0])) if dense is None else compare(dense, outputs)
+    result = Fidelity(len(outputs[0])) if dense is None else compare(dense, outputs, detections)
     if labels is None:
         return result
     top1, top5 = accuracy(outputs, labels, label_offset)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -15,6 +15,7 @@ from onnx_asr.data import Dataset
 from onnx_asr.engine.session import Runtime, Session
 from onnx_asr.errors import ModelError
 from onnx_asr.graph.index import GraphIndex, ancestors, is_standard
+from onnx_asr.networks.detection import Detections
 from onnx_asr.networks.samples import batch_size_for, feeds, input_specs, whole_batches
 
 _TINY = 1e-12
@@ -32,6 +33,8 @@ class Fidelity:
             where no output is a floating-point number.
         kl: Mean Kullback-Leibler divergence, dense || model, of the class probabilities, in nats.
         snr_db: ``10 log10(sum y_d^2 / sum (y_d - y)^2)`` over all floating-point outputs; infinite where equal.
+        detection_error: For detectors, how far what they find is from what the dense model finds: scores, and boxes
+            where it is confident; see :mod:`onnx_asr.networks.detection`.
         metric: What the user's own measure gave; lower is better.
     """
 
@@ -41,6 +44,7 @@ class Fidelity:
     agreement: float | None = None
     kl: float | None = None
     snr_db: float | None = None
+    detection_error: float | None = None
     metric: float | None = None
 
     @property
@@ -52,11 +56,13 @@ class Fidelity:
     def divergence(self) -> float:
         """The distance of the outputs from the dense model's.
 
-        KL for classifiers; else the relative output error ``10^(-snr/20)``; else, where no output is a floating-point
-        number (ArgMax heads), the share of values that disagree.
+        KL for classifiers; the detection error for detectors; else the relative output error ``10^(-snr/20)``; else,
+        where no output is a floating-point number (ArgMax heads), the share of values that disagree.
         """
         if self.kl is not None:
             return self.kl if math.isfinite(self.kl) else math.inf
+        if self.detection_error is not None:
+            return self.detection_error
         if self.snr_db is not None:
             return float(10 ** (-self.snr_db / 20))
         assert self.agreement is not None, "a distance needs a dense model"
@@ -121,8 +127,13 @@ def _joined(parts: Sequence[Array]) -> Array:
 
 
 @np.errstate(invalid="ignore")
-def compare(dense: Outputs, other: Outputs) -> Fidelity:
-    """Agreement, KL divergence and SNR of a model's outputs against the dense model's, without labels.
+def compare(dense: Outputs, other: Outputs, detections: Detections | None = None) -> Fidelity:
+    """Agreement, KL divergence, SNR and detection error of a model's outputs against the dense model's, without labels.
+
+    Args:
+        dense: The dense model's.
+        other: The other model's.
+        detections: What :func:`detections_in` tells of the dense model's.
 
     Raises:
         ModelError: When the two have different outputs.
@@ -142,14 +153,23 @@ def compare(dense: Outputs, other: Outputs) -> Fidelity:
             signal += float(np.square(exact).sum())
             noise += float(np.square(exact - value).sum())
     snr = _snr(signal, noise) if floating else None
-    agreement = kl = None
+    agreement = kl = detection_error = None
+    if detections is not None:
+        detection_error = math.inf if snr == -math.inf else detections.error(dense, other)
     if is_classifier(dense):
         agreement = float(np.mean(dense[0].argmax(axis=1) == other[0].argmax(axis=1)))
         reference, value = log_probabilities(dense[0]), log_probabilities(other[0])
         kl = float(np.mean((np.exp(reference) * (reference - value)).sum(axis=1)))
     elif snr is None and dense:
         agreement = float(np.mean(dense[0] == other[0]))
-    return Fidelity(len(dense[0]), agreement=agreement, kl=kl, snr_db=snr)
+    return Fidelity(len(dense[0]), agreement=agreement, kl=kl, snr_db=snr, detection_error=detection_error)
+
+
+def detections_in(dense: Outputs) -> Detections | None:
+    """What the outputs of a dense detector mean; None where they are not finite, or those of another network."""
+    if is_classifier(dense) or not_finite(dense) > 0:
+        return None
+    return Detections.of(dense)
 
 
 def check_reference(dense: Outputs) -> None:
@@ -210,18 +230,17 @@ class Noise:
     metric: float = 0.0
 
     @classmethod
-    def between(cls, outputs: Outputs, again: Outputs | None) -> Noise:
+    def between(cls, outputs: Outputs, again: Outputs | None, detections: Detections | None = None) -> Noise:
         """From the dense model's outputs, and those of the same file at another optimisation level if it runs there."""
         classifier = is_classifier(outputs)
         compared = slice(1) if classifier else slice(None)
         floating = [value.dtype for value in outputs[compared] if np.issubdtype(value.dtype, np.floating)]
-        found = None if again is None else compare(outputs[compared], again[compared])
+        found = None if again is None else compare(outputs[compared], again[compared], detections)
         if not floating:
             return cls(0.0 if found is None else LEVELS * found.distance)  # not independent: ties of a few samples
         error = 0.0
         if found is not None and found.snr_db not in (None, -math.inf):  # the latter where a value is not finite
-            assert found.snr_db is not None
-            error = float(10 ** (-found.snr_db / 20))
+            error = replace(found, kl=None).divergence
         relative = max(LEVELS * error, _STEPS, *(float(np.finfo(kind).eps) / 2 for kind in floating))
         samples = len(outputs[0]) if outputs[0].ndim else 1
         if not classifier:

@@ -102,6 +102,8 @@ class SensitivityResult:
             return f"metric {self.metric}"
         if first.kl is not None:
             return "KL divergence"
+        if first.detection_error is not None:
+            return "detection error"
         return "share of unequal outputs" if first.snr_db is None else "relative output error"
 
     @property
@@ -125,7 +127,8 @@ def sensitivity(
 ) -> SensitivityResult:
     """Measure, for every weight alone, how far pruning and refitting it moves the outputs from the dense model's.
 
-    The distance is the KL divergence for classifiers, the relative error otherwise, or the metric of the options. It
+    The distance is the KL divergence for classifiers, the detection error for detectors, the relative error otherwise,
+    or the metric of the options. It
     takes one pass over the
     calibration samples and, for every weight and sparsity, one refit of that layer and one pass over the held-out
     samples: ``calibration + layers * sparsities * held-out`` samples run through the network.

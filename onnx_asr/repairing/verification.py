@@ -16,6 +16,7 @@ from onnx_asr.data.sources import DataSource
 from onnx_asr.engine.session import Runtime
 from onnx_asr.errors import ModelError, OptionError
 from onnx_asr.networks.batching import settled_inputs
+from onnx_asr.networks.detection import Detections
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import (
     LEVELS,
@@ -25,6 +26,7 @@ from onnx_asr.networks.fidelity import (
     check_reference,
     collect_outputs,
     compare,
+    detections_in,
     not_finite,
 )
 from onnx_asr.networks.metric import Metric, MetricSamples, NamedOutputs, named_outputs
@@ -172,7 +174,7 @@ class Verifier:
             ModelError: When onnxruntime cannot run the model, or its outputs do not fit the dense one's.
         """
         outputs = self.samples.outputs(model, self.execution.sessions)
-        fidelity = replace(compare(self._reference, outputs), samples=len(self.samples.verified))
+        fidelity = replace(compare(self._reference, outputs, self._detections), samples=len(self.samples.verified))
         metric = self.samples.metric
         if metric is None:
             return fidelity
@@ -211,8 +213,8 @@ class Verifier:
         try:
             again = self.samples.outputs(self.dense, runtime)
         except ModelError:  # it runs in no other way than the usual one
-            return Noise.between(self._reference, None)
-        noise = Noise.between(self._reference, again)
+            return Noise.between(self._reference, None, self._detections)
+        noise = Noise.between(self._reference, again, self._detections)
         if self.samples.metric is None:
             return noise
         moved = abs(self.samples.metric(self._asked, self._named_reference, again) - self.dense_metric)
@@ -221,6 +223,10 @@ class Verifier:
     @property
     def _asked(self) -> MetricSamples:
         return MetricSamples(self.samples.dataset, self.samples.verified)
+
+    @cached_property
+    def _detections(self) -> Detections | None:
+        return detections_in(self._reference)
 
     @cached_property
     def _named_reference(self) -> NamedOutputs:

@@ -14,6 +14,7 @@ from onnx_asr.sweeping.result import SweepResult
 MEASURES = {
     "metric": "metric, lower is better",
     "top1": "top-1",
+    "detection_error": "detection error",
     "agreement": "agreement with the dense model",
     "snr_db": "output SNR, dB",
 }
@@ -23,7 +24,7 @@ PATTERNS = "N:M patterns"
 def sweep_data(run: Run, result: SweepResult) -> ReportValues:
     """The report of a sweep."""
     values = {method: _values(result, method, result.goals) for method in result.methods}
-    first = min if result.measure == "metric" else max
+    first = min if result.lower_is_better else max
     best = [first((v for v in column if v is not None), default=None) for column in zip(*values.values(), strict=True)]
     rows = []
     for method in result.methods:

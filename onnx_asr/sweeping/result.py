@@ -67,13 +67,21 @@ class SweepResult:
     def measure(self) -> str:
         """The measure that models are compared by.
 
-        The user's own "metric" if there is one, "top1" where there are labels, else "agreement", else "snr_db".
+        The user's own "metric" if there is one, "top1" where there are labels, else "agreement", "detection_error" for
+        detectors, else "snr_db".
         """
         if self.dense.metric is not None:
             return "metric"
         if self.dense.top1 is not None:
             return "top1"
+        if self.dense.detection_error is not None:
+            return "detection_error"
         return "snr_db" if self.dense.agreement is None else "agreement"
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether a smaller value of that measure is better."""
+        return self.measure in ("metric", "detection_error")
 
     @property
     def goals(self) -> list[PruneGoal]:

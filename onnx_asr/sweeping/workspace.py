@@ -19,7 +19,7 @@ from onnx_asr.graph.points import survey, weight_of
 from onnx_asr.json_values import plain
 from onnx_asr.measuring.evaluation import measure
 from onnx_asr.networks.execution import Execution
-from onnx_asr.networks.fidelity import Fidelity, Outputs, collect_outputs, is_classifier
+from onnx_asr.networks.fidelity import Fidelity, Outputs, collect_outputs, detections_in, is_classifier
 from onnx_asr.networks.metric import Metric, MetricSamples, named_outputs
 from onnx_asr.networks.pair import Network
 from onnx_asr.networks.samples import whole_batches
@@ -85,6 +85,7 @@ class Workspace:
         self._indices, self._batch_size = whole_batches(indices, samples.inputs), samples.batch_size
         execution.progress("running the dense model", 0.0)
         self._reference = self._outputs(self.dense, execution)
+        self._detections = detections_in(self._reference)
         self._labels, common = None, plain(settings)
         if self.scored.labels is not None and (setup.labels is not None or is_classifier(self._reference)):
             self._labels = self.scored.labels[self._indices]
@@ -187,7 +188,7 @@ class Workspace:
         return collect_outputs(model, self.scored, self._indices, execution.sessions, self._batch_size)
 
     def _measured(self, outputs: Outputs) -> Fidelity:
-        fidelity = measure(outputs, self._reference, self._labels, self.setup.settings.label_offset)
+        fidelity = measure(outputs, self._reference, self._labels, self.setup.settings.label_offset, self._detections)
         fidelity = replace(fidelity, samples=len(self._indices))
         if self._metric is None:
             return fidelity

@@ -18,7 +18,7 @@ from PIL import Image
 import onnx_asr
 from tests.end_to_end.conftest import PRESET, VALIDATION, cli, environment, run_blocks
 from tests.end_to_end.howto import section
-from tests.graphs import first_output, net
+from tests.graphs import detector, first_output, net
 from tools.paths import ROOT
 
 DOCS = ROOT / "docs"
@@ -67,35 +67,6 @@ def test_graphsurgeon_before_and_after(folder: Path) -> None:
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
     scores = first_output(onnx.load(ROOT / "models" / "digits_resnet.onnx"), (pixels - 0.5) / 0.5)
     assert (probabilities.argmax(axis=1) == scores.argmax(axis=1)).mean() > 0.9
-
-
-def detector() -> onnx.ModelProto:
-    """One place for every 8 x 8 pixels: box around its middle, objectness, three classes, as [N, 64, 8]."""
-    rows, columns = np.mgrid[:8, :8]
-    middles = np.stack([columns.ravel(), rows.ravel()], axis=1) * 8 + 4
-    return net(
-        """
-        detector (float[N,3,64,64] image) => (float[N,64,8] boxes) {
-          a = Conv <strides=[4,4]> (image, w1, b1)  b = Relu (a)
-          c = Conv <pads=[1,1,1,1]> (b, w2, b2)  d = Relu (c)
-          e = Conv <strides=[2,2]> (d, w3, b3)
-          f = Reshape (e, shape)  g = Transpose <perm=[0,2,1]> (f)
-          xy, wh, s = Split <axis=2> (g, parts)
-          shift = Mul (xy, four)  middle = Add (shift, middles)
-          u = Sigmoid (wh)  sides = Mul (u, size)
-          p = Mul (s, steep)  q = Sigmoid (p)
-          boxes = Concat <axis=2> (middle, sides, q)
-        }
-        """,
-        **{"w1": (16, 3, 4, 4), "w2": (24, 16, 3, 3), "w3": (8, 24, 2, 2), "b1": (16,), "b2": (24,)},
-        b3=np.array([0, 0, 0, 0, 0.2, 0, 0, 0], np.float32),
-        shape=np.array([0, 8, 64]),
-        parts=np.array([2, 2, 4]),
-        middles=middles.astype(np.float32),
-        four=np.float32(4),
-        size=np.float32(24),
-        steep=np.float32(4),
-    )
 
 
 def test_a_metric_of_ones_own(folder: Path) -> None:

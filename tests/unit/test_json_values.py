@@ -20,7 +20,7 @@ from tests.graphs import images, net, pruned, residual_net
 
 MODEL, DATA = residual_net(), images(48, seed=1)
 FEW = onnx_asr.RepairOptions("paired", samples=32, verify_samples=16)
-FIDELITY = {"samples", "top1", "top5", "agreement", "kl", "snr_db", "metric"}
+FIDELITY = {"samples", "top1", "top5", "agreement", "kl", "snr_db", "detection_error", "metric"}
 COST = {"parameters", "nonzeros", "flops", "nonzero_flops", "size", "compressed", "unknown"}
 REPAIR = {
     *("options", "improved", "modified", "verification", "candidates", "sparsity", "calibration"),

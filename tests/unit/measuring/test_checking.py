@@ -17,7 +17,7 @@ from onnx_asr.measuring.checking import Criterion
 from onnx_asr.networks.fidelity import Fidelity
 from tests.graphs import net, pruned, residual_net, weights
 
-SCORED = Fidelity(100, top1=0.9, top5=0.99, agreement=0.95, kl=0.04, snr_db=20.0, metric=-0.3)
+SCORED = Fidelity(100, top1=0.9, top5=0.99, agreement=0.95, kl=0.04, snr_db=20.0, detection_error=0.2, metric=-0.3)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,7 @@ SCORED = Fidelity(100, top1=0.9, top5=0.99, agreement=0.95, kl=0.04, snr_db=20.0
         ("min_agreement", 0.95, 0.96),
         ("max_kl", 0.04, 0.039),
         ("min_snr_db", 20.0, 20.5),
+        ("max_detection_error", 0.2, 0.19),
         ("max_metric", -0.3, -0.31),
     ],
 )
