@@ -57,24 +57,36 @@ def saliency(rows: Array, gram: Floats, ridge: float) -> Floats:
     return np.asarray(square * np.maximum(cost, 0.0)[:, None, :]).reshape(rows.shape)
 
 
-def erk_keep(shapes: Sequence[tuple[int, ...]], sizes: Sequence[int], keep: int) -> list[int]:
-    """Entries that each layer keeps at Erdos-Renyi-kernel densities (arXiv 1911.11134), ``keep`` in total.
+def erk_shares(shapes: Sequence[tuple[int, ...]], sizes: Sequence[int]) -> list[float]:
+    """Entries of each layer, up to a factor, at Erdos-Renyi-kernel densities (arXiv 1911.11134).
 
     The density of a layer of shape [C_out, C_in / group, *kernel] and ``size`` entries is proportional to
-    ``sum(shape) / prod(shape)``; layers that would exceed 1 stay dense.
+    ``sum(shape) / prod(shape)``.
     """
-    raw = np.array([sum(shape) / np.prod(shape) for shape in shapes])
-    size = np.asarray(sizes, np.float64)
-    full = np.zeros(len(raw), bool)
+    return [sum(shape) / math.prod(shape) * size for shape, size in zip(shapes, sizes, strict=True)]
+
+
+def proportional_keep(shares: Sequence[float], most: Sequence[int], keep: int) -> list[int]:
+    """Entries that each layer keeps, ``keep`` in total, in proportion to its share but not more than its ``most``.
+
+    Where all layers together have fewer entries than ``keep``, they keep all.
+
+    >>> proportional_keep([3.0, 1.0, 1.0], [2, 9, 9], 8)
+    [2, 3, 3]
+    """
+    share, size = np.array(shares, np.float64), np.asarray(most, np.float64)
+    full = np.zeros(len(share), bool)
+    factor = 0.0
     while not full.all():
-        factor = (keep - size[full].sum()) / (raw * size)[~full].sum()
-        beyond = ~full & (factor * raw > 1)
+        factor = max((keep - size[full].sum()) / share[~full].sum(), 0.0)
+        beyond = ~full & (factor * share > size)
         if not beyond.any():
             break
         full |= beyond
-    wanted = np.where(full, size, np.maximum(factor, 0.0) * raw * size)
+    wanted = np.where(full, size, factor * share)
     counts = np.floor(wanted).astype(int)
-    counts[np.argsort(counts - wanted, kind="stable")[: keep - int(counts.sum())]] += 1
+    room = np.where(counts < size, counts - wanted, np.inf)
+    counts[np.argsort(room, kind="stable")[: min(keep, int(size.sum())) - int(counts.sum())]] += 1
     return [int(count) for count in counts]
 
 

@@ -1,17 +1,36 @@
-"""How zeros are allocated to the weights of a model."""
+"""How zeros are allocated to the weights of a model: by measured costs, or by scopes that are tried."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from onnx_asr.arrays import Array
+from onnx_asr.networks.draft import Draft
+from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.fidelity import Fidelity
 from onnx_asr.networks.operations import Operations
+from onnx_asr.networks.pair import Network, Pair
+from onnx_asr.networks.samples import Calibration
 from onnx_asr.numerics.masks import keep_count
 from onnx_asr.numerics.patterns import Pattern
 from onnx_asr.numerics.scores import cheapest_keep
-from onnx_asr.pruning.masks import PrunableWeight, units_of
+from onnx_asr.pruning.masks import PrunableWeight, make_masks, units_of
+from onnx_asr.pruning.options import Scope
+from onnx_asr.repairing.refit import repair_refit
+from onnx_asr.repairing.rows import DenseRows
+from onnx_asr.repairing.verification import Verifier
+
+TRIED: tuple[Scope, ...] = ("global", "erk", "mixed")
+"""Scopes that "auto" tries, in this order."""
+
+CLOSER = 0.9
+"""Another scope than "global" is chosen if its distance is below this share of that of "global"."""
+
+_SAMPLES, _ROWS = 128, 4000  # of the quick refit
 
 
 @dataclass(frozen=True)
@@ -57,3 +76,89 @@ def unit_flops(operations: Operations, weights: Sequence[PrunableWeight], sizes:
         sum(operations.by_node[point.node] for point in weight.points) / size
         for weight, size in zip(weights, sizes, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class ScopeTrial:
+    """What a quick refit reaches with the zeros shared out by one scope.
+
+    Attributes:
+        scope: How zeros were shared out.
+        fidelity: Of the refitted network to the dense one, on held-out samples.
+        seconds: Wall time.
+    """
+
+    scope: Scope
+    fidelity: Fidelity
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ScopeTrials:
+    """Tries scopes for one network: masks by the scores, a quick refit, and the distance on held-out samples.
+
+    Attributes:
+        dense: The network.
+        weights: Those that are pruned.
+        scores: Of every weight's entries.
+        pattern: Which sets of weights may survive; not N:M.
+        sparsity: Share of units to drop.
+        calibration: Samples to refit on; the first 128 are used.
+        verifier: Measures the distance.
+        execution: How to run.
+    """
+
+    dense: Network
+    weights: Sequence[PrunableWeight]
+    scores: Sequence[Array]
+    pattern: Pattern
+    sparsity: float
+    calibration: Calibration
+    verifier: Verifier
+    execution: Execution
+
+    def run(self, seconds: float | None = None) -> tuple[ScopeTrial, ...]:
+        """Try one scope after the other, but none that would not end within ``seconds`` except the first."""
+        trials: list[ScopeTrial] = []
+        kept: dict[int, list[DenseRows]] = {}
+        begun = time.perf_counter()
+        for number, scope in enumerate(TRIED):
+            if trials and seconds is not None and time.perf_counter() - begun + trials[-1].seconds > seconds:
+                break
+            self.execution.progress(f"trying scope {scope}", number / len(TRIED))
+            started = time.perf_counter()
+            fidelity = self._try(scope, kept)
+            trials.append(ScopeTrial(scope, fidelity, time.perf_counter() - started))
+        return tuple(trials)
+
+    def _try(self, scope: Scope, kept: dict[int, list[DenseRows]]) -> Fidelity:
+        options = self.verifier.samples.options
+        recipe = options.refit
+        quick = replace(recipe, rows=min(_ROWS, recipe.rows), relu_steps=min(1, recipe.relu_steps))
+        draft = Draft(self.dense.index)
+        masks = make_masks(self.weights, self.scores, self.pattern, self.sparsity, scope, seed=options.seed)
+        for weight, mask in zip(self.weights, masks, strict=True):
+            value = self.dense.index.value(weight.tensor)
+            for point in weight.points:
+                draft.set_weight(point, np.where(mask, value, np.zeros((), value.dtype)))
+        calibration, pair = self.calibration.head(_SAMPLES), Pair.with_itself(self.dense)
+        repair_refit(pair, draft, calibration, self.execution.quiet, quick, kept=kept)
+        return self.verifier.fidelity(draft.model())
+
+
+def chosen_scope(trials: Sequence[ScopeTrial]) -> Scope:
+    """The scope to use: "global", unless another one's distance is clearly smaller."""
+    best = min(trials, key=lambda trial: trial.fidelity.distance)
+    usual = trials[0].fidelity.distance
+    return best.scope if best.fidelity.distance < CLOSER * usual else trials[0].scope
+
+
+def scope_note(trials: Sequence[ScopeTrial]) -> tuple[str, ...]:
+    """What was chosen among the scopes that were tried, for the user; nothing where none was."""
+    if not trials:
+        return ()
+    reached = ", ".join(f"{trial.scope} {trial.fidelity.distance:.3g}" for trial in trials)
+    return (
+        f"scope auto: zeros are shared out by '{chosen_scope(trials)}'; distances from the dense model on held-out "
+        f"samples after a quick refit: {reached}",
+    )

@@ -40,6 +40,7 @@ from onnx_asr.networks.pair import Network, Pair
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.sparsity import LayerSparsity, collapse_note
 from onnx_asr.numerics.patterns import Pattern
+from onnx_asr.pruning.allocation import ScopeTrial, ScopeTrials, chosen_scope, scope_note
 from onnx_asr.pruning.masks import (
     PrunableWeight,
     apply_masks,
@@ -50,7 +51,7 @@ from onnx_asr.pruning.masks import (
     split_useless,
     units_of,
 )
-from onnx_asr.pruning.options import CompressOptions
+from onnx_asr.pruning.options import CompressOptions, Scope
 from onnx_asr.pruning.scores import input_factors
 from onnx_asr.repairing.job import RepairJob
 from onnx_asr.repairing.options import chosen
@@ -65,6 +66,9 @@ LAST_ROWS = 2
 
 NARROWING = 2
 """Steps in which a layer loses its weights within a round."""
+
+ALLOCATION_SHARE = 0.25
+"""Share of the time budget for trying scopes."""
 
 LAST_COST = 3.0
 """Roughly how many times a round's seconds the last one takes; only for the time budget."""
@@ -82,6 +86,8 @@ class CompressResult:
         after: Size of the compressed one.
         options: As given.
         round_seconds: Wall time of every round.
+        scope: How zeros were shared out between the layers; None for N:M patterns.
+        scopes: What was tried for it.
         masked: The dense model under the last mask, without repair.
     """
 
@@ -94,6 +100,8 @@ class CompressResult:
     after: Cost
     options: CompressOptions = field(metadata=key("compress"))
     round_seconds: tuple[float, ...]
+    scope: Scope | None
+    scopes: tuple[ScopeTrial, ...]
     masked: onnx.ModelProto = field(repr=False)
 
     @property
@@ -139,14 +147,17 @@ def compress(
     with timed(seconds, "load"):
         dense = Network.of(load(model), "dense", compared=True)
         samples = Samples.of(data, dense, settings, preprocessing, execution, verify=True)
-        if samples.metric is not None:
-            Verifier(dense.index.model, samples, execution).check_reference()
+        verifier = Verifier(dense.index.model, samples, execution) if len(samples.held_out) else None
+        if samples.metric is not None and verifier is not None:
+            verifier.check_reference()
         execution.progress("loading data", 0.0)
         calibration = samples.load()
     probe = Probe({**samples.shapes, **(input_shapes or {})}, execution.runtime)
     before = cost(dense.index, probe)
-    with timed(seconds, "rounds"):
+    with timed(seconds, "allocate"):
         rounds = _Rounds(dense, options, calibration, execution)
+        rounds.share_out(verifier)
+    with timed(seconds, "rounds"):
         weights, masks = rounds.last_masks(round_seconds, begun)
     with timed(round_seconds, "last"):
         masked, layers = apply_masks(dense.index, weights, masks)
@@ -159,13 +170,19 @@ def compress(
             result = verified(job, result, execution)
     execution.progress("done", 1.0)
     return CompressResult(
-        repair=replace(result, seconds=seconds, notes=(*result.notes, *rounds.notes, *collapse_note(layers))),
+        repair=replace(
+            result,
+            seconds=seconds,
+            notes=(*result.notes, *scope_note(rounds.trials), *rounds.notes, *collapse_note(layers)),
+        ),
         layers=layers,
         left_dense=rounds.left_dense,
         before=before,
         after=cost(GraphIndex.of(result.model), probe),
         options=options,
         round_seconds=tuple(round_seconds.values()),
+        scope=rounds.scope,
+        scopes=rounds.trials,
         masked=masked,
     )
 
@@ -190,6 +207,8 @@ class _Rounds:
 
     Attributes:
         left_dense: Layers that pattern or target leave dense, and why.
+        scope: How zeros are shared out between the layers; None for N:M patterns.
+        trials: What was tried for it.
         notes: Notes for the user about the rounds.
     """
 
@@ -203,17 +222,34 @@ class _Rounds:
         self.left_dense = (*narrow, *useless)
         self._factors = _factors(dense, self._weights, calibration, execution)
         self._steps = _schedule(options, pattern)
+        self.scope: Scope | None = None if pattern.n is not None else options.scope
+        self.trials: tuple[ScopeTrial, ...] = ()
         self._seed = options.repair.seed
         self._budget = options.time_budget
         self.notes: tuple[str, ...] = ()
         self._recipe = replace(recipe, relu_steps=min(recipe.relu_steps, 1))
         self._calibration = calibration.head(round(options.round_samples * calibration.count))
         self._execution = execution
-        self._pair = Pair.with_itself(dense)
+        self._dense, self._pair = dense, Pair.with_itself(dense)
         self._kept: dict[int, list[DenseRows]] | None = {} if execution.memory_limit is None else None
         self._dense_values = [dense.index.value(weight.tensor) for weight in self._weights]
         self._values: list[Array] = self._dense_values
         self._masks: list[Mask] = [np.ones(value.shape, bool) for value in self._values]
+
+    def share_out(self, verifier: Verifier | None) -> None:
+        """Choose the scope, where the options leave that open and there are held-out samples to choose by."""
+        if self.scope != "auto":
+            return
+        self.scope = "global"
+        pattern, sparsity = self._steps[-1]
+        if verifier is None or sparsity is None:
+            return
+        scores = [self._score(number, value) for number, value in enumerate(self._values)]
+        limit = None if self._budget is None else ALLOCATION_SHARE * self._budget
+        self.trials = ScopeTrials(
+            self._dense, self._weights, scores, pattern, sparsity, self._calibration, verifier, self._execution
+        ).run(limit)
+        self.scope = chosen_scope(self.trials)
 
     def last_masks(self, seconds: dict[str, float], begun: float) -> tuple[list[PrunableWeight], list[Mask]]:
         """Run all rounds but the last: the weights that take part, and the masks of the last round.
@@ -239,7 +275,7 @@ class _Rounds:
     def _goal(self, step: Step) -> list[Mask]:
         """Masks of the weights that are worth most so far, over all layers."""
         scores = [self._score(number, value) for number, value in enumerate(self._values)]
-        return make_masks(self._weights, scores, *step, "global", seed=self._seed)
+        return make_masks(self._weights, scores, *step, self.scope or "global", seed=self._seed)
 
     def _run(self, step: Step, execution: Execution, *, narrowed: bool) -> None:
         """Refit from the dense weights under the masks of a goal.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from onnx_asr.graph.skips import Reason, Skip
 from onnx_asr.networks.sparsity import LayerSparsity, share_of_zeros
 from onnx_asr.numerics.masks import block_scores, keep_count, keep_largest, keep_n_of_m, spread_blocks
 from onnx_asr.numerics.patterns import Pattern
-from onnx_asr.numerics.scores import erk_keep
+from onnx_asr.numerics.scores import erk_shares, proportional_keep
 from onnx_asr.pruning.options import Scope
 from onnx_asr.targets.rules import TARGETS, RuntimeName
 from onnx_asr.targets.usable import form_of, lost_cause
@@ -171,7 +172,7 @@ def make_masks(
 
     Args:
         weights: The weights.
-        scores: Scores of every weight's entries.
+        scores: Scores of every weight's entries; below 0 where an entry is gone already.
         pattern: Which sets of weights may survive.
         sparsity: Share of units (weights, or blocks) to drop; None for N:M.
         scope: Where scores are compared; ignored for N:M.
@@ -189,9 +190,14 @@ def make_masks(
         return [_spread(weight, mask, pattern) for weight, mask in zip(weights, masks, strict=True)]
     if scope == "layer":
         counts = [keep_count(size, sparsity) for size in sizes]
-    elif scope == "erk":
+    elif scope != "sensitivity":
         shapes = [(weight.layout.channels, weight.layout.inputs, *weight.layout.shape[2:]) for weight in weights]
-        counts = erk_keep(shapes, sizes, total)
+        most = [int(np.count_nonzero(unit >= 0)) for unit in units]
+        counts = proportional_keep(erk_shares(shapes, sizes), most, total)
+        if scope == "mixed":
+            ranked = [int(np.count_nonzero(mask)) for mask in keep_largest(units, total, seed)]
+            shares = [math.sqrt(max(a, 1) * max(b, 1)) for a, b in zip(counts, ranked, strict=True)]
+            counts = proportional_keep(shares, most, total)
     assert counts is not None
     return [keep_units(*each[:2], pattern, each[2], seed) for each in zip(weights, scores, counts, strict=True)]
 

@@ -16,8 +16,12 @@ Score = Literal["magnitude", "row", "lamp", "activation", "variance", "gram"]
 SCORES: tuple[Score, ...] = get_args(Score)
 DATA_AWARE: tuple[Score, ...] = ("activation", "variance", "gram")
 
-Scope = Literal["global", "layer", "erk", "sensitivity"]
-"""Where scores of weights are compared."""
+Scope = Literal["global", "mixed", "erk", "layer", "sensitivity", "auto"]
+"""How zeros are shared out between the layers."""
+CompressScope = Literal["auto", "global", "mixed", "erk"]
+"""How ``compress`` shares zeros out between the layers."""
+MEASURED: tuple[Scope, ...] = ("sensitivity", "auto")
+"""Scopes that need data."""
 ChannelScope = Literal["layer", "global"]
 """Where scores of channels are compared."""
 Measure = Literal["latency", "size", "flops"]
@@ -98,8 +102,9 @@ class PruneOptions(_Goal):
             consecutive output channels together at each input position, such as 4x1.
         target: Leave layers dense whose zeros this runtime would not make use of, by its documentation (see
             ``inspect``).
-        scope: "global" ranks over the whole net; "layer" gives all layers one sparsity; "erk" (Erdos-Renyi-kernel)
-            spares small layers; "sensitivity" tries every layer on the data and allocates zeros where they cost least.
+        scope: "global" ranks over the whole net; "erk" (Erdos-Renyi-kernel) spares small layers; "mixed" is halfway
+            between the two; "layer" gives all layers one sparsity; "sensitivity" tries every layer on the data and
+            allocates zeros where they cost least; "auto" tries global, mixed and erk on the data.
         score: What a weight is worth. "activation", "variance" and "gram" need data; "row" and "variance" suit nets
             whose BatchNormalization was folded.
         include: Prune only nodes or weights whose name matches one of these regular expressions; empty for all that
@@ -132,8 +137,10 @@ class PruneOptions(_Goal):
         check_target(self.target, shape)
         check_choice("scope", self.scope, get_args(Scope))
         check_choice("score", self.score, SCORES)
-        if self.scope == "sensitivity" and shape.n is not None:
-            raise OptionError(f"pattern {shape} sets the sparsity of every layer: drop --scope sensitivity")
+        if self.scope in MEASURED and shape.n is not None:
+            raise OptionError(f"pattern {shape} sets the sparsity of every layer: drop --scope {self.scope}")
+        if self.scope == "auto" and budget is not None:
+            raise OptionError(f"scope 'auto' tries one sparsity: drop target-{budget.measure}, or choose another scope")
         check_at_least("samples", self.samples, 1)
         check_at_least("seed", self.seed, 0)
 
@@ -142,7 +149,7 @@ class PruneOptions(_Goal):
         """The option that needs calibration samples, if any does."""
         if self.score in DATA_AWARE:
             return f"score '{self.score}'"
-        return f"scope '{self.scope}'" if self.scope == "sensitivity" else None
+        return f"scope '{self.scope}'" if self.scope in MEASURED else None
 
 
 @dataclass(frozen=True)
@@ -216,6 +223,8 @@ class CompressOptions:
         pattern: "unstructured", "N:M" or "Nx1", as in ``prune``.
         target: Leave layers dense whose zeros this runtime would not make use of, by its documentation (see
             ``inspect``).
+        scope: How zeros are shared out between the layers: "global", "mixed" or "erk" as in ``prune``; "auto" tries the
+            three with a quick refit, and keeps to "global" unless another comes clearly closer to the dense model.
         rounds: Mask rounds; for N:M at most ``m - n``.
         round_samples: Samples of every round but the last, as a share of all.
         include: Prune only nodes or weights whose name matches one of these regular expressions; empty for all that
@@ -229,6 +238,7 @@ class CompressOptions:
     sparsity: float | None = None
     pattern: str = "unstructured"
     target: RuntimeName | None = field(default=None, kw_only=True)
+    scope: CompressScope = "auto"
     rounds: int = 5
     round_samples: float = 0.5
     include: tuple[str, ...] = ()
@@ -240,6 +250,7 @@ class CompressOptions:
         pattern = Pattern.parse(self.pattern)
         check_sparsity(self.sparsity, pattern)
         check_target(self.target, pattern)
+        check_choice("scope", self.scope, get_args(CompressScope))
         check_at_least("rounds", self.rounds, 1)
         check_time_budget(self.time_budget)
         if not 0 < self.round_samples <= 1:

@@ -22,9 +22,18 @@ from onnx_asr.networks.cost import Cost, compressed_size, cost
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.operations import Operations, Probe
 from onnx_asr.networks.pair import Network
+from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.sparsity import LayerSparsity, collapse_note, share_of_zeros
 from onnx_asr.numerics.patterns import Pattern
-from onnx_asr.pruning.allocation import LayerCosts, layer_costs, unit_flops
+from onnx_asr.pruning.allocation import (
+    LayerCosts,
+    ScopeTrial,
+    ScopeTrials,
+    chosen_scope,
+    layer_costs,
+    scope_note,
+    unit_flops,
+)
 from onnx_asr.pruning.budget import smallest_share
 from onnx_asr.pruning.masks import (
     PrunableWeight,
@@ -34,11 +43,11 @@ from onnx_asr.pruning.masks import (
     split_narrow,
     split_useless,
 )
-from onnx_asr.pruning.options import SENSITIVITY_SPARSITIES, Budget, PruneOptions
+from onnx_asr.pruning.options import MEASURED, SENSITIVITY_SPARSITIES, Budget, PruneOptions, Scope
 from onnx_asr.pruning.scores import Values, data_free_scores, weight_scores
 from onnx_asr.pruning.sensitivity import fidelity_by_weight
 from onnx_asr.repairing.options import RepairOptions, chosen
-from onnx_asr.repairing.verification import Samples
+from onnx_asr.repairing.verification import Samples, Verifier
 
 _FOLDED = (
     "no BatchNormalization follows these layers; where it was folded into them, the magnitudes of different channels "
@@ -53,6 +62,8 @@ class PruneResult:
     Attributes:
         layers: Weights that took part, in file order.
         skips: Nodes with weights that took no part, and why.
+        scope: How zeros were shared out between the layers.
+        scopes: What was tried for it, with scope "auto".
     """
 
     derived: ClassVar = ("sparsity", "helps", "modified")
@@ -64,6 +75,8 @@ class PruneResult:
     layers: tuple[LayerSparsity, ...]
     skips: tuple[Skip, ...] = field(metadata=key("skipped"))
     notes: tuple[str, ...]
+    scope: Scope
+    scopes: tuple[ScopeTrial, ...] = ()
 
     @property
     def sparsity(self) -> float:
@@ -105,7 +118,7 @@ def prune(
     Args:
         model: The dense model: a path, or an object of onnx, onnx-graphsurgeon or onnx-ir, which is not changed.
         data: Calibration samples for scores and scopes that need them, as for :func:`onnx_asr.repair`; else None.
-            Scope "sensitivity" uses them as :func:`onnx_asr.sensitivity` does.
+            Scope "sensitivity" uses them as :func:`onnx_asr.sensitivity` does, "auto" as :func:`onnx_asr.compress`.
         options: Weights to zero, and how many; at least a sparsity, a target or an N:M pattern.
         preprocessing: Of images.
         input_shapes: Shapes of inputs with open sizes, for FLOPs; by default those of a sample or, without data, a
@@ -133,23 +146,33 @@ def prune(
     weights, narrow = split_narrow(weights, pattern)
     weights, useless = split_useless(index, weights, options.target)
     probe = Probe(input_shapes or {}, execution.runtime)
+    scope, trials = options.scope, tuple[ScopeTrial, ...]()
     if data is None:
         scores, costs = (
             data_free_scores(index, [weight.points[0] for weight in weights], options.score, options.seed),
             None,
         )
     else:
-        held_out = RepairOptions.verify_samples if options.scope == "sensitivity" else 0
+        held_out = RepairOptions.verify_samples if options.scope in MEASURED else 0
         settings = RepairOptions("refit", samples=options.samples, verify_samples=held_out, seed=options.seed)
         network = Network.of(dense, "dense", compared=True)
         drawn = Samples.of(data, network, settings, preprocessing, execution, verify=True)
         probe = replace(probe, shapes={**drawn.shapes, **probe.shapes})
-        scores, costs = _measured(network, drawn, weights, options, probe, execution)
+        calibration = drawn.load()
+        scores, costs = _measured(network, drawn, calibration, weights, options, probe, execution)
+        if scope == "auto":
+            assert options.sparsity is not None
+            verifier = Verifier(dense, drawn, execution)
+            verifier.check_reference()
+            trials = ScopeTrials(
+                network, weights, scores, pattern, options.sparsity, calibration, verifier, execution
+            ).run()
+            scope = chosen_scope(trials)
 
     def pruned_to(sparsity: float | None) -> tuple[onnx.ModelProto, tuple[LayerSparsity, ...]]:
         counts = None if costs is None or sparsity is None else costs.keep(sparsity)
         return apply_masks(
-            index, weights, make_masks(weights, scores, pattern, sparsity, options.scope, counts, seed=options.seed)
+            index, weights, make_masks(weights, scores, pattern, sparsity, scope, counts, seed=options.seed)
         )
 
     budget, share = options.budget, options.sparsity
@@ -161,7 +184,7 @@ def prune(
             execution.progress,
         )
     pruned, layers = pruned_to(share)
-    ranked = options.score == "magnitude" and options.scope == "global" and pattern.n is None and len(weights) > 1
+    ranked = options.score == "magnitude" and scope == "global" and pattern.n is None and len(weights) > 1
     folded = ranked and all(weight.points[0].batchnorm is None for weight in weights)
     return PruneResult(
         model=pruned,
@@ -170,13 +193,16 @@ def prune(
         after=cost(GraphIndex.of(pruned), probe),
         layers=layers,
         skips=(*skips, *narrow, *useless),
-        notes=((_FOLDED,) if folded else ()) + collapse_note(layers),
+        notes=(*scope_note(trials), *((_FOLDED,) if folded else ()), *collapse_note(layers)),
+        scope=scope,
+        scopes=trials,
     )
 
 
 def _measured(
     dense: Network,
     samples: Samples,
+    calibration: Calibration,
     weights: Sequence[PrunableWeight],
     options: PruneOptions,
     probe: Probe,
@@ -187,7 +213,7 @@ def _measured(
     The highest sparsity that is tried leaves a quarter of the requested density: no weight ends up with less than that,
     or 0.05. For a target, the density is taken to be about the share that it allows.
     """
-    calibration, budget, sparsity = samples.load(), options.budget, options.sparsity
+    budget, sparsity = options.budget, options.sparsity
     scores = weight_scores(
         dense, [weight.points[0] for weight in weights], options.score, calibration, execution, options.seed
     )

@@ -166,10 +166,10 @@ class Workspace:
         options = CompressOptions(
             goal.sparsity,
             goal.pattern,
-            settings.rounds,
+            rounds=settings.rounds,
             include=settings.include,
             exclude=settings.exclude,
-            repair=self._unverified,
+            repair=settings.repair if settings.repair.verify_samples else self._unverified,
         )
         return compress(self.dense, self.calibration, options, execution=execution).repair
 

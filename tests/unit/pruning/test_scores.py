@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from onnx_asr.errors import OptionError
-from onnx_asr.numerics.scores import cheapest_keep, erk_keep, lamp, row_normalised, saliency
+from onnx_asr.numerics.scores import cheapest_keep, erk_shares, lamp, proportional_keep, row_normalised, saliency
 from onnx_asr.pruning.options import SCORES, PruneOptions
 from onnx_asr.pruning.zeros import prune
 from tests.graphs import copy, dense_net, images, net, parameter, residual_net, run, set_parameter
@@ -68,7 +68,7 @@ def test_saliency_is_what_the_best_compensation_leaves() -> None:
 def test_erk_keeps_exactly_that_many_and_small_layers_denser(shapes: list[tuple[int, ...]], share: float) -> None:
     sizes = [int(np.prod(shape)) for shape in shapes]
     keep = round(share * sum(sizes))
-    counts = erk_keep(shapes, sizes, keep)
+    counts = proportional_keep(erk_shares(shapes, sizes), sizes, keep)
     assert sum(counts) == keep
     assert all(0 <= count <= size for count, size in zip(counts, sizes, strict=True))
     raw = [sum(shape) / size for shape, size in zip(shapes, sizes, strict=True)]
