@@ -4,6 +4,7 @@ from onnx_asr.data import PRESETS as PRESETS
 from onnx_asr.data import Dataset as Dataset
 from onnx_asr.data import Preprocessing as Preprocessing
 from onnx_asr.data import open_data as open_data
+from onnx_asr.detectors.options import DetectorOptions as DetectorOptions
 from onnx_asr.engine.loading import load as load
 from onnx_asr.engine.session import Runtime as Runtime
 from onnx_asr.errors import DataError as DataError

@@ -55,6 +55,7 @@ TABLE: dict[str, Room] = {
     "graph": room("ONNX graphs and files", f"{_ROOT} files", "numpy onnx google"),
     "graph.foreign": room("models of other libraries", "errors", "onnx onnx_graphsurgeon onnx_ir"),
     "data": room("samples", _ROOT, "numpy PIL tomli"),
+    "detectors": room("boxes of detectors, and their precision", _ROOT, "numpy pycocotools"),
     "channels": room("channels and their removal", f"{_ROOT} graph", "numpy onnx"),
     "pairing": room("dense and pruned graph, node by node", f"{_ROOT} graph channels", "numpy onnx"),
     "engine": room("sessions, lanes, buffers", f"{_ROOT} graph", "numpy onnx onnxruntime"),
@@ -62,15 +63,18 @@ TABLE: dict[str, Room] = {
     "repairing": room("repair by every method", f"{_BELOW_NETWORKS} networks", "numpy onnx"),
     "targets": room("where zeros are of use", f"{_ROOT} graph networks", "numpy onnx brotli"),
     "pruning": room("zeros, channels, joint pruning and repair", f"{_BELOW_PURPOSES} targets", "numpy onnx"),
-    "measuring": room("inspection, damage, evaluation", f"{_BELOW_PURPOSES} targets", "numpy onnx"),
+    "measuring": room("inspection, damage, evaluation", f"{_BELOW_PURPOSES} targets detectors", "numpy onnx"),
     "sweeping": room("grids of cells", f"{_BELOW_PURPOSES} pruning measuring ownership files", "numpy onnx"),
     "sweeping.workers": room("cells in other processes", f"{_BELOW_PURPOSES} blas sweeping", "onnx dask distributed"),
     "report": room("results as one HTML page", f"{_BELOW_REPORT} ownership files", "numpy onnx jinja2 matplotlib"),
     "olive": room("a pass of Olive", f"{_BELOW_PURPOSES} pruning", "onnx"),
     "olive.resuscitation": room("the pass itself", f"{_BELOW_PURPOSES} pruning olive", "olive"),
-    "cli": room("parse, call, print", f"{_BELOW_REPORT} ownership blas files report olive", "onnx cyclopts rich"),
+    "demo": room("an embedded net, pruned and repaired", f"{_BELOW_REPORT} files", "onnx"),
+    "cli": room(
+        "parse, call, print", f"{_BELOW_REPORT} detectors ownership blas files report olive demo", "onnx cyclopts rich"
+    ),
     "cli.viewing": room("Netron on a port of this machine", f"{_ROOT} graph ownership cli", "netron"),
-    "__init__": room("the public names, imported when they are asked for", f"{_BELOW_REPORT} ownership"),
+    "__init__": room("the public names, imported when they are asked for", f"{_BELOW_REPORT} detectors ownership"),
     "__main__": room("python -m onnx_asr", "cli"),
 }
 

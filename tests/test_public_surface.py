@@ -18,6 +18,7 @@ import onnx_asr
 NAMES = {
     *("Bars", "CheckResult", "check"),
     *("ChannelPruneOptions", "ChannelPruneResult", "CompressOptions", "CompressResult", "DataError", "Dataset"),
+    *("DetectorOptions",),
     *("Execution", "Fidelity", "Inspection", "Latency", "ModelError", "OnnxAsrError", "OptionError", "OutputError"),
     *("PRESETS", "PointReport", "Preprocessing", "PruneOptions", "PruneResult", "RefitRecipe", "RepairOptions"),
     *("RepairResult", "Runtime", "SensitivityOptions", "SensitivityResult", "ShrinkResult", "Skip", "StructureError"),
@@ -29,7 +30,7 @@ SIGNATURES = {
     "check": "model, bars, fidelity=None",
     "compress": "model, data, options=None, *, preprocessing=None, input_shapes=None, execution=None",
     "evaluate": "model, data, *, dense=None, force=False, preprocessing=None, labels=None, label_offset=0, "
-    "samples=None, seed=0, batch_size=None, metric=None, execution=None",
+    "samples=None, seed=0, batch_size=None, metric=None, detector=None, execution=None",
     "inspect": "model, data=None, *, dense=None, target=None, force=False, preprocessing=None, samples=128, seed=0, "
     "batch_size=None, input_shapes=None, execution=None",
     "load": "source, *, external_links=False",

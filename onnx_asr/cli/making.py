@@ -50,7 +50,7 @@ def demo(
     terminal: Terminal = Terminal(),
 ) -> int:
     """Prune an embedded net until it collapses, repair it with every method, and compare the results."""
-    from onnx_asr.cli.demo import run_demo
+    from onnx_asr.demo.pipeline import run_demo
 
     with terminal.progress() as progress:
         execution = Machine().execution(terminal.verbose, progress)

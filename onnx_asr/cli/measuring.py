@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -27,6 +28,7 @@ from onnx_asr.cli.parameters import (
     Labels,
     Machine,
     Model,
+    Models,
     Plot,
     Repair,
     Report,
@@ -84,7 +86,7 @@ def sensitivity(
 
 
 def evaluate(
-    model: Model,
+    models: Models,
     /,
     *,
     data: Data,
@@ -95,12 +97,16 @@ def evaluate(
     machine: Machine = Machine(),
     terminal: Terminal = Terminal(),
 ) -> int:
-    """Measure a model: top-1 and top-5 with labels; agreement, KL and SNR against a dense model."""
-    preprocessing, network = images.preprocessing(), given_model(model, external_links)
+    """Measure models: top-1 and top-5 with labels; agreement, KL and SNR against a dense model; mAP of detectors."""
+    preprocessing, networks = images.preprocessing(), [given_model(model, external_links) for model in models]
     reference = None if dense is None else given_model(dense, external_links)
-    fidelity = _scored(network, data, reference, scoring, preprocessing, machine, terminal)
-    values = {"model": model, "dense": dense, "data": data, "preprocessing": preprocessing, **plain(fidelity)}
-    terminal.result(values, *show.evaluation(fidelity, model))
+    found = _scored(networks, data, reference, scoring, preprocessing, machine, terminal)
+    results = [{"model": model, **plain(fidelity)} for model, fidelity in zip(models, found, strict=True)]
+    values: dict[str, Any] = {"dense": dense, "data": data, "preprocessing": preprocessing}
+    if scoring.detector.annotations is not None:
+        values["detector"] = scoring.detector
+    values |= results[0] if len(results) == 1 else {"models": results}
+    terminal.result(values, *show.evaluation(models, found))
     return DONE
 
 
@@ -128,12 +134,16 @@ def check(
 
     bars, preprocessing = demands.bars(), images.preprocessing()
     bars.check_measurable(data=data is not None, dense=dense is not None)
-    tables = {"--labels": scoring.labels, "--preprocess": images.preprocess}
+    tables = {
+        "--labels": scoring.labels,
+        "--annotations": scoring.detector.annotations,
+        "--preprocess": images.preprocess,
+    }
     outputs = Outputs.of(terminal, Inputs({"MODEL": model, "--dense": dense}, {"--data": data}, tables), junit=junit)
     network, fidelity = given_model(model, external_links), None
     if data is not None:
         reference = None if dense is None else given_model(dense, external_links)
-        fidelity = _scored(network, data, reference, scoring, preprocessing, machine, terminal)
+        (fidelity,) = _scored([network], data, reference, scoring, preprocessing, machine, terminal)
     result, place = run(network, bars, fidelity), outputs.path("--junit")
     if place is not None:
         write_junit(result, model, place)
@@ -146,20 +156,22 @@ def check(
 
 
 def _scored(
-    model: ModelSource,
+    models: Sequence[ModelSource],
     data: Paths,
     dense: ModelSource | None,
     scoring: Scoring,
     preprocessing: Preprocessing | None,
     machine: Machine,
     terminal: Terminal,
-) -> Fidelity:
+) -> list[Fidelity]:
     """What evaluate measures."""
-    from onnx_asr.measuring.evaluation import evaluate as run
+    from onnx_asr.measuring.evaluation import Scoring as LibraryScoring
+    from onnx_asr.measuring.evaluation import evaluate_all
 
     with terminal.progress() as progress:
         execution = machine.execution(terminal.verbose, progress)
-        return run(model, data, dense=dense, preprocessing=preprocessing, execution=execution, **vars(scoring))
+        how = LibraryScoring(**vars(scoring))
+        return evaluate_all(models, data, how, dense=dense, preprocessing=preprocessing, execution=execution)
 
 
 def inspect(
@@ -230,7 +242,7 @@ def inspect(
 
 
 def view(
-    models: Annotated[tuple[str, ...], Parameter(name="MODEL", help="One or more .onnx files.")],
+    models: Models,
     /,
     *,
     port: Annotated[

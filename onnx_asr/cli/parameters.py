@@ -26,6 +26,7 @@ from onnx_asr.cli.values import (
     share_or_bytes,
 )
 from onnx_asr.data import PRESETS, Preprocessing
+from onnx_asr.detectors.options import DetectorOptions
 from onnx_asr.errors import OptionError
 from onnx_asr.measuring.bars import Bars
 from onnx_asr.pruning.options import SENSITIVITY_SPARSITIES, ChannelPruneOptions, PruneOptions, SensitivityOptions
@@ -43,7 +44,7 @@ P = TypeVar("P", PruneOptions, ChannelPruneOptions)
 _GOAL_TITLE, _CHANNEL_TITLE, _BAR_TITLE = "Goal (one of them)", "With --pattern channel", "Bars (at least one)"
 _TITLES = (
     f"Arguments,Options,{_BAR_TITLE},{_GOAL_TITLE},{_CHANNEL_TITLE},"
-    "Method,Calibration,Refit,Cost,Images,Machine,Display"
+    "Method,Calibration,Refit,Cost,Detector,Images,Machine,Display"
 ).split(",")
 PANELS = {title: Group(title, sort_key=place) for place, title in enumerate(_TITLES)}
 """Headings of the help, in order."""
@@ -101,6 +102,7 @@ def resolved(options: type[T]) -> type[T]:
 
 
 Model = Annotated[str, Parameter(name="MODEL", help="The model, an .onnx file.")]
+Models = Annotated[tuple[str, ...], Parameter(name="MODEL", help="One or more .onnx files.")]
 DenseModel = Annotated[str, Parameter(name="DENSE", help="The dense model, an .onnx file.")]
 Pruned = Annotated[str, Parameter(name="PRUNED", help="The pruned model, an .onnx file.")]
 OUTPUTS = ("--output", "-o", "--report", "--plot", "--junit")
@@ -123,7 +125,11 @@ Labels = Annotated[
     ),
 ]
 LabelOffset = Annotated[
-    int, Parameter(help="Number to add to a label to get the model's class; 1 where class 0 is the background.")
+    int,
+    Parameter(
+        help="Number to add to a label, or to the position of a detector's category, to get the model's class; 1 where "
+        "class 0 is the background."
+    ),
 ]
 Report = Annotated[str | None, Parameter(help="Write an HTML report too; needs the extra 'report'.")]
 Plot = Annotated[str | None, Parameter(help="Draw the table too: .svg or .png; needs the extra 'report'.")]
@@ -299,6 +305,15 @@ class Demands:
         return Bars(**vars(self))
 
 
+@panel("Detector", negative="")
+@resolved
+@dataclass(frozen=True)
+class Detector(DetectorOptions):
+    """How the boxes of a detector are read and compared."""
+
+    annotations: str | None = None
+
+
 @panel("Options")
 @dataclass(frozen=True)
 class Scoring:
@@ -311,6 +326,7 @@ class Scoring:
     batch_size: BatchSize = None
     seed: Seed = 0
     metric: Metric = None
+    detector: Detector = Detector()
 
 
 @panel("Machine")

@@ -13,7 +13,7 @@ from onnx_asr.files.outputs import size_text
 from onnx_asr.measuring.bars import measure_of
 
 if TYPE_CHECKING:
-    from onnx_asr.cli.demo import DemoResult, DemoRow
+    from onnx_asr.demo.pipeline import DemoResult, DemoRow
     from onnx_asr.graph.skips import Skip
     from onnx_asr.measuring.checking import CheckResult, Criterion
     from onnx_asr.measuring.inspection import Inspection, Layer
@@ -78,6 +78,8 @@ _SCORES = {
     "kl": ("KL divergence", "{:.4g}"),
     "detection_error": ("detection error", "{:.3f}"),
     "snr_db": ("output SNR", "{:.1f} dB"),
+    "mean_ap": ("mAP@[.5:.95]", "{:.1%}"),
+    "mean_ap50": ("mAP@.5", "{:.1%}"),
 }
 _BARS = {
     **{name: (label, text.replace(".1%", ".2%")) for name, (label, text) in _SCORES.items()},
@@ -260,9 +262,11 @@ def sweep(result: SweepResult, path: str) -> Shown:
     yield f"cells: {path}"
 
 
-def evaluation(fidelity: Fidelity, path: str) -> Shown:
-    """The scores."""
-    yield _fidelities({os.path.basename(path): fidelity}, f"{fidelity.samples} samples")
+def evaluation(paths: Sequence[str], fidelities: Sequence[Fidelity]) -> Shown:
+    """The scores, model by model."""
+    names = [os.path.basename(path) for path in paths]
+    columns = dict(zip(names if len(set(names)) == len(names) else paths, fidelities, strict=True))
+    yield _fidelities(columns, f"{fidelities[0].samples} samples")
 
 
 def check(result: CheckResult) -> Shown:

@@ -10,7 +10,7 @@ from onnx_asr.errors import OptionError
 _OF_THE_FILE = ("sparsity", "size")
 AGAINST_DENSE = ("agreement", "kl", "snr_db", "detection_error", "metric")
 _SIGNED = ("snr_db", "metric")
-_SHARES = ("top1", "top5", "agreement", "sparsity")
+_SHARES = ("top1", "top5", "agreement", "mean_ap", "mean_ap50", "sparsity")
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Bars:
         max_kl: Largest mean KL divergence from the dense model, in nats.
         min_snr_db: Least signal-to-noise ratio of the outputs against the dense model's, in decibels.
         max_detection_error: Largest distance of what a detector finds from what the dense model finds.
+        min_mean_ap: Least mAP@[.5:.95] of a detector, a share (0.27, not 27); needs --annotations.
+        min_mean_ap50: Least mAP@.5 of a detector.
         max_metric: Largest value of a measure of your own (--metric), for which lower is better.
         min_sparsity: Least share of zeros in the weights of all layers, as inspect counts them.
         max_size: Most bytes of the file, with the files of weights beside it; a number with a unit, such as 5MB.
@@ -38,6 +40,8 @@ class Bars:
     max_kl: float | None = None
     min_snr_db: float | None = None
     max_detection_error: float | None = None
+    min_mean_ap: float | None = None
+    min_mean_ap50: float | None = None
     max_metric: float | None = None
     min_sparsity: float | None = None
     max_size: int | None = None

@@ -115,6 +115,8 @@ def _why_missing(measure: str, fidelity: Fidelity | None) -> str:
             "the data have no labels: give one sub-folder of images per class, --labels TABLE for a folder, or "
             "'labels' in an .npz"
         )
+    if measure in ("mean_ap", "mean_ap50"):
+        return "no boxes were given to compare with: give them with --annotations and --decode"
     if all(getattr(fidelity, name) is None for name in AGAINST_DENSE):
         return "the model was not compared with a dense one: give it with --dense"
     if measure == "metric":

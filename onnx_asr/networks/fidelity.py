@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -36,6 +36,8 @@ class Fidelity:
         detection_error: For detectors, how far what they find is from what the dense model finds: scores, and boxes
             where it is confident; see :mod:`onnx_asr.networks.detection`.
         metric: What the user's own measure gave; lower is better.
+        mean_ap: Mean average precision of a detector over the overlaps 0.5, 0.55, ... 0.95: mAP@[.5:.95].
+        mean_ap50: Its mean average precision at an overlap of 0.5: mAP@.5.
     """
 
     samples: int
@@ -46,6 +48,8 @@ class Fidelity:
     snr_db: float | None = None
     detection_error: float | None = None
     metric: float | None = None
+    mean_ap: float | None = None
+    mean_ap50: float | None = None
 
     @property
     def distance(self) -> float:
@@ -84,14 +88,32 @@ def collect_outputs(
         ModelError: When onnxruntime cannot run the model.
         DataError: When the data do not fit its inputs.
     """
-    index = GraphIndex.of(model)
-    specs = input_specs(index)
-    session = Session(with_outputs(model, compared_outputs(index)), runtime)
+    batches = run_batches(model, compared_outputs(GraphIndex.of(model)), data, indices, runtime, batch_size)
+    parts = [values.values() for _, values in batches]
+    return [joined(part) for part in zip(*parts, strict=True)]
+
+
+def run_batches(
+    model: onnx.ModelProto,
+    names: Sequence[str],
+    data: Dataset,
+    indices: Integers,
+    runtime: Runtime,
+    batch_size: int | None = None,
+) -> Iterator[tuple[Integers, dict[str, Array]]]:
+    """Run a model over samples: for every batch their positions, and these of its tensors, in this order.
+
+    Raises:
+        ModelError: When onnxruntime cannot run the model.
+        DataError: When the data do not fit its inputs.
+    """
+    specs = input_specs(GraphIndex.of(model))
+    session = Session(with_outputs(model, names), runtime)
     step = batch_size_for(specs, batch_size)
     used = whole_batches(indices, specs)
-    batches = (data.batch(used[start : start + step]) for start in range(0, len(used), step))
-    parts = [session.run(feeds(specs, batch)).values() for batch in batches]
-    return [_joined(part) for part in zip(*parts, strict=True)]
+    for start in range(0, len(used), step):
+        positions = used[start : start + step]
+        yield positions, session.run(feeds(specs, data.batch(positions)))
 
 
 def compared_outputs(index: GraphIndex) -> list[str]:
@@ -120,7 +142,8 @@ def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProt
     return result
 
 
-def _joined(parts: Sequence[Array]) -> Array:
+def joined(parts: Sequence[Array]) -> Array:
+    """The outputs on several batches as one array; flat where their number depends on the data."""
     if any(part.ndim == 0 or part.shape[1:] != parts[0].shape[1:] for part in parts):
         return np.concatenate([part.ravel() for part in parts])
     return np.concatenate(parts)

