@@ -62,6 +62,7 @@ class Runtime:
         options.intra_op_num_threads = self.threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.enable_cpu_mem_arena = not self.lean
+        options.enable_mem_pattern = False  # from the second run on it would take one more block beside the first run's
         return options
 
 

@@ -54,7 +54,7 @@ class Execution:
 
 @contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add the wall time of a block to those of the other stages."""
+    """Add the wall time of a block to that of its stage."""
     begun = time.perf_counter()
     yield
-    seconds[stage] = time.perf_counter() - begun
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - begun

@@ -26,8 +26,8 @@ from onnx_asr.repairing.refit import repair_refit
 from onnx_asr.repairing.result import Candidate, RepairResult, Reports, Verification, unconverged
 from onnx_asr.repairing.verification import Verifier
 
-CANDIDATE_SAMPLES = 128
-"""Samples on which the channel rules are tried."""
+MIN_CANDIDATE_SAMPLES, MAX_CANDIDATE_SAMPLES = 32, 128
+"""Samples on which the channel rules are tried: a quarter of all, within these limits."""
 RELIABILITY_POWER = 0.25
 _INTACT = (
     "the outputs of the pruned model are those of the dense one, but for rounding: there is nothing to repair, and the "
@@ -89,15 +89,25 @@ def repair(
         job = RepairJob.of(pruned, reference, data, options, preprocessing, execution)
         execution.progress("loading data", 0.0)
         calibration = job.samples.load()
+    before = None
+    if job.verifier is not None:
+        execution.progress("verifying", 0.0)
+        with timed(seconds, "verify"):
+            before = job.verifier.fidelity(pruned)
+            if job.verifier.noise.covers(before):
+                result = _given_back(job, _result(job, Draft(job.pruned.index), {}, (), calibration), before, "equal")
+                execution.progress("done", 1.0)
+                return replace(result, notes=(*result.notes, _INTACT), seconds=seconds)
     choice = _Choice(job)
     with timed(seconds, "choose"):
         if options.method == "auto":
             choice = _choose(job, calibration, execution)
     with timed(seconds, "repair"):
-        result = choice.refit or run_method(choice.job, calibration, execution)
+        result = choice.result or run_method(choice.job, calibration, execution)
     del calibration  # it may take more memory than everything that the verification needs
     with timed(seconds, "verify"):
-        result = verified(choice.job, result, execution, keep_worse=not choice.candidates)
+        worse = not choice.candidates
+        result = verified(choice.job, result, execution, keep_worse=worse, before=before, after=choice.fidelity)
     execution.progress("done", 1.0)
     return replace(result, candidates=choice.candidates, seconds=seconds)
 
@@ -110,7 +120,13 @@ def run_method(job: RepairJob, calibration: Calibration, execution: Execution) -
         DataError: When the samples do not fill a batch of ``--bn ema``.
     """
     draft = Draft(job.pruned.index)
-    reports, skips = _correct(job, draft, calibration, execution)
+    return _result(job, draft, *_correct(job, draft, calibration, execution), calibration)
+
+
+def _result(
+    job: RepairJob, draft: Draft, reports: Reports, skips: Sequence[Skip], calibration: Calibration
+) -> RepairResult:
+    """The result of a job whose method has filled a draft."""
     points = tuple(reports[position] for position in sorted(reports))
     return RepairResult(
         model=job.written(draft, points, calibration),
@@ -159,30 +175,39 @@ def _correct(
     return gains | statistics | both, [skip for skip in skips if skip.node not in statistics]
 
 
-def verified(job: RepairJob, result: RepairResult, execution: Execution, *, keep_worse: bool = True) -> RepairResult:
+def verified(
+    job: RepairJob,
+    result: RepairResult,
+    execution: Execution,
+    *,
+    keep_worse: bool = True,
+    before: Fidelity | None = None,
+    after: Fidelity | None = None,
+) -> RepairResult:
     """A result with its verification, where there is a dense model and a held-out sample.
 
     The pruned model is given back where it is as close to the dense one as the repaired one, but for rounding, and
-    without ``keep_worse`` where it is closer.
+    without ``keep_worse`` where it is closer. ``before`` and ``after`` are the fidelities of the two, where known.
     """
     verifier = job.verifier
     if verifier is None:
         return result
     execution.progress("verifying", 0.0)
-    before, after = (verifier.fidelity(model) for model in (job.pruned.index.model, result.model))
+    before = before or verifier.fidelity(job.pruned.index.model)
+    after = after or verifier.fidelity(result.model)
     verdict, note = _judged(verifier, before, after)
-    verification = Verification(before, after, job.samples.is_held_out, verdict)
     if before.metric is not None and before.metric < verifier.dense_metric - verifier.noise.metric:
         result = replace(result, notes=(*result.notes, _LOWER_IS_BETTER.format(before.metric, verifier.dense_metric)))
     if verdict == "closer" or (verdict == "further" and keep_worse):
-        return replace(result, verification=verification)
-    return replace(
-        result,
-        model=Draft(job.pruned.index).model(),
-        points=(),
-        notes=(*result.notes, note),
-        verification=replace(verification, after=before),
-    )
+        return replace(result, verification=Verification(before, after, job.samples.is_held_out, verdict))
+    result = _given_back(job, result, before, verdict)
+    return replace(result, notes=(*result.notes, note))
+
+
+def _given_back(job: RepairJob, result: RepairResult, before: Fidelity, verdict: Verdict) -> RepairResult:
+    """A result with the pruned model in place of the repaired one, which was not better."""
+    verification = Verification(before, before, job.samples.is_held_out, verdict)
+    return replace(result, model=Draft(job.pruned.index).model(), points=(), verification=verification)
 
 
 def _judged(verifier: Verifier, before: Fidelity, after: Fidelity) -> tuple[Verdict, str]:
@@ -205,47 +230,62 @@ class _Choice:
     Attributes:
         job: The job with its method.
         candidates: What was tried.
-        refit: The result, if it was chosen and is the one that was tried.
+        result: Its result, where it was tried on all calibration samples.
+        fidelity: The fidelity of that.
     """
 
     job: RepairJob
     candidates: tuple[Candidate, ...] = ()
-    refit: RepairResult | None = None
+    result: RepairResult | None = None
+    fidelity: Fidelity | None = None
 
 
 def _choose(job: RepairJob, calibration: Calibration, execution: Execution) -> _Choice:
     """Try the channel rules on part of the calibration samples and ``refit`` on all: the best on the held-out ones.
 
-    ``refit`` wins where much was pruned, and takes most of the time, so its result is kept.
+    ``refit`` wins where much was pruned, and takes most of the time, so its result is kept; so is that of a channel
+    rule where the part is the whole. What a channel rule brings back up to rounding is not refitted.
     """
     if job.verifier is None:
         method: Method = "bn" if job.pair is None else "refit"
         why = "no dense model to choose by" if job.pair is None else "no held-out samples to choose by"
         note = f"auto: {why}, so '{method}' was used"
         return _Choice(replace(job, options=replace(job.options, method=method), notes=(*job.notes, note)))
-    part = calibration.head(CANDIDATE_SAMPLES)
+    part = calibration.head(max(MIN_CANDIDATE_SAMPLES, min(MAX_CANDIDATE_SAMPLES, calibration.count // 4)))
     begun = time.perf_counter()
     execution.progress("trying the channel rules", 0.0)
-    candidates = _channel_candidates(job, job.verifier, part, execution.quiet)
+    candidates, best = _channel_rules(job, job.verifier, part, execution.quiet)
+    if part.count < calibration.count:
+        best = replace(best, result=None, fidelity=None)
     cost = REFIT_COST * sum(candidate.seconds for candidate in candidates) * calibration.count / part.count
-    notes, refit = job.notes, None
-    if job.options.time_budget is not None and time.perf_counter() - begun + cost > job.options.time_budget:
-        notes = (*notes, "auto: 'refit' was not tried, it would have exceeded the time budget")
+    nearest = min(candidates, key=_distance)
+    notes: tuple[str, ...] = ()
+    if job.verifier.noise.covers(nearest.fidelity):
+        notes = (f"auto: 'refit' was not tried, '{nearest.method}' brought back all but rounding",)
+    elif job.options.time_budget is not None and time.perf_counter() - begun + cost > job.options.time_budget:
+        notes = ("auto: 'refit' was not tried, it would have exceeded the time budget",)
     else:
         execution.progress("trying refit", 0.0)
-        begun, options = time.perf_counter(), replace(job.options, method="refit")
-        refit = run_method(replace(job, options=options), calibration, execution)
+        begun, own = time.perf_counter(), replace(job, options=replace(job.options, method="refit"))
+        result = run_method(own, calibration, execution)
         seconds = time.perf_counter() - begun
-        candidates.append(Candidate(options, job.verifier.fidelity(refit.model), seconds))
-    best = min(candidates, key=lambda candidate: (candidate.fidelity.distance, candidate.fidelity.divergence))
-    kept = refit if best.options.method == "refit" else None
-    return _Choice(replace(job, options=best.options, notes=notes), tuple(candidates), kept)
+        candidates.append(Candidate(own.options, job.verifier.fidelity(result.model), seconds))
+        if _distance(candidates[-1]) < _distance(nearest):
+            best = _Choice(own, (), result, candidates[-1].fidelity)
+    if best.result is None:
+        return replace(best, job=replace(best.job, notes=(*job.notes, *notes)), candidates=tuple(candidates))
+    return replace(best, result=replace(best.result, notes=(*best.result.notes, *notes)), candidates=tuple(candidates))
 
 
-def _channel_candidates(
+def _distance(candidate: Candidate) -> tuple[float, float]:
+    """What the best candidate has least of."""
+    return candidate.fidelity.distance, candidate.fidelity.divergence
+
+
+def _channel_rules(
     job: RepairJob, verifier: Verifier, calibration: Calibration, execution: Execution
-) -> list[Candidate]:
-    """The channel rules worth trying, in one walk."""
+) -> tuple[list[Candidate], _Choice]:
+    """The channel rules worth trying, in one walk, and the best of them."""
     pruned = job.pruned
     tracks: dict[RepairOptions, Track] = {}
     for power in (0.0, RELIABILITY_POWER):
@@ -257,8 +297,12 @@ def _channel_candidates(
     begun = time.perf_counter()
     reports = run_tracks(pruned, job.pair, list(tracks.values()), calibration, execution)
     seconds = (time.perf_counter() - begun) / len(tracks)
-    candidates = []
+    candidates: list[Candidate] = []
+    best = _Choice(job)
     for (options, track), corrected in zip(tracks.items(), reports, strict=True):
-        model = replace(job, options=options).written(track.draft, list(corrected.values()), calibration)
-        candidates.append(Candidate(options, verifier.fidelity(model), seconds))
-    return candidates
+        own = replace(job, options=options)
+        result = _result(own, track.draft, corrected, track.skips, calibration)
+        candidates.append(Candidate(options, verifier.fidelity(result.model), seconds))
+        if min(candidates, key=_distance) is candidates[-1]:
+            best = _Choice(own, (), result, candidates[-1].fidelity)
+    return candidates, best

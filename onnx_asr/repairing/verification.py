@@ -35,6 +35,7 @@ from onnx_asr.networks.samples import Calibration, batch_size_for, fixed_batch, 
 from onnx_asr.repairing.options import RepairOptions
 
 _FEW_NAMES = 5
+_NOISE_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,11 @@ class Samples:
         """
         return whole_batches(self.held_out, self.inputs)
 
-    def outputs(self, model: onnx.ModelProto, runtime: Runtime) -> Outputs:
-        """The outputs of a version of the network on the samples to verify on."""
-        return collect_outputs(model, self.dataset, self.verified, runtime, self.batch_size)
+    def outputs(self, model: onnx.ModelProto, runtime: Runtime, least: int | None = None) -> Outputs:
+        """The outputs of a version of the network on the samples to verify on, or on whole batches of ``least``."""
+        size = self.batch_size
+        chosen = self.verified if least is None else self.verified[: math.ceil(least / size) * size]
+        return collect_outputs(model, self.dataset, chosen, runtime, size)
 
     @property
     def is_held_out(self) -> bool:
@@ -208,16 +211,26 @@ class Verifier:
 
     @cached_property
     def noise(self) -> Noise:
-        """How far rounding moves distances from the dense model: one more run of it, without graph optimisations."""
+        """How far rounding moves distances from the dense model: one more run of it, without graph optimisations.
+
+        A relative error shows on some of the samples; how many values or boxes differ, or how far a metric moves, on
+        all of them.
+        """
         runtime = replace(self.execution.sessions, optimized=False)
+        metric = self.samples.metric
+        floating = all(np.issubdtype(value.dtype, np.floating) for value in self._reference)
+        partly = floating and self._detections is None and metric is None
         try:
-            again = self.samples.outputs(self.dense, runtime)
+            again = self.samples.outputs(self.dense, runtime, _NOISE_SAMPLES if partly else None)
         except ModelError:  # it runs in no other way than the usual one
             return Noise.between(self._reference, None, self._detections)
-        noise = Noise.between(self._reference, again, self._detections)
-        if self.samples.metric is None:
+        same = [whole[: len(part)] for whole, part in zip(self._reference, again, strict=True)]
+        noise = Noise.between(same, again, self._detections)
+        if partly:
+            noise = replace(noise, samples=len(self._reference[0]))
+        if metric is None:
             return noise
-        moved = abs(self.samples.metric(self._asked, self._named_reference, again) - self.dense_metric)
+        moved = abs(metric(self._asked, self._named_reference, again) - self.dense_metric)
         return replace(noise, metric=LEVELS * moved)
 
     @property

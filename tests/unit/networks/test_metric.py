@@ -98,7 +98,7 @@ def test_auto_takes_the_candidate_of_the_lowest_metric() -> None:
     usual = repair(PRUNED, X, RepairOptions(**FEW), dense=DENSE)
     distances = [item.fidelity.kl for item in usual.candidates]
     ranks: list[float] = [5.0, 3.0, 9.0, 4.0]  # paired, paired by rho, bn, refit
-    left = iter([0.0, *ranks])
+    left = iter([20.0, 0.0, 0.0, *ranks])  # the pruned model, then the dense one, twice
     assert usual.options.method == "refit"
 
     def metric(samples: MetricSamples, dense: NamedOutputs, outputs: NamedOutputs) -> float:

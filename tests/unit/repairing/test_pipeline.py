@@ -569,11 +569,11 @@ def test_auto_takes_the_smallest_divergence_on_samples_it_did_not_calibrate_on(
     spy = Spy(monkeypatch)
     model, damaged = model_of(name), pruned_of(name, sparsity)
     x = images(160, seed=8) if name == "residual" else digit_images()[0][:160]
-    common = {"samples": 96, "verify_samples": 64}
+    common = {"samples": 32, "verify_samples": 64}
     result = repair(damaged, x, RepairOptions(**common), dense=model)
     held_out = spy.measured[0]
     assert all(indices == held_out for indices in spy.measured)
-    assert (len(spy.calibrated), len(set(held_out))) == (96, 64)
+    assert (len(spy.calibrated), len(set(held_out))) == (32, 64)
     assert spy.calibrated.isdisjoint(held_out)
     assert {item.options.method for item in result.candidates} == {"paired", "bn", "refit"}
     reference = outputs(model, x[held_out])
