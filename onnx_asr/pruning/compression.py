@@ -163,7 +163,7 @@ def compress(
         masked, layers = apply_masks(dense.index, weights, masks)
         pruned = Network.of(masked, "pruned", compared=True)
         last = replace(settings, refit=replace(settings.refit, rows=LAST_ROWS * settings.refit.rows))
-        job = RepairJob.on(pruned, Pair.between(pruned, dense.index), samples, last, execution)
+        job = RepairJob.on(pruned, Pair.between(pruned, dense.index), samples, last, verifier)
         with timed(seconds, "repair"):
             result = run_method(job, calibration, execution)
         with timed(seconds, "verify"):

@@ -97,12 +97,15 @@ class RepairJob:
         pruned = Network.of(model, "pruned", compared=False) if pair is None else pair.pruned
         check_method(options.method, dense=pair is not None, batchnorm=pruned.survey.has_batchnorm)
         samples = Samples.of(data, pruned, options, preprocessing, execution, verify=pair is not None)
-        job = cls.on(pruned, pair, samples, options, execution)
+        verifier = None
+        if pair is not None and len(samples.held_out):
+            verifier = Verifier(pair.source, samples, execution)
+        job = cls.on(pruned, pair, samples, options, verifier)
         return replace(job, notes=(*job.notes, *collapse_note(job.sparsities)))
 
     @classmethod
     def on(
-        cls, pruned: Network, pair: Pair | None, samples: Samples, options: RepairOptions, execution: Execution
+        cls, pruned: Network, pair: Pair | None, samples: Samples, options: RepairOptions, verifier: Verifier | None
     ) -> RepairJob:
         """A job of parts that fit."""
         sparsities = []
@@ -116,9 +119,6 @@ class RepairJob:
                 f"before an exactly re-estimated BatchNormalization the gains of '{options.method}' cancel, so the "
                 "result equals that of 'bn' (use --bn ema for the paper's protocol)"
             )
-        verifier = None
-        if pair is not None and len(samples.held_out):
-            verifier = Verifier(pair.source, samples, execution)
         if samples.metric is not None and verifier is not None:
             verifier.check_reference()
             notes.append(f"metric {samples.metric.name} of the dense model itself: {verifier.dense_metric:.4g}")

@@ -13,7 +13,6 @@ import pytest
 import onnx_asr
 from onnx_asr import CompressOptions, RepairOptions
 from onnx_asr.engine.session import Session
-from onnx_asr.networks.execution import Execution
 from onnx_asr.pruning.options import SensitivityOptions
 from tests.graphs import digit_images, digits, pruned
 
@@ -22,6 +21,7 @@ PRUNED = pruned(DENSE, 0.8)
 X = digit_images()[0][:320]
 CALIBRATION, HELD_OUT = 192, 96
 PART = 64  # of the calibration, in whole batches, for the channel rules
+TRIED = 128  # of the calibration, for each scope
 NOISE = 64  # of the held-out samples, once more without optimisations
 PROBE = 3  # samples that tell which batches a network takes
 SAMPLES: dict[str, Any] = {"samples": CALIBRATION, "verify_samples": HELD_OUT}
@@ -84,12 +84,12 @@ def test_auto_keeps_the_channel_rule_that_it_tried_on_all_samples(seen: Counter[
     assert set(seen.values()) == {PROBE + 4 * PART + 2 * HELD_OUT + NOISE + 3 * HELD_OUT}
 
 
-@pytest.mark.parametrize("memory_limit", [None])
-def test_the_rounds_of_compress_share_a_run_of_the_dense_network(memory_limit: int | None, seen: Counter[str]) -> None:
-    options = CompressOptions(0.8, rounds=4, round_samples=1.0, repair=RepairOptions(**SAMPLES))
-    onnx_asr.compress(DENSE, X, options, execution=Execution(memory_limit=memory_limit))
+@pytest.mark.parametrize(("scope", "trials"), [("global", 0), ("auto", 4 * TRIED + 3 * HELD_OUT)])
+def test_the_rounds_of_compress_share_a_run_of_the_dense_network(scope: Any, trials: int, seen: Counter[str]) -> None:
+    options = CompressOptions(0.8, scope=scope, rounds=4, round_samples=1.0, repair=RepairOptions(**SAMPLES))
+    onnx_asr.compress(DENSE, X, options)
     rounds = CALIBRATION + 3 * CALIBRATION  # the dense network, and three rounds
-    assert set(seen.values()) == {PROBE + rounds + 2 * CALIBRATION + VERIFICATION}
+    assert set(seen.values()) == {PROBE + trials + rounds + 2 * CALIBRATION + VERIFICATION}
 
 
 def test_every_evaluation_and_inspection_runs_both_networks_once(seen: Counter[str]) -> None:
