@@ -25,7 +25,7 @@ from onnx_asr.graph.skips import Skip
 from onnx_asr.json_values import key, plain
 from onnx_asr.measuring.damage import DAMAGE_SAMPLES, PointDamage, draw_samples, measure_damage
 from onnx_asr.networks.batching import settled_inputs
-from onnx_asr.networks.cost import byte_size, compressed_size
+from onnx_asr.networks.cost import byte_size, compressed_size, leftover_note
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.operations import Probe
 from onnx_asr.networks.pair import Pair, overflow
@@ -255,7 +255,8 @@ def inspect(
         if not np.isfinite([channels.dense_std, channels.std]).all():
             raise overflow(point)
     execution.progress("done", 1.0)
-    return replace(describe(network, damage, calibration.count), notes=pair.notes, target=use)
+    found = describe(network, damage, calibration.count)
+    return replace(found, notes=(*found.notes, *pair.notes), target=use)
 
 
 def _use(model: onnx.ModelProto, target: TargetName, probe: Probe) -> TargetUse | FileUse:
@@ -292,7 +293,7 @@ def describe(
         methods={"with_dense": _methods(found, dense=True), "without_dense": _methods(found, dense=False)},
         metadata={item.key: item.value for item in model.metadata_props if item.key.startswith("onnx_asr.")},
         samples=samples,
-        notes=(),
+        notes=leftover_note(index),
     )
 
 

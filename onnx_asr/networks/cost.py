@@ -15,6 +15,7 @@ from onnx_asr.graph.index import FLOAT_TYPES, GraphIndex, node_reads, subgraphs
 from onnx_asr.graph.tensors import content_of, is_left, size_of, value_of
 from onnx_asr.networks.operations import Operations, Probe
 
+_NAMED = 3  # of initializers that nothing reads
 _FAST = 1  # zlib level: enough to see what zeros are worth
 
 
@@ -79,6 +80,26 @@ def _initializers(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 def byte_size(model: onnx.ModelProto) -> int:
     """Bytes of a model with its weights, those left in their file included."""
     return int(model.ByteSize()) + sum(size_of(tensor) for tensor in model.graph.initializer if is_left(tensor))
+
+
+def leftovers(index: GraphIndex) -> dict[str, onnx.TensorProto]:
+    """Initializers that no node reads and that are no output, by name, in file order."""
+    known = {name: tensor.values for name, tensor in index.sparse.items()} | index.initializers
+    used = {*index.consumers, *index.outputs}
+    return {name: tensor for name, tensor in known.items() if name not in used}
+
+
+def leftover_note(index: GraphIndex) -> tuple[str, ...]:
+    """A note on initializers that nothing reads, where there are any, as some tools leave the weights they replace."""
+    found = leftovers(index)
+    if not found:
+        return ()
+    size = sum(size_of(tensor) if is_left(tensor) else tensor.ByteSize() for tensor in found.values())
+    named = ", ".join(list(found)[:_NAMED]) + (", ..." if len(found) > _NAMED else "")
+    return (
+        f"{len(found)} initializers ({size:,} bytes) that no node reads are left in the file: {named}; a simplifier "
+        "such as onnxslim or onnxsim removes them",
+    )
 
 
 def compressed_size(model: onnx.ModelProto) -> int:

@@ -15,6 +15,7 @@ from onnx_asr.errors import OptionError
 from onnx_asr.graph.model_io import digest
 from onnx_asr.graph.points import weight_of
 from onnx_asr.json_values import plain
+from onnx_asr.networks.cost import leftover_note
 from onnx_asr.networks.draft import Draft
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Network, Pair
@@ -101,7 +102,8 @@ class RepairJob:
         if pair is not None and len(samples.held_out):
             verifier = Verifier(pair.source, samples, execution)
         job = cls.on(pruned, pair, samples, options, verifier)
-        return replace(job, notes=(*job.notes, *collapse_note(job.sparsities)))
+        notes = (*job.notes, *collapse_note(job.sparsities), *leftover_note(pruned.index))
+        return replace(job, notes=notes)
 
     @classmethod
     def on(

@@ -91,6 +91,15 @@ def test_a_metric_of_ones_own(folder: Path) -> None:
     assert not (folder / "worse.onnx").exists()
 
 
+def test_a_model_that_another_tool_pruned(folder: Path) -> None:
+    """Without the benchmark, which needs other nets."""
+    pytest.importorskip("onnxsim")
+    printed = run_blocks(section("Repair what another pruner made").split("```text")[0], folder)
+    assert printed.count("that no node reads are left in the file") == 1
+    for name in ("sparsegpt", "magnitude"):
+        assert agreement(folder / f"{name}-repaired.onnx", "digits_resnet.onnx") > 0.95
+
+
 def photographs(folder: Path, count: int, seed: int) -> None:
     """Smooth random images."""
     folder.mkdir()
