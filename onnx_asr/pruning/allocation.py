@@ -103,8 +103,8 @@ class ScopeTrials:
         scores: Of every weight's entries.
         pattern: Which sets of weights may survive; not N:M.
         sparsity: Share of units to drop.
-        calibration: Samples to refit on; the first 128 are used.
-        verifier: Measures the distance.
+        calibration: Samples to refit on: the first 128, or half of them if there are fewer than twice as many.
+        verifier: Measures the distance on other samples.
         execution: How to run.
     """
 
@@ -141,9 +141,26 @@ class ScopeTrials:
             value = self.dense.index.value(weight.tensor)
             for point in weight.points:
                 draft.set_weight(point, np.where(mask, value, np.zeros((), value.dtype)))
-        calibration, pair = self.calibration.head(_SAMPLES), Pair.with_itself(self.dense)
-        repair_refit(pair, draft, calibration, self.execution.quiet, quick, kept=kept)
+        pair = Pair.with_itself(self.dense)
+        repair_refit(pair, draft, _first(self.calibration), self.execution.quiet, quick, kept=kept)
         return self.verifier.fidelity(draft.model())
+
+
+def _first(calibration: Calibration) -> Calibration:
+    return calibration.head(min(_SAMPLES, calibration.count // 2))
+
+
+def trial_verifier(verifier: Verifier, calibration: Calibration) -> Verifier | None:
+    """What measures the trials: the verifier, or one on calibration samples that they are not refitted on.
+
+    The latter where no samples are held out; None where there are no others.
+    """
+    samples = verifier.samples
+    if len(samples.held_out) and samples.is_held_out:
+        return verifier
+    others = samples.chosen[_first(calibration).count : calibration.count]
+    most = samples.options.verify_samples or type(samples.options).verify_samples
+    return replace(verifier, samples=replace(samples, held_out=others[:most])) if len(others) else None
 
 
 def chosen_scope(trials: Sequence[ScopeTrial]) -> Scope:

@@ -40,7 +40,7 @@ from onnx_asr.networks.pair import Network, Pair
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.networks.sparsity import LayerSparsity, collapse_note
 from onnx_asr.numerics.patterns import Pattern
-from onnx_asr.pruning.allocation import ScopeTrial, ScopeTrials, chosen_scope, scope_note
+from onnx_asr.pruning.allocation import ScopeTrial, ScopeTrials, chosen_scope, scope_note, trial_verifier
 from onnx_asr.pruning.masks import (
     PrunableWeight,
     apply_masks,
@@ -147,8 +147,8 @@ def compress(
     with timed(seconds, "load"):
         dense = Network.of(load(model), "dense", compared=True)
         samples = Samples.of(data, dense, settings, preprocessing, execution, verify=True)
-        verifier = Verifier(dense.index.model, samples, execution) if len(samples.held_out) else None
-        if samples.metric is not None and verifier is not None:
+        verifier = Verifier(dense.index.model, samples, execution)
+        if samples.metric is not None:
             verifier.check_reference()
         execution.progress("loading data", 0.0)
         calibration = samples.load()
@@ -156,14 +156,16 @@ def compress(
     before = cost(dense.index, probe)
     with timed(seconds, "allocate"):
         rounds = _Rounds(dense, options, calibration, execution)
-        rounds.share_out(verifier)
+        rounds.share_out(verifier, calibration)
     with timed(seconds, "rounds"):
         weights, masks = rounds.last_masks(round_seconds, begun)
     with timed(round_seconds, "last"):
         masked, layers = apply_masks(dense.index, weights, masks)
         pruned = Network.of(masked, "pruned", compared=True)
         last = replace(settings, refit=replace(settings.refit, rows=LAST_ROWS * settings.refit.rows))
-        job = RepairJob.on(pruned, Pair.between(pruned, dense.index), samples, last, verifier)
+        job = RepairJob.on(
+            pruned, Pair.between(pruned, dense.index), samples, last, verifier if len(samples.held_out) else None
+        )
         with timed(seconds, "repair"):
             result = run_method(job, calibration, execution)
         with timed(seconds, "verify"):
@@ -236,18 +238,19 @@ class _Rounds:
         self._values: list[Array] = self._dense_values
         self._masks: list[Mask] = [np.ones(value.shape, bool) for value in self._values]
 
-    def share_out(self, verifier: Verifier | None) -> None:
-        """Choose the scope, where the options leave that open and there are held-out samples to choose by."""
+    def share_out(self, verifier: Verifier, calibration: Calibration) -> None:
+        """Choose the scope, where the options leave that open and there are samples to choose by."""
         if self.scope != "auto":
             return
         self.scope = "global"
         pattern, sparsity = self._steps[-1]
-        if verifier is None or sparsity is None:
+        judge = trial_verifier(verifier, calibration)
+        if judge is None or sparsity is None:
             return
         scores = [self._score(number, value) for number, value in enumerate(self._values)]
         limit = None if self._budget is None else ALLOCATION_SHARE * self._budget
         self.trials = ScopeTrials(
-            self._dense, self._weights, scores, pattern, sparsity, self._calibration, verifier, self._execution
+            self._dense, self._weights, scores, pattern, sparsity, calibration, judge, self._execution
         ).run(limit)
         self.scope = chosen_scope(self.trials)
 

@@ -32,6 +32,7 @@ from onnx_asr.pruning.allocation import (
     chosen_scope,
     layer_costs,
     scope_note,
+    trial_verifier,
     unit_flops,
 )
 from onnx_asr.pruning.budget import smallest_share
@@ -162,7 +163,9 @@ def prune(
         scores, costs = _measured(network, drawn, calibration, weights, options, probe, execution)
         if scope == "auto":
             assert options.sparsity is not None
-            verifier = Verifier(dense, drawn, execution)
+            verifier = trial_verifier(Verifier(dense, drawn, execution), calibration)
+            if verifier is None:
+                raise OptionError("scope 'auto' needs two batches of calibration samples or more: give more samples")
             verifier.check_reference()
             trials = ScopeTrials(
                 network, weights, scores, pattern, options.sparsity, calibration, verifier, execution

@@ -126,9 +126,19 @@ def test_global_stays_unless_another_is_clearly_closer() -> None:
     assert chosen_scope(trials(1.0)) == "global"
 
 
-def test_without_held_out_samples_or_time_nothing_is_tried() -> None:
-    unverified = RepairOptions(samples=48, verify_samples=0, refit=SETTINGS.refit)
-    result = compress(lopsided(), images(64, seed=1), CompressOptions(0.6, rounds=1, repair=unverified))
+def test_without_held_out_samples_those_are_measured_on_that_are_not_refitted_on() -> None:
+    unverified = RepairOptions(samples=48, verify_samples=0, batch_size=8, refit=SETTINGS.refit)
+    result = compress(
+        lopsided(), images(64, seed=1), CompressOptions(0.6, rounds=1, round_samples=1, repair=unverified)
+    )
+    assert result.repair.verification is None
+    assert result.scope in ("erk", "mixed")
+    assert {trial.fidelity.samples for trial in result.scopes} == {24}
+
+
+def test_without_samples_or_time_nothing_is_tried() -> None:
+    one = RepairOptions(samples=8, verify_samples=0, batch_size=8, refit=SETTINGS.refit)
+    result = compress(lopsided(), images(64, seed=1), CompressOptions(0.6, rounds=1, repair=one))
     assert (result.scope, result.scopes) == ("global", ())
     hurried = CompressOptions(0.6, rounds=1, time_budget=0.0, repair=SETTINGS)
     assert len(compress(lopsided(), images(64, seed=1), hurried).scopes) == 1
