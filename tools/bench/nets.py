@@ -56,6 +56,9 @@ NETS = {
         "imagenet",
         1,
     ),
+    "yolov5n": Net(
+        {"bn": "coco/yolov5n_coco_bn_416.onnx"}, Preprocessing(scale=1 / 255), ("0.2", "0.3", "0.5"), "coco"
+    ),
 }
 
 
@@ -84,3 +87,11 @@ def imagenet(assets: Path) -> Images:
     pixels = data.batch(np.arange(len(labels)))["image"]
     calibrate = labels % 5 == 0
     return Images(pixels[calibrate], pixels[~calibrate], labels[~calibrate])
+
+
+def coco(assets: Path) -> Images:
+    """Letterbox of 416 x 416 with grey borders; no labels."""
+    spec, steps = InputSpec("image", np.dtype(np.uint8), (None, 416, 416, 3)), Preprocessing(letterbox=416)
+    folders = (open_data(assets / "coco" / name, [spec], preprocessing=steps) for name in ("train2017", "val2017"))
+    calibration, scored = (data.batch(np.arange(len(data.names)))["image"] for data in folders)
+    return Images(calibration, scored, np.zeros(0, np.int64))
