@@ -209,7 +209,7 @@ def test_the_dense_network_is_run_once_for_all_rounds_that_rank(
         compress(
             make(),
             images(50, seed=1),
-            CompressOptions(0.7, rounds=4, repair=options),
+            CompressOptions(0.7, scope="global", rounds=4, repair=options),
             execution=Execution(memory_limit=limit),
         ).model.SerializeToString(deterministic=True)
         for limit in (None, 1 << 30)

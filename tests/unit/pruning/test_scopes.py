@@ -128,9 +128,7 @@ def test_global_stays_unless_another_is_clearly_closer() -> None:
 
 def test_without_held_out_samples_those_are_measured_on_that_are_not_refitted_on() -> None:
     unverified = RepairOptions(samples=48, verify_samples=0, batch_size=8, refit=SETTINGS.refit)
-    result = compress(
-        lopsided(), images(64, seed=1), CompressOptions(0.6, rounds=1, round_samples=1, repair=unverified)
-    )
+    result = compress(lopsided(), images(64, seed=1), CompressOptions(0.6, rounds=1, repair=unverified))
     assert result.repair.verification is None
     assert result.scope in ("erk", "mixed")
     assert {trial.fidelity.samples for trial in result.scopes} == {24}
