@@ -112,6 +112,16 @@ class Detections:
             scales[output] = np.stack([mean, np.maximum(second / np.maximum(weight, _TINY) - np.square(mean), _TINY)])
         return cls(groups, scales)
 
+    def confidences(self, outputs: Sequence[Array], sample: int) -> list[Floats]:
+        """The confidence at all places of one sample, in their shape, by group."""
+        found = []
+        for heads in self.groups:
+            rows = {head.output: head.rows_of(outputs[head.output][sample]).astype(np.float64) for head in heads}
+            shape = outputs[heads[0].output].shape[1:]
+            places = shape[: heads[0].axis] + shape[heads[0].axis + 1 :]
+            found.append(_detected(heads, rows)[0].reshape(places))
+        return found
+
     def error(self, dense: Sequence[Array], other: Sequence[Array]) -> float:
         """The distance ``D`` of another model's outputs; infinite where they are not finite."""
         products = np.zeros(3)  # <s_d, s>, |s_d|^2, |s|^2

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -96,12 +97,14 @@ class Calibration:
         count: Number of samples.
         batch_size: Samples per chunk.
         digest: SHA-256 over the prepared samples in order, whatever the chunks.
+        seen: What dense detectors find in the samples, by the models' identity, once it is known.
     """
 
     chunks: tuple[Chunk, ...]
     count: int
     batch_size: int
     digest: str
+    seen: dict[int, tuple[object, Any]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -112,7 +115,7 @@ class Calibration:
         """The first chunks, as many as hold ``count`` samples (at least one)."""
         number = max(1, math.ceil(count / self.batch_size))
         chunks = self.chunks[:number]
-        return Calibration(chunks, min(self.count, number * self.batch_size), self.batch_size, self.digest)
+        return Calibration(chunks, min(self.count, number * self.batch_size), self.batch_size, self.digest, self.seen)
 
 
 def load_calibration(data: Dataset, indices: Integers, batch_size: int) -> Calibration:

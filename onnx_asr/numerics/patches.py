@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnx_asr.arrays import Array, Integers, Singles
+from onnx_asr.arrays import Array, Floats, Integers, Singles
 
 _PIECE_VALUES = 2**17  # of patches, or of the maps that they come from, that are worth a thread's while
 
@@ -52,6 +52,20 @@ def sample_positions(images: int, size: int, rows: int, seed: tuple[int, ...]) -
     offsets = np.random.default_rng(seed).random((images, per_image))
     drawn = ((np.arange(per_image) + offsets) * (size / per_image)).astype(np.int64)
     return np.minimum(drawn, size - 1)
+
+
+def weighted_positions(shares: Floats, rows: int, seed: tuple[int, ...]) -> Integers:
+    """Seeded output positions [images, P] by their shares [images, size], which add up to 1; some come repeatedly.
+
+    Stratified: the cumulated shares of an image are divided into ``P`` equal runs, from each of which one is drawn.
+    """
+    images, size = shares.shape
+    per_image = min(max(1, rows // images), size)
+    offsets = np.random.default_rng(seed).random((images, per_image))
+    wanted = (np.arange(per_image) + offsets) / per_image
+    edges = np.cumsum(shares, axis=1)
+    drawn = [np.searchsorted(edge, at, side="right") for edge, at in zip(edges, wanted, strict=True)]
+    return np.asarray(np.minimum(np.stack(drawn), size - 1), np.int64)
 
 
 def input_positions(geometry: ConvGeometry, input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> Integers:

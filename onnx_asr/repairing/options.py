@@ -91,6 +91,8 @@ class RefitRecipe:
         block_targets: Match the sum behind a residual Add instead of the layer's own output.
         classifier: Refit Gemm and MatMul nodes too.
         class_steps: Steps that lower the KL divergence of a classifier's outputs; 0 for none.
+        detection_rows: Share of a detector's positions that are drawn by the dense detector's confidence, image by
+            image; 0 for none.
         seed: Seed of the sampled positions.
     """
 
@@ -101,6 +103,7 @@ class RefitRecipe:
     block_targets: bool = True
     classifier: bool = True
     class_steps: int = 20
+    detection_rows: float = 0.7
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -109,6 +112,8 @@ class RefitRecipe:
             if not (math.isfinite(value) and value >= 0):
                 raise OptionError(f"{name.replace('_', '-')} {value} is out of range: give a number from 0 up")
         check_at_least("refit-rows", self.rows, 1)
+        if not 0 <= self.detection_rows <= 1:
+            raise OptionError(f"detection-rows {self.detection_rows} is out of range: give a share, 0 to 1")
 
 
 @dataclass(frozen=True)

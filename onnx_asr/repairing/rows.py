@@ -25,6 +25,7 @@ from onnx_asr.numerics import patches
 from onnx_asr.numerics.refit import LayerRefit, RefitOptions
 from onnx_asr.numerics.rows import MEMORY, BufferStore, Resources
 from onnx_asr.numerics.workers import Workers
+from onnx_asr.repairing.attention import Attention, attention_of
 from onnx_asr.repairing.options import FEW_ROWS, FEW_ROWS_RIDGE, RefitRecipe
 
 MAX_ROW_BYTES = 256 << 20
@@ -61,6 +62,7 @@ class RowSampler:
         kept: Cache of the dense network's sampled outputs: filled, or used by :meth:`add` without them; None for none.
         lasting: Whether the tensors that :meth:`add` is given last until the point is fitted; else patches are held,
             and no more rows taken than fit into ``MAX_ROW_BYTES``.
+        attention: Where the dense network is confident, if it is a detector.
 
     Attributes:
         point: The point.
@@ -78,6 +80,7 @@ class RowSampler:
         resources: Resources,
         kept: list[DenseRows] | None,
         lasting: bool,
+        attention: Attention | None = None,
     ) -> None:
         self.point = context.point
         shortcut = [context.shortcut] if context.shortcut is not None and recipe.block_targets else []
@@ -95,6 +98,7 @@ class RowSampler:
         self._resources = resources
         self._kept = kept
         self._lasting = lasting
+        self._attention = attention
         self._x: _Rows | _Unheld = _Rows(len(calibration.chunks), resources.store)
         self._target, self._floor, self._negative = (_Rows(len(calibration.chunks), MEMORY) for _ in range(3))
         self._threshold: tuple[Singles, Mask] | None = None
@@ -153,7 +157,12 @@ class RowSampler:
                 width = source.shape[1] * math.prod(geometry.kernel)
                 count = min(count, max(1, MAX_ROW_BYTES // (4 * width)))
             total = self._calibration.count * images
-            self._positions = patches.sample_positions(total, math.prod(shape[2:]), count, self._seed)
+            if self._attention is not None and images == 1 and len(shape) == 4:
+                weight = self._recipe.detection_rows
+                shares = self._attention.shares(total, (shape[2], shape[3]), weight)
+                self._positions = patches.weighted_positions(shares, count, self._seed)
+            else:
+                self._positions = patches.sample_positions(total, math.prod(shape[2:]), count, self._seed)
             self._table = patches.input_positions(geometry, *shapes)
             self._shapes = shapes
         first = min(self._seen * images, len(self._positions) - len(source))
@@ -376,13 +385,16 @@ def sampled(
     """
     items = contexts(pair.pruned.index, points)
     known = bool(kept)
+    attention = None
+    if draft is not None and recipe.detection_rows:
+        attention = attention_of(pair.source, calibration, execution.sessions)
     with Walk(calibration, execution) as walk:
         samplers = {}
         for number, item in enumerate(items):
             rows = None if kept is None else kept.setdefault(item.point.node, [])
             resources = walk.resources if draft is not None else replace(walk.resources, store=MEMORY)
             samplers[item] = RowSampler(
-                pair, item, recipe, calibration, number, resources, rows, lasting=draft is not None
+                pair, item, recipe, calibration, number, resources, rows, lasting=draft is not None, attention=attention
             )
         schedule = [[samplers.pop(item) for item in group] for group in steps(pair.pruned.index, items)]
         own = [name for group in schedule for one in group for name in one.pruned_targets]

@@ -17,6 +17,7 @@ from onnx_asr.numerics.patches import (
     gather_patches,
     input_positions,
     sample_positions,
+    weighted_positions,
 )
 
 
@@ -144,3 +145,18 @@ def test_rows_of_a_matrix_are_taken_in_any_pieces(transposed):
     np.testing.assert_array_equal(out[:, 0], expected[1:3])
     np.testing.assert_array_equal(chunk.of(tensor), expected)
     assert sum(piece.stop - piece.start for piece in chunk.pieces()) == 4
+
+
+def test_weighted_positions_follow_the_shares() -> None:
+    generator = np.random.default_rng(0)
+    shares = generator.uniform(0, 1, (3, 40)) ** 4
+    shares /= shares.sum(axis=1, keepdims=True)
+    shares[1] = np.eye(40)[7]
+    positions = weighted_positions(shares, 60, (1, 2))
+    assert positions.shape == (3, 20)
+    assert set(positions[1]) == {7}
+    np.testing.assert_array_equal(positions, weighted_positions(shares, 60, (1, 2)))
+    counts = sum(np.bincount(weighted_positions(shares, 60, (0, k))[0], minlength=40) for k in range(500))
+    np.testing.assert_allclose(counts / counts.sum(), shares[0], atol=0.004)
+    assert np.abs(np.bincount(positions[0], minlength=40) - 20 * shares[0]).max() < 1.5  # strata: not all at random
+    assert weighted_positions(shares, 10**6, (1, 2)).shape == (3, 40)  # as many as there are, some repeatedly
