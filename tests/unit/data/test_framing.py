@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from fractions import Fraction
 from math import floor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,10 +14,10 @@ from PIL import Image
 from onnx_asr.data import PRESETS, Dataset, InputSpec, Preprocessing, open_data
 from onnx_asr.data.framing import Frame, opencv_linear
 from onnx_asr.errors import DataError, OptionError
+from tests.scorer import scorer
 from tests.unit.data.samples import ANY, FLOAT, pixels, write_image
 from tools.paths import ASSETS
 
-SCORER = ASSETS.parent / "tools" / "score_coco.py"
 WIDE = InputSpec("input", FLOAT, (None, 3, 20, 32))
 SQUARE = InputSpec("input", FLOAT, (None, 3, 16, 16))
 
@@ -89,34 +87,19 @@ def test_opencv_linear_is_what_opencv_does() -> None:
         assert np.array_equal(opencv_linear(image, (wanted_width, wanted_height)), expected), image.shape
 
 
-@pytest.fixture(scope="module")
-def scorer() -> ModuleType:
-    """Another tool that prepares images for detectors."""
-    if not SCORER.exists():
-        pytest.skip("needs ../shared/tools/score_coco.py")
-    pytest.importorskip("cv2", reason="OpenCV is not installed")
-    spec = importlib.util.spec_from_file_location("score_coco", SCORER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize(("preset", "kind"), [(name, name) for name in ("yolox", "yolov5", "nanodet", "fastestdet")])
+@pytest.mark.parametrize("kind", ["yolox", "yolov5", "nanodet", "fastestdet"])
 @pytest.mark.parametrize("sides", [(416, 416), (352, 640)])
-def test_presets_prepare_images_as_the_scorer_does(
-    scorer: ModuleType, tmp_path: Path, preset: str, kind: str, sides: tuple[int, int]
-) -> None:
+def test_presets_prepare_images_as_the_scorer_does(tmp_path: Path, kind: str, sides: tuple[int, int]) -> None:
     photographs = sorted((ASSETS / "coco" / "val2017").glob("*.jpg"))[:3]
     if not photographs:
         pytest.skip("needs ../shared/assets/coco")
     (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in photographs))
     spec = InputSpec("images", FLOAT, (1, 3, *sides))
-    dataset = open_data(tmp_path / "list.txt", [spec], preprocessing=PRESETS[preset])
+    dataset = open_data(tmp_path / "list.txt", [spec], preprocessing=PRESETS[kind])
+    other = scorer()
     for index, path in enumerate(photographs):
-        image = scorer.cv2.imread(str(path))
-        expected, (scale_x, scale_y, left, top) = scorer.KINDS[kind][0](image, *sides)
+        image = other.cv2.imread(str(path))
+        expected, (scale_x, scale_y, left, top) = other.KINDS[kind][0](image, *sides)
         np.testing.assert_allclose(dataset.load(index)["images"], expected[0], rtol=0, atol=1e-5)
         frame = dataset.frame(index)
         assert frame is not None

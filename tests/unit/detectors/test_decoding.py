@@ -11,6 +11,7 @@ from onnx_asr.detectors import DECODINGS, DecodingName
 from onnx_asr.detectors.boxes import Boxes
 from onnx_asr.detectors.decoding import decoding
 from onnx_asr.errors import ModelError
+from tests.scorer import scorer
 
 SIZE = (96, 64)  # width, height
 CLASSES = 5
@@ -249,3 +250,37 @@ def test_values_beyond_all_bounds_are_no_boxes() -> None:
 def test_other_outputs_are_refused(name: DecodingName, outputs: Outputs, count: int, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         decoding(name)(outputs, SIZE, count)
+
+
+def drawn(name: DecodingName) -> Outputs:
+    """Random outputs for an input of 96 x 64 pixels and 80 classes."""
+    random = np.random.default_rng(0)
+    if name == "nanodet":
+        shapes = {f"{kind}{cells}": (1, cells, size) for cells in (96, 24, 6) for kind, size in (("c", 80), ("d", 32))}
+        values = {key: random.normal(0, 2, shape) for key, shape in shapes.items()}
+        return {key: 1 / (1 + np.exp(-value)) if key[0] == "c" else value for key, value in values.items()}
+    if name == "yolofastestv2":
+        maps = [(size, *sides) for sides in ((4, 6), (2, 3)) for size in (12, 3, 80)]
+        return {str(number): random.normal(0, 2, (1, *shape)) for number, shape in enumerate(maps)}
+    shape = {"yolox": (1, 126, 85), "yolov5": (1, 99, 85), "yolov8": (1, 84, 99), "fastestdet": (1, 85, 4, 6)}[name]
+    values = random.normal(0, 1, shape)
+    channels = np.moveaxis(values, 1 if name in ("yolov8", "fastestdet") else -1, -1)  # a view
+    scores = [0, *range(5, 85)] if name == "fastestdet" else list(range(4, channels.shape[-1]))
+    channels[..., scores] = 1 / (1 + np.exp(-channels[..., scores]))
+    return {"out": values}
+
+
+@pytest.mark.parametrize("name", ["yolox", "yolov5", "yolov8", "nanodet", "fastestdet", "yolofastestv2"])
+def test_as_another_tool_decodes(name: DecodingName) -> None:
+    other, outputs = scorer(), {key: value.astype(np.float32) for key, value in drawn(name).items()}
+    _, decode, floor, iou = other.KINDS["yolov5" if name == "yolov8" else name]
+    corners, scores = decode(list(outputs.values()), SIZE[1], SIZE[0])
+    corners, scores, classes = other.select(corners, scores, floor, iou)
+    how = decoding(name)
+    assert how.iou == iou
+    found = how(outputs, SIZE, 1)[0].selected(how.iou)
+    assert len(found) == len(scores) > 50
+    np.testing.assert_allclose(found.scores, scores, rtol=1e-5)
+    order, mine = np.lexsort((classes, corners[:, 0])), np.lexsort((found.classes, found.corners[:, 0]))
+    assert np.mean(found.classes[mine] == classes[order]) > 0.98  # scores that are equal may change places
+    np.testing.assert_allclose(np.sort(found.corners, axis=0), np.sort(corners, axis=0), rtol=1e-4, atol=1e-3)

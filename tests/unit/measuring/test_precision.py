@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from onnx_asr import PRESETS, DataError, Dataset, DetectorOptions, Fidelity, Mod
 from onnx_asr.measuring.evaluation import Scoring, evaluate_all
 from tests.detectors import BOXES, SIDE, SIZES, annotations, detector, placed, write_annotations, write_images
 from tests.graphs import net
+from tests.scorer import scorer
 from tools.paths import ASSETS
 
 pytest.importorskip("pycocotools", reason="pycocotools is not installed")
@@ -221,15 +221,10 @@ def test_placement_in_the_fixture_is_that_of_the_preset() -> None:
 )
 def test_as_another_tool_scores(path: str, kind: Any, tmp_path: Path) -> None:
     """A few real images, scored by an independent script; all of them agree to 0.01 points."""
-    script, folder = ASSETS.parent / "tools" / "score_coco.py", ASSETS / "coco"
-    if not script.exists() or not (ASSETS / path).exists():
-        pytest.skip("needs ../shared")
-    cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
-    spec = importlib.util.spec_from_file_location("score_coco", script)
-    assert spec is not None
-    assert spec.loader is not None
-    scorer = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(scorer)
+    other, folder = scorer(), ASSETS / "coco"
+    if not (ASSETS / path).exists():
+        pytest.skip("needs ../shared/assets")
+    cv2 = pytest.importorskip("cv2")
     import onnxruntime
 
     content = json.loads((folder / "instances_val2017_328.json").read_text())
@@ -240,17 +235,17 @@ def test_as_another_tool_scores(path: str, kind: Any, tmp_path: Path) -> None:
 
     session = onnxruntime.InferenceSession(ASSETS / path, providers=["CPUExecutionProvider"])
     one = session.get_inputs()[0]
-    prepare, decode, floor, iou = scorer.KINDS[kind]
+    prepare, decode, floor, iou = other.KINDS[kind]
     detections = []
     for image in content["images"]:
         pixels = cv2.imread(str(folder / "val2017" / image["file_name"]))
-        boxes, scores, classes, _ = scorer.detect(
+        boxes, scores, classes, _ = other.detect(
             lambda x: session.run(None, {one.name: x}), pixels, prepare, decode, *one.shape[2:], floor, iou
         )
         detections += [
             {
                 "image_id": image["id"],
-                "category_id": scorer.COCO_IDS[number],
+                "category_id": other.COCO_IDS[number],
                 "bbox": [left, top, right - left, bottom - top],
                 "score": score,
             }
@@ -261,7 +256,7 @@ def test_as_another_tool_scores(path: str, kind: Any, tmp_path: Path) -> None:
     truth = COCO()
     truth.dataset = content
     truth.createIndex()
-    stats = scorer.evaluate(truth, detections, numbers)
+    stats = other.evaluate(truth, detections, numbers)
     assert found.samples == 8
     assert found.mean_ap == pytest.approx(stats[0], abs=1e-4)
     assert found.mean_ap50 == pytest.approx(stats[1], abs=1e-4)
