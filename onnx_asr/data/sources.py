@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -144,9 +145,12 @@ def _paths(source: object) -> list[str | os.PathLike[str]] | None:
 
 def _joined(paths: Sequence[str | os.PathLike[str]], open_one: Callable[[Path], Dataset]) -> Dataset:
     places = [Path(path) for path in paths]
-    for number, place in enumerate(places):
-        if any(os.path.realpath(place) == os.path.realpath(other) for other in places[:number]):
-            raise DataError(f"{place} is given twice: give every folder or file of samples once")
+    for one, other in permutations(places, 2):
+        inner, outer = (Path(os.path.realpath(place)) for place in (one, other))
+        if inner == outer:
+            raise DataError(f"{one} is given twice: give every folder or file of samples once")
+        if inner.is_dir() and inner.is_relative_to(outer):
+            raise DataError(f"{one} lies in {other}, whose images are read with it: give only one of them")
     if len(places) == 1:
         return open_one(places[0])
     return JoinedDataset([(place, open_one(place)) for place in places])

@@ -157,7 +157,9 @@ def test_broken_images_of_several_places(tmp_path: Path, folder: Path) -> None:
 
 def test_several_places_refused(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(DataError, match=r"images is given twice: give every folder or file of samples once"):
-        open_data([folder, tmp_path / "images" / "..", folder / "."], [RGB8], preprocessing=UNIT)
+        open_data([folder, folder / ".." / "images"], [RGB8], preprocessing=UNIT)
+    with pytest.raises(DataError, match=r"images lies in .*, whose images are read with it: give only one of them"):
+        open_data([tmp_path, folder], [RGB8], preprocessing=UNIT)
     with pytest.raises(DataError, match=r"nowhere does not exist"):
         open_data([folder, tmp_path / "nowhere"], [RGB8], preprocessing=UNIT)
     np.savez(tmp_path / "a.npz", x=np.zeros((2, 4), np.float32))
