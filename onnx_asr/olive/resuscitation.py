@@ -18,9 +18,9 @@ from olive.passes.pass_config import BasePassConfig, PassConfigParam
 from olive.resource_path import LocalFile, LocalFolder
 
 from onnx_asr.data.sources import DataSource
-from onnx_asr.errors import OnnxAsrError
+from onnx_asr.errors import OnnxAsrError, OptionError
 from onnx_asr.graph.model_io import is_external, save
-from onnx_asr.olive.work import Mode, library_options, made
+from onnx_asr.olive.work import Mode, WorseError, library_options, made
 
 
 class ResuscitatePass(Pass):  # type: ignore[misc]
@@ -30,6 +30,9 @@ class ResuscitatePass(Pass):  # type: ignore[misc]
     parameters below it takes the fields of :class:`onnx_asr.RepairOptions`, ``CompressOptions``, ``PruneOptions`` and
     ``ChannelPruneOptions``, under the same names, with the same defaults. A result that is further from the dense model
     than its input is an error, unless ``force`` is set.
+
+    Bad options, models and data are a ``ValueError``, with which Olive ends. A worse result is an ``OlivePassError``:
+    in a search Olive goes on with the next point, else it ends without an output model.
     """
 
     @classmethod
@@ -70,13 +73,15 @@ class ResuscitatePass(Pass):  # type: ignore[misc]
     ) -> ONNXModelHandler:
         if not isinstance(model, ONNXModelHandler):
             what = type(model).__name__
-            raise OlivePassError(f"ResuscitatePass got a {what}: put a pass that converts to ONNX before it")
+            raise ValueError(f"ResuscitatePass got a {what}: put a pass that converts to ONNX before it")
         source, target = Path(model.model_path), Path(resolve_onnx_path(output_model_path))
         external = is_external(str(source))
         try:
             save(made(source, config.model_dump(), _samples(config)), target, external_data=external)
-        except OnnxAsrError as error:
+        except WorseError as error:
             raise OlivePassError(f"ResuscitatePass: {error}") from error
+        except OnnxAsrError as error:
+            raise ValueError(f"ResuscitatePass: {error}") from error
         if external:
             return ONNXModelHandler(LocalFolder({"path": target.parent}), onnx_file_name=target.name)
         return ONNXModelHandler(LocalFile({"path": target}))
@@ -87,6 +92,6 @@ def _samples(config: BasePassConfig) -> DataSource | None:
     if config.data_config is None:
         return None if config.data is None else str(config.data)
     if config.data is not None:
-        raise OlivePassError("data_config and data both say where samples come from: give one of them")
+        raise OptionError("data_config and data both say where samples come from: give one of them")
     loader: DataSource = validate_config(config.data_config, DataConfig).to_data_container().create_dataloader()
     return loader

@@ -13,7 +13,7 @@ import onnx
 from onnx_asr.data import Preprocessing
 from onnx_asr.data.sources import DataSource
 from onnx_asr.engine.session import Runtime
-from onnx_asr.errors import OptionError
+from onnx_asr.errors import OnnxAsrError, OptionError
 from onnx_asr.networks.execution import Execution
 from onnx_asr.pruning.channels import prune_channels
 from onnx_asr.pruning.compression import compress
@@ -26,6 +26,11 @@ from onnx_asr.repairing.result import RepairResult
 logger = logging.getLogger("olive.onnx_asr")  # Olive shows what loggers below its own say
 
 Mode: TypeAlias = Literal["repair", "compress", "prune"]
+
+
+class WorseError(OnnxAsrError):
+    """A result that is further from the dense model than its input."""
+
 
 _NESTED = ("repair", "refit")
 _OWNERS = (RepairOptions, CompressOptions, PruneOptions, ChannelPruneOptions)
@@ -51,7 +56,8 @@ def made(source: Path, config: Mapping[str, Any], data: DataSource | None) -> on
         data: Calibration samples.
 
     Raises:
-        OnnxAsrError: Bad options, models or data; or a result that is further from the dense model than its input.
+        WorseError: The result is further from the dense model than its input, and ``force`` is not set.
+        OnnxAsrError: Bad options, models or data.
     """
     given = {name: value for name, value in config.items() if value is not None}
     mode = given.get("mode", "repair")
@@ -124,6 +130,6 @@ def _check_verified(result: RepairResult, force: bool) -> None:
         words = "distance from the dense model %.4g -> %.4g, on %d samples"
         logger.info(words, before.distance, after.distance, after.samples)
     if not result.improved and not force:
-        raise OptionError(
+        raise WorseError(
             "the result is further from the dense model than the input: prune less, give more samples, or set force"
         )

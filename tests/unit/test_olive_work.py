@@ -12,7 +12,7 @@ import pytest
 
 import onnx_asr
 from onnx_asr.errors import DataError, OptionError
-from onnx_asr.olive.work import library_options, made
+from onnx_asr.olive.work import WorseError, library_options, made
 from tests.graphs import digit_images, digits, pruned
 from tools.paths import MODELS
 
@@ -94,7 +94,7 @@ def test_a_result_that_is_worse_is_an_error(tmp_path: Path) -> None:
     onnx.save(pruned(digits("resnet"), 0.2), slight)
     data = digit_images()[0][:40]
     config = {"dense": DENSE, "method": "asr", "bn": "ema", "ema_batches": 1, "ema_batch_size": 8, "samples": 8}
-    with pytest.raises(OptionError, match="the result is further from the dense model than the input: prune less"):
+    with pytest.raises(WorseError, match="the result is further from the dense model than the input: prune less"):
         made(slight, config, data)
     assert not same(made(slight, {**config, "force": True}, data), onnx.load(slight))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 
 import onnx_asr
 from onnx_asr.errors import OptionError
+from onnx_asr.measuring.bars import measure_of
 from onnx_asr.measuring.checking import Criterion
 from onnx_asr.networks.fidelity import Fidelity
 from tests.graphs import net, pruned, residual_net, weights
@@ -54,6 +55,11 @@ def test_a_value_at_the_bar_clears_it(name: str, cleared: float, missed: float) 
     assert not bad.passed
     (criterion,) = bad.missed
     assert (criterion.name, criterion.bar) == (name, missed)
+
+
+def test_there_is_a_bar_for_everything_that_is_measured() -> None:
+    measures = {measure_of(item.name) for item in fields(onnx_asr.Bars)}
+    assert measures - {"sparsity", "size"} == {item.name for item in fields(Fidelity)} - {"samples"}
 
 
 def test_zeros_and_bytes_are_those_of_the_model(tmp_path: Path) -> None:
