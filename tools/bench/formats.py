@@ -52,7 +52,7 @@ from onnx_asr.networks.samples import input_specs
 from onnx_asr.targets.packing import FileUse
 from tools.arguments import add_assets, add_threads, script_parser
 from tools.bench.methods import method_options
-from tools.bench.nets import NETS, Images, cifar10, coco, imagenet
+from tools.bench.nets import NETS, YOLOV5N, Images, cifar10, coco, imagenet
 
 SPARSITIES = {"resnet20": 0.8, "resnet18": 0.7, "mobilenetv2": 0.3, "yolov5n": 0.3}
 QUANTIZED_OPERATORS = {"yolov5n": ["Conv"]}
@@ -96,7 +96,7 @@ class Bench:
     """One net and its images."""
 
     def __init__(self, name: str, arguments: argparse.Namespace) -> None:
-        net = NETS[name]
+        net = YOLOV5N if name == "yolov5n" else NETS[name]
         self.name, self._label_offset, self._threads = name, net.label_offset, arguments.threads
         self.dense = onnx.load(arguments.assets / next(iter(net.graphs.values())))
         images: Images = {"cifar10": cifar10, "imagenet": imagenet, "coco": coco}[net.data](arguments.assets)

@@ -56,10 +56,10 @@ NETS = {
         "imagenet",
         1,
     ),
-    "yolov5n": Net(
-        {"bn": "coco/yolov5n_coco_bn_416.onnx"}, Preprocessing(scale=1 / 255), ("0.2", "0.3", "0.5"), "coco"
-    ),
 }
+"""Classifiers."""
+
+YOLOV5N = Net({"bn": "coco/yolov5n_coco_bn_416.onnx"}, Preprocessing(scale=1 / 255), data="coco")
 
 
 @dataclass(frozen=True)
