@@ -22,6 +22,8 @@ NOISE = 1e-6  # eigenvalues of A (unit diagonal) below this are rounding of the 
 SINGLE = 1e-4  # smallest pivot of a factor that float32 can tell from rounding
 _FACTOR_BYTES = 2**29  # of factors kept between ReLU steps
 _ROWS = 64  # right-hand sides of one piece of work
+_RANK, _POWERS = 32, 3  # leading eigenvectors that precondition, and products with `A` that find them
+_INPUTS_EACH = 64  # for each of these
 
 
 class GramSystem:
@@ -258,7 +260,7 @@ def _inverse(system: Floats) -> Floats:
 class ConjugateGradients:
     """`A_SS u_S = r_S` for all rows of a group: one float32 product `P A` per step, from the last solution.
 
-    With a unit diagonal, Jacobi preconditioning is the identity.
+    With a unit diagonal, Jacobi preconditioning is the identity; :class:`_Leading` is what preconditions.
 
     Attributes:
         image: `P A v` for the vectors `v` [G, M, K] that it is made with; 0 outside the mask.
@@ -297,12 +299,13 @@ class ConjugateGradients:
             return
         resources, product = self._system.resources, self._system.single(group)
         solution, mask = self._last[group], self._mask[group]
+        leading = _Leading(product, mask.shape[1], min(_RANK, mask.shape[1] // _INPUTS_EACH, len(wanting) // 2))
 
         def descend(rows: Integers) -> tuple[int, bool]:
             scale = norms[rows, None]
             share = (goals[rows] / norms[rows]).astype(np.float32)
             begin = (residual[rows] / scale).astype(np.float32)
-            found, steps, converged = _descend(product, mask[rows], begin, share, resources.limits.cg_steps)
+            found, steps, converged = _descend(product, leading, mask[rows], begin, share, resources.limits.cg_steps)
             solution[rows] += scale * found
             return steps, converged
 
@@ -311,8 +314,56 @@ class ConjugateGradients:
             self.converged &= converged
 
 
+class _Leading:
+    """Preconditions `A_SS` by the leading eigenvectors `U` [K, k] of `A`.
+
+    A random support with a share `d` of the inputs has `A_SS = d A + (1 - d) I` on average. The inverse of that is
+    approximated by `I + U diag(c / (d lambda + 1 - d) - 1) U'`, `c` its mean eigenvalue beside `U`, up to a factor.
+
+    Args:
+        product: `P A`.
+        inputs: K.
+        rank: k; 0 for the identity.
+    """
+
+    def __init__(self, product: Callable[[Singles], Singles], inputs: int, rank: int) -> None:
+        vectors: Singles = np.random.default_rng(0).standard_normal((rank, inputs), np.float32)
+        self._vectors: Singles = np.empty((inputs, 0), np.float32)
+        self._values: Floats = np.empty(0)
+        if rank:
+            image = product(vectors) - vectors  # 0 for an input that depends on no other, as in all that follows
+            for _ in range(_POWERS):  # within the range of A, so that nothing moves along its null space
+                vectors = np.ascontiguousarray(np.linalg.qr(image.T.astype(np.float64))[0].T, dtype=np.float32)
+                image = product(vectors)
+            values, turn = np.linalg.eigh((image @ vectors.T).astype(np.float64))
+            self._vectors = np.ascontiguousarray(vectors.T @ turn.astype(np.float32))
+            self._values = np.maximum(values, 0.0)
+        self._others = max(inputs - float(self._values.sum()), 0.0) / (inputs - rank)
+
+    def weights(self, mask: Mask) -> Singles:
+        """`c / (d lambda + 1 - d) - 1` for the supports of some rows [M, K], [M, k]."""
+        share = mask.mean(axis=-1, keepdims=True)
+        rest = 1 - share
+        result: Singles = ((share * self._others + rest) / (share * self._values + rest + NOISE) - 1).astype(np.float32)
+        return result
+
+    def apply(self, residual: Singles, weights: Singles, kept: Singles) -> Singles:
+        """The preconditioned residuals [M, K] of rows, 0 outside their supports."""
+        if not weights.shape[1]:
+            return np.array(residual)
+        result: Singles = ((residual @ self._vectors) * weights) @ self._vectors.T
+        result += residual
+        result *= kept
+        return result
+
+
 def _descend(
-    product: Callable[[Singles], Singles], mask: Mask, residual: Singles, goal: Singles, limit: int
+    product: Callable[[Singles], Singles],
+    leading: _Leading,
+    mask: Mask,
+    residual: Singles,
+    goal: Singles,
+    limit: int,
 ) -> tuple[Singles, int, bool]:
     """Conjugate gradients from 0 for rows of residual norm 1, until each row's residual is below its `goal`.
 
@@ -324,29 +375,30 @@ def _descend(
     result = np.zeros(residual.shape, np.float32)  # takes no memory before rows are done
     rows = np.arange(len(residual))  # of `result`, for the rows still carried
     going = np.ones(len(residual), np.bool_)
-    kept = mask.astype(np.float32)
+    kept, weights = mask.astype(np.float32), leading.weights(mask)
     current = np.zeros_like(residual)
-    direction = residual.copy()
-    square = np.vecdot(residual, residual)
+    direction = leading.apply(residual, weights, kept)
+    slope = np.vecdot(residual, direction)
     for step in itertools.count(1):
         image = product(direction)
         image *= kept
         curvature = np.vecdot(direction, image)
         going &= curvature > NOISE * np.vecdot(direction, direction)
-        length = np.divide(square, curvature, out=np.zeros_like(square), where=going)[:, None]
+        length = np.divide(slope, curvature, out=np.zeros_like(slope), where=going)[:, None]
         current += length * direction
         image *= length
         residual -= image
-        last, square = square, np.vecdot(residual, residual)
-        going &= square > goal**2
+        going &= np.vecdot(residual, residual) > goal**2
         if np.count_nonzero(going) < 0.75 * len(rows):
             result[rows] = current
-            rows, goal, kept, last, square = rows[going], goal[going], kept[going], last[going], square[going]
+            rows, goal, kept, weights, slope = rows[going], goal[going], kept[going], weights[going], slope[going]
             current, residual, direction = current[going], residual[going], direction[going]
             going = going[going]
         if step == limit or not going.any():
             break
-        direction *= np.divide(square, last, out=np.zeros_like(square), where=last > 0)[:, None]
-        direction += residual
+        turned = leading.apply(residual, weights, kept)
+        last, slope = slope, np.vecdot(residual, turned)
+        direction *= np.divide(slope, last, out=np.zeros_like(slope), where=last > 0)[:, None]
+        direction += turned
     result[rows] = current
     return result, step, not going.any()

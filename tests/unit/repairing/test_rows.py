@@ -16,6 +16,7 @@ from onnx_asr.graph.points import LayerPoint
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.pair import Network
 from onnx_asr.networks.samples import Calibration
+from onnx_asr.numerics import patches
 from onnx_asr.numerics.refit import LayerRefit
 from onnx_asr.pruning.options import PruneOptions
 from onnx_asr.repairing.options import RefitRecipe, RepairOptions
@@ -53,6 +54,13 @@ def test_rows_that_are_not_held_have_the_same_bits_on_threads_and_in_files(monke
         for threads, limit in ((1, None), (3, None), (1, 0))
     )
     assert others == [one, one]
+
+
+def test_rows_are_sampled_in_pieces_on_threads_with_the_same_bits(monkeypatch):
+    dense = residual_net()
+    one = repaired(dense, execution=Execution(Runtime(threads=1))).SerializeToString()
+    monkeypatch.setattr(patches, "_PIECE_VALUES", 1)
+    assert repaired(dense, execution=Execution(Runtime(threads=3))).SerializeToString() == one
 
 
 def rows_seen(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> list[int]:
