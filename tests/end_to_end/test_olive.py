@@ -113,3 +113,65 @@ def test_a_worse_result_is_no_output_model(tmp_path: Path) -> None:
     found = run_pass(tmp_path, 0.02, dense=str(DENSE), data=data, preset="digits", **bad)
     assert not found.has_output_model()
     assert not (tmp_path / "out" / "model.onnx").exists()
+
+
+CONVERTED = """
+import numpy as np
+import torch
+from olive.data.registry import Registry
+from torch import nn
+
+
+def load(path=None, **kwargs):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)
+    )
+    net(torch.randn(16, 3, 12, 12))
+    return net.eval()
+
+
+def dummy(model=None):
+    return (torch.randn(1, 3, 12, 12),)
+
+
+@Registry.register_dataset()
+def noise(**kwargs):
+    images = np.random.default_rng(0).standard_normal((64, 3, 12, 12)).astype(np.float32)
+    return [({"x": image}, 0) for image in images]
+"""
+
+
+@WITH_OLIVE
+def test_between_conversion_and_quantization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a net in torch; the converted model has its weights in a file of their own."""
+    from olive.workflows import run
+
+    monkeypatch.chdir(tmp_path)
+    script, package = tmp_path / "script.py", tmp_path / "package.json"
+    script.write_text(CONVERTED)
+    assert cli("olive-config", "-o", package, "-q").code == 0
+    few = {"samples": 48, "verify_samples": 16, "rounds": 1}
+    sizes = {"input_names": ["x"], "output_names": ["y"], "input_shapes": [[1, 3, 12, 12]]}
+    net = {"model_loader": "load", "model_script": str(script), "dummy_inputs_func": "dummy"}
+    workflow = {
+        "input_model": {
+            "type": "PyTorchModel",
+            **net,
+            "io_config": {**sizes, "dynamic_axes": {"x": {"0": "n"}, "y": {"0": "n"}}},
+        },
+        "data_configs": [
+            {"name": "noise", "user_script": str(script), "load_dataset_config": {"type": "noise"}},
+        ],
+        "passes": {
+            "convert": {"type": "OnnxConversion", "save_as_external_data": True},
+            "compress": {"type": NAME, "mode": "compress", "sparsity": 0.7, "data_config": "noise", **few},
+            "quantize": {"type": "OnnxStaticQuantization", "data_config": "noise"},
+        },
+        "output_dir": str(tmp_path / "out"),
+        "cache_dir": str(tmp_path / "cache"),
+    }
+    assert run(workflow, package_config=str(package)).has_output_model()
+    model = onnx.load(tmp_path / "out" / "model.onnx")
+    assert "QuantizeLinear" in {node.op_type for node in model.graph.node}
+    assert "onnx_asr.sparsity" in {entry.key for entry in model.metadata_props}
