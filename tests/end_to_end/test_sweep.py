@@ -198,6 +198,25 @@ def test_failed_cells_are_listed_at_the_end(tmp_path: Path) -> None:
     assert (done.code, done.out) == (2, "")
 
 
+def test_workers_find_a_metric_in_the_current_directory(tmp_path: Path) -> None:
+    pytest.importorskip("distributed")
+    module = tmp_path / "wrong.py"
+    module.write_text(
+        "def share(samples, dense, outputs):\n    (found,) = outputs.values()\n"
+        "    return (found.argmax(axis=1) != samples.labels).mean()\n"
+    )
+    data = ("--data", CALIBRATION, *PRESET, *FEW, "--test", VALIDATION)
+    given = ("sweep", DENSE, *data, "--sparsities", 0.9, "--methods", "none,bn,auto", "-o", "results.json")
+    done = cli(*given, "--metric", "wrong:share", "--workers", 2, "--json", cwd=tmp_path)
+    assert (done.code, done.err) == (0, "")
+    found = [cell["fidelity"] for cell in done.json["cells"]]
+    assert [fidelity["metric"] for fidelity in found] == pytest.approx([1 - fidelity["top1"] for fidelity in found])
+    assert found[0]["metric"] > found[2]["metric"]
+    module.write_text(module.read_text() + "\n# changed\n")
+    again = cli(*given, "--metric", "wrong:share", "--workers", 1, cwd=tmp_path)
+    assert "holds the cells of another sweep (metric_sha256 is" in again.error
+
+
 def test_plot_and_report(tmp_path: Path) -> None:
     files = {name: tmp_path / name for name in ("results.json", "plot.svg", "report.html")}
     small = ("--sparsities", "0.5,0.9", "--patterns", "unstructured,2:4", "--methods", "none,paired", "--workers", 1)
