@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -86,11 +86,18 @@ class ScopeTrial:
         scope: How zeros were shared out.
         fidelity: Of the refitted network to the dense one, on held-out samples.
         seconds: Wall time.
+        floor: Distance of the dense network from itself: 0, but for a metric of the user's own.
     """
 
     scope: Scope
     fidelity: Fidelity
     seconds: float
+    floor: float = field(default=0.0, repr=False)
+
+    @property
+    def excess(self) -> float:
+        """What pruning adds to the distance."""
+        return self.fidelity.distance - self.floor
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,8 @@ class ScopeTrials:
             self.execution.progress(f"trying scope {scope}", number / len(TRIED))
             started = time.perf_counter()
             fidelity = self._try(scope, kept)
-            trials.append(ScopeTrial(scope, fidelity, time.perf_counter() - started))
+            floor = 0.0 if self.verifier.samples.metric is None else self.verifier.dense_metric
+            trials.append(ScopeTrial(scope, fidelity, time.perf_counter() - started, floor))
         return tuple(trials)
 
     def _try(self, scope: Scope, kept: dict[int, list[DenseRows]]) -> Fidelity:
@@ -165,9 +173,8 @@ def trial_verifier(verifier: Verifier, calibration: Calibration) -> Verifier | N
 
 def chosen_scope(trials: Sequence[ScopeTrial]) -> Scope:
     """The scope to use: "global", unless another one's distance is clearly smaller."""
-    best = min(trials, key=lambda trial: trial.fidelity.distance)
-    usual = trials[0].fidelity.distance
-    return best.scope if best.fidelity.distance < CLOSER * usual else trials[0].scope
+    best = min(trials, key=lambda trial: trial.excess)
+    return best.scope if best.excess < CLOSER * trials[0].excess else trials[0].scope
 
 
 def scope_note(trials: Sequence[ScopeTrial]) -> tuple[str, ...]:

@@ -126,6 +126,15 @@ def test_global_stays_unless_another_is_clearly_closer() -> None:
     assert chosen_scope(trials(1.0)) == "global"
 
 
+def test_a_metric_is_compared_beyond_that_of_the_dense_network() -> None:
+    def tried(*metrics: float) -> list[ScopeTrial]:
+        pairs = zip(("global", "mixed"), metrics, strict=True)
+        return [ScopeTrial(scope, Fidelity(1, metric=value), 1.0, floor=0.7) for scope, value in pairs]  # type: ignore[arg-type]
+
+    assert chosen_scope(tried(0.80, 0.78)) == "mixed"
+    assert chosen_scope(tried(0.80, 0.795)) == "global"
+
+
 def test_without_held_out_samples_those_are_measured_on_that_are_not_refitted_on() -> None:
     unverified = RepairOptions(samples=48, verify_samples=0, batch_size=8, refit=SETTINGS.refit)
     result = compress(lopsided(), images(64, seed=1), CompressOptions(0.6, rounds=1, repair=unverified))
