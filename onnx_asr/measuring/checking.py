@@ -88,8 +88,8 @@ def check(model: ModelSource, bars: Bars, fidelity: Fidelity | None = None) -> C
         Every bar with its measure; :attr:`CheckResult.passed` is the verdict.
 
     Raises:
-        ModelError: A model that cannot be read, or, with a bar on sparsity, is quantized.
-        OptionError: A bar on a measure that the fidelity does not have.
+        ModelError: A model that cannot be read.
+        OptionError: A bar on a measure that the fidelity, or a model without floating-point weights, does not have.
     """
     network = load(model)
     criteria = []
@@ -136,7 +136,7 @@ def _bytes_of(source: ModelSource, network: onnx.ModelProto) -> int:
 
 
 def _sparsity(network: onnx.ModelProto) -> float:
-    found = describe(network)
+    found = describe(network, all_quantized=True)
     if not any(layer.weights for layer in found.layers):
         raise OptionError("min-sparsity does not apply: the model has no layer with floating-point weights")
     return found.sparsity

@@ -39,6 +39,7 @@ def test_quantization(folder: Path) -> None:
     assert run_blocks(QUANTIZE, folder).count("top-5") == 2
     assert agreement(folder / "int8.onnx", "digits_resnet.onnx") > 0.95
     assert agreement(folder / "half.onnx", "digits_resnet.onnx") > 0.95
+    assert "no layer with floating-point weights" in cli("check", folder / "int8.onnx", "--min-sparsity", 0.5).error
     weights = [numpy_helper.to_array(item) for item in onnx.load(folder / "int8.onnx").graph.initializer]
     weights = [value for value in weights if value.dtype == np.int8 and value.ndim >= 2]
     assert sum(np.sum(value == 0) for value in weights) / sum(value.size for value in weights) > 0.89
