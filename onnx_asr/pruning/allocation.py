@@ -168,7 +168,7 @@ def trial_verifier(verifier: Verifier, calibration: Calibration) -> Verifier | N
         return verifier
     others = samples.chosen[_first(calibration).count : calibration.count]
     most = samples.options.verify_samples or type(samples.options).verify_samples
-    return replace(verifier, samples=replace(samples, held_out=others[:most])) if len(others) else None
+    return verifier.on(others[:most]) if len(others) >= samples.smallest_run else None
 
 
 def chosen_scope(trials: Sequence[ScopeTrial]) -> Scope:

@@ -98,6 +98,8 @@ class Verification:
         held_out: Whether the samples were really held out (False where the data had too few).
         verdict: Whether the repair brought the model "closer" to the dense one; "equal" where rounding explains the
             difference, or where there was nothing to repair.
+        fitted: The repaired model's on some of the samples that ``refit`` fitted it to; None for other methods, where
+            no samples were held out, and where the pruned model is given back.
     """
 
     derived: ClassVar = ("improved",)
@@ -106,6 +108,7 @@ class Verification:
     after: Fidelity
     held_out: bool
     verdict: Verdict
+    fitted: Fidelity | None = None
 
     @property
     def improved(self) -> bool:

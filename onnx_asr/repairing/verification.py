@@ -98,8 +98,12 @@ class Samples:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the inputs for the smallest run on these samples: one, or a batch of the size that is fixed."""
-        sample, batch = self.dataset.load(0), fixed_batch(self.inputs) or 1
-        return {name: (batch, *value.shape) for name, value in sample.items()}
+        return {name: (self.smallest_run, *value.shape) for name, value in self.dataset.load(0).items()}
+
+    @property
+    def smallest_run(self) -> int:
+        """Samples in the smallest run: one, or a batch of the size that the graph fixes."""
+        return fixed_batch(self.inputs) or 1
 
     @property
     def batch_size(self) -> int:
@@ -182,6 +186,10 @@ class Verifier:
         if metric is None:
             return fidelity
         return metric.added(fidelity, self._asked, self._named_reference, outputs)
+
+    def on(self, indices: Integers) -> Verifier:
+        """The same on other samples."""
+        return replace(self, samples=replace(self.samples, held_out=indices))
 
     @cached_property
     def dense_metric(self) -> float:

@@ -54,12 +54,13 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 VERIFICATION = 3 * HELD_OUT + NOISE  # dense, pruned and repaired
+FITTED = 2 * 64  # the dense and the refitted network, on a part of the calibration
 EXPECTED = {
-    "refit": 2 * CALIBRATION + VERIFICATION,
+    "refit": 2 * CALIBRATION + VERIFICATION + FITTED,
     "paired": 2 * CALIBRATION + VERIFICATION,
     "bn": CALIBRATION + VERIFICATION,
     # the dense network and three channel rules on a part, then the refit; all are verified
-    "auto": 4 * PART + 2 * CALIBRATION + VERIFICATION + 3 * HELD_OUT,
+    "auto": 4 * PART + 2 * CALIBRATION + VERIFICATION + FITTED + 3 * HELD_OUT,
 }
 
 
@@ -89,7 +90,7 @@ def test_the_rounds_of_compress_share_a_run_of_the_dense_network(scope: Any, tri
     options = CompressOptions(0.8, scope=scope, rounds=4, round_samples=1.0, repair=RepairOptions(**SAMPLES))
     onnx_asr.compress(DENSE, X, options)
     rounds = CALIBRATION + 3 * CALIBRATION  # the dense network, and three rounds
-    assert set(seen.values()) == {PROBE + trials + rounds + 2 * CALIBRATION + VERIFICATION}
+    assert set(seen.values()) == {PROBE + trials + rounds + 2 * CALIBRATION + VERIFICATION + FITTED}
 
 
 def test_every_evaluation_and_inspection_runs_both_networks_once(seen: Counter[str]) -> None:

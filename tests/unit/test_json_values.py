@@ -130,7 +130,7 @@ def test_parts_of_results_keep_their_keys() -> None:
     auto = onnx_asr.RepairOptions(samples=32, verify_samples=16)
     repaired = plain(onnx_asr.repair(pruned(MODEL, 0.5), DATA, auto, dense=MODEL))
     assert repaired["calibration"].keys() == {"samples", "sha256"}
-    assert repaired["verification"].keys() == {"before", "after", "held_out", "verdict", "improved"}
+    assert repaired["verification"].keys() == {"before", "after", "held_out", "verdict", "improved", "fitted"}
     assert all(candidate.keys() == FIDELITY | {"method", "seconds"} for candidate in repaired["candidates"])
     channels = RESULTS["prune_channels"][0]()
     options = plain(channels)["options"]
