@@ -5,7 +5,8 @@ schedule of gradual pruning, arXiv 1710.01878). N:M patterns lose one weight of 
 first mask ranks the dense weights, each later one the weights as refitted in the round before; pruned weights stay
 pruned, and every round refits from the dense weights. So each mask is chosen by magnitudes after the other weights have
 taken over for those that were pruned. Rounds that only rank weights take one ReLU-aware step; the last one samples
-twice as many positions as a plain refit. Without a memory limit, the others share one run of the dense network.
+twice as many positions as a plain refit. The others share one run of the dense network, whose sampled outputs are in
+files where memory is limited: they are a part of what a pass would write there.
 
 Between the first round and the last, the ranking over all layers only decides how many weights (or blocks) each layer
 keeps. The layer's refit decides which, in ``NARROWING`` steps of equal ratio: refit under the mask so far, drop the
@@ -26,6 +27,7 @@ import onnx
 from onnx_asr.arrays import Array, Floats, Mask
 from onnx_asr.data import Preprocessing
 from onnx_asr.data.sources import DataSource
+from onnx_asr.engine.buffers import BufferPool
 from onnx_asr.engine.loading import load
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource
@@ -58,7 +60,7 @@ from onnx_asr.repairing.options import chosen
 from onnx_asr.repairing.pipeline import run_method, verified
 from onnx_asr.repairing.refit import Narrowing, repair_refit
 from onnx_asr.repairing.result import RepairResult
-from onnx_asr.repairing.rows import DenseRows
+from onnx_asr.repairing.rows import DenseCache
 from onnx_asr.repairing.verification import Samples, Verifier
 
 LAST_ROWS = 2
@@ -205,7 +207,7 @@ def _schedule(options: CompressOptions, pattern: Pattern) -> list[Step]:
 class _Rounds:
     """The rounds that rank weights, each by what the refit of the one before made of them.
 
-    Without a memory limit the dense network's outputs are kept, so that it runs once for all rounds.
+    The dense network's sampled outputs are kept, so that it runs once for all rounds.
 
     Attributes:
         left_dense: Layers that pattern or target leave dense, and why.
@@ -233,7 +235,7 @@ class _Rounds:
         self._calibration = calibration.head(round(options.round_samples * calibration.count))
         self._execution = execution
         self._dense, self._pair = dense, Pair.with_itself(dense)
-        self._kept: dict[int, list[DenseRows]] | None = {} if execution.memory_limit is None else None
+        self._kept = DenseCache() if execution.memory_limit is None else DenseCache(BufferPool(limit=0))  # in files
         self._dense_values = [dense.index.value(weight.tensor) for weight in self._weights]
         self._values: list[Array] = self._dense_values
         self._masks: list[Mask] = [np.ones(value.shape, bool) for value in self._values]

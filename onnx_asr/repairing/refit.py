@@ -25,7 +25,7 @@ from onnx_asr.numerics.refit import NotFiniteError
 from onnx_asr.numerics.workers import one_thread_per_product
 from onnx_asr.repairing.options import RefitRecipe
 from onnx_asr.repairing.result import PointReport, Reports
-from onnx_asr.repairing.rows import DenseRows, RowSampler, sampled
+from onnx_asr.repairing.rows import DenseCache, RowSampler, sampled
 
 MATCHED_BEFORE = Reason("matched-upstream", "its input is already matched by the refit of the layers before it")
 CLASSIFIER_OFF = Reason("classifier-off", "the refit of Gemm and MatMul nodes is switched off")
@@ -44,7 +44,7 @@ def repair_refit(
     recipe: RefitRecipe,
     *,
     precise: bool = False,
-    kept: dict[int, list[DenseRows]] | None = None,
+    kept: DenseCache | None = None,
     narrow: Mapping[int, Sequence[Narrowing]] | None = None,
 ) -> tuple[Reports, list[Skip]]:
     """Refit every point's surviving weights, upstream first; zeros stay zeros.
@@ -57,8 +57,7 @@ def repair_refit(
         recipe: How to fit.
         precise: Keep the new weights as they were computed, in float64, for scores; else in the type of the file,
             which is all that is written and takes half the memory.
-        kept: Cache of the dense network's sampled outputs by node, for refits with the same recipe and samples: see
-            :func:`sampled`.
+        kept: The dense network's sampled outputs, for refits with the same recipe and samples: see :func:`sampled`.
         narrow: By node, callbacks that remove more weights, applied in order.
 
     Returns:

@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -34,19 +34,56 @@ MAX_ROW_BYTES = 256 << 20
 ChunkRows: TypeAlias = patches.ConvRows | patches.MatrixRows
 
 
-@dataclass(frozen=True)
+_LEVELS_AHEAD, _BYTES_AHEAD = 4, 64 << 20
+"""How far the dense network runs ahead of the pruned one: fewer passes, for sampled outputs that are held longer."""
+
+
 class DenseRows:
-    """Sampled outputs of the dense network at one point, for one chunk of samples.
+    """Sampled outputs of the dense network at one point, chunk by chunk.
 
     Attributes:
-        shape: Of the whole output.
-        values: [rows, C], with the shortcut where one is added to the whole map.
-        summed: Whether a shortcut was added.
+        summed: Whether they have the shortcut added, to the whole map.
     """
 
-    shape: tuple[int, ...]
-    values: Singles
-    summed: bool
+    def __init__(self, chunks: int, store: BufferStore) -> None:
+        self.summed = False
+        self._values = _Rows(chunks, store)
+        self._shapes: list[tuple[int, ...]] = []
+        self._ends = [0]
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def add(self, shape: tuple[int, ...], values: Singles) -> None:
+        """Take the next chunk's whole shape and its sampled values [rows, C]."""
+        self._values.add(values)
+        self._shapes.append(shape)
+        self._ends.append(self._ends[-1] + len(values))
+
+    def chunk(self, number: int) -> tuple[tuple[int, ...], Singles]:
+        """A chunk's whole shape and its sampled values [rows, C]."""
+        return self._shapes[number], self._values.array[self._ends[number] : self._ends[number + 1]]
+
+    def set_aside(self) -> None:
+        """Say that they are not used for a while."""
+        self._values.set_aside()
+
+
+class DenseCache:
+    """Sampled outputs of the dense network at every point, kept for refits with the same recipe and samples.
+
+    Args:
+        store: Holds them.
+
+    Attributes:
+        rows: By node; empty before the dense network has run.
+        attention: Where it is confident, if it is a detector.
+    """
+
+    def __init__(self, store: BufferStore = MEMORY) -> None:
+        self.store = store
+        self.rows: dict[int, DenseRows] = {}
+        self.attention: Attention | None = None
 
 
 class RowSampler:
@@ -59,7 +96,7 @@ class RowSampler:
         calibration: The samples to come.
         number: Place among the points with weights; seeds the positions, alike in a graph and its folded version.
         resources: Keep input patches and Gram matrices, and process them.
-        kept: Cache of the dense network's sampled outputs: filled, or used by :meth:`add` without them; None for none.
+        dense: The dense network's sampled outputs at the point: those known, or none yet.
         lasting: Whether the tensors that :meth:`add` is given last until the point is fitted; else patches are held,
             and no more rows taken than fit into ``MAX_ROW_BYTES``.
         attention: Where the dense network is confident, if it is a detector.
@@ -78,7 +115,7 @@ class RowSampler:
         calibration: Calibration,
         number: int,
         resources: Resources,
-        kept: list[DenseRows] | None,
+        dense: DenseRows,
         lasting: bool,
         attention: Attention | None = None,
     ) -> None:
@@ -92,90 +129,109 @@ class RowSampler:
         self._recipe = recipe
         self._calibration = calibration
         self._seed = recipe.seed, number
-        self._seen = 0
-        self._shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None  # of the maps that the next two are for
+        self._drawn: tuple[tuple[int, ...], int] | None = None  # size of a map and number of maps, for the positions
+        self._shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None  # of the maps that the table is for
         self._positions = self._table = np.empty((0, 0), np.int64)
+        self._seen = 0  # chunks of the pruned network
         self._resources = resources
-        self._kept = kept
+        self._dense = dense
         self._lasting = lasting
         self._attention = attention
         self._x: _Rows | _Unheld = _Rows(len(calibration.chunks), resources.store)
         self._target, self._floor, self._negative = (_Rows(len(calibration.chunks), MEMORY) for _ in range(3))
         self._threshold: tuple[Singles, Mask] | None = None
 
-    def add(self, dense: Chunk | None, pruned: Chunk) -> None:
-        """Take rows from the next chunk; without the dense network's, those that were kept."""
+    def take(self, dense: Chunk) -> None:
+        """Sample the dense network's next chunk."""
+        output, *added = (self._pair.dense_value(dense, name) for name in self._outputs)
+        rows = self._rows_of(output.shape, len(self._dense))
+        values = self._picked(output, rows)
+        if added and _broadcasts_to(added[0].shape, output.shape):
+            values = values + self._picked(np.broadcast_to(added[0], output.shape), rows)
+            self._dense.summed = True
+        self._dense.add(output.shape, values)
+
+    def add(self, pruned: Chunk) -> None:
+        """Take rows from the pruned network's next chunk, which the dense network's has gone before."""
         source, *shortcut = (pruned[name] for name in self.pruned_targets)
-        if dense is None:
-            assert self._kept is not None
-            rows = self._kept[self._seen // self._calibration.batch_size]
-            chunk = self._sample(source, rows.shape)
-        else:
-            output, *added = (self._pair.dense_value(dense, name) for name in self._outputs)
-            chunk = self._sample(source, output.shape)
-            summed = bool(added) and _broadcasts_to(added[0].shape, output.shape)
-            values = chunk.of(output)
-            if summed:
-                values = values + chunk.of(np.broadcast_to(added[0], output.shape))
-            rows = DenseRows(output.shape, values, summed)
-            if self._kept is not None:
-                self._kept.append(rows)
+        shape, values = self._dense.chunk(self._seen)
+        rows = self._rows_of(shape, self._seen)
+        chunk = self._chunk_rows(source, shape, rows)
+        summed = self._dense.summed
         if self._seen == 0:
-            self._threshold = self._find_threshold(rows.summed)
+            self._threshold = self._find_threshold(summed)
             if self._lasting and 4 * math.prod(chunk.shape) * len(self._calibration.chunks) > MAX_ROW_BYTES:
                 self._x = _Unheld(self._resources.store)
         self._x.sample(chunk, self._resources.workers)
-        below = chunk.of(np.broadcast_to(shortcut[0], rows.shape)) if rows.summed else None
+        below = self._picked(np.broadcast_to(shortcut[0], shape), rows) if summed else None
         if self._threshold is not None:
             level, usable = self._threshold
-            self._negative.add((rows.values <= level) & usable)
+            self._negative.add((values <= level) & usable)
             if below is not None:
                 self._floor.add(level - below)
-        self._target.add(rows.values if below is None else rows.values - below)
-        self._seen += self._calibration.batch_size
+        self._target.add(values if below is None else values - below)
+        self._dense.set_aside()
+        self._seen += 1
 
-    def _sample(self, source: Array, shape: tuple[int, ...]) -> ChunkRows:
-        """The rows of the chunk whose output has that shape."""
-        samples, layer = min(self._calibration.batch_size, self._calibration.count - self._seen), self.point.layer
+    def _chunk_rows(self, source: Array, shape: tuple[int, ...], rows: Integers) -> ChunkRows:
+        """Rows of a chunk by the layer's input, and the shape of the output."""
+        layer = self.point.layer
         if not layer.is_convolution:
             if layer.input_axis == 0:
                 source = source.T
-            height = math.prod(shape) // self.point.channels
-            if source.size // source.shape[self.point.channel_axis] != height:
+            if source.size // source.shape[self.point.channel_axis] != math.prod(shape) // self.point.channels:
                 raise unequal(self.point)
-            rows = self._matrix_positions(height, samples)
             return patches.MatrixRows(source, rows, transposed=self.point.channel_axis == -2)
         if len(source) != shape[0]:
             raise unequal(self.point)
-        # more than 1 where the model has cut its input into windows; rounded up where it mixes the samples of a batch
-        images = -(-len(source) // samples)
         shapes = source.shape[2:], shape[2:]
         if self._shapes != shapes:
             geometry = conv_geometry(self._pair.pruned.index, self.point, *shapes)
-            count = self._recipe.rows
-            if not self._lasting:
-                width = source.shape[1] * math.prod(geometry.kernel)
-                count = min(count, max(1, MAX_ROW_BYTES // (4 * width)))
-            total = self._calibration.count * images
-            if self._attention is not None and images == 1 and len(shape) == 4:
-                weight = self._recipe.detection_rows
-                shares = self._attention.shares(total, (shape[2], shape[3]), weight)
-                self._positions = patches.weighted_positions(shares, count, self._seed)
-            else:
-                self._positions = patches.sample_positions(total, math.prod(shape[2:]), count, self._seed)
             self._table = patches.input_positions(geometry, *shapes)
             self._shapes = shapes
-        first = min(self._seen * images, len(self._positions) - len(source))
-        positions = self._positions[first : first + len(source)]
-        return patches.ConvRows(source, self._table, positions, layer.layout.groups)
+        return patches.ConvRows(source, self._table, rows, layer.layout.groups)
 
-    def _matrix_positions(self, height: int, samples: int) -> Integers:
+    def _picked(self, output: Array, rows: Integers) -> Singles:
+        """The given rows [R, C] of an output."""
+        if self.point.layer.is_convolution:
+            return patches.gather_outputs(output, rows)
+        return patches.MatrixRows(output, rows, transposed=self.point.channel_axis == -2).of(output)
+
+    def _rows_of(self, shape: tuple[int, ...], number: int) -> Integers:
+        """Which rows to take of a chunk whose output has that shape: positions [N, P], or numbers [R]."""
+        seen = number * self._calibration.batch_size
+        samples = min(self._calibration.batch_size, self._calibration.count - seen)
+        if not self.point.layer.is_convolution:
+            return self._matrix_rows(math.prod(shape) // self.point.channels, seen, samples)
+        # more than 1 where the model has cut its input into windows; rounded up where it mixes the samples of a batch
+        images = -(-shape[0] // samples)
+        maps = shape[2:], self._calibration.count * images
+        if self._drawn != maps:
+            count = self._recipe.rows
+            if not self._lasting:
+                count = min(count, max(1, MAX_ROW_BYTES // (4 * self._width)))
+            if self._attention is not None and images == 1 and len(shape) == 4:
+                shares = self._attention.shares(maps[1], (shape[2], shape[3]), self._recipe.detection_rows)
+                self._positions = patches.weighted_positions(shares, count, self._seed)
+            else:
+                self._positions = patches.sample_positions(maps[1], math.prod(maps[0]), count, self._seed)
+            self._drawn = maps
+        first = min(seen * images, len(self._positions) - shape[0])
+        return self._positions[first : first + shape[0]]
+
+    @property
+    def _width(self) -> int:
+        """Values of a patch, over all groups."""
+        layout = self.point.layer.layout
+        return layout.groups * layout.inputs * layout.taps
+
+    def _matrix_rows(self, height: int, seen: int, samples: int) -> Integers:
         """Which of a chunk's ``height`` rows to take: equally many per sample, where all samples have equally many."""
         size, rest = divmod(height, samples)
         if rest:
             return np.arange(height)
         table = patches.sample_positions(self._calibration.count, size, self._recipe.rows, self._seed)
-        positions = table[self._seen : self._seen + samples] + size * np.arange(samples)[:, None]
+        positions = table[seen : seen + samples] + size * np.arange(samples)[:, None]
         return positions.ravel()
 
     @property
@@ -280,13 +336,13 @@ class _Rows:
     def add(self, part: Array) -> None:
         """Take the rows of the next chunk."""
         self._next(part.shape, part.dtype)[...] = part
-        self._added()
+        self.set_aside()
 
     def sample(self, chunk: ChunkRows, workers: Workers) -> None:
         """Take the input patches of the next chunk."""
         room = self._next(chunk.shape, np.dtype(np.float32))
         workers.run(lambda rows: chunk.take(rows, room[rows]), chunk.pieces())
-        self._added()
+        self.set_aside()
 
     def _next(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """Room for more rows; only where samples differ in size may there be more than in the first chunk."""
@@ -300,7 +356,8 @@ class _Rows:
             self._all = larger
         return self._all[begin : self._filled]
 
-    def _added(self) -> None:
+    def set_aside(self) -> None:
+        """Say that they are not used for a while."""
         assert self._all is not None
         self._store.set_aside(self._all)
 
@@ -369,7 +426,7 @@ def sampled(
     recipe: RefitRecipe,
     calibration: Calibration,
     execution: Execution,
-    kept: dict[int, list[DenseRows]] | None = None,
+    kept: DenseCache | None = None,
 ) -> Iterator[list[RowSampler]]:
     """Every point's sampler with its rows, upstream first, in groups of points that do not depend on each other.
 
@@ -381,54 +438,93 @@ def sampled(
         recipe: Number of rows, and whether shortcuts that are added to an output are sampled.
         calibration: The samples.
         execution: How to run.
-        kept: The samplers' caches by node: empty = fill them; filled = use them and do not run the dense network.
+        kept: Is filled, or used instead of running the dense network where it is filled already.
     """
     items = contexts(pair.pruned.index, points)
-    known = bool(kept)
-    attention = None
-    if draft is not None and recipe.detection_rows:
-        attention = attention_of(pair.source, calibration, execution.sessions)
+    cache, known = kept or DenseCache(), kept is not None and bool(kept.rows)
+    if draft is not None and recipe.detection_rows and not known:
+        cache.attention = attention_of(pair.source, calibration, execution.sessions)
     with Walk(calibration, execution) as walk:
         samplers = {}
         for number, item in enumerate(items):
-            rows = None if kept is None else kept.setdefault(item.point.node, [])
+            rows = cache.rows[item.point.node] if known else DenseRows(len(calibration.chunks), cache.store)
+            if kept is not None:
+                cache.rows[item.point.node] = rows
             resources = walk.resources if draft is not None else replace(walk.resources, store=MEMORY)
             samplers[item] = RowSampler(
-                pair, item, recipe, calibration, number, resources, rows, lasting=draft is not None, attention=attention
+                pair,
+                item,
+                recipe,
+                calibration,
+                number,
+                resources,
+                rows,
+                lasting=draft is not None,
+                attention=cache.attention,
             )
+            del rows
         schedule = [[samplers.pop(item) for item in group] for group in steps(pair.pruned.index, items)]
         own = [name for group in schedule for one in group for name in one.pruned_targets]
         sources = [one.source for group in schedule for one in group]  # once more, when they are no longer needed
         reference = [name for group in schedule for one in group for name in one.dense_targets]
-        dense = None if known else walk.lane(Draft(pair.dense), reference if draft is not None else own + reference)
-        pruned = dense if draft is None else walk.lane(draft, own + sources)
-        assert pruned is not None
-        for number in range(len(schedule)):
-            execution.progress("refitting", number / len(schedule))
-            group, schedule[number] = schedule[number], []  # its rows are free once they were used
-            _take_rows(walk, group, pruned, dense)
-            if draft is None:
-                yield group
-                continue
+        if draft is None:
+            lane = walk.lane(Draft(pair.dense), own + reference)
+            while schedule:
+                _sample_alone(walk, lane, schedule[0])
+                yield schedule.pop(0)
+            return
+        dense = None if known else walk.lane(Draft(pair.dense), reference)
+        pruned = walk.lane(draft, own + sources)
+        total, ahead = len(schedule), 0
+        while schedule:
+            execution.progress("refitting", 1 - len(schedule) / total)
+            if dense is not None and not ahead:
+                ahead = _levels_ahead(schedule, recipe)
+                _sample_dense(walk, dense, [sampler for group in schedule[:ahead] for sampler in group])
+            ahead -= 1
+            group = schedule.pop(0)  # its rows are free once they were used
+            _sample_pruned(walk, pruned, group)
             held, unheld = ([one.source for one in group if one.is_held is wanted] for wanted in (True, False))
             _let_go(walk, pruned, held)
             yield group
             _let_go(walk, pruned, unheld)
 
 
+def _levels_ahead(schedule: Sequence[Sequence[RowSampler]], recipe: RefitRecipe) -> int:
+    """How many of the next levels to sample in one pass of the dense network."""
+    size = 0
+    for number, group in enumerate(schedule[:_LEVELS_AHEAD]):
+        size += sum(4 * recipe.rows * sampler.point.channels for sampler in group)
+        if size > _BYTES_AHEAD and number:
+            return number
+    return min(_LEVELS_AHEAD, len(schedule))
+
+
+def _sample_dense(walk: Walk, lane: Lane, samplers: Sequence[RowSampler]) -> None:
+    for (chunk,) in walk.step({lane: [name for sampler in samplers for name in sampler.dense_targets]}):
+        for sampler in samplers:
+            sampler.take(chunk)
+
+
+def _sample_pruned(walk: Walk, lane: Lane, samplers: Sequence[RowSampler]) -> None:
+    for (chunk,) in walk.step({lane: [name for sampler in samplers for name in sampler.pruned_targets]}):
+        for sampler in samplers:
+            sampler.add(chunk)
+
+
+def _sample_alone(walk: Walk, lane: Lane, group: Sequence[RowSampler]) -> None:
+    """Rows of the dense network alone, which is the pruned one, too."""
+    names = [name for sampler in group for name in (*sampler.pruned_targets, *sampler.dense_targets)]
+    for (chunk,) in walk.step({lane: names}):
+        for sampler in group:
+            sampler.take(chunk)
+            sampler.add(chunk)
+
+
 def _let_go(walk: Walk, lane: Lane, sources: Sequence[str]) -> None:
     """Request tensors for the last time, which frees those that no later node reads."""
     for _ in walk.step({lane: sources}):
         pass
-
-
-def _take_rows(walk: Walk, group: Sequence[RowSampler], pruned: Lane, dense: Lane | None) -> None:
-    targets: dict[Lane, list[str]] = {pruned: [name for sampler in group for name in sampler.pruned_targets]}
-    if dense is not None:  # it may be the same lane
-        targets.setdefault(dense, []).extend(name for sampler in group for name in sampler.dense_targets)
-    for chunks in walk.step(targets):
-        for sampler in group:
-            sampler.add(None if dense is None else chunks[-1], chunks[0])
 
 
 def dense_rows(

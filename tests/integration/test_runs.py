@@ -85,10 +85,13 @@ def test_auto_keeps_the_channel_rule_that_it_tried_on_all_samples(seen: Counter[
     assert set(seen.values()) == {PROBE + 4 * PART + 2 * HELD_OUT + NOISE + 3 * HELD_OUT}
 
 
+@pytest.mark.parametrize("memory_limit", [None, 1 << 20])
 @pytest.mark.parametrize(("scope", "trials"), [("global", 0), ("auto", 4 * TRIED + 3 * HELD_OUT)])
-def test_the_rounds_of_compress_share_a_run_of_the_dense_network(scope: Any, trials: int, seen: Counter[str]) -> None:
+def test_the_rounds_of_compress_share_a_run_of_the_dense_network(
+    scope: Any, trials: int, memory_limit: int | None, seen: Counter[str]
+) -> None:
     options = CompressOptions(0.8, scope=scope, rounds=4, round_samples=1.0, repair=RepairOptions(**SAMPLES))
-    onnx_asr.compress(DENSE, X, options)
+    onnx_asr.compress(DENSE, X, options, execution=Execution(memory_limit=memory_limit))
     rounds = CALIBRATION + 3 * CALIBRATION  # the dense network, and three rounds
     assert set(seen.values()) == {PROBE + trials + rounds + 2 * CALIBRATION + VERIFICATION + FITTED}
 
