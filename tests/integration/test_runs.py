@@ -13,6 +13,7 @@ import pytest
 import onnx_asr
 from onnx_asr import CompressOptions, RepairOptions
 from onnx_asr.engine.session import Session
+from onnx_asr.networks.execution import Execution
 from onnx_asr.pruning.options import SensitivityOptions
 from tests.graphs import digit_images, digits, pruned
 
