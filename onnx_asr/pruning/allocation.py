@@ -21,7 +21,7 @@ from onnx_asr.numerics.scores import cheapest_keep
 from onnx_asr.pruning.masks import PrunableWeight, make_masks, units_of
 from onnx_asr.pruning.options import Scope
 from onnx_asr.repairing.refit import repair_refit
-from onnx_asr.repairing.rows import DenseRows
+from onnx_asr.repairing.rows import DenseCache
 from onnx_asr.repairing.verification import Verifier
 
 TRIED: tuple[Scope, ...] = ("global", "erk", "mixed")
@@ -127,7 +127,7 @@ class ScopeTrials:
     def run(self, seconds: float | None = None) -> tuple[ScopeTrial, ...]:
         """Try one scope after the other, but none that would not end within ``seconds`` except the first."""
         trials: list[ScopeTrial] = []
-        kept: dict[int, list[DenseRows]] = {}
+        kept = DenseCache()
         begun = time.perf_counter()
         for number, scope in enumerate(TRIED):
             if trials and seconds is not None and time.perf_counter() - begun + trials[-1].seconds > seconds:
@@ -139,7 +139,7 @@ class ScopeTrials:
             trials.append(ScopeTrial(scope, fidelity, time.perf_counter() - started, floor))
         return tuple(trials)
 
-    def _try(self, scope: Scope, kept: dict[int, list[DenseRows]]) -> Fidelity:
+    def _try(self, scope: Scope, kept: DenseCache) -> Fidelity:
         options = self.verifier.samples.options
         recipe = options.refit
         quick = replace(recipe, rows=min(_ROWS, recipe.rows), relu_steps=min(1, recipe.relu_steps))
