@@ -1,22 +1,29 @@
 """Time and memory of `repair` and `compress` against plain onnxruntime inference of the dense net over the same images.
 
     python -m tools.bench.speed [--nets resnet18@32 resnet50@224 resnet20] [--methods paired bn] [--json FILE]
-    python -m tools.bench.speed --nets resnet20 --images 1024 --methods refit compress:rounds=5 --no-peak
+    python -m tools.bench.speed --threads 1 0 --methods paired refit auto compress:rounds=5 onnxsim torch-bn --no-linear
 
 A is plain inference: one session with onnxruntime's defaults, made beforehand; B is one whole `repair` (or `compress`)
-call without verification (models in memory, images in an array), with A's threads and batch size. They are run A B A B;
-"ratio" is the median ratio B / A of neighbouring runs in wall time, "CPU" the same in processor time. "linear" is the
-time of B for twice the images over twice the time of B: 1 is linear, more is worse; "-" with --no-linear. "where the
-time goes" comes from one more run under Python's profiler. "peak" is the largest resident memory of a process that only
-loads two model files and a .npy file and repairs. Nets: torchvision's ResNet-18 (CIFAR variant) and ResNet-50 with
-random weights, and ResNet-20 of ../shared/assets if that exists; 90% pruned.
+call (models in memory, images in an array), with A's threads and batch size. `auto` holds out a quarter more images to
+choose by, the others none (`refit:verify_samples=256` does as well). What a user could do instead, on the same images:
+`onnxsim` is its SparseGPT pruning of the dense net, `torch-bn` the BatchNormalization of torchvision's net re-estimated
+in one pass of PyTorch (momentum=None); a line says so where one is not installed, or has no such net.
+
+A and B are run A B A B; "ratio" is the median ratio B / A of neighbouring runs in wall time, "CPU" the same in
+processor time. "linear" is the time of B for twice the images over twice the time of B: 1 is linear, more is worse; "-"
+with --no-linear. "where the time goes" comes from one more run under Python's profiler. "peak" is the largest resident
+memory of a process that only loads two model files and a .npy file and repairs. --threads takes several numbers; with
+one thread, a process keeps to one core. Nets: torchvision's ResNet-18 (CIFAR variant) and ResNet-50 with random
+weights, and ResNet-20 of ../shared/assets if that exists; 90% pruned.
 """
 
 from __future__ import annotations
 
 import argparse
 import cProfile
+import importlib.util
 import json
+import os
 import pstats
 import resource
 import statistics
@@ -24,8 +31,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +48,7 @@ from onnx_asr.engine.session import Runtime
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.samples import batch_size_for, input_specs
-from tools.arguments import add_threads, script_parser
+from tools.arguments import script_parser
 from tools.bench.architectures import build
 from tools.bench.methods import method_options, parse_method
 from tools.paths import ASSETS, ROOT
@@ -63,6 +72,7 @@ PARTS = {  # of the profile: (end of the file's name, function)
 IMAGES = {"resnet18@32": 512, "resnet50@224": 64, "resnet20": 1000}
 PEAK_IMAGES = 128
 PEAK_NET = "resnet50@224"
+RIVALS = {"onnxsim": ("onnxsim",), "torch-bn": ("torch", "torchvision")}  # by the modules that each needs
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,7 @@ class Speed:
     """One method on one net."""
 
     net: str
+    threads: int
     method: str
     images: int
     batch_size: int
@@ -86,12 +97,14 @@ class Peak:
     """Largest resident memory of one process, in bytes."""
 
     net: str
+    threads: int
     method: str
     images: int
     peak: int
 
 
-def network(name: str) -> onnx.ModelProto:
+@cache
+def network_of(name: str) -> onnx.ModelProto:
     if name == "resnet20":
         return onnx.load(ASSETS / "cifar10" / "resnet20_bn.onnx")
     return build("resnet18", 32) if name == "resnet18@32" else build("resnet50", 224)
@@ -110,18 +123,82 @@ def timed(function: Callable[[], None]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - processor
 
 
+@contextmanager
+def on_cores(threads: int) -> Iterator[None]:
+    """Keep this thread, and those that it begins, to as many cores; 0 for all."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, set(sorted(cores)[:threads]) if threads else cores)
+    yield
+    os.sched_setaffinity(0, cores)
+
+
+def unavailable(net: str, method: str) -> str | None:
+    """Why a method cannot be measured here, if it cannot."""
+    missing = [module for module in RIVALS.get(method, ()) if importlib.util.find_spec(module) is None]
+    if missing:
+        return f"{' and '.join(missing)} not installed"
+    return f"torchvision has no {net}" if method == "torch-bn" and net == "resnet20" else None
+
+
+def held_out(method: str, count: int) -> int:
+    """How many images beside the calibration images a method takes."""
+    name, overrides = parse_method(method)
+    return int(overrides.get("verify_samples", count // 4 if name == "auto" else 0))
+
+
 def whole(
-    method: str, dense: onnx.ModelProto, pruned: onnx.ModelProto, images: NDArray[np.float32], threads: int
-) -> onnx_asr.RepairResult | onnx_asr.CompressResult:
-    """Call `repair`, or `compress` if that is the method."""
+    net: str, method: str, dense: onnx.ModelProto, pruned: onnx.ModelProto, images: NDArray[np.float32], threads: int
+) -> object:
+    """Call `repair`, `compress` or a rival on images, of which some are held out where the method needs any."""
+    if method == "onnxsim":
+        return sparsegpt(dense, images)
+    if method == "torch-bn":
+        return recalibrated(net, images, threads)
     execution = Execution(Runtime(threads=threads))
     name, overrides = parse_method(method)
+    held = held_out(method, len(images) * 4 // 5 if name == "auto" else len(images))
     if name == "compress":
         settings = onnx_asr.RepairOptions(samples=len(images), verify_samples=0)
         goal = onnx_asr.CompressOptions(SPARSITY, **overrides, repair=settings)
         return onnx_asr.compress(dense, images, goal, execution=execution)
-    options = method_options(method, samples=len(images), verify_samples=0)
+    options = method_options(method, samples=len(images) - held, verify_samples=held)
     return onnx_asr.repair(pruned, images, options, dense=dense, execution=execution)
+
+
+def batches(images: NDArray[np.float32], size: int) -> Iterator[NDArray[np.float32]]:
+    return (images[start : start + size] for start in range(0, len(images), size))
+
+
+def sparsegpt(dense: onnx.ModelProto, images: NDArray[np.float32]) -> object:
+    """SparseGPT pruning by onnxsim."""
+    import onnxsim
+
+    (spec,) = input_specs(GraphIndex.of(dense))
+    model = onnx.ModelProto()
+    model.CopyFrom(dense)
+    feeds = [{spec.name: batch} for batch in batches(images, batch_size_for([spec]))]
+    return onnxsim.apply_sparsegpt_pruning(model, feeds, sparsity=SPARSITY)
+
+
+def recalibrated(net: str, images: NDArray[np.float32], threads: int) -> object:
+    """The BatchNormalization of torchvision's net, re-estimated by PyTorch in one pass."""
+    import torch
+    import torchvision
+
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    name, _, side = net.partition("@")
+    network = getattr(torchvision.models, name)()
+    if side == "32":
+        network.conv1, network.maxpool = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
+    network.train()
+    with torch.no_grad():
+        for batch in batches(images, batch_size_for(input_specs(GraphIndex.of(network_of(net))))):
+            network(torch.from_numpy(batch))
+    return network
 
 
 def profile(function: Callable[[], Any]) -> dict[str, float]:
@@ -138,9 +215,9 @@ def profile(function: Callable[[], Any]) -> dict[str, float]:
 
 
 def compare(net: str, method: str, count: int, repeats: int, threads: int, linear: bool) -> Speed:
-    dense = network(net)
+    dense = network_of(net)
     pruned = onnx_asr.prune(dense, options=onnx_asr.PruneOptions(SPARSITY)).model
-    images = random_images(dense, 2 * count)
+    images = random_images(dense, 2 * count + held_out(method, 2 * count))
     batch_size = batch_size_for(input_specs(GraphIndex.of(dense)))
     session_options = onnxruntime.SessionOptions()
     session_options.intra_op_num_threads = threads
@@ -154,7 +231,7 @@ def compare(net: str, method: str, count: int, repeats: int, threads: int, linea
             session.run(None, {name: images[start : min(count, start + batch_size)]})
 
     def repair(samples: int) -> None:
-        whole(method, dense, pruned, images[:samples], threads)
+        whole(net, method, dense, pruned, images[: samples + held_out(method, samples)], threads)
 
     plain()
     repair(min(count, batch_size))
@@ -167,6 +244,7 @@ def compare(net: str, method: str, count: int, repeats: int, threads: int, linea
     seconds = median(lambda a, b: float(b[0]))
     return Speed(
         net,
+        threads,
         method,
         count,
         batch_size,
@@ -181,29 +259,31 @@ def compare(net: str, method: str, count: int, repeats: int, threads: int, linea
 
 def peak_memory(net: str, method: str, count: int, threads: int) -> Peak:
     with tempfile.TemporaryDirectory() as folder:
-        dense = network(net)
+        dense = network_of(net)
         onnx.save(dense, Path(folder) / "dense.onnx")
         onnx.save(onnx_asr.prune(dense, options=onnx_asr.PruneOptions(SPARSITY)).model, Path(folder) / "pruned.onnx")
-        np.save(Path(folder) / "images.npy", random_images(dense, count))
+        np.save(Path(folder) / "images.npy", random_images(dense, count + held_out(method, count)))
         command = [
             sys.executable,
             "-m",
             __spec__.name,
             "--probe",
             folder,
+            "--nets",
+            net,
             "--methods",
             method,
             "--threads",
             str(threads),
         ]
         probe = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
-    return Peak(net, method, count, int(probe.stdout))
+    return Peak(net, threads, method, count, int(probe.stdout.split()[-1]))
 
 
-def probe(folder: Path, method: str, threads: int) -> int:
+def probe(folder: Path, net: str, method: str, threads: int) -> int:
     """Repair the model in a folder; return the process's peak resident memory in bytes."""
     images = np.load(folder / "images.npy", mmap_mode="r")
-    whole(method, onnx.load(folder / "dense.onnx"), onnx.load(folder / "pruned.onnx"), images, threads)
+    whole(net, method, onnx.load(folder / "dense.onnx"), onnx.load(folder / "pruned.onnx"), images, threads)
     status = Path("/proc/self/status")
     if status.exists():  # unlike ru_maxrss, without the memory that the parent process held when it forked
         return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
@@ -220,7 +300,8 @@ def show(item: Speed) -> None:
     bar = _bar(item.ratio, RATIO_BARS.get((item.net, parse_method(item.method)[0])))
     linear = "-" if item.linearity is None else f"{item.linearity:.2f}"
     print(
-        f"| {item.net} | `{item.method}` | {item.images} x {item.batch_size} | {item.plain_seconds:.2f} "
+        f"| {item.net} | {item.threads or 'all'} | `{item.method}` "
+        f"| {item.images} x {item.batch_size} | {item.plain_seconds:.2f} "
         f"| {item.repair_seconds:.2f} | {item.ratio:.2f}{bar} | {item.cpu_ratio:.2f} | {linear} | {shares} |",
         flush=True,
     )
@@ -233,28 +314,43 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["paired", "bn"], help="name or name:option=value,...")
     parser.add_argument("--images", type=int, help="images per run; default: by net")
     parser.add_argument("--repeats", type=int, default=5)
-    add_threads(parser)
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[0], help="threads per operator, in turn; 0: all cores"
+    )
     parser.add_argument("--no-linear", action="store_true", help="skip the runs over twice the images")
     parser.add_argument("--no-peak", action="store_true", help="skip the memory measurement")
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--probe", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.probe:
-        print(probe(arguments.probe, arguments.methods[0], arguments.threads))
+        print(probe(arguments.probe, arguments.nets[0], arguments.methods[0], arguments.threads[0]))
         return
     speeds, peaks = [], []
-    print("| net | method | images x batch | plain s | repair s | ratio | CPU | linear | where the time goes |")
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "| net | threads | method | images x batch | plain s | repair s | ratio | CPU | linear | where the time goes |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for net in arguments.nets:
-        for method in arguments.methods:
-            count = arguments.images or IMAGES[net]
-            speeds.append(compare(net, method, count, arguments.repeats, arguments.threads, not arguments.no_linear))
-            show(speeds[-1])
+        count = arguments.images or IMAGES[net]
+        for threads in arguments.threads:
+            for method in arguments.methods:
+                reason = unavailable(net, method)
+                if reason is not None:
+                    print(f"| {net} | {threads or 'all'} | `{method}` | {reason} |", flush=True)
+                    continue
+                with on_cores(threads):
+                    speed = compare(net, method, count, arguments.repeats, threads, not arguments.no_linear)
+                speeds.append(speed)
+                show(speed)
+    peak_net = PEAK_NET if PEAK_NET in arguments.nets or not arguments.nets else arguments.nets[0]
+    peak_images = PEAK_IMAGES if peak_net == PEAK_NET else arguments.images or IMAGES[peak_net]
     for method in [] if arguments.no_peak else arguments.methods:
-        peaks.append(peak_memory(PEAK_NET, method, PEAK_IMAGES, arguments.threads))
+        if unavailable(peak_net, method) is not None:
+            continue
+        peaks.append(peak_memory(peak_net, method, peak_images, arguments.threads[0]))
         gigabytes = peaks[-1].peak / 1e9
-        bar = _bar(gigabytes, PEAK_BARS.get(parse_method(method)[0]))
-        print(f"peak memory, {PEAK_NET}, {PEAK_IMAGES} images, `{method}`: {gigabytes:.2f} GB{bar}", flush=True)
+        bar = _bar(gigabytes, PEAK_BARS.get(parse_method(method)[0])) if peak_net == PEAK_NET else ""
+        print(f"peak memory, {peak_net}, {peak_images} images, `{method}`: {gigabytes:.2f} GB{bar}", flush=True)
     if arguments.json:
         text = json.dumps({"speed": list(map(asdict, speeds)), "peak": list(map(asdict, peaks))}, indent=1)
         arguments.json.write_text(text + "\n")
