@@ -104,7 +104,7 @@ class Peak:
 
 
 @cache
-def network_of(name: str) -> onnx.ModelProto:
+def network(name: str) -> onnx.ModelProto:
     if name == "resnet20":
         return onnx.load(ASSETS / "cifar10" / "resnet20_bn.onnx")
     return build("resnet18", 32) if name == "resnet18@32" else build("resnet50", 224)
@@ -187,18 +187,18 @@ def recalibrated(net: str, images: NDArray[np.float32], threads: int) -> object:
 
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     name, _, side = net.partition("@")
-    network = getattr(torchvision.models, name)()
+    twin = getattr(torchvision.models, name)()
     if side == "32":
-        network.conv1, network.maxpool = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity()
-    for module in network.modules():
+        twin.conv1, twin.maxpool = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity()
+    for module in twin.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.reset_running_stats()
             module.momentum = None
-    network.train()
+    twin.train()
     with torch.no_grad():
-        for batch in batches(images, batch_size_for(input_specs(GraphIndex.of(network_of(net))))):
-            network(torch.from_numpy(batch))
-    return network
+        for batch in batches(images, batch_size_for(input_specs(GraphIndex.of(network(net))))):
+            twin(torch.from_numpy(batch))
+    return twin
 
 
 def profile(function: Callable[[], Any]) -> dict[str, float]:
@@ -215,7 +215,7 @@ def profile(function: Callable[[], Any]) -> dict[str, float]:
 
 
 def compare(net: str, method: str, count: int, repeats: int, threads: int, linear: bool) -> Speed:
-    dense = network_of(net)
+    dense = network(net)
     pruned = onnx_asr.prune(dense, options=onnx_asr.PruneOptions(SPARSITY)).model
     images = random_images(dense, 2 * count + held_out(method, 2 * count))
     batch_size = batch_size_for(input_specs(GraphIndex.of(dense)))
@@ -259,7 +259,7 @@ def compare(net: str, method: str, count: int, repeats: int, threads: int, linea
 
 def peak_memory(net: str, method: str, count: int, threads: int) -> Peak:
     with tempfile.TemporaryDirectory() as folder:
-        dense = network_of(net)
+        dense = network(net)
         onnx.save(dense, Path(folder) / "dense.onnx")
         onnx.save(onnx_asr.prune(dense, options=onnx_asr.PruneOptions(SPARSITY)).model, Path(folder) / "pruned.onnx")
         np.save(Path(folder) / "images.npy", random_images(dense, count + held_out(method, count)))
