@@ -6,8 +6,8 @@
 A is plain inference: one session with onnxruntime's defaults, made beforehand; B is one whole `repair` (or `compress`)
 call (models in memory, images in an array), with A's threads and batch size. `auto` holds out a quarter more images to
 choose by, the others none (`refit:verify_samples=256` does as well). What a user could do instead, on the same images:
-`onnxsim` is its SparseGPT pruning of the dense net, `torch-bn` the BatchNormalization of torchvision's net re-estimated
-in one pass of PyTorch (momentum=None); a line says so where one is not installed, or has no such net.
+`onnxsim` is its SparseGPT pruning of the dense net, `torch-bn` one pass of PyTorch over the dense net that re-estimates
+BatchNormalization (momentum=None); a line says so where one is not installed.
 
 A and B are run A B A B; "ratio" is the median ratio B / A of neighbouring runs in wall time, "CPU" the same in
 processor time. "linear" is the time of B for twice the images over twice the time of B: 1 is linear, more is worse; "-"
@@ -45,7 +45,7 @@ from numpy.typing import NDArray
 
 import onnx_asr
 from onnx_asr.engine.session import Runtime
-from onnx_asr.graph.index import GraphIndex
+from onnx_asr.graph.index import GraphIndex, attribute
 from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.samples import batch_size_for, input_specs
 from tools.arguments import script_parser
@@ -72,7 +72,7 @@ PARTS = {  # of the profile: (end of the file's name, function)
 IMAGES = {"resnet18@32": 512, "resnet50@224": 64, "resnet20": 1000}
 PEAK_IMAGES = 128
 PEAK_NET = "resnet50@224"
-RIVALS = {"onnxsim": ("onnxsim",), "torch-bn": ("torch", "torchvision")}  # by the modules that each needs
+RIVALS = {"onnxsim": "onnxsim", "torch-bn": "torch"}  # with the module that each needs
 
 
 @dataclass(frozen=True)
@@ -132,12 +132,10 @@ def on_cores(threads: int) -> Iterator[None]:
     os.sched_setaffinity(0, cores)
 
 
-def unavailable(net: str, method: str) -> str | None:
+def unavailable(method: str) -> str | None:
     """Why a method cannot be measured here, if it cannot."""
-    missing = [module for module in RIVALS.get(method, ()) if importlib.util.find_spec(module) is None]
-    if missing:
-        return f"{' and '.join(missing)} not installed"
-    return f"torchvision has no {net}" if method == "torch-bn" and net == "resnet20" else None
+    module = RIVALS.get(method)
+    return f"{module} is not installed" if module and importlib.util.find_spec(module) is None else None
 
 
 def held_out(method: str, count: int) -> int:
@@ -147,13 +145,13 @@ def held_out(method: str, count: int) -> int:
 
 
 def whole(
-    net: str, method: str, dense: onnx.ModelProto, pruned: onnx.ModelProto, images: NDArray[np.float32], threads: int
+    method: str, dense: onnx.ModelProto, pruned: onnx.ModelProto, images: NDArray[np.float32], threads: int
 ) -> object:
     """Call `repair`, `compress` or a rival on images, of which some are held out where the method needs any."""
     if method == "onnxsim":
         return sparsegpt(dense, images)
     if method == "torch-bn":
-        return recalibrated(net, images, threads)
+        return recalibrated(dense, images, threads)
     execution = Execution(Runtime(threads=threads))
     name, overrides = parse_method(method)
     held = held_out(method, len(images) * 4 // 5 if name == "auto" else len(images))
@@ -180,25 +178,69 @@ def sparsegpt(dense: onnx.ModelProto, images: NDArray[np.float32]) -> object:
     return onnxsim.apply_sparsegpt_pruning(model, feeds, sparsity=SPARSITY)
 
 
-def recalibrated(net: str, images: NDArray[np.float32], threads: int) -> object:
-    """The BatchNormalization of torchvision's net, re-estimated by PyTorch in one pass."""
+def recalibrated(dense: onnx.ModelProto, images: NDArray[np.float32], threads: int) -> object:
+    """The BatchNormalization layers of a net, re-estimated by PyTorch as cumulative averages in one pass."""
     import torch
-    import torchvision
+    from torch.nn import functional
 
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
-    name, _, side = net.partition("@")
-    twin = getattr(torchvision.models, name)()
-    if side == "32":
-        twin.conv1, twin.maxpool = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity()
-    for module in twin.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None
-    twin.train()
+    index = GraphIndex.of(dense)
+    constants = {
+        name: torch.tensor(index.value(name).copy())
+        for node in dense.graph.node
+        for name in node.input
+        if index.is_constant(name)
+    }
+    norms = {}
+    for node in dense.graph.node:
+        if node.op_type == "BatchNormalization":
+            scale, bias = (torch.nn.Parameter(constants[name]) for name in node.input[1:3])
+            norm = torch.nn.BatchNorm2d(len(scale), attribute(node, "epsilon", 1e-5), momentum=None)
+            norm.weight, norm.bias = scale, bias
+            norms[node.output[0]] = norm
+
+    def computed(node: onnx.NodeProto, x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        kind = node.op_type
+        if kind == "Conv":
+            strides, pads = attribute(node, "strides", [1, 1]), attribute(node, "pads", [0, 0])
+            return functional.conv2d(x, rest[0], rest[1] if len(rest) > 1 else None, strides, pads[:2])
+        if kind == "BatchNormalization":
+            return norms[node.output[0]](x)
+        if kind == "MaxPool":
+            return functional.max_pool2d(
+                x, *(attribute(node, key, None)[:2] for key in ("kernel_shape", "strides", "pads"))
+            )
+        if kind == "Slice":
+            begins, ends, axes, strides = (item.tolist() for item in rest)
+            for begin, end, axis, stride in zip(begins, ends, axes, strides, strict=True):
+                x = x[(slice(None),) * axis + (slice(begin, end, stride),)]
+            return x
+        if kind == "Pad":
+            before, after = rest[0].reshape(2, -1).tolist()
+            return functional.pad(x, [size for pair in zip(before[::-1], after[::-1], strict=True) for size in pair])
+        if kind == "Gemm":
+            return functional.linear(x, rest[0], rest[1])
+        simple = {
+            "Relu": functional.relu,
+            "Add": torch.add,
+            "GlobalAveragePool": lambda x: x.mean((2, 3), keepdim=True),
+            "Flatten": lambda x: x.flatten(1),
+        }
+        return simple[kind](x, *rest)
+
+    (spec,) = input_specs(index)
     with torch.no_grad():
-        for batch in batches(images, batch_size_for(input_specs(GraphIndex.of(network(net))))):
-            twin(torch.from_numpy(batch))
-    return twin
+        for batch in batches(images, batch_size_for([spec])):
+            values = {spec.name: torch.from_numpy(batch)}
+            for position, node in enumerate(index.nodes):
+                if index.is_constant(node.output[0]):
+                    continue
+                read = [values[name] if name in values else constants[name] for name in node.input if name]
+                values[node.output[0]] = computed(node, *read)
+                for name in node.input:
+                    if name in values and index.consumers[name][-1] == position:
+                        del values[name]
+    return norms
 
 
 def profile(function: Callable[[], Any]) -> dict[str, float]:
@@ -231,7 +273,7 @@ def compare(net: str, method: str, count: int, repeats: int, threads: int, linea
             session.run(None, {name: images[start : min(count, start + batch_size)]})
 
     def repair(samples: int) -> None:
-        whole(net, method, dense, pruned, images[: samples + held_out(method, samples)], threads)
+        whole(method, dense, pruned, images[: samples + held_out(method, samples)], threads)
 
     plain()
     repair(min(count, batch_size))
@@ -269,8 +311,6 @@ def peak_memory(net: str, method: str, count: int, threads: int) -> Peak:
             __spec__.name,
             "--probe",
             folder,
-            "--nets",
-            net,
             "--methods",
             method,
             "--threads",
@@ -280,10 +320,10 @@ def peak_memory(net: str, method: str, count: int, threads: int) -> Peak:
     return Peak(net, threads, method, count, int(probe.stdout.split()[-1]))
 
 
-def probe(folder: Path, net: str, method: str, threads: int) -> int:
+def probe(folder: Path, method: str, threads: int) -> int:
     """Repair the model in a folder; return the process's peak resident memory in bytes."""
     images = np.load(folder / "images.npy", mmap_mode="r")
-    whole(net, method, onnx.load(folder / "dense.onnx"), onnx.load(folder / "pruned.onnx"), images, threads)
+    whole(method, onnx.load(folder / "dense.onnx"), onnx.load(folder / "pruned.onnx"), images, threads)
     status = Path("/proc/self/status")
     if status.exists():  # unlike ru_maxrss, without the memory that the parent process held when it forked
         return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
@@ -323,7 +363,7 @@ def main() -> None:
     parser.add_argument("--probe", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.probe:
-        print(probe(arguments.probe, arguments.nets[0], arguments.methods[0], arguments.threads[0]))
+        print(probe(arguments.probe, arguments.methods[0], arguments.threads[0]))
         return
     speeds, peaks = [], []
     print(
@@ -334,7 +374,7 @@ def main() -> None:
         count = arguments.images or IMAGES[net]
         for threads in arguments.threads:
             for method in arguments.methods:
-                reason = unavailable(net, method)
+                reason = unavailable(method)
                 if reason is not None:
                     print(f"| {net} | {threads or 'all'} | `{method}` | {reason} |", flush=True)
                     continue
@@ -345,7 +385,7 @@ def main() -> None:
     peak_net = PEAK_NET if PEAK_NET in arguments.nets or not arguments.nets else arguments.nets[0]
     peak_images = PEAK_IMAGES if peak_net == PEAK_NET else arguments.images or IMAGES[peak_net]
     for method in [] if arguments.no_peak else arguments.methods:
-        if unavailable(peak_net, method) is not None:
+        if unavailable(method) is not None:
             continue
         peaks.append(peak_memory(peak_net, method, peak_images, arguments.threads[0]))
         gigabytes = peaks[-1].peak / 1e9
