@@ -158,8 +158,7 @@ def _row_space(block: RowBlock, space: Any, targets: Targets, start: Any, mask: 
 def _sampling(sampler: RowSampler, *_: Any) -> tuple[float, float]:
     if not sampler.is_held:
         return 0.0, 0.0
-    chunks = sampler._seen / sampler._calibration.batch_size  # so far
-    return 0.0, 2 * sampler.inputs.nbytes / chunks
+    return 0.0, 2 * sampler.inputs.nbytes / sampler._seen  # of one chunk among those so far
 
 
 def measured(net: str, count: int, sparsity: float) -> tuple[Meter, float]:
@@ -188,6 +187,7 @@ def measured(net: str, count: int, sparsity: float) -> tuple[Meter, float]:
         meter.watch(Session, "run", "onnxruntime", None),
         meter.watch(Session, "__init__", "loading sessions", None),
         meter.watch(RowSampler, "add", "sampling rows", _sampling),
+        meter.watch(RowSampler, "take", "sampling rows", None),
         meter.watch(Inputs, "__init__", "Gram matrices", _centring),
         meter.watch(Inputs, "gram", "Gram matrices", _gram),
         meter.watch(Cholesky, "__init__", "factors", _factors),
