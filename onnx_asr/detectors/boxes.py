@@ -30,7 +30,7 @@ class Boxes:
 
     @classmethod
     def of(cls, corners: Array, scores: Array, classes: Array | None = None) -> Boxes:
-        """The boxes with a score above the floor and finite corners.
+        """The boxes with a score above the floor, and with finite corners and classes.
 
         Args:
             corners: (n, 4).
@@ -42,7 +42,7 @@ class Boxes:
         if classes is None:
             rows, columns = np.nonzero((values > FLOOR) & usable[:, None])
             return cls(corners[rows].astype(np.float64), values[rows, columns], columns.astype(np.int64))
-        rows = np.flatnonzero((values > FLOOR) & usable)
+        rows = np.flatnonzero((values > FLOOR) & usable & np.isfinite(classes))
         return cls(corners[rows].astype(np.float64), values[rows], classes[rows].astype(np.int64))
 
     def __len__(self) -> int:

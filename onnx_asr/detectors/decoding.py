@@ -204,7 +204,7 @@ def _by_class(corners: Array, scores: Array) -> list[Boxes]:
 
 
 def _single(outputs: Outputs, count: int, axes: int) -> Floats:
-    """The first output, if it has this many axes and at least 6 values a place; others are not read."""
+    """The first output, if it has this many axes; others are not read."""
     first = _batched(next(iter(outputs.values())), count, axes)
     if first.ndim != axes:
         raise ValueError(f"the first one has {first.ndim} axes, not {axes}")

@@ -90,7 +90,8 @@ class Detections:
         """Tell from the outputs of the dense network, samples along the first axis; None where it is no detector."""
         by_places: dict[tuple[int, ...], Places] = {}
         for position, value in enumerate(dense):
-            if value.ndim >= 3 and len(value) and np.issubdtype(value.dtype, np.floating):
+            by_sample = value.ndim >= 3 and len(value) == len(dense[0])  # not so where results are of all samples
+            if by_sample and value.size and np.issubdtype(value.dtype, np.floating):
                 head = _head(position, value)
                 shape = value.shape[1:]
                 by_places.setdefault(shape[: head.axis] + shape[head.axis + 1 :], []).append(head)
@@ -153,6 +154,7 @@ def _open_rows(heads: Places, *networks: Sequence[Array], sample: int) -> list[d
     return [{output: value.astype(np.float64) for output, value in found.items()} for found in rows]
 
 
+@np.errstate(over="ignore")
 def _probabilities(values: Floats, logits: bool) -> Floats:
     return np.asarray(1 / (1 + np.exp(-values)) if logits else np.clip(values, 0.0, 1.0), np.float64)
 
@@ -181,7 +183,7 @@ def _values(groups: Sequence[Places], dense: Sequence[Array]) -> Iterator[tuple[
 
 def _is_sparse(groups: Sequence[Places], dense: Sequence[Array]) -> bool:
     """Whether the dense network is confident at few places, and at some."""
-    few = [_few(value) for value in dense]
+    few = [_few(value) if len(value) else value for value in dense]
     places, total, squares, highest = 0, 0.0, 0.0, 0.0
     for heads in groups:
         first = few[heads[0].output]

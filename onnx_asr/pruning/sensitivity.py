@@ -128,10 +128,9 @@ def sensitivity(
     """Measure, for every weight alone, how far pruning and refitting it moves the outputs from the dense model's.
 
     The distance is the KL divergence for classifiers, the detection error for detectors, the relative error otherwise,
-    or the metric of the options. It
-    takes one pass over the
-    calibration samples and, for every weight and sparsity, one refit of that layer and one pass over the held-out
-    samples: ``calibration + layers * sparsities * held-out`` samples run through the network.
+    or the metric of the options. It takes one pass over the calibration samples and, for every weight and sparsity, one
+    refit of that layer and one pass over the held-out samples: ``calibration + layers * sparsities * held-out`` samples
+    run through the network.
 
     Args:
         model: The dense model: a path, or an object of onnx, onnx-graphsurgeon or onnx-ir, which is not changed.

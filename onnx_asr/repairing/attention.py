@@ -93,7 +93,10 @@ def _attention(model: onnx.ModelProto, calibration: Calibration, runtime: Runtim
         return None
     maps = [_map(found, layouts) for found in _confidences(detections, first)]
     for chunk in calibration.chunks[number:]:
-        maps.extend(_map(found, layouts) for found in _confidences(detections, outputs(chunk)))
+        values = outputs(chunk)
+        if [value.shape[1:] for value in values] != [value.shape[1:] for value in first]:
+            return None  # of samples that differ in size
+        maps.extend(_map(found, layouts) for found in _confidences(detections, values))
     return Attention(np.stack(maps)) if len(maps) == calibration.count else None
 
 
@@ -164,11 +167,13 @@ def _ways(places: tuple[int, ...], image: Side) -> list[_Layout]:
     if len(places) == 3:
         ways = [_Layout((places[1:],), places[0], True), _Layout((places[:2],), places[2], False)]
         return [way for way in ways if way.sides[0] in sides] or ways[:1]
+    if len(places) > 1 or 0 in image:
+        return []
     for count in range(len(sides), 0, -1):
         for begin in range(len(sides) - count + 1):
             run = tuple(sides[begin : begin + count])
-            anchors, rest = divmod(places[0], max(1, sum(map(math.prod, run))))
-            if len(places) == 1 and rest == 0 and 1 <= anchors <= _ANCHORS:
+            anchors, rest = divmod(places[0], sum(map(math.prod, run)))
+            if rest == 0 and 1 <= anchors <= _ANCHORS:
                 orders = (run, run[::-1]) if count > 1 else (run,)
                 kinds = (True, False) if anchors > 1 else (True,)
                 return [_Layout(order, anchors, kind) for order, kind in product(orders, kinds)]

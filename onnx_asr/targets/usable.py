@@ -232,4 +232,8 @@ def _integers(index: GraphIndex, name: str) -> Array | None:
     offset, axis = index.value(zero).astype(np.int32), attribute(node, "axis", 1) % max(1, stored.ndim)
     if offset.ndim == 1 and offset.size > 1:
         offset = offset.reshape([-1 if place == axis else 1 for place in range(stored.ndim)])
-    return np.asarray(stored - offset, np.float32) if offset.ndim in (0, 1, stored.ndim) else None
+    elif offset.ndim > 1 and (block := attribute(node, "block_size", 0)):  # the last block may be shorter
+        offset = np.repeat(offset, block, axis)[tuple(map(slice, stored.shape))]
+    sizes = zip(offset.shape, stored.shape, strict=False)  # of one for all values, or along every axis
+    fits = offset.ndim <= stored.ndim and all(one in (1, size) for one, size in sizes)
+    return np.asarray(stored - offset, np.float32) if fits else None

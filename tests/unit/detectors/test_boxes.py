@@ -44,6 +44,11 @@ def test_every_class_above_the_floor_is_a_box_of_its_own() -> None:
     assert found.scores.tolist() == scores[[0, 0, 1], [0, 2, 2]].tolist()
 
 
+def test_a_class_that_is_not_finite_is_no_detection() -> None:
+    found = Boxes.of(np.zeros((3, 4)), np.full(3, 0.5), np.array([2.0, np.nan, np.inf]))
+    assert found.classes.tolist() == [2]
+
+
 def test_only_the_best_are_looked_at_and_kept() -> None:
     count = MOST_CANDIDATES + 1000
     corners = np.arange(count)[:, None] + np.array([0, 0, 1, 1])  # none overlaps another

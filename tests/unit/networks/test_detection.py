@@ -183,14 +183,32 @@ def softmax(*shape: int) -> np.ndarray:
         [smooth(SAMPLES * 7)],
         [np.zeros((SAMPLES, PLACES, 9))],
         [np.zeros((0, PLACES, 9))],
+        [np.zeros((SAMPLES, 0, 9)), np.zeros((SAMPLES, 9, 0))],
+        [np.arange(SAMPLES * 7), np.concatenate(scene(), axis=2)],
     ],
     ids=[
         *("classes", "classes and more", "picture", "classes by place", "logits by place", "heat map", "boxes"),
         *("scores everywhere", "integers", "numbers", "nothing", "no samples"),
+        *("no places", "results of all samples first"),
     ],
 )
 def test_other_networks_are_no_detectors(outputs: list[np.ndarray]) -> None:
     assert detections_in(outputs) is None
+
+
+def test_outputs_with_other_than_one_entry_a_sample_do_not_count() -> None:
+    dense = [np.concatenate(scene(), axis=2)]
+    more = [np.zeros(0, np.int64), np.zeros((0, 3, 4)), np.ones((SAMPLES + 1, PLACES, 9))]
+    assert found([*dense, *more]).error([*dense, *more], [*dense, *more]) < 1e-7
+
+
+def test_logits_far_below_zero_are_no_scores() -> None:
+    boxes, objectness, _ = scene()
+    maps = [part.transpose(0, 2, 1).reshape(SAMPLES, -1, SIDE, SIDE) for part in (boxes, np.log(objectness))]
+    maps[1] = np.where(maps[1] > -1, 4.0, maps[1])
+    nothing = [maps[0], np.full_like(maps[1], -1e4)]
+    with np.errstate(over="raise"):
+        assert found(maps).error(maps, nothing) == pytest.approx(1)
 
 
 def test_rounding_moves_the_distance_by_what_two_levels_differ() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from onnx_asr import RefitRecipe, RepairOptions
 from onnx_asr.engine.session import Runtime
+from onnx_asr.networks.execution import Execution
 from onnx_asr.networks.samples import Calibration
 from onnx_asr.repairing.attention import Attention, attention_of
 from onnx_asr.repairing.pipeline import repair
@@ -104,6 +105,21 @@ def test_other_networks_have_none_and_classifiers_are_not_run(monkeypatch: pytes
     assert attention_of(residual_net(), Calibration(({"x": images(8, seed=0)},), 8, 8, ""), Runtime()) is None
 
 
+def test_of_inputs_that_are_no_images_and_samples_of_several_sizes_there_is_none() -> None:
+    value = channels(np.where(np.arange(8) == 3, blobs(16).max(axis=(1, 2))[:, None], 0.0)).astype(np.float32)
+    flat = net("g (float[N,8,9] given) => (float[N,8,9] found) { found = Identity (given) }")
+    chunks = tuple({"given": value[part]} for part in (slice(0, 16), slice(16, 20)))
+    assert attention_of(flat, Calibration(chunks, SAMPLES, 16, ""), Runtime()) is None
+
+    value = rows((16, 8, 4), True).astype(np.float32)
+    image = np.zeros((SAMPLES, 3, SIDE, SIDE), np.float32)
+    model = net(
+        f"g (float[N,3,{SIDE},{SIDE}] image, float[N,A,9] given) => (float[N,A,9] found) {{ found = Identity (given) }}"
+    )
+    chunks = ({"image": image[:16], "given": value[:16]}, {"image": image[16:], "given": value[16:, :700]})
+    assert attention_of(model, Calibration(chunks, SAMPLES, 16, ""), Runtime()) is None
+
+
 def test_the_samples_remember_it(monkeypatch: pytest.MonkeyPatch) -> None:
     value = rows((16, 8, 4), True).astype(np.float32)
     model, image = copying(value), np.zeros((SAMPLES, 3, SIDE, SIDE), np.float32)
@@ -126,3 +142,14 @@ def test_a_refit_of_a_detector_is_closer_where_something_is() -> None:
         found = run(repair(damaged, x, options, dense=model).model, {"image": x})["boxes"]
         errors[share] = float((confidence * np.square(dense - found)).sum())
     assert errors[0.7] < 0.99 * errors[0.0]
+
+
+def test_any_number_of_threads_gives_the_same_bits() -> None:
+    model, x = detector(), images(40, seed=4, shape=(3, 64, 64))
+    damaged = pruned(model, 0.7)
+    options = RepairOptions("refit", samples=40, verify_samples=0, refit=RefitRecipe(600, detection_rows=0.7))
+    one, *others = (
+        repair(damaged, x, options, dense=model, execution=Execution(Runtime(threads=threads), limit)).model
+        for threads, limit in ((1, None), (2, None), (5, None), (5, 0))
+    )
+    assert [other.SerializeToString() for other in others] == 3 * [one.SerializeToString()]

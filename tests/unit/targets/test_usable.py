@@ -128,6 +128,25 @@ def test_zeros_along_the_wrong_axis_are_none() -> None:
     assert found(zeros_in_use(index(model), "tensorrt", Probe())) == [("no", ["zeros-not-2-of-4"])]
 
 
+def test_zero_points_of_blocks_are_zeros() -> None:
+    points = np.repeat(np.arange(1, 6, dtype=np.int8)[:, None], 64, axis=1)  # of 5 blocks, the last of 8 rows
+    stored = np.repeat(points, 16, axis=0)[:72]
+    stored[::2] += 3
+    model = net(
+        """
+        g (float[N,72] x) => (float[N,64] y) {
+          w = DequantizeLinear <axis=0, block_size=16> (stored, scales, points)  y = MatMul (x, w)
+        }
+        """,
+        opset=21,
+        stored=stored,
+        scales=np.ones(points.shape, np.float32),
+        points=points,
+    )
+    (layer,) = zeros_in_use(index(model), "openvino", Probe()).layers
+    assert layer.sparsity == 0.5
+
+
 class Reader(CalibrationDataReader):
     """One random sample."""
 
