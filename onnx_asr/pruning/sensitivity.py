@@ -25,7 +25,7 @@ from onnx_asr.networks.samples import Calibration
 from onnx_asr.numerics.patterns import Pattern
 from onnx_asr.pruning.masks import PrunableWeight, make_masks, prunable_weights
 from onnx_asr.pruning.options import Score, SensitivityOptions
-from onnx_asr.pruning.scores import weight_scores
+from onnx_asr.pruning.scores import Values, WalkedScores
 from onnx_asr.repairing.options import chosen
 from onnx_asr.repairing.refit import write_refit
 from onnx_asr.repairing.rows import RowSampler, dense_rows
@@ -151,9 +151,9 @@ def sensitivity(
     weights, skips = prunable_weights(dense.index, dense.everything, options.include, options.exclude)
     samples = Samples.of(data, dense, options.repair, preprocessing, execution, verify=True)
     calibration = samples.load()
-    points = [weight.points[0] for weight in weights]
-    scores = weight_scores(dense, points, options.score, calibration, execution, options.repair.seed)
-    found = fidelity_by_weight(dense, weights, scores, Pattern(), shares, samples, calibration, execution)
+    scores, found = fidelity_by_weight(
+        dense, weights, options.score, Pattern(), shares, samples, calibration, execution
+    )
     execution.progress("done", 1.0)
     layers = [
         LayerSensitivity(
@@ -177,20 +177,23 @@ def sensitivity(
 def fidelity_by_weight(
     dense: Network,
     weights: Sequence[PrunableWeight],
-    scores: Sequence[Floats],
+    score: Score,
     pattern: Pattern,
     sparsities: Sequence[float],
     samples: Samples,
     calibration: Calibration,
     execution: Execution,
-) -> list[list[Fidelity]]:
+) -> tuple[Values, list[list[Fidelity]]]:
     """Fidelity on the held-out samples with one weight pruned and refitted, and everything else dense.
 
-    One walk of the dense network over the calibration samples gives every weight its rows, from which it is refitted
-    for each sparsity; each of these networks then runs over the held-out samples.
+    One walk of the dense network over the calibration samples gives every weight its scores and its rows, from which it
+    is refitted for each sparsity; each of these networks then runs over the held-out samples.
 
     Returns:
-        One fidelity for each sparsity of each weight.
+        The scores of every weight, and one fidelity for each sparsity.
+
+    Raises:
+        ModelError: When activations are not finite.
     """
     verifier = Verifier(dense.index.model, samples, execution)
     verifier.check_reference()
@@ -199,15 +202,20 @@ def fidelity_by_weight(
     waiting: list[list[RowSampler]] = [[] for _ in weights]
     execution.progress("trying layers", 0.0)
     points = [point for weight in weights for point in weight.points]
-    for sampler in dense_rows(dense, points, samples.options.refit, calibration, execution):
+    recipe, seed = samples.options.refit, samples.options.seed
+    walked = WalkedScores(dense, [weight.points[0] for weight in weights], score, recipe, seed)
+    scores: dict[int, Floats] = {}
+    for sampler in dense_rows(dense, points, recipe, calibration, execution, walked):
         number = weight_number[sampler.point.node]
         weight, readers = weights[number], waiting[number]
         readers.append(sampler)
+        if sampler.point is weight.points[0]:
+            scores[number] = walked.of(sampler)
         if len(readers) < len(weight.points):
             continue
         value = weight_of(dense.index, sampler.point)
         for share in sparsities:
-            (mask,) = make_masks([weight], [scores[number]], pattern, share, "layer", seed=samples.options.seed)
+            (mask,) = make_masks([weight], [scores[number]], pattern, share, "layer", seed=seed)
             draft = Draft(dense.index)
             for reader in readers:
                 draft.set_weight(reader.point, np.where(mask, value, np.zeros((), value.dtype)))
@@ -215,4 +223,4 @@ def fidelity_by_weight(
             results[number].append(verifier.fidelity(draft.model()))
         readers.clear()
         execution.progress("trying layers", sum(bool(found) for found in results) / len(weights))
-    return results
+    return [scores[number] for number in range(len(weights))], results

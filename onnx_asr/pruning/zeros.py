@@ -217,17 +217,15 @@ def _measured(
     or 0.05. For a target, the density is taken to be about the share that it allows.
     """
     budget, sparsity = options.budget, options.sparsity
-    scores = weight_scores(
-        dense, [weight.points[0] for weight in weights], options.score, calibration, execution, options.seed
-    )
     if options.scope != "sensitivity":
-        return scores, None
+        points = [weight.points[0] for weight in weights]
+        return weight_scores(dense, points, options.score, calibration, execution, options.seed), None
     if budget is not None:
         whole = _cost(budget, dense.index, probe)
         sparsity = 1 - budget.of(whole) / whole
     assert sparsity is not None
     pattern, tried = Pattern.parse(options.pattern), sorted({*SENSITIVITY_SPARSITIES, 1 - (1 - sparsity) / 4})
-    found = fidelity_by_weight(dense, weights, scores, pattern, tried, samples, calibration, execution)
+    scores, found = fidelity_by_weight(dense, weights, options.score, pattern, tried, samples, calibration, execution)
     costs = layer_costs(weights, scores, pattern, tried, found)
     if budget is not None and budget.measure == "flops":
         costs = replace(costs, prices=unit_flops(Operations.of(dense.index, probe), weights, costs.sizes))

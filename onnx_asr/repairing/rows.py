@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -84,6 +84,16 @@ class DenseCache:
         self.store = store
         self.rows: dict[int, DenseRows] = {}
         self.attention: Attention | None = None
+
+
+class Watch(Protocol):
+    """Sees whole tensors of the dense network while its rows are sampled."""
+
+    def tensors(self, point: LayerPoint) -> Sequence[str]:
+        """Those of a point."""
+
+    def add(self, points: Sequence[LayerPoint], chunk: Chunk) -> None:
+        """Take the next chunk of those of some points."""
 
 
 class RowSampler:
@@ -427,6 +437,7 @@ def sampled(
     calibration: Calibration,
     execution: Execution,
     kept: DenseCache | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[list[RowSampler]]:
     """Every point's sampler with its rows, upstream first, in groups of points that do not depend on each other.
 
@@ -439,6 +450,7 @@ def sampled(
         calibration: The samples.
         execution: How to run.
         kept: Is filled, or used instead of running the dense network where it is filled already.
+        watch: Sees the dense network on the way, where it is sampled alone.
     """
     items = contexts(pair.pruned.index, points)
     cache, known = kept or DenseCache(), kept is not None and bool(kept.rows)
@@ -468,9 +480,10 @@ def sampled(
         sources = [one.source for group in schedule for one in group]  # once more, when they are no longer needed
         reference = [name for group in schedule for one in group for name in one.dense_targets]
         if draft is None:
-            lane = walk.lane(Draft(pair.dense), own + reference)
+            watched = [] if watch is None else [name for item in items for name in watch.tensors(item.point)]
+            lane = walk.lane(Draft(pair.dense), own + reference + watched)
             while schedule:
-                _sample_alone(walk, lane, schedule[0])
+                _sample_alone(walk, lane, schedule[0], watch)
                 yield schedule.pop(0)
             return
         dense = None if known else walk.lane(Draft(pair.dense), reference)
@@ -512,13 +525,17 @@ def _sample_pruned(walk: Walk, lane: Lane, samplers: Sequence[RowSampler]) -> No
             sampler.add(chunk)
 
 
-def _sample_alone(walk: Walk, lane: Lane, group: Sequence[RowSampler]) -> None:
+def _sample_alone(walk: Walk, lane: Lane, group: Sequence[RowSampler], watch: Watch | None) -> None:
     """Rows of the dense network alone, which is the pruned one, too."""
+    points = [sampler.point for sampler in group]
     names = [name for sampler in group for name in (*sampler.pruned_targets, *sampler.dense_targets)]
+    names += [] if watch is None else [name for point in points for name in watch.tensors(point)]
     for (chunk,) in walk.step({lane: names}):
         for sampler in group:
             sampler.take(chunk)
             sampler.add(chunk)
+        if watch is not None:
+            watch.add(points, chunk)
 
 
 def _let_go(walk: Walk, lane: Lane, sources: Sequence[str]) -> None:
@@ -528,10 +545,15 @@ def _let_go(walk: Walk, lane: Lane, sources: Sequence[str]) -> None:
 
 
 def dense_rows(
-    dense: Network, points: Sequence[LayerPoint], recipe: RefitRecipe, calibration: Calibration, execution: Execution
+    dense: Network,
+    points: Sequence[LayerPoint],
+    recipe: RefitRecipe,
+    calibration: Calibration,
+    execution: Execution,
+    watch: Watch | None = None,
 ) -> Iterator[RowSampler]:
     """Every point's sampler with the rows that the dense network gives it, upstream first, in one walk."""
-    for group in sampled(Pair.with_itself(dense), points, None, recipe, calibration, execution.quiet):
+    for group in sampled(Pair.with_itself(dense), points, None, recipe, calibration, execution.quiet, watch=watch):
         yield from group
 
 

@@ -14,7 +14,7 @@ import onnx_asr
 from onnx_asr import CompressOptions, RepairOptions
 from onnx_asr.engine.session import Session
 from onnx_asr.networks.execution import Execution
-from onnx_asr.pruning.options import SensitivityOptions
+from onnx_asr.pruning.options import DATA_AWARE, SENSITIVITY_SPARSITIES, PruneOptions, SensitivityOptions
 from tests.graphs import digit_images, digits, pruned
 
 DENSE = digits("resnet")
@@ -105,8 +105,17 @@ def test_every_evaluation_and_inspection_runs_both_networks_once(seen: Counter[s
     assert set(seen.values()) == {PROBE + 2 * 128}
 
 
-@pytest.mark.parametrize("score", ["magnitude"])
+@pytest.mark.parametrize("score", ["magnitude", *DATA_AWARE])
 def test_the_sensitivity_runs_the_dense_network_once(score: Any, seen: Counter[str]) -> None:
     options = SensitivityOptions(sparsities=(0.5,), score=score, repair=RepairOptions(**SAMPLES))
     result = onnx_asr.sensitivity(DENSE, X, options)
     assert set(seen.values()) == {PROBE + CALIBRATION + HELD_OUT + len(result.layers) * HELD_OUT}
+
+
+@pytest.mark.parametrize("score", ["magnitude", "variance"])
+def test_so_does_the_scope_that_is_made_of_it(score: Any, seen: Counter[str]) -> None:
+    options = PruneOptions(0.9, scope="sensitivity", score=score, samples=CALIBRATION)
+    result = onnx_asr.prune(DENSE, X, options)
+    held_out = len(X) - CALIBRATION
+    shares = len(SENSITIVITY_SPARSITIES) + 1  # and one beyond the sparsity that was asked for
+    assert set(seen.values()) == {PROBE + CALIBRATION + held_out + len(result.layers) * shares * held_out}
