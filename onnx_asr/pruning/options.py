@@ -137,8 +137,8 @@ class PruneOptions(_Goal):
         check_target(self.target, shape)
         check_choice("scope", self.scope, get_args(Scope))
         check_choice("score", self.score, SCORES)
-        if self.scope in MEASURED and shape.n is not None:
-            raise OptionError(f"pattern {shape} sets the sparsity of every layer: drop --scope {self.scope}")
+        if self.scope != "global":
+            _check_shared_out(shape, self.scope)
         if self.scope == "auto" and budget is not None:
             raise OptionError(f"scope 'auto' tries one sparsity: drop target-{budget.measure}, or choose another scope")
         check_at_least("samples", self.samples, 1)
@@ -251,10 +251,17 @@ class CompressOptions:
         check_sparsity(self.sparsity, pattern)
         check_target(self.target, pattern)
         check_choice("scope", self.scope, get_args(CompressScope))
+        if self.scope != "auto":
+            _check_shared_out(pattern, self.scope)
         check_at_least("rounds", self.rounds, 1)
         check_time_budget(self.time_budget)
         if not 0 < self.round_samples <= 1:
             raise OptionError(f"round-samples {self.round_samples} is out of range: give a share, 0 < share <= 1")
+
+
+def _check_shared_out(pattern: Pattern, scope: str) -> None:
+    if pattern.n is not None:
+        raise OptionError(f"pattern {pattern} sets the sparsity of every layer: drop --scope {scope}")
 
 
 def check_target(target: RuntimeName | None, pattern: Pattern) -> None:

@@ -117,7 +117,7 @@ class SweepSettings:
     """Settings that all cells of a sweep share.
 
     Attributes:
-        scope: Where ``prune`` compares scores.
+        scope: How ``prune`` shares zeros out between the layers, where the pattern leaves it open.
         score: Score by which ``prune`` ranks weights.
         include: Prune only nodes or weights whose name matches one of these regular expressions; empty for all that
             were trained, which leaves out blur kernels and the like.

@@ -121,7 +121,7 @@ class Workspace:
         options = PruneOptions(
             goal.sparsity,
             pattern=goal.pattern,
-            scope=settings.scope,
+            scope="global" if goal.sparsity is None else settings.scope,
             score=settings.score,
             include=settings.include,
             exclude=settings.exclude,

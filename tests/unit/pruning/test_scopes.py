@@ -157,6 +157,8 @@ def test_without_samples_or_time_nothing_is_tried() -> None:
     ("make", "words"),
     [
         (lambda: PruneOptions(pattern="2:4", scope="auto"), "pattern 2:4 sets the sparsity of every layer"),
+        (lambda: PruneOptions(pattern="2:4", scope="erk"), "pattern 2:4 .*: drop --scope erk"),
+        (lambda: CompressOptions(pattern="2:4", scope="mixed"), "pattern 2:4 .*: drop --scope mixed"),
         (lambda: PruneOptions(target_size=0.5, scope="auto"), "scope 'auto' tries one sparsity"),
         (lambda: CompressOptions(0.5, scope="layer"), "scope 'layer' is unknown"),  # type: ignore[arg-type]
     ],

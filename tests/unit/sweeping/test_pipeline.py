@@ -313,6 +313,15 @@ def test_a_score_that_looks_at_data_and_a_pattern_of_blocks() -> None:
         assert outcome.fidelity.kl == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_scope_is_for_patterns_that_leave_it_open() -> None:
+    grid = SweepGrid((0.5,), ("unstructured", "2:4"), ("none",))
+    result = sweep(DENSE, SAMPLES, grid, replace(SETTINGS, scope="erk"))
+    assert not result.failures
+    alone = sweep(DENSE, SAMPLES, SweepGrid(patterns=("2:4",), methods=("none",)), SETTINGS)
+    (cell,) = alone.cells
+    assert result.cells[cell].fidelity == alone.cells[cell].fidelity
+
+
 def test_workers_are_refused_where_dask_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnx_asr.sweeping.pipeline.find_spec", lambda name: None)
     arguments = (residual_net(), images(96, seed=1), SweepGrid((0.5,), methods=("none", "paired")))
