@@ -102,7 +102,7 @@ class Metric:
                 raise OptionError(f"the metric is {source!r:.80}: give a function, or a text 'module:function'")
             return cls(function_name(source), source)
         module, colon, attribute = source.partition(":")
-        if not (colon and module and attribute):
+        if not (colon and attribute and all(map(str.isidentifier, module.split(".")))) or module.endswith(".py"):
             raise OptionError(
                 f"metric '{source}' is not of the form module:function: give my_metric:score for the function 'score' "
                 "in my_metric.py"

@@ -186,6 +186,8 @@ def test_a_function_of_a_file_in_the_current_directory(here: Path) -> None:
     [
         ("mine", "not of the form module:function"),
         ("mine:", "not of the form module:function"),
+        ("mine.py:score", "not of the form module:function"),
+        ("./mine:score", "not of the form module:function"),
         ("nowhere:score", "no module 'nowhere'"),
         ("mine:other", "'mine' has no attribute 'other'"),
         ("mine:number", "is 3, not a function"),
