@@ -165,7 +165,8 @@ class Annotations:
             raise DataError(
                 f"the model finds class {boxes.classes.max()} (0 is the first), but {self.where} has {len(known)} "
                 "categories: give annotations for the classes of the model; pass --label-offset 1 if its class 0 is "
-                "the background, or --category-ids if its classes are the ids of categories"
+                "the background, --category-ids if its classes are the ids of categories, or another --decode if there "
+                "is no such class"
             )
         return Boxes(boxes.corners, boxes.scores, known[places])
 
@@ -178,7 +179,9 @@ def _checked(content: Any) -> tuple[dict[str, AnnotatedImage], tuple[int, ...], 
     for image in content["images"]:
         sides = image.get("width"), image.get("height")
         size = None if None in sides else (int(sides[0]), int(sides[1]))
-        images[_text(image["file_name"])] = AnnotatedImage(int(image["id"]), size)
+        name, found = _text(image["file_name"]), AnnotatedImage(int(image["id"]), size)
+        if images.setdefault(name, found).number != found.number:
+            raise ValueError(f"it has two images {name}, with ids {images[name].number} and {found.number}")
     categories = tuple(sorted({int(category["id"]) for category in content["categories"]}))
     if not images or not categories:
         raise ValueError("it has no images, or no categories")

@@ -129,6 +129,9 @@ def without(**changes: Any) -> dict[str, Any]:
     return changed
 
 
+TWICE = [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "./a.jpg"}]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -141,6 +144,7 @@ def without(**changes: Any) -> dict[str, Any]:
         (json.dumps(content(categories=None)), r"is not in COCO's format"),
         (json.dumps(content(images=[{"id": 1}])), r"it has no 'file_name'"),
         (json.dumps(content(images=[{"id": 1, "file_name": 3}])), r"a file name is 3"),
+        (json.dumps(content(images=TWICE)), r"it has two images a\.jpg, with ids 1 and 2"),
         (json.dumps(without(bbox="")), r"it has no 'bbox'"),
         (json.dumps(without(bbox=[1, 2, 3])), r"is not in COCO's format \(not enough values"),
         (json.dumps(without(bbox=[1, 2, 3, float("nan")])), r"a box is not finite"),
