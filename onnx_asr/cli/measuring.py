@@ -133,7 +133,13 @@ def check(
     from onnx_asr.report.junit import write_junit
 
     bars, preprocessing = demands.bars(), images.preprocessing()
-    bars.check_measurable(data=data is not None, dense=dense is not None)
+    bars.check_measurable(
+        data=data is not None,
+        dense=dense is not None,
+        labels=scoring.labels is not None,
+        metric=scoring.metric is not None,
+        annotations=scoring.detector.annotations is not None,
+    )
     tables = {
         "--labels": scoring.labels,
         "--annotations": scoring.detector.annotations,

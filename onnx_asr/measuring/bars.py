@@ -62,12 +62,14 @@ class Bars:
         """The bars by name, without those left out."""
         return {item.name: value for item in fields(self) if (value := getattr(self, item.name)) is not None}
 
-    def check_measurable(self, *, data: bool, dense: bool) -> None:
-        """Refuse bars that nothing will be measured for; called before any work.
+    def check_measurable(
+        self, *, data: bool, dense: bool, labels: bool = False, metric: bool = False, annotations: bool = False
+    ) -> None:
+        """Refuse bars that nothing will be measured for, and what no bar needs; called before any work.
 
         Raises:
-            OptionError: A bar on outputs without data, or on closeness to a dense model without one; data without any
-                bar that needs them.
+            OptionError: A bar on outputs without data, or on closeness to a dense model without one; data, a dense
+                model, a table of labels, a metric or annotations without any bar that needs them.
         """
         of_outputs = [name for name in self.given if measure_of(name) not in _OF_THE_FILE]
         against_dense = [name for name in of_outputs if measure_of(name) in AGAINST_DENSE]
@@ -81,6 +83,16 @@ class Bars:
             raise OptionError(
                 "no bar needs the data: drop --data, or give a bar on what is measured on them, such as min-agreement"
             )
+        measures = {measure_of(name) for name in self.given}
+        for option, given, served in (
+            ("dense", dense, AGAINST_DENSE),
+            ("labels", labels, ("top1", "top5")),
+            ("metric", metric, ("metric",)),
+            ("annotations", annotations, ("mean_ap", "mean_ap50")),
+        ):
+            if given and not measures.intersection(served):
+                fitting = [option_of(item.name) for item in fields(self) if measure_of(item.name) in served]
+                raise OptionError(f"no bar needs --{option}: drop it, or give {' or '.join(fitting)}")
 
 
 def measure_of(name: str) -> str:

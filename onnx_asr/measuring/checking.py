@@ -121,10 +121,9 @@ def _why_missing(measure: str, fidelity: Fidelity | None) -> str:
         return "the model was not compared with a dense one: give it with --dense"
     if measure == "metric":
         return "no metric was measured: give one with --metric"
-    having = [f"min_{name}" for name in ("snr_db", "agreement") if getattr(fidelity, name) is not None]
-    return (
-        f"the outputs of these models have no {measure.replace('_', ' ')}: give {' or '.join(map(option_of, having))}"
-    )
+    bars = ("min_snr_db", "min_agreement", "max_kl", "max_detection_error")
+    having = [option_of(name) for name in bars if getattr(fidelity, measure_of(name)) is not None]
+    return f"the outputs of these models have no {measure.replace('_', ' ')}: give {' or '.join(having)}"
 
 
 def _bytes_of(source: ModelSource, network: onnx.ModelProto) -> int:

@@ -111,6 +111,7 @@ def test_bars_out_of_range(bars: dict[str, Any], message: str) -> None:
         ({"min_top1": 0.5}, replace(SCORED, top1=None), "the data have no labels"),
         ({"max_kl": 0.5}, Fidelity(9, top1=0.5), "the model was not compared with a dense one"),
         ({"max_kl": 0.5}, Fidelity(9, snr_db=3.0), "outputs of these models have no kl: give min-snr-db"),
+        ({"max_kl": 0.5}, Fidelity(9, snr_db=3.0, detection_error=0.1), "min-snr-db or max-detection-error"),
         ({"max_metric": 0.5}, Fidelity(9, snr_db=3.0), "no metric was measured: give one with --metric"),
         ({"min_mean_ap": 0.5}, Fidelity(9, snr_db=3.0), "no boxes were given .* --annotations and --decode"),
         ({"min_snr_db": 0.5}, Fidelity(9, agreement=0.5), "have no snr db: give min-agreement"),
@@ -119,6 +120,21 @@ def test_bars_out_of_range(bars: dict[str, Any], message: str) -> None:
 def test_measures_that_are_missing(bars: dict[str, Any], fidelity: Fidelity | None, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         onnx_asr.check(residual_net(), onnx_asr.Bars(**bars), fidelity)
+
+
+@pytest.mark.parametrize(
+    ("bars", "given", "message"),
+    [
+        ({"max_size": 5}, {"dense": True}, "no bar needs --dense: drop it, or give min-agreement or max-kl or "),
+        ({"max_kl": 1}, {"dense": True, "metric": True}, "no bar needs --metric: drop it, or give max-metric"),
+        ({"min_mean_ap": 1}, {"labels": True}, "no bar needs --labels: drop it, or give min-top1 or min-top5"),
+        ({"min_top1": 1}, {"annotations": True}, "no bar needs --annotations: drop it, or give min-mean-ap or"),
+    ],
+)
+def test_what_no_bar_needs_is_refused(bars: dict[str, Any], given: dict[str, bool], message: str) -> None:
+    given = {"data": bars != {"max_size": 5}, "dense": False} | given
+    with pytest.raises(OptionError, match=message):
+        onnx_asr.Bars(**bars).check_measurable(**given)
 
 
 def test_a_model_without_weights_has_no_sparsity() -> None:
