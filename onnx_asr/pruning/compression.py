@@ -75,6 +75,8 @@ ALLOCATION_SHARE = 0.25
 LAST_COST = 3.0
 """Roughly how many times a round's seconds the last one takes; only for the time budget."""
 
+_UNTRIED = "scope auto: 'global' was used, as one batch of samples is too few to try others"
+
 
 @dataclass(frozen=True)
 class CompressResult:
@@ -247,8 +249,10 @@ class _Rounds:
         self.scope = "global"
         pattern, sparsity = self._steps[-1]
         judge = trial_verifier(verifier, calibration)
-        if judge is None or sparsity is None:
+        if judge is None:
+            self.notes = (_UNTRIED,)
             return
+        assert sparsity is not None
         scores = [self._score(number, value) for number, value in enumerate(self._values)]
         limit = None if self._budget is None else ALLOCATION_SHARE * self._budget
         self.trials = ScopeTrials(
@@ -269,7 +273,8 @@ class _Rounds:
                 self._run(step, execution, narrowed=step[0].n is None and number > 0)
             expected = time.perf_counter() - begun + (1 + LAST_COST) * seconds[f"round {number + 1}"]
             if self._budget is not None and expected > self._budget and step is not steps[-1]:
-                self.notes = (f"{number + 2} rounds instead of {len(steps) + 1}, to keep within the time budget",)
+                note = f"{number + 2} rounds instead of {len(steps) + 1}, to keep within the time budget"
+                self.notes = (*self.notes, note)
                 break
         return self._weights, self._goal(last)
 

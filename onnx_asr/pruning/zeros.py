@@ -165,7 +165,10 @@ def prune(
             assert options.sparsity is not None
             verifier = trial_verifier(Verifier(dense, drawn, execution), calibration)
             if verifier is None:
-                raise OptionError("scope 'auto' needs two batches of calibration samples or more: give more samples")
+                raise OptionError(
+                    f"scope 'auto' refits on one batch of samples and measures on others, but there are "
+                    f"{calibration.count}, and {calibration.batch_size} make a batch: give more samples"
+                )
             verifier.check_reference()
             trials = ScopeTrials(
                 network, weights, scores, pattern, options.sparsity, calibration, verifier, execution

@@ -147,6 +147,7 @@ def test_without_samples_or_time_nothing_is_tried() -> None:
     one = RepairOptions(samples=8, verify_samples=0, batch_size=8, refit=SETTINGS.refit)
     result = compress(lopsided(), images(64, seed=1), CompressOptions(0.6, rounds=1, repair=one))
     assert (result.scope, result.scopes) == ("global", ())
+    assert "'global' was used, as one batch of samples is too few" in " ".join(result.repair.notes)
     hurried = CompressOptions(0.6, rounds=1, time_budget=0.0, repair=SETTINGS)
     assert len(compress(lopsided(), images(64, seed=1), hurried).scopes) == 1
     pattern = compress(lopsided(), images(64, seed=1), CompressOptions(pattern="2:4", rounds=1, repair=SETTINGS))
@@ -171,3 +172,5 @@ def test_scopes_that_do_not_fit_are_refused(make: object, words: str) -> None:
 def test_prune_needs_data_for_it() -> None:
     with pytest.raises(OptionError, match="scope 'auto' needs calibration samples"):
         prune(lopsided(), options=PruneOptions(0.5, scope="auto"))
+    with pytest.raises(OptionError, match="but there are 2, and 64 make a batch: give more samples"):
+        prune(lopsided(), images(2, seed=1), PruneOptions(0.5, scope="auto"))
