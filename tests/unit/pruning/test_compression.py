@@ -262,7 +262,7 @@ def test_rounds_beat_pruning_at_once_on_images_never_seen(name: str) -> None:
     reference = run(model, {source: fresh})[output]
     found = []
     for rounds in (1, 4):
-        options = CompressOptions(0.95, rounds=rounds)
+        options = CompressOptions(0.95, scope="global", rounds=rounds)
         result = compress(model, x, replace(options, repair=settings(256))).model
         found.append(kl(reference, run(result, {source: fresh})[output]))
     assert found[1] < 0.9 * found[0]
