@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -176,18 +176,18 @@ def _checked(content: Any) -> tuple[dict[str, AnnotatedImage], tuple[int, ...], 
     if not isinstance(content, Mapping):
         raise TypeError(f"it is a {type(content).__name__}")
     images: dict[str, AnnotatedImage] = {}
-    for image in content["images"]:
-        sides = image.get("width"), image.get("height")
+    for image in _objects(content, "images"):
+        sides: tuple[Any, Any] = (image.get("width"), image.get("height"))
         size = None if None in sides else (int(sides[0]), int(sides[1]))
         name, found = _text(image["file_name"]), AnnotatedImage(int(image["id"]), size)
         if images.setdefault(name, found).number != found.number:
             raise ValueError(f"it has two images {name}, with ids {images[name].number} and {found.number}")
-    categories = tuple(sorted({int(category["id"]) for category in content["categories"]}))
+    categories = tuple(sorted({int(category["id"]) for category in _objects(content, "categories")}))
     if not images or not categories:
         raise ValueError("it has no images, or no categories")
     numbers = {image.number for image in images.values()}
     boxes: list[dict[str, Any]] = []
-    for one in content["annotations"]:
+    for one in _objects(content, "annotations"):
         left, top, width, height = (float(value) for value in one["bbox"])
         if not np.isfinite([left, top, width, height]).all():
             raise ValueError("a box is not finite")
@@ -204,6 +204,16 @@ def _checked(content: Any) -> tuple[dict[str, AnnotatedImage], tuple[int, ...], 
             }
         )
     return images, categories, boxes
+
+
+def _objects(content: Mapping[str, Any], name: str) -> Iterator[Mapping[str, Any]]:
+    """The entries of a list of objects."""
+    if not isinstance(content[name], Sequence):
+        raise TypeError(f"its {name!r} are no list")
+    for number, one in enumerate(content[name]):
+        if not isinstance(one, Mapping):
+            raise TypeError(f"entry {number} of its {name!r} is no object")
+        yield one
 
 
 def _text(value: object) -> str:

@@ -92,7 +92,7 @@ def _yolov5(outputs: Outputs, size: Size, count: int) -> list[Boxes]:
 
 
 def _yolov8(outputs: Outputs, size: Size, count: int) -> list[Boxes]:
-    values = _single(outputs, count, axes=3).swapaxes(1, 2)
+    values = _single(outputs, count, axes=3, channels=1, least=5).swapaxes(1, 2)
     return _by_class(_corners(values[..., :2], values[..., 2:4]), values[..., 4:])
 
 
@@ -166,7 +166,7 @@ def _nanodet(outputs: Outputs, size: Size, count: int) -> list[Boxes]:
 
 
 def _fastestdet(outputs: Outputs, size: Size, count: int) -> list[Boxes]:
-    maps = _single(outputs, count, axes=4)
+    maps = _single(outputs, count, axes=4, channels=1)
     height, width = maps.shape[2:]
     values = maps.reshape(*maps.shape[:2], -1).swapaxes(1, 2)  # (N, places, 5+C)
     cells, whole = np.array([width, height]), np.array(size)
@@ -203,11 +203,13 @@ def _by_class(corners: Array, scores: Array) -> list[Boxes]:
     return [Boxes.of(*parts) for parts in zip(corners, scores, strict=True)]
 
 
-def _single(outputs: Outputs, count: int, axes: int) -> Floats:
-    """The first output, if it has this many axes; others are not read."""
+def _single(outputs: Outputs, count: int, axes: int, *, channels: int = -1, least: int = 6) -> Floats:
+    """The first output, if it has so many axes, and so many values of a place along one; others are not read."""
     first = _batched(next(iter(outputs.values())), count, axes)
     if first.ndim != axes:
         raise ValueError(f"the first one has {first.ndim} axes, not {axes}")
+    if first.shape[channels] < least:
+        raise ValueError(f"a place has {first.shape[channels]} values, fewer than {least}")
     return np.asarray(first.astype(np.float64))
 
 

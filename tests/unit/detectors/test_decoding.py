@@ -223,6 +223,9 @@ def test_values_beyond_all_bounds_are_no_boxes() -> None:
             r"'a' \[1, 99, 10\] cannot be decoded so \(99 places are not those of",
         ),
         ("yolox", {"a": np.zeros((1, 10, 4, 6))}, 1, r"the first one has 4 axes, not 3"),
+        ("yolox", {"a": np.zeros((1, 126, 5))}, 1, r"a place has 5 values, fewer than 6"),
+        ("yolov8", {"a": np.zeros((1, 2, 7))}, 1, r"a place has 2 values, fewer than 5"),
+        ("fastestdet", {"a": np.zeros((1, 5, 4, 6))}, 1, r"a place has 5 values, fewer than 6"),
         ("yolov5", {"a": np.zeros((3, 10, 8))}, 2, r"an output has 3 entries for 2 images"),
         (
             "yolov8",
