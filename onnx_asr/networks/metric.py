@@ -77,8 +77,8 @@ MetricSource = str | MetricFunction
 class Metric:
     """A function of the user's, and its name in messages.
 
-    It is called once over all samples, with the outputs as arrays that cannot be written to, by the dense model's names
-    and with the samples along the first axis. It returns one number, lower for a better model; infinity is one.
+    It is called over all samples at once, with the outputs as arrays that cannot be written to, by the dense model's
+    names and with the samples along the first axis. It returns one number, lower for a better model; infinity is one.
 
     Attributes:
         name: "module:function".
