@@ -191,8 +191,11 @@ def test_the_other_commands() -> None:
     assert "repair without --dense" in render(
         inspect_data(Run("inspect", "l", {"model": "m"}), onnx_asr.inspect(model))
     )
+    model.metadata_props.add(key="onnx_asr.options", value="value " * 20)
     page = render(inspect_data(Run("inspect", "l", {"model": "m"}), onnx_asr.inspect(model, target="tensorrt")))
+    assert page.count('<div class="long">') == 1
     assert "0.0% of the FLOPs are in layers whose zeros it makes use of" in page
+    assert "and at most 0.0% in those where other zeros, or quantization, could be of use" in page
     assert page.count("fewer than 256 output channels") == len(inspection.layers)
     use = onnx_asr.inspect(model, target="file").target
     assert isinstance(use, FileUse)
