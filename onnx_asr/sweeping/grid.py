@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from onnx_asr.errors import OptionError
 from onnx_asr.json_values import MERGED
 from onnx_asr.numerics.patterns import Pattern, check_share
-from onnx_asr.pruning.options import SENSITIVITY_SPARSITIES, Scope, Score
+from onnx_asr.pruning.options import SCORES, SENSITIVITY_SPARSITIES, Scope, Score
 from onnx_asr.repairing.options import METHODS, RepairOptions, check_at_least, check_choice
 
 SWEEP_METHODS = ("none", *reversed(METHODS), "compress")
@@ -136,4 +136,6 @@ class SweepSettings:
     label_offset: int = 0
 
     def __post_init__(self) -> None:
+        check_choice("scope", self.scope, get_args(Scope))
+        check_choice("score", self.score, SCORES)
         check_at_least("rounds", self.rounds, 1)

@@ -92,6 +92,13 @@ def test_grids_without_sense_are_refused(arguments: tuple[Any, ...], message: st
         SweepGrid(*arguments)
 
 
+def test_settings_without_sense_are_refused() -> None:
+    with pytest.raises(OptionError, match="scope 'erc' is unknown: give one of global, "):
+        SweepSettings(scope="erc")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="score 'norm' is unknown: give one of magnitude, "):
+        SweepSettings(score="norm")  # type: ignore[arg-type]
+
+
 def test_cells_are_what_the_single_pipelines_make(swept: SweepResult) -> None:
     """Computed independently: by public functions, and KL and top-1 of plain runs."""
     x, labels = SAMPLES["x"], SAMPLES["labels"]
