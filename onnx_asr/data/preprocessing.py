@@ -115,7 +115,8 @@ class Preprocessing:
             size = getattr(self, key)
             if not (size in (None, "model") or _is_side(size) or _is_pair(size)):
                 raise OptionError(
-                    f"{key} is {size!r}: give a whole number of pixels from 1 up, a width and a height, or 'model'"
+                    f"{key} is {size!r}: give a whole number of pixels from 1 up, a width and a height such as "
+                    "[640, 480], or 'model'"
                 )
         if self.crop is not None and not _is_side(self.crop):
             raise OptionError(f"crop is {self.crop!r}: give a whole number of pixels from 1 up")

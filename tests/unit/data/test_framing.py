@@ -276,6 +276,7 @@ def test_a_letterbox_must_not_blow_an_image_up(monkeypatch: pytest.MonkeyPatch) 
     ("options", "message"),
     [
         ({"resize": (0, 3)}, r"resize is \(0, 3\): give a whole number"),
+        ({"resize": "640x480"}, r"resize is '640x480': give .* a width and a height such as \[640, 480\]"),
         ({"letterbox": (3, 4, 5)}, r"letterbox is \(3, 4, 5\): give a whole number of pixels .* a width and a height"),
         ({"letterbox": "net"}, r"letterbox is 'net': .* or 'model'"),
         ({"letterbox": True}, r"letterbox is True"),
