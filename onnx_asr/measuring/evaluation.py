@@ -110,7 +110,7 @@ def evaluate(
         labels: Class indices; None takes those that come with the data (sub-folders, ``labels`` in an .npz).
         label_offset: Added to a label, or to the position of a detector's category, to give the model's class: 1 for
             nets whose class 0 is "background".
-        samples: Number of samples, drawn by ``seed``; None for all.
+        samples: Number of samples, drawn by ``seed``; None for all, which an endless stream does not have.
         seed: Of the draw.
         batch_size: Samples per run; None chooses by the input's size.
         metric: A measure of your own, beside the others: ``metric(samples, dense_outputs, outputs)``, see
