@@ -66,7 +66,7 @@ TABLE: dict[str, Room] = {
     "measuring": room("inspection, damage, evaluation", f"{_BELOW_PURPOSES} targets detectors", "numpy onnx"),
     "sweeping": room("grids of cells", f"{_BELOW_PURPOSES} pruning measuring ownership files", "numpy onnx"),
     "sweeping.workers": room("cells in other processes", f"{_BELOW_PURPOSES} blas sweeping", "onnx dask distributed"),
-    "report": room("results as one HTML page", f"{_BELOW_REPORT} ownership files", "numpy onnx jinja2 matplotlib"),
+    "report": room("results as one HTML page", f"{_BELOW_REPORT} ownership files", "numpy jinja2 matplotlib"),
     "olive": room("a pass of Olive", f"{_BELOW_PURPOSES} pruning", "onnx"),
     "olive.resuscitation": room("the pass itself", f"{_BELOW_PURPOSES} pruning olive", "olive"),
     "demo": room("an embedded net, pruned and repaired", f"{_BELOW_REPORT} files", "onnx"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ import onnx
 from onnx_asr.arrays import Array, Floats, Integers
 from onnx_asr.data import Dataset
 from onnx_asr.engine.session import Runtime, Session
-from onnx_asr.errors import ModelError
+from onnx_asr.errors import DataError, ModelError
 from onnx_asr.graph.index import GraphIndex, ancestors, is_standard
 from onnx_asr.networks.detection import Detections
 from onnx_asr.networks.samples import batch_size_for, feeds, input_specs, whole_batches
@@ -38,6 +38,7 @@ class Fidelity:
         metric: What the user's own measure gave; lower is better.
         mean_ap: Mean average precision of a detector over the overlaps 0.5, 0.55, ... 0.95: mAP@[.5:.95].
         mean_ap50: Its mean average precision at an overlap of 0.5: mAP@.5.
+        by_labels: Top-1 and top-5 by labels that the data have, where nobody asked for a comparison; for reports.
     """
 
     samples: int
@@ -50,6 +51,7 @@ class Fidelity:
     metric: float | None = None
     mean_ap: float | None = None
     mean_ap50: float | None = None
+    by_labels: tuple[float, float | None] | None = field(default=None, repr=False)
 
     @property
     def distance(self) -> float:
@@ -303,6 +305,7 @@ def accuracy(outputs: Outputs, labels: Integers, label_offset: int = 0) -> tuple
 
     Raises:
         ModelError: When the first output is not one score per class.
+        DataError: A label is not among the model's classes.
     """
     if not is_classifier(outputs):
         raise ModelError(
@@ -310,6 +313,14 @@ def accuracy(outputs: Outputs, labels: Integers, label_offset: int = 0) -> tuple
             "drop the labels to measure agreement and SNR against a dense model"
         )
     scores = outputs[0]
+    classes = scores.shape[1]
+    low, high = int(labels.min()) + label_offset, int(labels.max()) + label_offset
+    if low < 0 or high >= classes:
+        offset = f" with label offset {label_offset}" if label_offset else ""
+        raise DataError(
+            f"labels from {low - label_offset} to {high - label_offset}{offset} do not fit the model's {classes} "
+            "classes (0 is the first): give the class index of each image, or shift it with --label-offset"
+        )
     wanted = labels[: len(scores)] + label_offset
     wanted = np.where(np.isnan(scores).any(axis=1), -1, wanted)
     top1 = float(np.mean(scores.argmax(axis=1) == wanted))

@@ -212,7 +212,7 @@ def verified(
         least = DAMAGE_LEFT * before.divergence
         if fitted is not None and after.divergence > max(FEW_SAMPLES * fitted.divergence, least):
             result = replace(result, notes=(*result.notes, _FEW_SAMPLES.format(fitted.divergence, after.divergence)))
-        return replace(result, verification=Verification(before, after, job.samples.is_held_out, verdict, fitted))
+        return replace(result, verification=_verification(job, before, after, verdict, fitted))
     result = _given_back(job, result, before, verdict)
     return replace(result, notes=(*result.notes, note))
 
@@ -227,8 +227,17 @@ def _fitted(verifier: Verifier, result: RepairResult) -> Fidelity | None:
 
 def _given_back(job: RepairJob, result: RepairResult, before: Fidelity, verdict: Verdict) -> RepairResult:
     """A result with the pruned model in place of the repaired one, which was not better."""
-    verification = Verification(before, before, job.samples.is_held_out, verdict)
+    verification = _verification(job, before, before, verdict)
     return replace(result, model=Draft(job.pruned.index).model(), points=(), verification=verification)
+
+
+def _verification(
+    job: RepairJob, before: Fidelity, after: Fidelity, verdict: Verdict, fitted: Fidelity | None = None
+) -> Verification:
+    verifier = job.verifier
+    assert verifier is not None
+    known = verifier.dense_fidelity, verifier.labels_error
+    return Verification(before, after, job.samples.is_held_out, verdict, fitted, *known)
 
 
 def _judged(verifier: Verifier, before: Fidelity, after: Fidelity) -> tuple[Verdict, str]:

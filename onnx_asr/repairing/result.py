@@ -100,6 +100,8 @@ class Verification:
             difference, or where there was nothing to repair.
         fitted: The repaired model's on some of the samples that ``refit`` fitted it to; None for other methods, where
             no samples were held out, and where the pruned model is given back.
+        dense: The dense model's own; for reports.
+        labels_error: What is wrong with the labels that the data have, if anything; for reports.
     """
 
     derived: ClassVar = ("improved",)
@@ -109,6 +111,8 @@ class Verification:
     held_out: bool
     verdict: Verdict
     fitted: Fidelity | None = None
+    dense: Fidelity | None = field(default=None, repr=False)
+    labels_error: str | None = field(default=None, repr=False)
 
     @property
     def improved(self) -> bool:

@@ -14,7 +14,7 @@ from onnx_asr.arrays import Integers
 from onnx_asr.data import Dataset, InputSpec, Preprocessing, open_data, sample_indices
 from onnx_asr.data.sources import DataSource
 from onnx_asr.engine.session import Runtime
-from onnx_asr.errors import ModelError, OptionError
+from onnx_asr.errors import DataError, ModelError, OptionError
 from onnx_asr.networks.batching import settled_inputs
 from onnx_asr.networks.detection import Detections
 from onnx_asr.networks.execution import Execution
@@ -23,10 +23,12 @@ from onnx_asr.networks.fidelity import (
     Fidelity,
     Noise,
     Outputs,
+    accuracy,
     check_reference,
     collect_outputs,
     compare,
     detections_in,
+    is_classifier,
     not_finite,
 )
 from onnx_asr.networks.metric import Metric, MetricSamples, NamedOutputs, named_outputs
@@ -181,11 +183,32 @@ class Verifier:
             ModelError: When onnxruntime cannot run the model, or its outputs do not fit the dense one's.
         """
         outputs = self.samples.outputs(model, self.execution.sessions)
-        fidelity = replace(compare(self._reference, outputs, self._detections), samples=len(self.samples.verified))
-        metric = self.samples.metric
+        fidelity, metric = self._compared(outputs), self.samples.metric
         if metric is None:
             return fidelity
         return metric.added(fidelity, self._asked, self._named_reference, outputs)
+
+    @property
+    def dense_fidelity(self) -> Fidelity:
+        """The dense model's own, without the user's metric."""
+        return self._compared(self._reference)
+
+    @cached_property
+    def labels_error(self) -> str | None:
+        """What is wrong with the labels that the data have; None where nothing is, or where they do not matter."""
+        if self._labels is None:
+            return None
+        try:
+            accuracy(self._reference, self._labels)
+        except DataError as error:
+            return str(error)
+        return None
+
+    def _compared(self, outputs: Outputs) -> Fidelity:
+        fidelity = replace(compare(self._reference, outputs, self._detections), samples=len(self.samples.verified))
+        if self._labels is None or self.labels_error is not None:
+            return fidelity
+        return replace(fidelity, by_labels=accuracy(outputs, self._labels))
 
     def on(self, indices: Integers) -> Verifier:
         """The same on other samples."""
@@ -244,6 +267,12 @@ class Verifier:
     @property
     def _asked(self) -> MetricSamples:
         return MetricSamples(self.samples.dataset, self.samples.verified)
+
+    @cached_property
+    def _labels(self) -> Integers | None:
+        """The samples' classes, where the data have labels and the dense model is a classifier."""
+        labels = self.samples.dataset.labels
+        return None if labels is None or not is_classifier(self._reference) else labels[self.samples.verified]
 
     @cached_property
     def _detections(self) -> Detections | None:

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
-import onnx
 
 from onnx_asr.data import Dataset, Preprocessing
 from onnx_asr.data.sources import DataSource
 from onnx_asr.engine.loading import load
-from onnx_asr.errors import DataError
 from onnx_asr.graph.index import GraphIndex
 from onnx_asr.graph.model_io import ModelSource
 from onnx_asr.json_values import key, plain
 from onnx_asr.measuring.damage import COLLAPSED_RATIO, DAMAGE_SAMPLES, PointDamage, draw_samples, measure_damage
-from onnx_asr.measuring.evaluation import measure
 from onnx_asr.measuring.inspection import Inspection, Layer, describe
 from onnx_asr.networks.execution import Execution
-from onnx_asr.networks.fidelity import Fidelity, is_classifier
+from onnx_asr.networks.fidelity import Fidelity
 from onnx_asr.pruning.compression import CompressResult
 from onnx_asr.pruning.zeros import PruneResult
 from onnx_asr.repairing.job import RepairJob
@@ -112,7 +109,7 @@ def repair_data(
         versions = [job.pruned.index, GraphIndex.of(result.model)]
         before, after = measure_damage(job.pair, versions, calibration, execution)
         samples = calibration.count
-    fidelities, notes = _fidelities(job, models, result.verification, execution)
+    fidelities, notes = _fidelities(list(models), result.verification)
     sizes = {name: describe(model) for name, model in models.items()}
     if reference is not None:
         sizes = {"dense": describe(reference)} | sizes
@@ -187,27 +184,22 @@ def _layer(layer: Layer, after: PointDamage | None = None, report: PointReport |
     return values | {name: done.get(name) for name in ("written", "gain", "shrinkage", "residual", "converged")}
 
 
-def _fidelities(
-    job: RepairJob, models: Mapping[str, onnx.ModelProto], verification: Verification | None, execution: Execution
-) -> tuple[dict[str, Fidelity], list[str]]:
-    """Fidelities of the verification; where the data have labels, with top-1 and for the dense model too."""
-    known = {} if verification is None else dict(zip(models, (verification.before, verification.after), strict=True))
-    classes = job.samples.dataset.labels
-    if job.pair is None or classes is None or not known:
-        return known, []
-    labels = classes[job.samples.verified]
-    outputs = {
-        name: job.samples.outputs(model, execution.sessions)
-        for name, model in {"dense": job.pair.source, **models}.items()
-    }
-    if not is_classifier(outputs["dense"]):
-        return known, []
-    try:
-        measured = {name: measure(value, outputs["dense"], labels) for name, value in outputs.items()}
-    except DataError as error:
-        return known, [f"no top-1: {error}"]
-    own = {name: fidelity.metric for name, fidelity in known.items()}
-    return {name: replace(fidelity, metric=own.get(name)) for name, fidelity in measured.items()}, []
+def _fidelities(names: Sequence[str], verification: Verification | None) -> tuple[dict[str, Fidelity], list[str]]:
+    """Fidelities of the verification, by name; where the data have labels, with top-1 and for the dense model too."""
+    if verification is None:
+        return {}, []
+    known = dict(zip(names, (verification.before, verification.after), strict=True))
+    if verification.before.by_labels is None:
+        error = verification.labels_error
+        return known, [] if error is None else [f"no top-1: {error}"]
+    assert verification.dense is not None
+    return {name: _with_top1(fidelity) for name, fidelity in ({"dense": verification.dense} | known).items()}, []
+
+
+def _with_top1(fidelity: Fidelity) -> Fidelity:
+    assert fidelity.by_labels is not None
+    top1, top5 = fidelity.by_labels
+    return replace(fidelity, top1=top1, top5=top5)
 
 
 def _thumbnails(dataset: Dataset, chosen: np.ndarray[Any, np.dtype[np.int64]]) -> list[ReportValues]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,10 @@ import pytest
 import onnx_asr
 from onnx_asr import CompressOptions, RepairOptions
 from onnx_asr.engine.session import Session
+from onnx_asr.measuring.damage import DAMAGE_SAMPLES
 from onnx_asr.networks.execution import Execution
 from onnx_asr.pruning.options import DATA_AWARE, SENSITIVITY_SPARSITIES, PruneOptions, SensitivityOptions
+from onnx_asr.report.data import Run, compress_data, repair_data
 from tests.graphs import digit_images, digits, pruned
 
 DENSE = digits("resnet")
@@ -95,6 +99,21 @@ def test_the_rounds_of_compress_share_a_run_of_the_dense_network(
     onnx_asr.compress(DENSE, X, options, execution=Execution(memory_limit=memory_limit))
     rounds = CALIBRATION + 3 * CALIBRATION  # the dense network, and three rounds
     assert set(seen.values()) == {PROBE + trials + rounds + 2 * CALIBRATION + VERIFICATION + FITTED}
+
+
+@pytest.mark.parametrize("command", ["repair", "compress"])
+def test_a_report_runs_the_networks_for_the_damage_alone(command: str, tmp_path: Path, seen: Counter[str]) -> None:
+    data, settings = tmp_path / "labelled.npz", RepairOptions("refit", **SAMPLES)
+    np.savez(data, input=X, labels=digit_images()[1][: len(X)])
+    if command == "repair":
+        report = partial(repair_data, result=onnx_asr.repair(PRUNED, data, settings, dense=DENSE), pruned=PRUNED)
+    else:
+        options = CompressOptions(0.8, scope="global", rounds=1, repair=settings)
+        report = partial(compress_data, result=onnx_asr.compress(DENSE, data, options))
+    seen.clear()
+    values = report(Run(command, "line", {}), dense=DENSE, data=data, execution=Execution())
+    assert all(version["fidelity"]["top1"] for version in values["versions"])
+    assert set(seen.values()) == {PROBE + 3 * DAMAGE_SAMPLES}
 
 
 def test_every_evaluation_and_inspection_runs_both_networks_once(seen: Counter[str]) -> None:
