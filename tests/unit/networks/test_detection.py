@@ -151,6 +151,15 @@ def test_a_common_factor_of_the_scores_and_boxes_of_nothing_do_not_count() -> No
     assert detections.error(dense, nothing) == pytest.approx(1)
 
 
+def test_what_only_the_other_network_finds_counts() -> None:
+    boxes, objectness, classes = scene()
+    dense = boxes, np.where(objectness > 0.1, objectness, 0.0), classes
+    other = boxes, np.where(objectness > 0.1, objectness, 0.5), classes
+    wanted = by_hand(gated(*dense), gated(*other))
+    outputs = [[np.concatenate(parts, axis=2)] for parts in (dense, other)]
+    assert found(outputs[0]).error(*outputs) == pytest.approx(wanted, rel=1e-6)
+
+
 def test_outputs_that_are_not_finite_are_infinitely_far() -> None:
     dense = [np.concatenate(scene(), axis=2)]
     broken = [dense[0].copy()]

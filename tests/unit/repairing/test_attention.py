@@ -125,7 +125,11 @@ def test_the_samples_remember_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model, image = copying(value), np.zeros((SAMPLES, 3, SIDE, SIDE), np.float32)
     chunks = tuple({"image": image[part], "given": value[part]} for part in (slice(0, 16), slice(16, 20)))
     calibration = Calibration(chunks, SAMPLES, 16, "")
+    few = attention_of(model, calibration.head(16), Runtime())
     first = attention_of(model, calibration, Runtime())
+    assert few is not None
+    assert first is not None
+    assert (len(few.maps), len(first.maps)) == (16, SAMPLES)
     monkeypatch.setattr("onnx_asr.repairing.attention.Session", None)
     assert attention_of(model, calibration, Runtime()) is first
     assert attention_of(model, calibration.head(16), Runtime()) is first
