@@ -263,19 +263,23 @@ class _Rounds:
     def last_masks(self, seconds: dict[str, float], begun: float) -> tuple[list[PrunableWeight], list[Mask]]:
         """Run all rounds but the last: the weights that take part, and the masks of the last round.
 
-        The wall time of every round is added to ``seconds``. ``begun`` is when the time budget began to run.
+        The wall time of every round is added to ``seconds``. ``begun`` is when the time budget began to run; a round is
+        left out, with those after it, where it and the last one would not end within the budget, judged by the round
+        before it, or by a trial of a scope, which takes less.
         """
         *steps, last = self._steps
+        latest = self.trials[-1].seconds if self.trials else 0.0
         for number, step in enumerate(steps):
+            expected = time.perf_counter() - begun + (1 + LAST_COST) * latest
+            if self._budget is not None and expected > self._budget:
+                done = f"{number + 1} {'rounds' if number else 'round'} instead of {len(steps) + 1}"
+                self.notes = (*self.notes, f"{done}, to keep within the time budget")
+                break
             execution = self._execution.part(f"mask round {number + 1} of {len(steps) + 1}", number, len(steps) + 1)
             execution.progress("", 0.0)
             with timed(seconds, f"round {number + 1}"):
                 self._run(step, execution, narrowed=step[0].n is None and number > 0)
-            expected = time.perf_counter() - begun + (1 + LAST_COST) * seconds[f"round {number + 1}"]
-            if self._budget is not None and expected > self._budget and step is not steps[-1]:
-                note = f"{number + 2} rounds instead of {len(steps) + 1}, to keep within the time budget"
-                self.notes = (*self.notes, note)
-                break
+            latest = seconds[f"round {number + 1}"]
         return self._weights, self._goal(last)
 
     def _score(self, number: int, value: Array) -> Floats:

@@ -230,8 +230,8 @@ class CompressOptions:
         include: Prune only nodes or weights whose name matches one of these regular expressions; empty for all that
             were trained, which leaves out blur kernels and the like.
         exclude: Spare nodes or weights whose name matches one of these regular expressions.
-        time_budget: Seconds within which to end, judged by the rounds so far: if need be with fewer rounds, but with
-            the first and the last; no limit by default.
+        time_budget: Seconds within which to end, judged by what was done so far: if need be with fewer rounds, in the
+            end with the last one alone, and with fewer scopes tried; no limit by default.
         repair: Samples, seed and refit recipe; the method is always ``refit``.
     """
 

@@ -336,15 +336,25 @@ def test_progress_goes_from_the_first_round_to_the_last() -> None:
     assert 0.5 < fractions[-1] < 2 / 3
 
 
-@pytest.mark.parametrize(("budget", "rounds"), [(0.0, 2), (1e6, 4)])
-def test_a_time_budget_leaves_rounds_out(budget: float, rounds: int) -> None:
+@pytest.mark.parametrize(
+    ("budget", "last_cost", "scope", "rounds"),
+    [
+        (0.0, module.LAST_COST, "global", 1),
+        (1e6, module.LAST_COST, "auto", 4),
+        (1e6, 1e12, "global", 2),  # what the last round will take, the first one tells
+        (1e6, 1e12, "auto", 1),  # or a trial of a scope
+    ],
+)
+def test_a_time_budget_leaves_rounds_out(
+    budget: float, last_cost: float, scope: Any, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LAST_COST", last_cost)
     settings = RepairOptions(samples=16, verify_samples=8)
-    options = CompressOptions(0.5, rounds=4, time_budget=budget, repair=settings)
+    options = CompressOptions(0.5, rounds=4, scope=scope, time_budget=budget, repair=settings)
     result = compress(residual_net(), images(24, seed=1), options)
     assert len(result.round_seconds) == rounds
-    assert [note for note in result.repair.notes if "time budget" in note] == (
-        [] if rounds == 4 else ["2 rounds instead of 4, to keep within the time budget"]
-    )
+    done = f"{rounds} {'round' if rounds == 1 else 'rounds'} instead of 4, to keep within the time budget"
+    assert [note for note in result.repair.notes if "time budget" in note] == ([] if rounds == 4 else [done])
     zeros, size = sum(layer.zeros for layer in result.layers), sum(layer.size for layer in result.layers)
     assert zeros == round(0.5 * size)
 
