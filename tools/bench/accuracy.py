@@ -1,24 +1,31 @@
 """Accuracy of every repair method on the nets and images of ../shared/assets (see MANIFEST.md there).
 
-    python -m tools.bench.accuracy --nets resnet20 --sparsities 0.7 0.8 0.9 --methods bn paired --images 512
-    python -m tools.bench.accuracy --methods paired:reliability_power=0.25 asr:bn=ema,prior=mean refit:relu_steps=0
-    python -m tools.bench.accuracy --nets resnet20 --sparsities 0.9 2:4 --methods compress:rounds=5 --images 1024
+    python -m tools.bench.accuracy measure --work W --nets resnet20 --images 1024 --sparsities 0.9 0.95 --methods refit
+    python -m tools.bench.accuracy measure --work W --methods paired:reliability_power=0.25 asr:bn=ema,prior=mean
+    python -m tools.bench.accuracy table --work W    # docs/data/accuracy.json, and the tables of docs/accuracy.md
+    python -m tools.bench.accuracy page --work W     # first every cell that the page shows and W does not have
 
-A method is a name of onnx_asr.repairing.options.METHODS or "compress", with options after a colon. Pruning is by
-global magnitude over all weights, or N:M. Nets come with BatchNormalization kept ("bn"), folded ("folded"),
-or both; a pair is also compared under one mask: that of the bn graph, moved to the folded one by order of
-the correction points ("folded, mask of bn"). Calibration takes the first images of the calibration part, unlabelled;
-scores are of the other part: top-1 in percent, and the KL divergence dense || repaired in nats.
+A method is a name of onnx_asr.repairing.options.METHODS, "compress" or "none", with options after a colon. Pruning is
+by global magnitude over all weights, or N:M. Nets come with BatchNormalization kept ("bn"), folded ("folded"), or both;
+a pair is also compared under one mask: that of the bn graph, moved to the folded one by order of the correction points
+("mask"). Calibration takes the first images of the calibration part, unlabelled; scores are of the other part: top-1 in
+percent, and the KL divergence dense || repaired in nats.
+
+W has a file per cell, NET GRAPH/IMAGES SPARSITY METHOD.json: a run may be killed at any moment, and started again it
+computes what is missing or was made from another file. Where the page has <!-- table: NET GRAPH IMAGES --> with an
+<!-- end -->, the table of these cells stands between them, and where it has <!-- summary -->, one of all nets; `table`
+keeps what the JSON has of cells that W has not.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
+import hashlib
+import re
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,24 +46,60 @@ from onnx_asr.repairing.options import METHODS, RepairOptions
 from tools.arguments import add_assets, add_threads, script_parser
 from tools.bench.methods import method_options, parse_method, recipe_of
 from tools.bench.nets import NETS, Images, Net, cifar10, imagenet
+from tools.paper.work import done_before, read_json, write, write_json
+from tools.paths import ROOT
 
-MASK_OF_BN = "folded, mask of bn"
+MASK_OF_BN = "mask"
+GRAPHS = {
+    "bn": "BatchNormalization kept",
+    MASK_OF_BN: "BatchNormalization folded, the same mask",
+    "folded": "BatchNormalization folded, pruned as it is",
+}
+USUAL = ("none", "bn", "paired", "refit", "auto", "compress")
+MARK = re.compile(r"<!-- table: (\w+) (\w+) (\d+) -->\n.*?<!-- end -->", re.DOTALL)
+SUMMARY_MARK = re.compile(r"<!-- summary -->\n.*?<!-- end -->", re.DOTALL)
+Cell = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Record:
-    """One measured model."""
+class Plan:
+    """Cells of one net: every method at every sparsity."""
 
     net: str
-    graph: str
-    sparsity: str
-    method: str
-    chosen: str
+    graphs: tuple[str, ...]
     images: int
-    top1: float
-    kl: float
-    agreement: float
-    seconds: float
+    sparsities: tuple[str, ...]
+    methods: tuple[str, ...] = USUAL
+
+
+PAGE = (
+    Plan("resnet20", ("bn", MASK_OF_BN, "folded"), 1024, ("0.7", "0.8", "0.9", "0.95", "0.98", "2:4")),
+    Plan("resnet20", ("bn",), 1024, ("0.9", "0.95"), ("compress:rounds=8", "compress:rounds=12")),
+    Plan("resnet56", ("bn",), 1024, ("0.9", "0.95", "0.98", "2:4"), USUAL),
+    Plan("resnet8", ("bn",), 1024, ("0.8", "0.9", "2:4")),
+    Plan("resnet18", ("bn",), 200, ("0.8", "0.9", "2:4")),
+    Plan("resnet18", ("bn",), 850, ("0.8", "0.9"), ("none", "bn", "paired", "refit", "compress")),
+    Plan("mobilenetv2", ("folded",), 200, ("0.5", "0.7"), ("none", "paired", "refit", "auto", "compress")),
+)
+"""What docs/accuracy.md shows."""
+
+TITLES = {
+    "resnet20": "ResNet-20",
+    "resnet56": "ResNet-56",
+    "resnet8": "MLPerf Tiny ResNet-8",
+    "resnet18": "ImageNet ResNet-18",
+    "mobilenetv2": "ImageNet MobileNetV2",
+}
+SUMMARY = (
+    ("resnet20", "bn", 1024, ("0.8", "0.9", "0.95", "2:4")),
+    ("resnet56", "bn", 1024, ("0.95", "0.98")),
+    ("resnet8", "bn", 1024, ("0.8", "0.9")),
+    ("resnet18", "bn", 200, ("0.8", "0.9", "2:4")),
+    ("resnet18", "bn", 850, ("0.8", "0.9")),
+    ("mobilenetv2", "folded", 200, ("0.5", "0.7")),
+)
+"""Cells of the summary: net, graph, calibration images, sparsities."""
+SUMMARISED = ("none", "bn", "paired", "refit", "compress")
 
 
 def with_mask_of(dense: onnx.ModelProto, pruned: onnx.ModelProto) -> onnx.ModelProto:
@@ -78,19 +121,6 @@ def prune(model: onnx.ModelProto, sparsity: str) -> onnx.ModelProto:
     return onnx_asr.prune(model, options=onnx_asr.PruneOptions(float(sparsity))).model
 
 
-def variants(net: Net, assets: Path, sparsity: str) -> Iterator[tuple[str, onnx.ModelProto, onnx.ModelProto]]:
-    """Name, dense and pruned model of every graph of a net."""
-    dense = {name: onnx.load(assets / file) for name, file in net.graphs.items()}
-    pruned = {name: prune(model, sparsity) for name, model in dense.items()}
-    if len(dense) == 2:
-        yield "bn", dense["bn"], pruned["bn"]
-        yield MASK_OF_BN, dense["folded"], with_mask_of(dense["folded"], pruned["bn"])
-        yield "folded", dense["folded"], pruned["folded"]
-    else:
-        for name, model in dense.items():
-            yield name, model, pruned[name]
-
-
 def repaired(
     method: str, sparsity: str, dense: onnx.ModelProto, pruned: onnx.ModelProto, **arguments: Any
 ) -> onnx_asr.RepairResult:
@@ -108,128 +138,265 @@ def repaired(
     )
 
 
-def measure(name: str, images: Images, sparsities: Sequence[str], arguments: argparse.Namespace) -> Iterator[Record]:
-    """Dense, pruned and repaired models of one net."""
-    net = NETS[name]
-    calibration = images.calibration[: arguments.images]
-    runtime = Runtime(threads=arguments.threads)
+@dataclass(frozen=True)
+class Bench:
+    """One graph of a net, with its images.
 
-    def outputs(model: onnx.ModelProto) -> Outputs:
+    Attributes:
+        name: Name of the net.
+        graph: Which of its graphs.
+        images: Images of its data set.
+        count: Number of calibration images.
+        assets: Folder of nets and images.
+        threads: Threads per operator; 0 for every core.
+    """
+
+    name: str
+    graph: str
+    images: Images
+    count: int
+    assets: Path
+    threads: int
+
+    @property
+    def net(self) -> Net:
+        """The net."""
+        return NETS[self.name]
+
+    @property
+    def settings(self) -> Cell:
+        """What a cell depends on, besides its own name."""
+        files = [self.assets / file for _, file in sorted(self.net.graphs.items())]
+        digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+        return {"dense": digests, "images": self.count, "scored": len(self.images.labels)}
+
+    @cached_property
+    def dense(self) -> onnx.ModelProto:
+        """The dense model."""
+        return self._load("folded" if self.graph == MASK_OF_BN else self.graph)
+
+    @cached_property
+    def reference(self) -> Outputs:
+        """What the dense model puts out."""
+        return self.outputs(self.dense)
+
+    def _load(self, graph: str) -> onnx.ModelProto:
+        return onnx.load(self.assets / self.net.graphs[graph])
+
+    def outputs(self, model: onnx.ModelProto) -> Outputs:
+        """What a model puts out for the scored images."""
         specs = input_specs(GraphIndex.of(model))
-        data = open_data({"images": images.scored}, specs, preprocessing=net.preprocessing)
-        return collect_outputs(model, data, np.arange(len(images.scored)), runtime)
+        data = open_data({"images": self.images.scored}, specs, preprocessing=self.net.preprocessing)
+        return collect_outputs(model, data, np.arange(len(self.images.scored)), Runtime(threads=self.threads))
 
-    def record(
-        graph: str, sparsity: str, method: str, got: Outputs, dense: Outputs, seconds: float = 0.0, chosen: str = ""
-    ) -> Record:
-        fidelity = compare(dense, got)
-        top1, _ = accuracy(got, images.labels, net.label_offset)
-        kl, agreement = fidelity.kl, fidelity.agreement
-        assert kl is not None
-        assert agreement is not None
-        return Record(name, graph, sparsity, method, chosen, len(calibration), top1, kl, agreement, seconds)
+    def pruned(self, sparsity: str) -> onnx.ModelProto:
+        """The net, pruned."""
+        if self.graph == MASK_OF_BN:
+            return with_mask_of(self.dense, prune(self._load("bn"), sparsity))
+        return prune(self.dense, sparsity)
 
-    reference: dict[str, Outputs] = {}
-    for sparsity in sparsities:
-        for graph, dense, pruned in variants(net, arguments.assets, sparsity):
-            if arguments.graphs and graph not in arguments.graphs:
-                continue
-            if graph not in reference:
-                reference[graph] = outputs(dense)
-                yield record(graph, "0", "dense", reference[graph], reference[graph])
-            yield record(graph, sparsity, "none", outputs(pruned), reference[graph])
-            for method in arguments.methods:
-                if graph == MASK_OF_BN and parse_method(method)[0] == "compress":
-                    continue  # it chooses its masks itself
-                started = time.perf_counter()
-                try:
-                    result = repaired(
-                        method,
-                        sparsity,
-                        dense,
-                        pruned,
-                        data={"images": calibration},
-                        preprocessing=net.preprocessing,
-                        execution=Execution(runtime),
-                    )
-                except OptionError as error:  # such as bn on a folded graph
-                    print(f"{name}, {graph}, {sparsity}, {method}: {error}", file=sys.stderr)
-                    continue
-                seconds = time.perf_counter() - started
-                chosen = result.options.method if result.candidates else ""
-                yield record(graph, sparsity, method, outputs(result.model), reference[graph], seconds, chosen)
+    def scored(self, model: onnx.ModelProto) -> Cell:
+        """Top-1, KL divergence from the dense model, and agreement with it."""
+        got = self.outputs(model)
+        fidelity = compare(self.reference, got)
+        return {
+            "top1": accuracy(got, self.images.labels, self.net.label_offset)[0],
+            "kl": fidelity.kl,
+            "agreement": fidelity.agreement,
+        }
+
+    def cell(self, sparsity: str, method: str) -> Cell:
+        """One measured cell; only the reason where the method does not apply."""
+        if method == "dense":
+            return self.scored(self.dense)
+        pruned = self.pruned(sparsity)
+        if method == "none":
+            return self.scored(pruned)
+        started = time.perf_counter()
+        try:
+            result = repaired(
+                method,
+                sparsity,
+                self.dense,
+                pruned,
+                data={"images": self.images.calibration[: self.count]},
+                preprocessing=self.net.preprocessing,
+                execution=Execution(Runtime(threads=self.threads)),
+            )
+        except OptionError as error:  # such as bn on a folded graph
+            return {"refused": str(error)}
+        seconds = round(time.perf_counter() - started, 1)
+        chosen = {"chosen": result.options.method} if result.candidates else {}
+        scope = [note.split("'")[1] for note in result.notes if note.startswith("scope auto")]
+        return {**self.scored(result.model), **chosen, **({"scope": scope[0]} if scope else {}), "seconds": seconds}
+
+    def finish(self, work: Path, sparsity: str, method: str) -> None:
+        """Compute a cell and store it, unless it is stored with the same settings."""
+        name = f"{self.count} {sparsity} {method}.json".replace(":", "-")
+        path = work / f"{self.name} {self.graph}" / name
+        if done_before(path, self.settings):
+            return
+        cell = self.cell(sparsity, method)
+        key = {"net": self.name, "graph": self.graph, "images": self.count, "sparsity": sparsity, "method": method}
+        write_json(path, {**key, **cell, "settings": self.settings})
+        print(f"{' '.join(map(str, key.values()))}: {cell}", flush=True)
 
 
-def table(records: Sequence[Record], graph: str) -> str:
-    """One row per method, one column per sparsity: top-1 in percent (KL), and what auto chose."""
+def carry_out(plans: Sequence[Plan], arguments: argparse.Namespace) -> None:
+    """Compute the cells that are missing."""
+    loaded: dict[str, Images] = {}
+    for plan in plans:
+        data = NETS[plan.net].data
+        if data not in loaded:
+            loaded[data] = (cifar10 if data == "cifar10" else imagenet)(arguments.assets)
+        for graph in plan.graphs:
+            bench = Bench(plan.net, graph, loaded[data], plan.images, arguments.assets, arguments.threads)
+            bench.finish(arguments.work, "0", "dense")
+            for sparsity in plan.sparsities:
+                for method in plan.methods:
+                    if not (graph == MASK_OF_BN and parse_method(method)[0] == "compress"):  # it chooses its own masks
+                        bench.finish(arguments.work, sparsity, method)
 
-    def cell(item: Record) -> str:
-        return f"{100 * item.top1:.1f} ({item.kl:.3f})" + (f" {item.chosen}" if item.chosen else "")
 
-    here = [item for item in records if item.graph == graph]
-    dense = next(item for item in here if item.method == "dense")
-    sparsities = sorted({item.sparsity for item in here if item.method != "dense"})
-    methods = list(dict.fromkeys(item.method for item in here if item.method != "dense"))
-    lines = [
-        f"**{dense.net}, {graph}** (dense {100 * dense.top1:.1f}; {dense.images} calibration images; top-1 %, KL)",
-        "",
-        "| method | " + " | ".join(s if ":" in s else f"{100 * float(s):g}%" for s in sparsities) + " | seconds |",
-        "|---" * (len(sparsities) + 2) + "|",
-    ]
-    for method in methods:
-        row = {item.sparsity: item for item in here if item.method == method}
-        cells = [cell(row[s]) if s in row else "-" for s in sparsities]
-        seconds = f"{np.median([item.seconds for item in row.values()]):.1f}" if method != "none" else ""
-        lines.append(f"| `{method}` | " + " | ".join(cells) + f" | {seconds} |")
+def measure(arguments: argparse.Namespace) -> None:
+    """Compute the cells that are asked for."""
+    plans = []
+    for name in arguments.nets:
+        own = NETS[name].graphs
+        both = (*own, MASK_OF_BN) if len(own) == 2 else tuple(own)
+        graphs = tuple(graph for graph in GRAPHS if graph in both and graph in (arguments.graphs or both))
+        sparsities = tuple(arguments.sparsities or NETS[name].sparsities)
+        plans.append(Plan(name, graphs, arguments.images, sparsities, tuple(arguments.methods)))
+    carry_out(plans, arguments)
+
+
+def page(arguments: argparse.Namespace) -> None:
+    """Compute all cells of the page."""
+    carry_out([plan for plan in PAGE if plan.net in arguments.nets], arguments)
+
+
+def table(arguments: argparse.Namespace) -> None:
+    """Write the JSON from the cells, and the tables of the page from the JSON."""
+    known: dict[str, Cell] = {}
+    if arguments.data.exists():
+        known = {key_of(cell): cell for cell in read_json(arguments.data)["cells"]}
+    if arguments.work is not None:
+        found = (read_json(path) for path in sorted(arguments.work.glob("*/*.json")))
+        known |= {key_of(cell): cell for cell in found}
+        write_json(arguments.data, {"cells": [known[key] for key in sorted(known)]})
+    text = arguments.page.read_text(encoding="utf-8")
+
+    def filled(mark: re.Match[str]) -> str:
+        net, graph, images = mark[1], mark[2], int(mark[3])
+        key = {"net": net, "graph": graph, "images": images}
+        cells = [cell for cell in known.values() if key.items() <= cell.items()]
+        return f"<!-- table: {net} {graph} {images} -->\n{tabulated(cells)}\n<!-- end -->"
+
+    text = MARK.sub(filled, text)
+    summary = f"<!-- summary -->\n{summarised(known)}\n<!-- end -->"
+    write(arguments.page, SUMMARY_MARK.sub(lambda found: summary, text).encode())
+
+
+def summarised(known: dict[str, Cell]) -> str:
+    """One row per net and sparsity, one column per method: top-1 in percent."""
+
+    def shown(*key: object) -> str:
+        cell = known.get(" ".join(map(str, key)), {})
+        return f"{100 * cell['top1']:.1f}" if "top1" in cell else "-"
+
+    heads = " | ".join(method if method == "none" else f"`{method}`" for method in SUMMARISED)
+    lines = [f"| net (dense), images | zeros | {heads} |", "|---" * (len(SUMMARISED) + 2) + "|"]
+    for net, graph, images, sparsities in SUMMARY:
+        title = f"{TITLES[net]} ({shown(net, graph, images, '0', 'dense')}), {images:,}"
+        for number, sparsity in enumerate(sparsities):
+            row = " | ".join(shown(net, graph, images, sparsity, method) for method in SUMMARISED)
+            zeros = sparsity if ":" in sparsity else f"{100 * float(sparsity):g}%"
+            lines.append(f"| {title if number == 0 else ''} | {zeros} | {row} |")
     return "\n".join(lines)
 
 
-def choices(records: Sequence[Record]) -> str:
-    """List the cells in which another repair beats the one auto chose, and the cost; empty if auto did not run."""
-    lines, costs = [], []
-    for auto in (item for item in records if item.method == "auto"):
-        cell = (auto.net, auto.graph, auto.sparsity)
-        rivals = [
-            item
-            for item in records
-            if (item.net, item.graph, item.sparsity) == cell and parse_method(item.method)[0] in METHODS
-        ]
-        best = max(rivals, key=lambda item: item.top1)
-        costs.append(100 * (best.top1 - auto.top1))
-        if best.top1 > auto.top1:
-            lines.append(
-                f"- {', '.join(cell)}: {auto.chosen} {100 * auto.top1:.1f}, `{best.method}` {100 * best.top1:.1f}"
-            )
-    if not costs:
-        return ""
-    head = f"`auto` is {np.mean(costs):.2f} points behind the best method by labels, on average"
-    return "\n".join([head, "", *lines])
+def key_of(cell: Cell) -> str:
+    return " ".join(str(cell[part]) for part in ("net", "graph", "images", "sparsity", "method"))
 
 
-def main() -> None:
+def order_of(method: str) -> tuple[int, int, str]:
+    """Place of a method in a table: that of its name, more rounds later."""
+    name, overrides = parse_method(method)
+    return USUAL.index(name) if name in USUAL else len(USUAL), overrides.get("rounds", 0), method
+
+
+def tabulated(cells: Sequence[Cell]) -> str:
+    """One row per method, one column per sparsity: top-1 in percent (KL), and what was chosen.
+
+    Raises:
+        SystemExit: There are none.
+    """
+    dense = next((cell for cell in cells if cell["method"] == "dense"), None)
+    if dense is None:
+        raise SystemExit("the page has a table without cells: measure them")
+    measured = {(cell["method"], cell["sparsity"]): cell for cell in cells if "top1" in cell and cell is not dense}
+    sparsities = sorted({sparsity for _, sparsity in measured}, key=lambda text: (":" in text, text))
+
+    def shown(method: str, sparsity: str) -> str:
+        cell = measured.get((method, sparsity))
+        if cell is None:
+            return "-"
+        extra = cell.get("scope") if parse_method(method)[0] == "compress" else cell.get("chosen")
+        return f"{100 * cell['top1']:.1f} ({cell['kl']:.3f})" + (f" {extra}" if extra else "")
+
+    heads = [text if ":" in text else f"{100 * float(text):g}%" for text in sparsities]
+    lines = [
+        f"{GRAPHS[dense['graph']]}; dense {100 * dense['top1']:.1f}; {dense['images']} calibration images",
+        "",
+        f"| method | {' | '.join(heads)} |",
+        "|---" * (len(heads) + 1) + "|",
+    ]
+    for method in sorted({method for method, _ in measured}, key=order_of):
+        row = " | ".join(shown(method, sparsity) for sparsity in sparsities)
+        lines.append(f"| {method if method == 'none' else f'`{method}`'} | {row} |")
+    if behind := behind_best(measured):
+        lines += ["", f"`auto` is {np.mean(behind):.2f} points behind the best repair by labels, on average"]
+    return "\n".join(lines)
+
+
+def behind_best(measured: dict[tuple[str, str], Cell]) -> list[float]:
+    """By how many points the best repair, judged by labels, is ahead of `auto` at every sparsity."""
+    found = []
+    for (method, sparsity), auto in measured.items():
+        if method == "auto":
+            rivals = (cell["top1"] for (name, at), cell in measured.items() if at == sparsity and is_repair(name))
+            found.append(100 * (max(rivals) - auto["top1"]))
+    return found
+
+
+def is_repair(method: str) -> bool:
+    return parse_method(method)[0] in METHODS
+
+
+def main(command: Sequence[str] | None = None) -> None:
     parser = script_parser(__doc__)
-    parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
-    parser.add_argument("--graphs", nargs="+", help='any of "bn", "folded", "folded, mask of bn"; default: all')
-    parser.add_argument("--sparsities", nargs="+", help="sparsities, or N:M; default: by net")
-    parser.add_argument("--methods", nargs="+", default=[name for name in METHODS if name != "auto"])
-    parser.add_argument("--images", type=int, default=512, help="calibration images")
-    add_threads(parser)
-    add_assets(parser)
-    parser.add_argument("--json", type=Path, help="file for all records")
-    arguments = parser.parse_args()
-    everything: list[Record] = []
-    loaded: dict[str, Images] = {}
-    for name in arguments.nets:
-        net = NETS[name]
-        if net.data not in loaded:
-            loaded[net.data] = (cifar10 if net.data == "cifar10" else imagenet)(arguments.assets)
-        records = list(measure(name, loaded[net.data], arguments.sparsities or net.sparsities, arguments))
-        for graph in dict.fromkeys(item.graph for item in records):
-            print(table(records, graph), end="\n\n", flush=True)
-        print(choices(records), end="\n\n", flush=True)
-        everything += records
-        if arguments.json:
-            arguments.json.write_text(json.dumps([asdict(item) for item in everything], indent=1) + "\n")
+    commands = parser.add_subparsers(required=True)
+    measuring = commands.add_parser("measure", help="cells of your choice that are missing")
+    measuring.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
+    measuring.add_argument("--graphs", nargs="+", choices=list(GRAPHS), help="default: all that a net has")
+    measuring.add_argument("--sparsities", nargs="+", help="sparsities, or N:M; default: by net")
+    measuring.add_argument("--methods", nargs="+", default=USUAL)
+    measuring.add_argument("--images", type=int, default=512, help="calibration images")
+    measuring.set_defaults(run=measure)
+    paging = commands.add_parser("page", help="the cells of docs/accuracy.md that are missing")
+    paging.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
+    paging.set_defaults(run=page)
+    for each in (measuring, paging):
+        each.add_argument("--work", type=Path, required=True, help="folder for the finished cells")
+        add_threads(each)
+        add_assets(each)
+    tabling = commands.add_parser("table", help="write the JSON and the page's tables")
+    tabling.add_argument("--work", type=Path, help="default: write the page from the existing JSON")
+    tabling.add_argument("--data", type=Path, default=ROOT / "docs" / "data" / "accuracy.json")
+    tabling.add_argument("--page", type=Path, default=ROOT / "docs" / "accuracy.md")
+    tabling.set_defaults(run=table)
+    arguments = parser.parse_args(command)
+    arguments.run(arguments)
 
 
 if __name__ == "__main__":

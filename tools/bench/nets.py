@@ -80,13 +80,18 @@ def cifar10(assets: Path) -> Images:
 
 
 def imagenet(assets: Path) -> Images:
-    """Short side 256, centre crop 224; every fifth class index calibrates, the others are scored."""
+    """Short side 256, centre crop 224; every fifth class index calibrates, the others are scored.
+
+    Behind these 200 calibration images come the 650 of ilsvrc2012_val, which are 227 pixels wide and only cropped.
+    """
     spec = InputSpec("image", np.dtype(np.uint8), (None, 224, 224, 3))
     data = open_data(assets / "data/imagenet1k", [spec], preprocessing=Preprocessing(resize=256, crop=224))
     labels = np.array([int(name.partition("_")[0]) for name in data.names], np.int64)
     pixels = data.batch(np.arange(len(labels)))["image"]
     calibrate = labels % 5 == 0
-    return Images(pixels[calibrate], pixels[~calibrate], labels[~calibrate])
+    more = open_data(assets / "data/ilsvrc2012_val", [spec], preprocessing=Preprocessing(crop=224))
+    calibration = np.concatenate([pixels[calibrate], more.batch(np.arange(len(more)))["image"]])
+    return Images(calibration, pixels[~calibrate], labels[~calibrate])
 
 
 def coco(assets: Path) -> Images:
