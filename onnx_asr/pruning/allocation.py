@@ -173,8 +173,9 @@ def trial_verifier(verifier: Verifier, calibration: Calibration) -> Verifier | N
 
 def chosen_scope(trials: Sequence[ScopeTrial]) -> Scope:
     """The scope to use: "global", unless another one's distance is clearly smaller."""
-    best = min(trials, key=lambda trial: trial.excess)
-    return best.scope if best.excess < CLOSER * trials[0].excess else trials[0].scope
+    usual, best = trials[0], min(trials, key=lambda trial: trial.excess)
+    gained = usual.excess - best.excess  # an excess is negative where a metric prefers the pruned network
+    return best.scope if gained > (1 - CLOSER) * abs(usual.excess) else usual.scope
 
 
 def scope_note(trials: Sequence[ScopeTrial]) -> tuple[str, ...]:

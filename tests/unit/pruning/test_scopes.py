@@ -124,6 +124,8 @@ def test_global_stays_unless_another_is_clearly_closer() -> None:
     assert chosen_scope(trials(1.0, 0.95, 0.91)) == "global"
     assert chosen_scope(trials(1.0, 0.95, 0.85)) == "mixed"
     assert chosen_scope(trials(1.0)) == "global"
+    assert chosen_scope(trials(-1.0, -1.05)) == "global"
+    assert chosen_scope(trials(-1.0, -1.2)) == "erk"
 
 
 def test_a_metric_is_compared_beyond_that_of_the_dense_network() -> None:
