@@ -29,6 +29,8 @@ from onnx_asr.repairing.verification import Verifier
 MIN_CANDIDATE_SAMPLES, MAX_CANDIDATE_SAMPLES = 32, 128
 """Samples on which the channel rules are tried: a quarter of all, within these limits."""
 RELIABILITY_POWER = 0.25
+INTACT_SNR = 60.0
+"""Decibels below which outputs differ, whatever their divergence: that of scores beyond every bound is 0."""
 FITTED_SAMPLES = 64
 """Calibration samples that a refitted model is measured on, beside the held-out ones."""
 FEW_SAMPLES, DAMAGE_LEFT = 2.0, 0.05
@@ -103,7 +105,7 @@ def repair(
         execution.progress("verifying", 0.0)
         with timed(seconds, "verify"):
             before = job.verifier.fidelity(pruned)
-            if job.verifier.noise.covers(before):
+            if job.verifier.noise.covers(before) and (before.snr_db is None or before.snr_db >= INTACT_SNR):
                 result = _given_back(job, _result(job, Draft(job.pruned.index), {}, (), calibration), before, "equal")
                 execution.progress("done", 1.0)
                 return replace(result, notes=(*result.notes, _INTACT), seconds=seconds)

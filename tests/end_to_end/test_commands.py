@@ -26,7 +26,8 @@ def zeros(path) -> dict[str, np.ndarray]:
 
 
 def top1(path, *options) -> float:
-    done = cli("evaluate", path, "--data", VALIDATION, *PRESET, "--json", *options)
+    data = () if "--data" in options else ("--data", VALIDATION)
+    done = cli("evaluate", path, *data, *PRESET, "--json", *options)
     assert done.code == 0, done.err
     return done.json["top1"]
 
@@ -191,6 +192,7 @@ def test_refit_options_reach_the_recipe(pruned, tmp_path):
     given = cli("repair", pruned, "-o", tmp_path / "r.onnx", *data, *options, "--json").json["options"]
     assert given["refit"] == {
         "rows": 900,
+        "detection_rows": 0.7,
         "ridge": 0.1,
         "relu_steps": 0,
         "gain_power": 0.0,
@@ -396,11 +398,11 @@ def test_options_of_the_display_may_stand_before_the_command(place, tmp_path):
     assert cli("-x", *arguments).error.endswith("See onnx-resuscitate prune --help")
 
 
-def test_an_interrupt_leaves_nothing_behind(tmp_path):
+def test_an_interrupt_leaves_nothing_behind(pruned, tmp_path):
     spill = tmp_path / "tmp"
     spill.mkdir()
     options = ("--dense", DENSE, "--data", FOLDER, *PRESET, "--method", "bn", "--bn", "ema", "--ema-batches", "100000")
-    arguments = ["repair", DENSE, "-o", str(tmp_path / "out.onnx"), *options, "--memory-limit", "1MB"]
+    arguments = ["repair", str(pruned), "-o", str(tmp_path / "out.onnx"), *options, "--memory-limit", "1MB"]
     process = subprocess.Popen(
         [*command(), *arguments],
         env=environment() | {"TMPDIR": str(spill)},

@@ -470,7 +470,7 @@ def test_ranks_of_a_later_round_are_those_of_their_own_weights() -> None:
     feeds = sources("conv", seed=3)
     options = RepairOptions(samples=COUNT, verify_samples=0)
     results = [
-        compress(model, feeds, CompressOptions(sparsity=0.7, rounds=3, repair=options)).model
+        compress(model, feeds, CompressOptions(0.7, scope="global", rounds=3, repair=options)).model
         for model in (plain, chained)
     ]
     pairs = list(zip(*(layer_weights(model) for model in results), strict=True))
