@@ -28,7 +28,7 @@ TRIED: tuple[Scope, ...] = ("global", "erk", "mixed")
 """Scopes that "auto" tries, in this order."""
 
 CLOSER = 0.9
-"""Another scope than "global" is chosen if its distance is below this share of that of "global"."""
+"""Another scope than "global" is chosen if its distance is below this share of that of "global"; see `chosen_scope`."""
 
 _SAMPLES, _ROWS = 128, 4000  # of the quick refit
 

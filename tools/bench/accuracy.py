@@ -46,7 +46,7 @@ from onnx_asr.repairing.options import METHODS, RepairOptions
 from tools.arguments import add_assets, add_threads, script_parser
 from tools.bench.methods import method_options, parse_method, recipe_of
 from tools.bench.nets import NETS, Images, Net, cifar10, imagenet
-from tools.paper.work import done_before, read_json, write, write_json
+from tools.paper.work import done_before, merged_cells, write, write_json
 from tools.paths import ROOT
 
 MASK_OF_BN = "mask"
@@ -277,13 +277,7 @@ def page(arguments: argparse.Namespace) -> None:
 
 def table(arguments: argparse.Namespace) -> None:
     """Write the JSON from the cells, and the tables of the page from the JSON."""
-    known: dict[str, Cell] = {}
-    if arguments.data.exists():
-        known = {key_of(cell): cell for cell in read_json(arguments.data)["cells"]}
-    if arguments.work is not None:
-        found = (read_json(path) for path in sorted(arguments.work.glob("*/*.json")))
-        known |= {key_of(cell): cell for cell in found}
-        write_json(arguments.data, {"cells": [known[key] for key in sorted(known)]})
+    known = merged_cells(arguments.data, arguments.work, key_of)
     text = arguments.page.read_text(encoding="utf-8")
 
     def filled(mark: re.Match[str]) -> str:

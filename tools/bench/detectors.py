@@ -28,7 +28,7 @@ import onnx_asr
 from onnx_asr.detectors import DecodingName
 from tools.arguments import add_assets, add_threads, script_parser
 from tools.bench.methods import method_options, parse_method, recipe_of
-from tools.paper.work import done_before, read_json, write, write_json
+from tools.paper.work import done_before, merged_cells, write, write_json
 from tools.paths import ROOT
 
 SPARSITIES = ("0.3", "0.5", "0.7", "0.8", "2:4")
@@ -162,13 +162,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 def table(arguments: argparse.Namespace) -> None:
     """Write the JSON from the cells, and the table of the page from the JSON."""
-    known: dict[str, Cell] = {}
-    if arguments.data.exists():
-        known = {key_of(cell): cell for cell in read_json(arguments.data)["cells"]}
-    if arguments.work is not None:
-        found = (read_json(path) for path in sorted(arguments.work.glob("*/*.json")))
-        known |= {key_of(cell): cell for cell in found}
-        write_json(arguments.data, {"cells": [known[key] for key in sorted(known)]})
+    known = merged_cells(arguments.data, arguments.work, key_of)
     page = arguments.page.read_text(encoding="utf-8")
     if MARKS.search(page) is None:
         raise SystemExit(f"{arguments.page} has no '<!-- table: detectors -->' with an '<!-- end -->': add them")

@@ -112,6 +112,15 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def merged_cells(data: Path, work: Path | None, key_of: Callable[[dict[str, Any]], str]) -> dict[str, dict[str, Any]]:
+    """The cells of a JSON file by their keys, with those of a work folder, which replace them in the file too."""
+    known = {key_of(cell): cell for cell in read_json(data)["cells"]} if data.exists() else {}
+    if work is not None:
+        known |= {key_of(cell): cell for cell in map(read_json, sorted(work.glob("*/*.json")))}
+        write_json(data, {"cells": [known[key] for key in sorted(known)]})
+    return known
+
+
 def done_before(path: Path, settings: Mapping[str, Any]) -> bool:
     """Return whether a record with these settings exists."""
     return path.exists() and read_json(path)["settings"] == json.loads(json.dumps(settings))
